@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Sequence
 
 DOTS = "..."
@@ -35,29 +36,66 @@ def folded_table(
     width: int | None,
     left: Collection[int] = frozenset({0}),
 ) -> str:
-    """As `text_table`, in lines of at most `width` characters: titles wider than their columns lose their middle; the
-    columns that do not fit then stand below the others, behind the first one again. width: None: as wide as it is."""
+    """As `text_table`, in lines of at most `width` characters: titles wider than their columns are broken at a blank
+    or, where they have none, lose their middle; the columns that do not fit then stand below the others, behind the
+    first one again. width: None: as wide as it is."""
     whole = text_table(header, rows, left=left)
     if width is None or len(header) < 2 or max(map(len, whole.splitlines())) <= width:
         return whole
-    columns = [[title, *(_cell(row[number]) for row in rows)] for number, title in enumerate(header)]
-    for number, (title, *cells) in enumerate(columns):
-        columns[number][0] = shortened(title, max([LEAST_TITLE, *map(len, cells)]))
-    columns[0] = [shortened(cell, width // 2 - 1) for cell in columns[0]]
-    room = width - max(map(len, columns[0]))
+    first = shortened_apart([header[0], *(_cell(row[0]) for row in rows)], width // 2 - 1)
+    room = width - max(map(len, first))
+    columns = [first[1:]]
+    for number in range(1, len(header)):
+        columns.append([shortened(_cell(row[number]), room - 2) for row in rows])
+    most = [min(room - 2, max([LEAST_TITLE, *map(len, column)])) for column in columns[1:]]
+    names = shortened_apart(header[1:], *most)
+    titles = [[first[0]], *map(_broken, header[1:], most, names)]
     parts, taken = [[0]], 0
-    for number in range(1, len(columns)):
-        columns[number] = [shortened(cell, room - 2) for cell in columns[number]]
-        wide = 2 + max(map(len, columns[number]))
+    for number in range(1, len(header)):
+        wide = 2 + max(map(len, (*titles[number], *columns[number])))
         if taken + wide > room:
             parts, taken = [*parts, [0]], 0
         parts[-1].append(number)
         taken += wide
     texts = []
     for part in parts:
-        head, *lines = zip(*(columns[number] for number in part), strict=True)
+        high = max(len(titles[number]) for number in part)
+        stacked = [[""] * (high - len(titles[number])) + titles[number] + columns[number] for number in part]
+        head, *lines = zip(*stacked, strict=True)
         texts.append(text_table(head, lines, left={place for place, number in enumerate(part) if number in left}))
     return "\n\n".join(texts)
+
+
+def _broken(title: str, most: int, short: str) -> list[str]:
+    """In two lines of at most `most` characters, if one is too short for it; `short` if both are."""
+    lines = textwrap.wrap(title, max(1, most), break_long_words=False, break_on_hyphens=False)
+    return lines if 0 < len(lines) <= 2 and max(map(len, lines)) <= most else [short]
+
+
+def shortened_apart(texts: Sequence[str], *most: int) -> list[str]:
+    """Each as `shortened`, in at most `most` characters (one number for all, or one for each); of those that would look
+    alike the part in which they differ."""
+    limits = list(most) * len(texts) if len(most) == 1 else list(most)
+    found = [shortened(text, limit) for text, limit in zip(texts, limits, strict=True)]
+    alike = [n for n, cut in enumerate(found) if len({texts[m] for m, other in enumerate(found) if other == cut}) > 1]
+    if not alike:
+        return found
+    different, limit = [texts[number] for number in alike], min(limits[number] for number in alike)
+    begin = _same_letters(different)
+    left = [text[begin:] for text in different]
+    end = _same_letters([text[::-1] for text in left])
+    room = limit - 2 * len(DOTS) - (max(map(len, left)) - end)
+    begin -= min(begin, max(0, room))
+    for number, text in zip(alike, different, strict=True):
+        shown = DOTS * (begin > 0) + text[begin : len(text) - end] + DOTS * (end > 0)
+        found[number] = shortened(shown, limit)
+    return found
+
+
+def _same_letters(texts: Sequence[str]) -> int:
+    """How many letters all of them begin with."""
+    differing = (n for n, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1)
+    return next(differing, min(map(len, texts)))
 
 
 def shortened(text: str, most: int) -> str:

@@ -51,6 +51,9 @@ HISTORY_EVENTS = 50_000
 """The newest allocations and frees of a GPU that are kept: a few KB of the host's memory each, says torch. Without a
 limit a long run would keep all of them."""
 
+_left: list[bool] = []
+"""Filled when this process leaves its process group, whose ranks DeepSpeed remembers for ever."""
+
 EACH_WITH_EACH = 64
 """Up to so many ranks gloo connects each with each when a group is made: 63 connections a group and rank."""
 
@@ -63,6 +66,11 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
     """Sets threads, joins the process group and returns the device of this rank. Call once, before any model.
     `timeout_seconds`: how long the ranks wait for each other, here and in collectives. Raises UserError and
     Unreachable."""
+    if _left:
+        raise UserError(
+            "this process has trained already, and DeepSpeed takes one training a process; start each in a process of "
+            "its own, as launch/sweep.py does"
+        )
     device_name = device_type(settings.device)
     _set_threads(ranks, settings.threads)
     for key, value in {
@@ -244,6 +252,7 @@ def stop(code: int | None = None) -> None:
     late.daemon = True
     if code is not None:
         late.start()
+    _left.append(True)
     try:
         dist.destroy_process_group()
     except RuntimeError as error:

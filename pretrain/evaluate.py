@@ -188,11 +188,17 @@ def _last_line(values: dict[str, float], split: str) -> str:
 
 def unigram_perplexity(reader: Windows, windows: np.ndarray) -> float:
     """Perplexity of the same targets under their own token frequencies: the best any context-free model could do."""
+    counts = target_counts(reader, windows)
+    probability = counts[counts > 0] / counts.sum()
+    return float(np.exp(-(probability * np.log(probability)).sum()))
+
+
+def target_counts(reader: Windows, windows: np.ndarray) -> np.ndarray:
+    """How often each id is a target of these windows (-1: none): int64, as long as the highest id needs."""
     counts = np.zeros(0, dtype=np.int64)
     for window in windows[windows >= 0]:
         _, targets = reader.read(np.array([window]))
         seen = np.bincount(targets.numpy().ravel())
         counts = np.pad(counts, (0, max(0, len(seen) - len(counts))))
         counts[: len(seen)] += seen
-    probability = counts[counts > 0] / counts.sum()
-    return float(np.exp(-(probability * np.log(probability)).sum()))
+    return counts

@@ -24,7 +24,7 @@ from pretrain.resilience.control import Control
 from pretrain.resilience.guard import guarded
 from pretrain.resilience.rollback import Rollback
 from pretrain.resilience.signals import ProcessState, Stop
-from pretrain.resume import StartPoint, find_start
+from pretrain.resume import StartPoint, find_start, what_stands
 from pretrain.segment import Segment, SegmentEnd, build_segment
 from pretrain.together import check_data, remember_data
 from pretrain.trainer import RunSetup
@@ -43,7 +43,7 @@ def train(
     the process group must exist.
 
     Returns FINISHED, or STOPPED after the checkpoint was saved. Raises UserError (nothing was changed) and RunFailed
-    (the last checkpoint stands)."""
+    (what was saved stands)."""
     stop = stop or Stop()
     stop.enter(ProcessState.STARTING)
     check_same(f"{sources.key} (digest)", sources.digest)
@@ -54,6 +54,7 @@ def train(
         record_memory_history(device)  # before a model is built: only what is allocated later has a stack
     alerts = Alerts(config.monitor, run_dir) if parallel.is_first else None
     folder = agreed(lambda: RunFolder(run_dir, writes=parallel.is_first, alerts=alerts))
+    stop.standing = lambda: what_stands(config, run_dir)
     with guarded(config.resilience, folder, stop, setup.phases) as control, drained():
         check_shared(run_dir)
         remember_data(run_dir, sources)
@@ -62,7 +63,7 @@ def train(
             setup.phases.enter("looking for a checkpoint")
             start = find_start(config, sources, run_dir, rollback)
             if control.stopping():
-                end = SegmentEnd(start.progress.step, stopped=control.stop_reason())
+                end = SegmentEnd(start.progress.step, stopped=control.stop_reason(), has_begun=False)
                 break
             end = run_segment(setup, folder, control, stop, start)
             gc.collect()  # nothing refers to the segment any more: its memory goes before another is built
@@ -106,5 +107,7 @@ def report_end(folder: RunFolder, config: Config, end: SegmentEnd) -> None:
         print(f"finished at step {step} of {config.train.steps}{early}; run folder {folder.path}", flush=True)
         return
     folder.event("stopped", step=step, reason=stopped)
-    what = f"at step {step} of {config.train.steps}, checkpoint saved" if step else "during start-up, nothing trained"
+    what = f"at step {step} of {config.train.steps}, checkpoint saved"
+    if not (end.has_begun and step):
+        what = "during start-up, nothing trained" + (f" after step {step}" if step else "")
     print(f"stopped by {stopped} {what}; the same command continues; run folder {folder.path}", flush=True)

@@ -147,7 +147,7 @@ def stages_of(checkpoint: Checkpoint | None, sources: Sources, config: Config) -
     progress, is_unchanged = checkpoint.progress, checkpoint.state["manifest_digest"] == sources.digest
     stages = progress.stages or ((now,) if is_unchanged else (_unrecorded_stage(checkpoint),))
     before, length = sequence_length_of(checkpoint), config.model.sequence_length
-    if before == length or config.reads_streams:  # the place in a stream is that of the position alone
+    if before == length:
         return stages if is_unchanged else (*stages, stages[-1].followed_by(progress.position, now.sources))
     followed = stages[-1].followed_by(progress.position, now.sources)
     return (*stages, followed.in_windows_of(length, before=before))
@@ -252,6 +252,32 @@ def environment_changes(checkpoint: Checkpoint, engine_layout: dict[str, Any]) -
     then = {"data-parallel size": checkpoint.state["layout"].get("data"), **checkpoint.state["versions"]}
     now = {"data-parallel size": engine_layout["data"], **versions()}
     return {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
+
+
+def what_stands(config: Config, run_dir: Path, *, is_diverged: bool = False) -> str:
+    """From which checkpoint a run that ends by a fault can go on, as a sentence without its stop. `is_diverged`: from
+    there it would come to the same end, so the sentence says what to change. Not collective; raises nothing, for it
+    must not change how the run ends."""
+    rate = "with a lower learning rate (--set optimizer.learning_rate=...)"
+    choice, folder = config.checkpoint.resume, run_dir / "checkpoints"
+    try:
+        paths = list_checkpoints(folder)[::-1] if choice == "never" else candidates(config, run_dir)
+        newest = newest_committed(paths, check_sizes=False)
+    except UserError as error:
+        return f"The same command would be refused: {error}"
+    except OSError as error:
+        return f"Its checkpoints cannot be read now ({error})"
+    if newest is None:
+        return f"Nothing was saved: {f'begin again {rate}' if is_diverged else 'the same command begins anew'}"
+    is_own, to_continue = newest.path.parent == folder, " and checkpoint.resume=auto" * (choice == "never")
+    named = f"The last whole checkpoint is that of step {newest.progress.step}" if is_own else ""
+    named = named or f"Nothing was saved after {newest.path}"
+    if is_diverged:
+        return (
+            f"{named}: resume from it {rate}, --set 'checkpoint.allow_changes=[\"optimizer\"]'{to_continue}, or from "
+            f"an earlier one (checkpoint.resume=PATH)"
+        )
+    return f"{named}: the same command{to_continue.replace(' and', ' with')} goes on from it"
 
 
 @dataclass(frozen=True)

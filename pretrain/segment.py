@@ -25,11 +25,11 @@ from pretrain.report.start_facts import start_facts
 from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer
 from pretrain.resilience.replicas import ReplicaCheck, suspect_node, what_to_do
-from pretrain.resilience.rollback import Rollback, record, what_stands
+from pretrain.resilience.rollback import Rollback, record
 from pretrain.resilience.slow_ranks import RankComparison
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.resilience.step_limit import StepLimit
-from pretrain.resume import StartPoint, branch_start, record_start
+from pretrain.resume import StartPoint, branch_start, record_start, what_stands
 from pretrain.routing.tape import open_tape
 from pretrain.saving import SaveTimer, save
 from pretrain.trainer import LaunchedStep, RunSetup, Trainer, build_trainer
@@ -47,6 +47,8 @@ class SegmentEnd:
     """The rollback that is needed."""
     stopped: str | None = None
     """What stopped it, after a checkpoint was saved."""
+    has_begun: bool = True
+    """Whether it came to train: if not, no checkpoint was saved."""
 
 
 def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: StartPoint) -> Segment:
@@ -229,7 +231,7 @@ class Segment:
             raise Diverged(
                 f"step {step}: loss {loss}: the updates of {skipped} steps in a row were skipped, because loss or "
                 f"gradients are not finite (resilience.max_skipped_updates = {settings.max_skipped_updates}). "
-                f"{what_stands(self.folder.path, self.trainer.saver)}"
+                f"{self._what_stands(Diverged)}"
             )
         spike = self.spikes.see(loss) if self.monitor is not None and math.isfinite(loss) else None
         if spike is None:
@@ -260,7 +262,7 @@ class Segment:
         if not said.stopping:
             if said.first_failed is not None:
                 self._settle()
-            raise_agreed(error, said.first_failed, passes=said.passes)
+            raise_agreed(error, said.first_failed, passes=said.passes, group=self.control.group)
         return said.stopping, None
 
     def _between_steps(self, stopping: bool) -> tuple[bool, Rollback | None]:
@@ -318,7 +320,7 @@ class Segment:
         node = suspect_node(different, self.control.hosts)
         self.folder.event("replicas_differ", step=self.progress.step, tensors=told, node=node)
         if settings.replica_action == "stop":
-            raise ReplicasDiffer(f"{reason}. {what_to_do(node)}", node=node)
+            raise ReplicasDiffer(f"{reason}. {what_to_do(node)}. {self._what_stands()}", node=node)
         return self._go_back(reason, partial(ReplicasDiffer, node=node))
 
     def _go_back(self, reason: str, failure: Callable[[str], Exception], *, steps: int = 0) -> Rollback | None:
@@ -326,11 +328,7 @@ class Segment:
         `failure` if there were too many before."""
         settings, done = self.setup.config.resilience, len(self.start.rollbacks)
         if done >= settings.max_rollbacks:
-            stands = (
-                what_stands(self.folder.path, self.trainer.saver)
-                if failure is Diverged
-                else "The last checkpoint stands"
-            )
+            stands = self._what_stands(failure)
             raise failure(f"{reason}; {done} rollbacks were made (resilience.max_rollbacks). {stands}")
         sequences = self.setup.config.batch.global_sequences
         # A checkpoint from before the stage would begin it anew: its positions would be other data.
@@ -354,6 +352,11 @@ class Segment:
         agreed(partial(record, self.folder.path, decided, writes=self.setup.parallel.is_first))
         self.folder.event("rollback", **rollback.to_json())
         return rollback
+
+    def _what_stands(self, failure: object = None) -> str:
+        """See resume.what_stands; a save under way has ended by then."""
+        self.trainer.saver.settle()
+        return what_stands(self.setup.config, self.folder.path, is_diverged=failure is Diverged)
 
     def _validation_is_missing(self) -> bool:
         """Whether a stop prevented the validation that was due after the step that this segment starts from."""

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from common.filesystems import filesystem_type, is_shared
-from data_prep.shards.format import Manifest, Part
+from data_prep.shards.format import WHOLE, Manifest, Part
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
-from pretrain.data.verified import FILE, VerifiedShard, as_it_is, recall, remember
+from pretrain.data.verified import FILE, VerifiedShard, as_it_is, recall, remember, stamps_of
 from pretrain.device import on_collective_device
 from pretrain.parallel.agreement import of_all_ranks, said_by_first
 from pretrain.ranks import place_on_node
@@ -46,8 +46,9 @@ class _Hashed:
 def check_data(sources: Sources, config: Config, run_dir: Path) -> Sources:
     """Checks size, index and, where it is due, sha256 of every shard that lies on a disk, and the tokenizers. A shard
     that an earlier start of the run in `run_dir` has verified, and that nobody has touched, is not hashed again unless
-    data.verify is full. Returns the sources, which know whether shards were hashed. Collective; raises UserError on the
-    first rank, PeerFailed on the others. A process alone has looked at sizes before it came here."""
+    data.verify is full. Returns the sources, which know which files were hashed: one that is replaced before a reader
+    opens it is hashed then. Collective; raises UserError on the first rank, PeerFailed on the others. A process alone
+    has looked at sizes before it came here."""
     rank, size, done = dist.get_rank(), dist.get_world_size(), _Hashed()
     hashes = config.data.verify == "full" or hashes_at_start(sources, size)
 
@@ -57,10 +58,25 @@ def check_data(sources: Sources, config: Config, run_dir: Path) -> Sources:
             known = recall(run_dir) if config.data.verify == "size" else frozenset()
             _hash(sources, known, done, show_progress=rank == 0)
 
+    own = list[VerifiedShard]()
+    if hashes:  # all ranks, before anybody hashes
+        said_by_first(lambda: own.extend(_on_own_disks(sources)))
     if hashes or size > 1:
         said_by_first(lambda: in_rounds(check))
     sources.patience.files_were_seen = True
-    return dataclasses.replace(sources, hashed=hashes, verified=_gathered(done) if hashes else ())
+    if not hashes:
+        return sources
+    verified = _gathered(done)
+    return dataclasses.replace(sources, hashed=stamps_of([*own, *verified]), verified=() if rank else verified)
+
+
+def _on_own_disks(sources: Sources) -> list[VerifiedShard]:
+    """The shards on disks of this node, whose ranks hash them, as they are now."""
+    found = []
+    for source in sources.sources:
+        if source.cache is None and not _is_shared(source.manifest):
+            found += [as_it_is(source.manifest, entry) for entry in source.manifest.part(WHOLE)]
+    return [shard for shard in found if shard is not None]
 
 
 def remember_data(run_dir: Path, sources: Sources) -> None:
@@ -116,12 +132,11 @@ def _hash(sources: Sources, known: frozenset[VerifiedShard], done: _Hashed, *, s
 
 
 def _gathered(done: _Hashed) -> tuple[VerifiedShard, ...]:
-    """What all ranks have done: rank 0 says it, and gets the shards; the others get none. Collective."""
+    """The shards on shared disks of all ranks; rank 0 says what they have done. Collective."""
     parts = of_all_ranks(done)
-    if dist.get_rank():
-        return ()
     hashed, known = sum(part.hashed for part in parts), sum(part.known for part in parts)
-    print(f"data: {hashed:,} shards verified, {known:,} known from an earlier start", flush=True)
+    if dist.get_rank() == 0:
+        print(f"data: {hashed:,} shards verified, {known:,} known from an earlier start", flush=True)
     return tuple(shard for part in parts for shard in part.verified)
 
 

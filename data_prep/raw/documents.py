@@ -23,7 +23,16 @@ import numpy as np
 
 from common.errors import DataError
 from common.splits import SPLITS, SourceSplit, SplitName
-from data_prep.raw.file_kinds import BYTE_ORDER_MARK, HEAD_BYTES, foreign, is_parquet, is_tar, no_json_lines
+from data_prep.raw.file_kinds import (
+    BYTE_ORDER_MARK,
+    HEAD_BYTES,
+    TO_UTF8,
+    foreign,
+    is_parquet,
+    is_tar,
+    json_lines,
+    no_json_lines,
+)
 from data_prep.raw.json_text import json_record, text_in
 from data_prep.raw.locations import InputFile
 from data_prep.raw.megatron_index import INDEX, MegatronIndex
@@ -155,6 +164,8 @@ class RawFile:
             content.read(len(BYTE_ORDER_MARK))
         if self.format == "wikitext":
             return self._articles(content)
+        if (kind := json_lines(head, self._text_key)) is not None:
+            raise NoDocumentError(f"{self.path} {kind}")
         return text_documents(content, self._split, by=self._text_documents, max_bytes=self._max_bytes)
 
     def _id_documents(self, content: Unpacked, ids: IdReading) -> Iterator[Document | Rejected]:
@@ -188,6 +199,8 @@ class RawFile:
             words = "holds no document" if first is None else f"gives no document: {first.reason} ({first.detail})"
         elif self.format == "text":
             words = "holds no text" if first is None else f"gives no document: {first.reason} ({first.detail})"
+            if first is not None and first.reason == "not UTF-8":
+                words += f"; {TO_UTF8}"
         elif self.format in _NAMES:
             words = "holds no record" if first is None else f"gives no document: {first.detail}"
         elif first is not None and first.reason == "no text":

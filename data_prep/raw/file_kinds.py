@@ -2,10 +2,14 @@
 alone decide: nothing here opens, unpacks or decodes a file.
 """
 
+import json
+import re
+
 HEAD_BYTES = 4096
 """First bytes of a file's content that the functions below want."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PARQUET_MAGIC = b"PAR1"
+TO_UTF8 = "convert it from its encoding, for example: iconv -f ISO-8859-1 -t UTF-8"
 _TAR_MAGIC, _TAR_OFFSET = b"ustar", 257
 
 # A text may begin with these letters too, so they count only if no text follows.
@@ -79,6 +83,17 @@ def foreign(head: bytes, *, plain_text: bool = False) -> str | None:
     return None
 
 
+def json_lines(head: bytes, text_key: str) -> str | None:
+    """For content that its user calls plain text and that begins as JSON lines with `text_key` do: what it is and what
+    to do; else None. One object alone may be a text."""
+    first, *rest = head.removeprefix(BYTE_ORDER_MARK).lstrip().split(b"\n", 1)
+    follows = rest[0].startswith(b"{") if rest else len(head) >= HEAD_BYTES
+    key = re.escape(json.dumps(text_key.rpartition(".")[2], ensure_ascii=False).encode())
+    if not follows or re.match(rb'\{(.*[{,])?\s*%s\s*:\s*"' % key, first) is None:
+        return None
+    return f'holds JSON lines with the key {text_key}; set format to "auto" (plain text is a preparation of its own)'
+
+
 def no_json_lines(head: bytes) -> str:
     """What content looks like if none of its lines gave a document."""
     text = head.removeprefix(BYTE_ORDER_MARK).lstrip()
@@ -97,7 +112,9 @@ def no_json_lines(head: bytes) -> str:
     if separator:
         return f"looks like {separator}, which is not read; write its rows as JSON lines or as Parquet"
     if not _is_text(head):
-        return "is no text of a kind that is known; only what docs/data.md lists is read"
+        has_controls = any(byte < 0x20 and byte not in b"\t\n\f\r" for byte in head)
+        kind = "is no text of a kind that is known; only what docs/data.md lists is read"
+        return kind if has_controls else f"is no UTF-8 text; {TO_UTF8}"
     if not start.startswith(b"{"):
         return 'holds no JSON lines; if it is plain text set format to "text"'
     return ""

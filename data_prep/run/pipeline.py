@@ -8,6 +8,7 @@ removal of duplicates, for `encode` that stage alone. The stages before them mus
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from common.errors import DataError
 from data_prep.run.output_files import publish
@@ -38,7 +39,10 @@ class Pipeline:
         for stage in due:
             started = time.monotonic()
             if tasks := stage.tasks(self.preparation, False):
-                stage.make([task for task in tasks if not stage.is_done(task)], self._workers)
+                left, finished = list[Any](), list[Any]()
+                for task in tasks:
+                    (finished if stage.is_done(task) else left).append(task)
+                stage.make(left, finished, self._workers)
                 stage.finish(self.preparation, tasks)
                 self.seconds[stage.name] = time.monotonic() - started
         if stages[-1].publishes is not None and due and due[-1] is stages[-1]:

@@ -25,7 +25,7 @@ from data_prep.work.parallel import Workers
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A step of a preparation. Finished tasks stay finished: `make` gets only the others."""
+    """A step of a preparation. Finished tasks stay finished: `make` has to do only the others."""
 
     name: str
     over: Literal["slice", "all"]
@@ -34,8 +34,8 @@ class Stage:
     """Its tasks, those of all slices or of this one alone; none if the config turns the stage off."""
     is_done: Callable[[Any], bool]
     """Whether a task's result is in the stage's folder."""
-    make: Callable[[Sequence[Any], Workers], None]
-    """Does tasks: makes their results."""
+    make: Callable[[Sequence[Any], Sequence[Any], Workers], None]
+    """Does tasks: makes their results. The second ones an earlier start has done: progress is of the whole."""
     check: Callable[[Preparation], None] = lambda preparation: None
     """Raises DataError for what this stage would refuse, before any stage runs for hours."""
     finish: Callable[[Preparation, Sequence[Any]], None] = lambda preparation, tasks: None
@@ -46,11 +46,12 @@ class Stage:
 
 def spread(
     function: Callable[[Any], None], description: str, size: Callable[[Any], int]
-) -> Callable[[Sequence[Any], Workers], None]:
+) -> Callable[[Sequence[Any], Sequence[Any], Workers], None]:
     """The `make` that calls `function` for each task, on all processes. `size`: bytes of a task."""
 
-    def make(tasks: Sequence[Any], workers: Workers) -> None:
-        workers.run(function, tasks, sizes=[size(task) for task in tasks], description=description)
+    def make(tasks: Sequence[Any], finished: Sequence[Any], workers: Workers) -> None:
+        sizes, done = [size(task) for task in tasks], sum(map(size, finished))
+        workers.run(function, tasks, sizes=sizes, done=done, description=description)
 
     return make
 
@@ -253,14 +254,14 @@ STAGES = (
         over="all",
         tasks=dedup_tasks,
         is_done=is_deduplicated,
-        make=find_duplicates,
+        make=lambda tasks, _, workers: find_duplicates(tasks, workers),
     ),
     Stage(
         name="tokenizer",
         over="all",
         tasks=_model_tasks,
         is_done=has_model,
-        make=make_models,
+        make=lambda tasks, _, workers: make_models(tasks, workers),
         publishes=_model_to_publish,
     ),
     Stage(

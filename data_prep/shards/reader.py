@@ -10,7 +10,7 @@ import mmap
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 
@@ -19,19 +19,24 @@ import numpy as np
 from common.errors import DataError
 from data_prep.shards.format import REBUILD, Manifest, ShardEntry, ShardIndex, check_size, unreadable
 
+Stamp = tuple[int, int]
+"""Size in bytes of a file, and when its content last changed, nanoseconds since the epoch, as the file system tells."""
+
 
 class ShardReader:
     """One shard, memory-mapped. Opening costs the index (about 8 bytes a document) and no token.
 
-    With `verify_on_first_read` the first `read` hashes the whole shard and refuses it if it differs from the manifest.
+    With `verify_on_first_read` the first `read` hashes the whole shard and refuses it if it differs from the manifest,
+    unless the file has the stamp `hashed`, with which that was done.
     Not safe for concurrent first reads from several threads.
     """
 
-    def __init__(self, manifest: Manifest, entry: ShardEntry, verify_on_first_read: bool) -> None:
+    def __init__(
+        self, manifest: Manifest, entry: ShardEntry, verify_on_first_read: bool, *, hashed: Stamp | None = None
+    ) -> None:
         self._entry = entry
         self._path = manifest.inside(entry.file)
         self._dtype = manifest.numpy_dtype
-        self._unverified = verify_on_first_read
         check_size(self._path, entry.bytes)
         self._index = ShardIndex.load(manifest, entry)
         # member_start[m] is the shard's token offset of member m; one more element holds the end. Lists: bisect on
@@ -42,11 +47,14 @@ class ShardReader:
         self._member_start: list[int] = starts.tolist()
         try:
             with self._path.open("rb") as stream:
+                status = os.fstat(stream.fileno())  # of what is mapped, whatever has the name by then
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise unreadable(self._path, error) from None
         if len(self._map) != entry.bytes:  # the file was replaced between the check above and the mapping
             raise DataError(f"{self._path} changed size while it was opened; {REBUILD}")
+        self.stamp: Stamp = (status.st_size, status.st_mtime_ns)
+        self._unverified = verify_on_first_read and self.stamp != hashed
         self._elements = np.frombuffer(self._map, self._dtype, count=entry.bytes // self._dtype.itemsize)
 
     @property
@@ -133,7 +141,7 @@ class SplitReader:
 
     Shards open on first use and at most `max_open_shards` stay mapped (a mapped file holds one descriptor;
     the usual limit is 1,024). A shard is hashed at most once in the life of a reader, however often it is
-    opened again.
+    opened again, unless its file was replaced meanwhile.
     """
 
     def __init__(
@@ -154,11 +162,15 @@ class SplitReader:
         self._max_open_shards = max_open_shards
         self._hold = hold
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
-        self._verified: set[int] = set()
+        self._hashed: dict[str, Stamp] = {}
         zero = np.zeros(1, np.int64)
         self._shard_start = np.concatenate([zero, np.cumsum([e.tokens for e in self._entries], dtype=np.int64)])
         self._document_start = np.concatenate([zero, np.cumsum([e.documents for e in self._entries], dtype=np.int64)])
         self._starts: list[int] = self._shard_start.tolist()
+
+    def trust(self, hashed: Mapping[str, Stamp]) -> None:
+        """`hashed`: name -> stamp of shards whose sha256 was found right: they are not hashed while they have it."""
+        self._hashed |= hashed
 
     @property
     def num_tokens(self) -> int:
@@ -229,20 +241,18 @@ class SplitReader:
         return self._read_shard(shard, int(starts[local]), stop - self._end_tokens)
 
     def _read_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
-        tokens = self._shard(shard).read(start, stop)
-        self._verified.add(shard)
-        return tokens
+        return self._shard(shard).read(start, stop)
 
     def _shard(self, shard: int) -> ShardReader:
         reader = self._open.get(shard)
         if reader is None:
-            verify = self._verify_on_first_read and shard not in self._verified
             entry = self._entries[shard]
             if self._hold is not None:
                 for other in self._open.values():  # least recently used first
                     other.touch()
             with nullcontext() if self._hold is None else self._hold(entry):
-                reader = ShardReader(self._manifest, entry, verify)
+                verify, hashed = self._verify_on_first_read, self._hashed.get(entry.file)
+                reader = ShardReader(self._manifest, entry, verify, hashed=hashed)
             self._open[shard] = reader
             gone = (
                 []
@@ -259,7 +269,7 @@ class SplitReader:
     def _close_shard(self, shard: int) -> None:
         reader = self._open.pop(shard)
         if reader.is_verified:
-            self._verified.add(shard)
+            self._hashed[self._entries[shard].file] = reader.stamp
         reader.close()
 
     def close(self) -> None:

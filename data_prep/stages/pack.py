@@ -105,8 +105,9 @@ def write_shard(task: ShardTask) -> None:
     write_json(task.folder / f"{task.name}.json", entry.model_dump(mode="json"))
 
 
-def write_shards(tasks: Sequence[ShardTask], workers: Workers) -> None:
-    """Writes shards on all processes, or, where there is little to write, in this one alone.
+def write_shards(tasks: Sequence[ShardTask], finished: Sequence[ShardTask], workers: Workers) -> None:
+    """Writes shards on all processes, or, where there is little to write, in this one alone. `finished`: those that an
+    earlier start has written.
 
     webdataset brings torch: several seconds and 190 MB. So it is imported before the processes are forked, once for all
     of them; those of the stages before are ended.
@@ -118,4 +119,5 @@ def write_shards(tasks: Sequence[ShardTask], workers: Workers) -> None:
         import webdataset.writer  # noqa: F401
 
         workers.close()
-    workers.run(write_shard, tasks, sizes=sizes, description="writing shards")
+    done = sum(task.tokens for task in finished)
+    workers.run(write_shard, tasks, sizes=sizes, done=done, description="writing shards")

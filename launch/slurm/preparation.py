@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.arguments import Parser, a_path, add_overrides, at_least, set_options
@@ -20,6 +23,7 @@ from data_prep.stages.lossy import check_given_model
 from launch.slurm import job
 from pretrain.report.exit_codes import ExitCode
 
+CONFIG = "config"
 STEPS = (("dedup", True), ("tokenizer", False), ("encode", True), ("shard", False))
 """Steps of data_prep in order, and whether array tasks share them; each step first does what earlier steps have left
 undone."""
@@ -58,11 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job.need_sbatch()
         resolved = _check(args)
         logs = resolved.output / "slurm"
+        config = _frozen(args.config, logs)
         for step, is_array in STEPS:
-            text = _script(args, resolved, step, is_array=is_array)
+            text = _script(args, resolved, config, step, is_array=is_array)
             if args.dry_run:
                 print(text)
                 continue
+            if config.content is not None:
+                job.write_once(logs, CONFIG, ".json", config.content)
             path = job.write_once(logs, step, ".sbatch", text.encode("utf-8"))
             numbers.append(job.submit(path, *(job.after(numbers[-1]) if numbers else [])))
     except UserError as error:
@@ -110,14 +117,45 @@ def _check(args: argparse.Namespace) -> ResolvedConfig:
 def _check_secrets(overrides: Sequence[str]) -> None:
     """Refuses secrets: the job scripts hold the command line, and others may be able to read them."""
     for override in overrides:
-        if may_hold_secret(override) or PIPE in override:
+        if _may_hold_secret(override):
             raise UserError(
                 f"--set {override.partition('=')[0]}: a command, and a URL with a password or a query, may hold a "
-                f"secret, and the job scripts would keep it; write it into the file of --config, which is not copied"
+                f"secret, and the job scripts would keep it; write it into the file of --config, which is not copied "
+                f"then"
             )
 
 
-def _script(args: argparse.Namespace, resolved: ResolvedConfig, step: str, *, is_array: bool) -> str:
+def _may_hold_secret(text: str) -> bool:
+    return may_hold_secret(text) or PIPE in text
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The configuration as it was checked. The user's file may be edited while the jobs wait, or between two of them,
+    and every start reads it again."""
+
+    path: Path
+    """What the jobs read: a copy, or the user's own file where that may hold secrets, which no copy may keep."""
+    content: bytes | None
+    """Of the copy; None: there is none."""
+    sha256: str
+    """Of the user's file, which the jobs compare where there is no copy."""
+
+
+def _frozen(given: Path, logs: Path) -> Frozen:
+    content = given.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    if _may_hold_secret(json.dumps(json.loads(content), ensure_ascii=False)):  # without escapes such as \/
+        print(
+            f"note: {given} may hold a secret (a command, or a URL with a password or a query), so the jobs get no "
+            f"copy of it: leave it as it is until they have ended; one that finds it changed ends with exit code 2",
+            file=sys.stderr,
+        )
+        return Frozen(given.absolute(), None, sha256)
+    return Frozen(job.named_by_content(logs, CONFIG, ".json", content).absolute(), content, sha256)
+
+
+def _script(args: argparse.Namespace, resolved: ResolvedConfig, config: Frozen, step: str, *, is_array: bool) -> str:
     options = {
         **job.site_options(args, f"{resolved.output.name}-{step}"),
         "cpus-per-task": str(args.cpus_per_task),
@@ -132,9 +170,11 @@ def _script(args: argparse.Namespace, resolved: ResolvedConfig, step: str, *, is
         "PYTHON": job.on_path(args.python or sys.executable),
         "REQUEUES": str(args.requeues),
         **({"TASKS": str(args.tasks)} if is_array else {}),
+        **({"CONFIG_SUM": f"{config.sha256}  {config.path}"} if config.content is None else {}),
     }
-    arguments = [step, "--config", str(args.config.absolute())]
-    arguments += set_options(args.overrides) + ["--force"] * args.force
+    # The output last: the file's own may be relative to where the file lies, see data_prep/config/loading.py.
+    overrides = [*args.overrides, f"output={resolved.output.absolute()}"]
+    arguments = [step, "--config", str(config.path), *set_options(overrides), *["--force"] * args.force]
     return job.script(
         job.Template.load("data_prep.sbatch"),
         options=options,

@@ -26,7 +26,7 @@ from pretrain.report.exit_codes import ExitCode
 from pretrain.views.comparison import open_runs
 from pretrain.views.comparison_text import notes
 from pretrain.views.reading import State
-from pretrain.views.sweep import Result, edges, ranked, table_csv, table_text
+from pretrain.views.sweep import Result, edges, ranked, seeds_text, table_csv, table_text
 
 TABLE, LOSSES, CURVES = "sweep.csv", "losses.png", "curves.png"
 MOST_CURVES = 10
@@ -162,8 +162,11 @@ def _is_done(result: Result) -> bool:
 
 def show(found: Sweep) -> None:
     """Prints the table, and writes it and both pictures into the sweep's folder. Raises OSError."""
-    results = ranked(found.results())
-    print(f"\n{table_text(results, found.keys, width=columns_of(sys.stdout))}\n", flush=True)
+    results, width = ranked(found.results()), columns_of(sys.stdout)
+    for text in (table_text(results, found.keys, width=width), seeds_text(results, found.keys, width=width)):
+        if text:
+            print(f"\n{text}", flush=True)
+    print(flush=True)
     begun = [result for result in results if result.view is not None and len(result.view.metrics)]
     runs = open_runs([result.view for result in begun if result.view is not None])
     for sentence in [*edges(results, found.keys), *(notes(runs) if runs else [])]:

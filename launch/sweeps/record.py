@@ -17,7 +17,7 @@ from launch.sweeps.plan import is_entry_key, normal
 from pretrain.checkpoint.folder import check_output_folder
 from pretrain.config.loading import config_tree
 from pretrain.report.run_paths import SWEEP_RECORD, is_run
-from pretrain.views.comparison import flattened
+from pretrain.views.comparison import as_meant, flattened
 from pretrain.views.sweep import Result, SweepRun
 
 CONFIGS = "configs"
@@ -83,7 +83,8 @@ class Sweep:
         new = self._unvaried(path, overrides)
         for key in sorted((old.keys() | new.keys()) - {"description"}):
             is_varied = any(f"{key}.".startswith(f"{varied}.") for varied in self.keys)  # no run has the file's value
-            if old.get(key) != new.get(key) and not is_varied:
+            is_same = as_meant(key, old.get(key)) == as_meant(key, new.get(key))
+            if not is_same and not is_varied:
                 before, now = (json.dumps(tree[key]) if key in tree else "not given" for tree in (old, new))
                 raise UserError(
                     f"{key}: is {before} in the runs of {self.folder}, and {now} in this command; a sweep takes other "

@@ -154,8 +154,9 @@ def _train(sweep: Sweep, run: SweepRun, command: Sequence[str], progress: Progre
         code = 128 - code if code < 0 else code
         sweep.note(run, unrecorded=code or None)
     result = sweep.result(run)
-    has_loss = result.state is State.FINISHED and not math.isnan(result.validation)  # NaN: evaluate.sequences=0
-    loss = f", validation loss {result.validation:.4f}" if has_loss else ""
+    validated = result.view.newest_validation if result.view is not None else None  # None: evaluate.sequences=0
+    has_loss = result.state is State.FINISHED and validated is not None and not math.isnan(validated[2])
+    loss = f", {validated[0]} loss {validated[2]:.4f}" if has_loss and validated is not None else ""
     print(f"  {result.state_text}{loss}", flush=True)
     if result.state is State.FAILED:
         print(f"  {meaning_of(code)}; the end of {log} says more", file=sys.stderr, flush=True)

@@ -280,7 +280,8 @@ class Retention:
     keep_every_steps: int = 0
     """Checkpoints of steps divisible by this are kept; 0: none for this reason."""
     keep_best: int = 0
-    """How many with the lowest validation loss are kept; of two equal ones the older."""
+    """How many with the lowest validation loss are kept; of two equal ones the older. Losses on other splits, or of
+    other windows, say nothing of each other: if a resume changed that, so many of each."""
 
     def kept(self, paths: list[Path]) -> set[Path]:
         """Those of `paths` (oldest first) that are kept. A checkpoint whose loss cannot be read counts as one without a
@@ -289,8 +290,12 @@ class Retention:
         if self.keep_every_steps:
             kept |= {path for path in paths if step_of(path) % self.keep_every_steps == 0}
         if self.keep_best:
-            losses = [(loss, path) for path in paths if (loss := validation_loss(path)) is not None]
-            kept |= {path for _, path in sorted(losses, key=lambda entry: entry[0])[: self.keep_best]}
+            losses: dict[tuple[str, ...], list[tuple[float, Path]]] = {}
+            for path in paths:
+                if (found := validation_loss(path)) is not None:
+                    losses.setdefault(found[0], []).append((found[1], path))
+            for alike in losses.values():
+                kept |= {path for _, path in sorted(alike, key=lambda entry: entry[0])[: self.keep_best]}
         return kept
 
     def apply(self, folder: Path) -> None:
@@ -305,9 +310,13 @@ class Retention:
                 shutil.rmtree(doomed)
 
 
-def validation_loss(path: Path) -> float | None:
-    """The validation loss that a checkpoint was saved with, nats; None: there was no validation at its step."""
+def validation_loss(path: Path) -> tuple[tuple[str, ...], float] | None:
+    """The validation loss that a checkpoint was saved with, nats, behind what was read for it; None: there was no
+    validation at its step."""
     try:
-        return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["validation_loss"]
-    except (OSError, ValueError, KeyError, TypeError):
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        settings = state.get("config", {}).get("evaluate", {})
+        read = tuple(str(settings.get(key)) for key in ("split", "sequences", "placement"))
+        return None if state["validation_loss"] is None else (read, state["validation_loss"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

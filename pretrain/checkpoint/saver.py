@@ -164,6 +164,11 @@ class Saver:
                 self._alive()
             thread.join(timeout=1.0)
 
+    def settle(self) -> None:
+        """Returns when this rank has no save under way, whatever became of the last one. Not collective."""
+        if self._thread is not None:
+            self._join(self._thread)
+
     def finish(self) -> None:
         """`wait`, and the last save must have succeeded."""
         self.wait()

@@ -201,7 +201,9 @@ def _row(path: Path) -> tuple[str, ...]:
     layout = " ".join(f"{names[key]}{state['layout'][key]}" for key in names) + f" ZeRO-{state['layout']['zero']}"
     layout = layout if checkpoint.weights_source is None else "weights alone"
     saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state["time"]))
-    losses = (_loss(state["loss"]), _loss(state["validation_loss"]))
+    split = state["config"].get("evaluate", {}).get("split", "validation")
+    validation = _loss(state["validation_loss"])
+    losses = (_loss(state["loss"]), f"{validation} ({split})" if validation and split != "validation" else validation)
     return path.name, saved, f"{checkpoint.bytes:,}", layout, "whole", *losses
 
 

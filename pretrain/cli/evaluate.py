@@ -32,7 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--tasks",
         metavar="LIST",
         help=f"some of {','.join(TASK_NAMES)}, with commas; NAME=PATH says where the published files are (default: "
-        "evaluate.tasks of the run, else raw/NAME). Default: validation, if there is no --harness",
+        "evaluate.tasks of the run, else raw/NAME), validation=FOLDER takes the held-out split of other prepared data "
+        "of the same tokenizer. Default: validation, if there is no --harness",
     )
     parser.add_argument(
         "--harness",
@@ -78,10 +79,8 @@ def wanted_tasks(text: str | None, *, default: bool) -> dict[str, str | None]:
         return {"validation": None} if default else wanted
     for part in text.split(","):
         name, equals, place = part.strip().partition("=")
-        if name not in TASK_NAMES or (equals and (not place or name == "validation")):
-            raise UserError(
-                f"--tasks: {part.strip()!r} is none of {', '.join(TASK_NAMES)}, or NAME=PATH of the last three"
-            )
+        if name not in TASK_NAMES or (equals and not place):
+            raise UserError(f"--tasks: {part.strip()!r} is none of {', '.join(TASK_NAMES)}, alone or as NAME=PATH")
         if name in wanted:
             raise UserError(f"--tasks: names {name} twice; name it once")
         wanted[name] = place or None

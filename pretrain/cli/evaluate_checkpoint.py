@@ -20,9 +20,9 @@ from common.terminal import visible
 from common.urls import URL
 from pretrain.checkpoint.folder import check_output_folder
 from pretrain.config.schema import Config
-from pretrain.data.sources import Sources, open_sources
+from pretrain.data.sources import Sources, check_held_out, open_sources
 from pretrain.evaluate import evaluate as validation
-from pretrain.evaluate import evaluation_windows, unigram_perplexity
+from pretrain.evaluate import evaluation_windows, target_counts, unigram_perplexity
 from pretrain.evaluation import results
 from pretrain.evaluation.examples import Encoder, Example
 from pretrain.evaluation.harness_run import evaluate_with_harness, task_specs
@@ -40,7 +40,7 @@ class Choices:
     """The options of the command."""
 
     wanted: dict[str, str | None]
-    """Task -> place of its files, if one is named."""
+    """Task -> place of its files, if one is named; of a validation the folder of other data than the run's."""
     harness: str | None = None
     limit: int | None = None
     batch: int = 16
@@ -91,7 +91,7 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
             found = _evaluate_one(opened, name, place, choices, limits)
             _refuse_what_is_not_finite(opened, name, found.content)
             rows, notes = rows + found.rows, notes + found.notes
-            agreed(partial(write, name, found.content))
+            agreed(partial(write, found.file, found.content))
     except UserError:
         show()  # hours of computing are not lost with the disk that refuses their file, nor with a later task
         raise
@@ -105,6 +105,8 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
 class Evaluated(NamedTuple):
     """One task of one checkpoint."""
 
+    file: str
+    """Its name, without an ending."""
     content: dict[str, Any]
     """Of its file."""
     rows: list[tuple[str, ...]]
@@ -114,10 +116,13 @@ class Evaluated(NamedTuple):
 
 def _evaluate_one(opened: OpenedModel, name: str, place: str | None, choices: Choices, limits: Limits) -> Evaluated:
     began, checkpoint = time.monotonic(), opened.checkpoint
+    file = name
     if name == "validation":
-        content = _validate(opened, choices)
+        content = _validate(opened, choices, place)
+        of = content.get("data", "")
+        file += f"-{of}" if of else ""
         rows: list[tuple[str, ...]] = [
-            (name, "", key, results.number(content[key]), "") for key in VALIDATION_KEYS if key in content
+            (name, of, key, results.number(content[key]), "") for key in VALIDATION_KEYS if key in content
         ]
         rows += [(name, source, "loss", results.number(loss), "") for source, loss in source_losses(content).items()]
         notes: list[str] = []
@@ -128,7 +133,7 @@ def _evaluate_one(opened: OpenedModel, name: str, place: str | None, choices: Ch
     content |= {"limit": choices.limit, "checkpoint": str(checkpoint.path.absolute())}
     content |= {"moving_average": True} if choices.ema else {}
     content |= {"step": checkpoint.progress.step, "seconds": time.monotonic() - began}
-    return Evaluated(content, rows, notes)
+    return Evaluated(file, content, rows, notes)
 
 
 VALIDATION_KEYS = ("loss", "perplexity", "bits_per_byte", "unigram_perplexity")
@@ -175,14 +180,16 @@ def _run_task(opened: OpenedModel, name: str, place: str | None, choices: Choice
     return result
 
 
-def _validate(opened: OpenedModel, choices: Choices) -> dict[str, Any]:
-    """The held-out split, by the keys of the run's evaluate section."""
+def _validate(opened: OpenedModel, choices: Choices, folder: str | None) -> dict[str, Any]:
+    """The held-out split of the run's data, or of those in `folder`, by the keys of the run's evaluate section."""
     config, place = opened.config, opened.place
+    if folder is not None:
+        config = config.replaced("data", manifest=folder, sources=())
     if choices.limit is not None:
         config = config.replaced("evaluate", sequences=choices.limit)
     if config.evaluate.sequences == 0:
         raise UserError("validation: evaluate.sequences is 0 in this run; set it, --set evaluate.sequences=256")
-    sources = agreed(lambda: _data(opened, config))
+    sources = agreed(lambda: _data(opened, config) if folder is None else _other_data(opened, config, folder))
     reader = sources.reader(config.evaluate.split, config)
     bar = tqdm(desc="validation", unit=" batches", leave=False, disable=None if place.parallel.is_first else True)
 
@@ -193,8 +200,17 @@ def _validate(opened: OpenedModel, choices: Choices) -> dict[str, Any]:
     with bar:
         values = validation(opened.evaluator, reader, config, place.parallel, place.device, before_batch=before_batch)
     assert values is not None
-    unigram = unigram_perplexity(reader, evaluation_windows(reader, config))
-    return {"task": "validation", "split": config.evaluate.split, **values, "unigram_perplexity": unigram}
+    windows = evaluation_windows(reader, config)
+    size = opened.tokenizer.bytes_of(target_counts(reader, windows))
+    if size:
+        values["bits_per_byte"] = values["loss"] * values["tokens"] / math.log(2) / size
+    unigram = unigram_perplexity(reader, windows)
+    content = {"task": "validation", "split": config.evaluate.split, **values, "unigram_perplexity": unigram}
+    if folder is None:
+        return content
+    # Another task's name: a model card shows what is of the run's own data.
+    manifest = sources.sources[0].manifest
+    return {**content, "task": "validation of other data", "data": manifest.folder.name, "digest": manifest.digest}
 
 
 def _data(opened: OpenedModel, config: Config) -> Sources:
@@ -208,5 +224,24 @@ def _data(opened: OpenedModel, config: Config) -> Sources:
         raise UserError(
             f"validation: the data of {sources.key} were made with another tokenizer than the model's; name those that "
             f"the run read with --data"
+        )
+    return sources
+
+
+def _other_data(opened: OpenedModel, config: Config, folder: str) -> Sources:
+    """The data in `folder`, which `config` names, and whose train split nobody reads. Raises UserError unless they were
+    made with the model's tokenizer."""
+    try:
+        if URL.match(folder):
+            raise UserError("is behind a URL; name a local copy")
+        sources = Sources.load(config)
+        check_held_out(sources.sources[0], config)
+    except UserError as error:
+        raise UserError(f"--tasks validation={folder}: {str(error).removeprefix('data.manifest: ')}") from None
+    ours = sources.tokenizer.sha256
+    if opened.checkpoint.state.get("tokenizer_sha256", ours) != ours:
+        raise UserError(
+            f"--tasks validation={folder}: was made with another tokenizer than the model's; prepare its text again "
+            f"with that one: --set tokenizer.model=DATA/tokenizer.model, DATA being what the run read"
         )
     return sources

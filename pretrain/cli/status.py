@@ -12,9 +12,10 @@ from pathlib import Path
 from common.arguments import Parser, a_path, above_zero
 from common.errors import UserError
 from common.strict_json import dumps
+from common.tables import listed
 from common.terminal import columns_of, follows_escapes, visible
 from pretrain.cli.refusals import exit_code_of
-from pretrain.views.reading import RunView
+from pretrain.views.reading import NotYet, RunView
 from pretrain.views.status import runs_table, screen, summary
 
 CLEAR = "\x1b[H\x1b[2J"
@@ -28,7 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
         "that goes on, also from another machine on the same file system.",
     )
     parser.add_argument("runs", nargs="+", type=a_path, metavar="RUN", help="run folders, e.g. runs/NAME or runs/*")
-    parser.add_argument("--watch", action="store_true", help="show it again and again, until all runs have ended")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="show it again and again, until all runs have ended; wait for those that have not begun",
+    )
     parser.add_argument(
         "--every", type=above_zero(86400), default=5.0, metavar="SECONDS", help="of --watch (default: 5)"
     )
@@ -43,38 +48,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def look(args: argparse.Namespace) -> None:
-    """Shows the runs once, or with --watch until all have ended or the user has seen enough. Raises UserError."""
-    views = open_all(args.runs)
-    show(views, as_json=args.json, clear=False)
+    """Shows the runs once, or with --watch until all have ended or the user has seen enough; with it waits for those
+    that have not begun. Raises UserError."""
+    views, awaited = open_all(args.runs, may_wait=args.watch, alone=len(args.runs) == 1)
+    if not views and not awaited:
+        raise UserError("RUN: none of these is a run folder")
+    clears, gone, said = False, list[UserError](), list[Path]()
     try:
-        while args.watch and any(view.state.goes_on for view in views):
-            time.sleep(args.every)
-            views, gone = updated(views)
-            show(views, as_json=args.json, clear=follows_escapes(sys.stdout))
+        while True:
+            if views:
+                show(views, as_json=args.json, clear=clears)
             for error in gone:  # after the screen, which the next one clears
                 print(passed_over(error), file=sys.stderr, flush=True)
+            if awaited and (clears or awaited != said):
+                print(waiting_text(awaited), file=sys.stderr, flush=True)
+            if not args.watch or not (awaited or any(view.state.goes_on for view in views)):
+                return
+            time.sleep(args.every)
+            clears, said = bool(views) and follows_escapes(sys.stdout), awaited
+            views, gone = updated(views, may_be_none=bool(awaited))
+            begun, awaited = open_all(awaited, may_wait=True, alone=len(args.runs) == 1)
+            views = sorted([*views, *begun], key=lambda view: args.runs.index(view.path))
     except KeyboardInterrupt:
         print()
 
 
-def open_all(paths: Sequence[Path]) -> list[RunView]:
-    """Raises UserError if a single one is no run, or none of several is; of several the others are passed over."""
-    if len(paths) == 1:
-        return [RunView.open(paths[0])]
-    views = []
+def open_all(paths: Sequence[Path], *, may_wait: bool, alone: bool) -> tuple[list[RunView], list[Path]]:
+    """The runs, and with `may_wait` the folders that may hold one later. The others are passed over; if `alone`, which
+    says that nothing else was asked for, they raise UserError."""
+    views, awaited = list[RunView](), list[Path]()
     for path in paths:
         try:
             views.append(RunView.open(path))
         except UserError as error:
-            print(passed_over(error), file=sys.stderr, flush=True)
-    if not views:
-        raise UserError("RUN: none of these is a run folder")
-    return views
+            if may_wait and isinstance(error, NotYet):
+                awaited.append(path)
+            elif alone:
+                raise
+            else:
+                print(passed_over(error), file=sys.stderr, flush=True)
+    return views, awaited
 
 
-def updated(views: list[RunView]) -> tuple[list[RunView], list[UserError]]:
+def waiting_text(awaited: Sequence[Path]) -> str:
+    """That no run has begun in these folders."""
+    it = "it" if len(awaited) == 1 else "them"
+    return visible(f"waiting for {listed([str(path) for path in awaited], 3)}: no run has begun in {it} yet")
+
+
+def updated(views: list[RunView], *, may_be_none: bool = False) -> tuple[list[RunView], list[UserError]]:
     """The runs as they are now, and why others are no more among them: one that somebody removes keeps nobody from the
-    others. Raises UserError if none is left."""
+    others. Raises UserError if none is left, unless `may_be_none`."""
     kept, gone = [], []
     for view in views:
         try:
@@ -82,7 +106,7 @@ def updated(views: list[RunView]) -> tuple[list[RunView], list[UserError]]:
             kept.append(view)
         except UserError as error:
             gone.append(error)
-    if not kept:
+    if gone and not kept and not may_be_none:
         raise gone[0]
     return kept, gone
 

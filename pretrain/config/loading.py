@@ -24,6 +24,7 @@ def config_tree(path: Path, overrides: Sequence[str] = (), *, option: str = "--c
     tree = _read(path, option)
     for override in _in_order(overrides):
         apply_override(tree, override)
+    _check_manifest(tree, overrides)
     _correct_description(tree, path, overrides)
     return tree
 
@@ -43,6 +44,10 @@ def inspect_config(
             apply_override(tree, override)
         except ConfigError as error:
             problems.append(error)
+    try:
+        _check_manifest(tree, overrides)
+    except ConfigError as error:
+        problems.append(error)
     _correct_description(tree, path, overrides)
     config, found = json_config.validate_all(Config, tree)
     return config, problems + found
@@ -61,6 +66,16 @@ def _read(path: Path, option: str) -> dict[str, Any]:
 def _in_order(overrides: Sequence[str]) -> list[str]:
     """Types first: a new type resets its section, and must not discard a key that stands before it on the line."""
     return sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".type"))
+
+
+def _check_manifest(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Raises ConfigError for `--set data.manifest` alone where the file's data.sources say what is read."""
+    keys, data = {override.partition("=")[0].strip() for override in overrides}, tree.get("data")
+    if keys & {"data.manifest", "data.sources"} == {"data.manifest"} and isinstance(data, dict) and data.get("sources"):
+        raise ConfigError(
+            "data.manifest: would not be read, for data.sources of the file say what is; to read it alone, add "
+            "--set 'data.sources=[]'"
+        )
 
 
 DESCRIBED = ("model", "data", "batch", "optimizer", "schedule", "train", "parallel", "evaluate", "deepspeed")

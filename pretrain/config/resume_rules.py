@@ -73,7 +73,7 @@ def changes_since(
         raise UserError(
             f"{key}: was {json.dumps(changes[key][0])} in {saved.checkpoint}, is {json.dumps(changes[key][1])} now"
             f"{more}; a resumed run "
-            f"keeps {'it' if one else 'them'}{why}: restore the old {'value' if one else 'values'}, choose another "
+            f"keeps {'it' if one else 'them'}{why}: restore the old {'value' if one else 'values'} or choose another "
             f"--run-dir{allow}"
         )
     return changes

@@ -87,8 +87,7 @@ class Patience:
                     self._waits.append(Wait(self._rank, file, reason, failures, now - began))
                     raise PassingError(
                         f"{file} cannot be read: {reason}; rank {self._rank} tried {failures} times in "
-                        f"{now - began:.0f} s. This may pass: the last checkpoint stands, and the same command goes on "
-                        f"from there; if it stays, look after the file system"
+                        f"{now - began:.0f} s. This may pass; if it stays, look after the file system"
                     ) from None
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
         if failures:

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -14,9 +14,11 @@ from typing import Literal
 
 from common.errors import Problem, UserError, refuse
 from common.paths import find_input
+from common.splits import SplitName
 from common.urls import URL
 from data_prep.shards.cache import ShardCache
 from data_prep.shards.format import WHOLE, Manifest, Part, TokenizerEntry, unreadable
+from data_prep.shards.reader import Stamp
 from pretrain.config.data_rules import folder_name, source_names
 from pretrain.config.schema import Config
 from pretrain.config.source_weights import whole_weights
@@ -45,8 +47,9 @@ class Sources:
     """All data sets of a run, which share a tokenizer."""
 
     sources: tuple[Source, ...]
-    hashed: bool = False
-    """Whether the sha256 of every shard was checked, so that no reader has to."""
+    hashed: Mapping[str, Mapping[str, Stamp]] = field(default_factory=dict)
+    """Digest of a manifest -> shards whose sha256 was checked at the start, each with the stamp that it had before: no
+    reader hashes it while it has that."""
     verified: tuple[VerifiedShard, ...] = ()
     """On rank 0: what was hashed, or is known from an earlier start, on file systems that all nodes share."""
     patience: Patience = field(default_factory=Patience, compare=False)
@@ -129,15 +132,15 @@ class Sources:
                 source.manifest,
                 split,
                 config.model.sequence_length,
-                # A cache hashes what it fetches and what it finds.
-                verify_on_first_read=config.data.verify == "size" and source.cache is None and not self.hashed,
+                verify_on_first_read=source.cache is None,  # a cache hashes what it fetches and what it finds
                 hold=source.cache.hold if source.cache else None,
                 max_tokens=config.data.max_tokens if split == "train" else None,
             )
             for source in self.sources
         ]
-        for reader in readers:
+        for reader, source in zip(readers, self.sources, strict=True):
             reader.patience = self.patience
+            reader.trust(self.hashed.get(source.manifest.digest, {}))
         return readers[0] if len(readers) == 1 else MixedReader(readers)
 
 
@@ -184,21 +187,32 @@ def _check_beside(source: Source, others: list[Source], problem: Problem) -> Non
         )
 
 
-def _check_splits(source: Source, config: Config) -> None:
-    """Checks that the splits that the run reads exist and have at least one window each."""
-    manifest, T, held_out = source.manifest, config.model.sequence_length, config.evaluate.split
-    if config.evaluate.sequences and held_out not in manifest.splits:
+def check_held_out(source: Source, config: Config) -> None:
+    """Raises UserError if the split that is evaluated is not there, or has no window."""
+    manifest, held_out = source.manifest, config.evaluate.split
+    if held_out not in manifest.splits:
         raise UserError(
             f"evaluate.split: {manifest.folder} has no {held_out} split, only {' and '.join(manifest.splits)}; set it "
             f"to validation, or prepare the data with a test_input"
         )
-    for split in ("train", held_out) if config.evaluate.sequences else ("train",):
-        if num_windows(manifest, split, T) < 1:
-            raise UserError(
-                f"{source.key}: the {split} split of {manifest.folder} holds {manifest.num_tokens(split)} tokens, "
-                f"fewer than one window of model.sequence_length + 1 = {T + 1}; prepare more text or shorten the "
-                f"model's sequences" + ("" if split == "train" else ", or set evaluate.sequences to 0")
-            )
+    _check_length(source, held_out, config, ", or set evaluate.sequences to 0")
+
+
+def _check_splits(source: Source, config: Config) -> None:
+    """Checks that the splits that the run reads exist and have at least one window each."""
+    if config.evaluate.sequences:
+        check_held_out(source, config)
+    _check_length(source, "train", config)
+
+
+def _check_length(source: Source, split: SplitName, config: Config, remedy: str = "") -> None:
+    manifest, T = source.manifest, config.model.sequence_length
+    if num_windows(manifest, split, T) < 1:
+        raise UserError(
+            f"{source.key}: the {split} split of {manifest.folder} holds {manifest.num_tokens(split)} tokens, "
+            f"fewer than one window of model.sequence_length + 1 = {T + 1}; prepare more text or shorten the "
+            f"model's sequences{remedy}"
+        )
 
 
 def _check_train_tokens(manifest: Manifest, config: Config) -> None:

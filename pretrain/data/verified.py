@@ -15,6 +15,7 @@ from typing import NamedTuple
 from common.files import write_json
 from common.hashing import sha256_json
 from data_prep.shards.format import Manifest, ShardEntry
+from data_prep.shards.reader import Stamp
 
 FILE = "verified.json"
 VERSION = 1
@@ -32,6 +33,14 @@ class VerifiedShard(NamedTuple):
     mtime_ns: int
     """When its content last changed, nanoseconds since the epoch, as the file system tells."""
     sha256: str
+
+
+def stamps_of(shards: Iterable[VerifiedShard]) -> dict[str, dict[str, Stamp]]:
+    """As readers take them, by manifest and name."""
+    found: dict[str, dict[str, Stamp]] = {}
+    for shard in shards:
+        found.setdefault(shard.manifest, {})[shard.name] = (shard.size, shard.mtime_ns)
+    return found
 
 
 def as_it_is(manifest: Manifest, entry: ShardEntry) -> VerifiedShard | None:

@@ -6,7 +6,7 @@ every token is a target exactly once per epoch, except the first of a split and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_prep.shards.format import Manifest
-from data_prep.shards.reader import Hold, SplitReader
+from data_prep.shards.reader import Hold, SplitReader, Stamp
 from pretrain.config.data_rules import source_names
 from pretrain.config.schema import Config
 from pretrain.config.source_weights import whole_weights
@@ -100,6 +100,10 @@ class WindowReader:
         self.patience = Patience()
         """Makes every read; this one raises each error as it is."""
 
+    def trust(self, hashed: Mapping[str, Stamp]) -> None:
+        """See SplitReader."""
+        self._split.trust(hashed)
+
     def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """`windows` [B] -> inputs and targets, both [B, T] int64 on the CPU."""
         T = self.sequence_length
@@ -159,7 +163,8 @@ class TrainingStream:
     position on, and where each source stood there (see stages.py; None: the run's first). With data.order streams,
     as with memory, the split is instead cut into G contiguous streams of W windows; a step takes the next window of
     each, so position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin again, with empty
-    memory. The last windows of the split, fewer than G, have no place in a stream.
+    memory. The last windows of the split, fewer than G, have no place in a stream. In a later stage, such as one of
+    longer windows, streams go on after as many windows as were read before it, rounded up to whole steps.
 
     Positions in `skipped` are left out: "c consumed sequences" counts the others. In streams these ranges are whole
     steps, and memory is empty after a range, because it held text from before the range.
@@ -187,6 +192,8 @@ class TrainingStream:
         self._document_mask = config.data.document_mask
         self._parts: dict[int, np.ndarray] = {}
         self._chunks = reader.num_windows // self._global if config.reads_streams else 0
+        self._begun = -(-sum(source.read for source in self.stage.mixed) // self._global)
+        """Windows of each stream that were read before the stage."""
         self.micro_steps = config.micro_steps(data_size)
 
     def own_positions(self, consumed: int, micro_step: int) -> np.ndarray:
@@ -197,8 +204,8 @@ class TrainingStream:
     def range_of(self, consumed: int, sequences: int) -> Range:
         """The positions that `sequences` sequences after `consumed` others span; in streams those of whole steps."""
         first, last = data_positions(np.array([consumed, consumed + sequences - 1]), self._skipped).tolist()
-        unit = self._global if self._chunks else 1
-        return first // unit * unit, (last // unit + 1) * unit
+        unit, begin = self._global if self._chunks else 1, self.stage.first
+        return begin + (first - begin) // unit * unit, begin + ((last - begin) // unit + 1) * unit
 
     def read_in_stage(self, consumed: int) -> int:
         """How many of the first `consumed` sequences, more than were read before the stage, it has read."""
@@ -236,8 +243,8 @@ class TrainingStream:
 
     def _order(self, positions: np.ndarray) -> np.ndarray:
         if self._chunks:
-            step, stream = np.divmod(positions, self._global)
-            return stream * self._chunks + step % self._chunks
+            step, stream = np.divmod(positions - self.stage.first, self._global)
+            return stream * self._chunks + (self._begun + step) % self._chunks
         # Nobody asks for the positions of earlier stages, which may share the first block with the stage's own.
         sources, turns = self.stage.schedule.sources(np.maximum(positions - self.stage.first, 0))
         windows, first = np.empty_like(positions), 0
@@ -258,14 +265,17 @@ class TrainingStream:
         if not self._chunks:
             return False
         before, first = data_positions(np.array([max(0, consumed - 1), consumed]), self._skipped).tolist()
-        return first // self._global % self._chunks == 0 or first != before + 1
+        step = self._begun + (first - self.stage.first) // self._global
+        return step % self._chunks == 0 or first != before + 1
 
     def epoch(self, consumed: int) -> float:
         """Passes over the training split after `consumed` sequences, skipped ones included; with several sources, over
-        all windows together, of those that are read now."""
+        all windows together, of those that are read now; in streams over the windows that have a place in one."""
+        position = self._position(consumed)
         if self._chunks:
-            return self._position(consumed) / (self._chunks * self._global)
-        return sum(self.stage.counts(self._position(consumed))) / self._reader.num_windows
+            read = self._begun * self._global + position - self.stage.first
+            return read / (self._chunks * self._global)
+        return sum(self.stage.counts(position)) / self._reader.num_windows
 
     def _position(self, consumed: int) -> int:
         return int(data_positions(np.array([consumed]), self._skipped)[0])

@@ -96,6 +96,12 @@ class ScoreCounter:
         return self._inner.settle(own, logits, place, is_repeated=is_repeated)
 
 
+def is_softmax(model: ModelConfig, router: str) -> bool:
+    """Whether the scores of the router with this canonical name are a softmax of its logits, not sigmoids."""
+    attention = model.attention
+    return isinstance(attention, MoAConfig) and attention.router == "softmax" and ".attention." in router
+
+
 def _counted(scores: Tensor) -> Tensor:
     """`scores` [...] from 0 to 1 -> [BINS] int64: how many are in each part. Those that are no number are in none. Not
     by torch.histc, which train.deterministic forbids on a GPU."""
@@ -137,9 +143,9 @@ class Survey:
         if isinstance(vars(module).get("forward"), GraphedForward) or is_compiled(module):
             return self._take_gradients
         for name, router in routing_statistics(self._engine.module):
-            softmax = isinstance(model.attention, MoAConfig) and ".attention." in name
+            counts, softmax = self._counts[self._names.index(name)], is_softmax(model, name)
             self._listening.append((router, router.choices))
-            router.choices = ScoreCounter(router.choices, self._counts[self._names.index(name)], softmax=softmax)
+            router.choices = ScoreCounter(router.choices, counts, softmax=softmax)
         return self._take_gradients
 
     def end(self, learning_rate: float) -> DetailsReading:

@@ -13,7 +13,7 @@ from common.errors import UserError
 from model.language_model import LanguageModel, routing_statistics
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.folder import Checkpoint
-from pretrain.checkpoint.prepared_data import moved_data
+from pretrain.checkpoint.prepared_data import find_data, moved_data
 from pretrain.config.loading import apply_override, parse_config, to_json
 from pretrain.config.rules import check_ranks, choose_backends
 from pretrain.config.schema import Config
@@ -42,8 +42,8 @@ def evaluation_config(
     checkpoint: Checkpoint, saved: Config, *, data: Sequence[str], overrides: Sequence[str], batch: int, ranks: int
 ) -> tuple[Config, Tokenizer]:
     """The configuration to evaluate with, and the tokenizer. `data`: folders of prepared data, where they are looked
-    for if they are no longer where the run read them. `overrides`: --set; the layout is that of data parallelism alone
-    unless they say otherwise. Raises UserError."""
+    for if they are no longer where the run read them; others are refused, for their numbers would pass for theirs.
+    `overrides`: --set; the layout is that of data parallelism alone unless they say otherwise. Raises UserError."""
     tree = to_json(saved)
     tree["parallel"], tree["deepspeed"], tree["kernels"] = {}, {}, {}
     tree["train"] |= {"precision": "fp32", "recompute": "none", "cuda_graph": "off", "compile": "off"}
@@ -57,6 +57,11 @@ def evaluation_config(
             )
         apply_override(tree, override)
     tokenizer = tokenizer_of(checkpoint, data)
+    for folder in data:
+        try:
+            find_data(checkpoint, folder)
+        except UserError as error:
+            raise UserError(f"{error}; other data's held-out split: --tasks validation=FOLDER") from None
     tree["data"] = to_json(moved_data(checkpoint, saved, data))["data"]
     config = parse_config(tree)
     check_ranks(config, ranks)

@@ -64,5 +64,5 @@ def choose(logits: Tensor, sampling: Sampling, draws: list[Draws]) -> list[int]:
         kept = 1 + int(np.searchsorted(row, sampling.top_p)) if sampling.top_p < 1.0 else len(row)
         mass = row[min(kept, len(row)) - 1]
         chosen.append(int(np.searchsorted(row[:kept], draw.next() * mass, side="right")))
-    index = torch.tensor(chosen, device=ids.device).clamp(max=ids.shape[1] - 1)
-    return ids.gather(1, index[:, None])[:, 0].tolist()
+    # In fp64 too a number below 1 times the mass is less than the mass, so nothing behind the kept ids is drawn.
+    return ids.gather(1, torch.tensor(chosen, device=ids.device)[:, None])[:, 0].tolist()

@@ -19,10 +19,11 @@ Result = TypeVar("Result")
 class PeerFailed(Exception):
     """Another rank met an error that the user must fix, or that may pass, and reports it; this rank leaves quietly."""
 
-    def __init__(self, kind: type[UserError] = UserError) -> None:
-        """`kind`: of that error, a PassingError or not."""
+    def __init__(self, kind: type[UserError] = UserError, words: str = "") -> None:
+        """`kind`: of that error, a PassingError or not. `words`: what it says, for the record of the run; empty where
+        this rank was not told."""
         super().__init__()
-        self.kind = kind
+        self.kind, self.words = kind, words
 
 
 def agreed(function: Callable[[], Result]) -> Result:
@@ -81,14 +82,18 @@ def agree(error: Exception | None) -> None:
     raise_agreed(error, first % size if first < 2 * size else None, passes=first >= size)
 
 
-def raise_agreed(error: Exception | None, first_failed: int | None, *, passes: bool = False) -> None:
-    """Not collective: `error` on the first rank that failed, PeerFailed on every other, nothing if none has failed.
-    `passes`: the first one's is a PassingError."""
+def raise_agreed(
+    error: Exception | None, first_failed: int | None, *, passes: bool = False, group: dist.ProcessGroup | None = None
+) -> None:
+    """`error` on the first rank that failed, PeerFailed with its words on every other, nothing if none has failed.
+    `passes`: the first one's is a PassingError. Collective (over `group`, of all ranks) if one has failed."""
     if first_failed is None:
         return
+    words = [str(error)]
+    dist.broadcast_object_list(words, src=first_failed, group=group)
     if error is not None and first_failed == dist.get_rank():
         raise error
-    raise PeerFailed(PassingError if passes else UserError)
+    raise PeerFailed(PassingError if passes else UserError, f"rank {first_failed}: {words[0]}")
 
 
 def check_same(what: str, value: str) -> None:

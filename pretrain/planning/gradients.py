@@ -61,8 +61,8 @@ class _Sizes(NamedTuple):
 def gradients(config: Config, data_size: int, micro_steps: int, device_type: str) -> Gradients:
     """Of a rank of a run whose model is in one piece, at ZeRO 0 to 2, on `cuda` or `cpu`."""
     sizes, settings = _sizes(config, data_size), deepspeed_json(config, data_size)["zero_optimization"]
-    stages = {0: _stage_0, 1: _stage_1, 2: _stage_2}
-    found = stages[config.parallel.zero](config, sizes, settings, data_size, micro_steps)
+    stage = {0: _stage_0, 1: _stage_1, 2: _stage_2}[config.parallel.zero]
+    found = stage(config, sizes, settings, data_size, micro_steps)
     if device_type == "cpu" and config.parallel.zero:  # gloo's copy of the weights that ranks gather after an update
         found = found._replace(afterwards=max(found.afterwards, ITEM[config.train.precision] * sizes.all))
     return found

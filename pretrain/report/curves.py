@@ -113,7 +113,7 @@ class Curves:
 
     def validation(self, at: Position, values: dict[str, Any], split: str) -> None:
         self._begin(at.step)
-        where = "validation" if split == "validation" else f"{split} split"
+        where = tags.split_words(split)
         names = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
         points = {f"{names[key]}/{where}": float(v) for key, v in values.items() if key in names and v is not None}
         points |= {

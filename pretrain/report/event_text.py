@@ -54,7 +54,8 @@ def _validation(event: Row) -> str:
     of_sources = source_losses(event)
     told = f" ({sources_text(of_sources)})" if of_sources else ""
     average = f"; moving average: loss {_number(event['ema_loss'])}" if "ema_loss" in event else ""
-    return f"validation after {_step(event)}: loss {_number(event.get('loss'))}{told}{average}"
+    where = "" if event.get("split", "validation") == "validation" else f" on the {event['split']} split"
+    return f"validation after {_step(event)}{where}: loss {_number(event.get('loss'))}{told}{average}"
 
 
 def _replicas(event: Row) -> str:

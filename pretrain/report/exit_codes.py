@@ -26,16 +26,16 @@ MEANING = {
     ExitCode.FINISHED: "finished, or reached train.stop_after_steps",
     ExitCode.UNFORESEEN: "an unforeseen error, with its traceback",
     ExitCode.REFUSED: "refused: configuration, data, checkpoint or run folder; the message says what to change",
-    ExitCode.DIVERGED: "diverged: too many updates skipped in a row, or too many rollbacks; the last checkpoint stands",
-    ExitCode.REPLICAS_DIFFER: "ranks that must hold the same weights do not; the last checkpoint stands",
+    ExitCode.DIVERGED: "diverged: too many updates skipped in a row, or too many rollbacks; what was saved stands",
+    ExitCode.REPLICAS_DIFFER: "ranks that must hold the same weights do not; what was saved stands",
     ExitCode.HUNG: "a rank did not arrive within resilience.hang_timeout_seconds, or within the shorter limit of a "
-    "step (resilience.step_timeout_factor); the last checkpoint stands",
+    "step (resilience.step_timeout_factor); what was saved stands",
     ExitCode.FOLDER_LOST: "another run has taken over the run folder, or it was removed or renamed; this one stopped "
     "writing",
     ExitCode.CUT_OFF: "a rank could not go on: another one died or never came, or its data could not be read for "
-    "minutes (a fault that may pass); the last checkpoint stands",
+    "minutes (a fault that may pass); what was saved stands",
     ExitCode.STOPPED: "stopped by a signal, checkpoint saved (or nothing trained yet): start the same command again",
-    ExitCode.INTERRUPTED: "a second signal ended it at once; the last checkpoint stands: start the same command again",
+    ExitCode.INTERRUPTED: "a second signal ended it at once; what was saved stands: start the same command again",
 }
 
 

@@ -43,6 +43,11 @@ SUMMARY = {
 KINDS_OF_LAYER = {"attention": "attention", "feedforward": "feed-forward"}
 
 
+def split_words(split: str) -> str:
+    """What the names of curves say of a split that a run was evaluated on."""
+    return "validation" if split == "validation" else f"{split} split"
+
+
 def tag_of(key: str) -> tuple[str, float]:
     """The tag of a key of metrics.jsonl, and the factor to its unit."""
     if key in TAGS:
@@ -101,7 +106,7 @@ def layout(*, has_tasks: bool, has_sources: bool) -> dict[str, dict[str, list[ob
 
     return {
         "how well it learns": {
-            "loss": chart("^loss/(train|validation|validation of the moving average)$"),
+            "loss": chart("^loss/(train|(validation|test split)( of the moving average)?)$"),
             **({"validation loss by source": chart("^[a-z ]+ loss by source/")} if has_sources else {}),
             "perplexity": chart("^perplexity/"),
             "gradient norm": chart("^optimizer/gradient norm$"),

@@ -25,8 +25,8 @@ from pretrain.report.board import Board, texts_of
 from pretrain.report.writer import Position
 
 MEGA = 1e6
-COMPARED = "loss/train", "loss/validation"
-"""The metrics of a run's row among the hyperparameters, and the curves that have further axes."""
+FURTHER_AXES = "loss/train", "loss/validation", "loss/test split"
+"""The curves that are drawn against tokens and FLOPs too."""
 
 
 class TensorBoard:
@@ -47,7 +47,7 @@ class TensorBoard:
     def scalars(self, at: Position, values: Mapping[str, float]) -> None:
         self._main.scalars(at.step, values)
         for axis, board, place in (("tokens", self._tokens, at.tokens), ("MFLOP", self._flops, int(at.flops / MEGA))):
-            points = {f"loss against {axis}/{tag[5:]}": values[tag] for tag in COMPARED if tag in values}
+            points = {f"loss against {axis}/{tag[5:]}": values[tag] for tag in FURTHER_AXES if tag in values}
             if points:
                 board.scalars(place, points)
 
@@ -89,7 +89,9 @@ class TensorBoard:
             has_tasks=any(key.startswith("evaluate.tasks.") for key in values),
             has_sources=len(values.get("data.sources", ())) > 1,
         )
-        for part in (*summaries.hparams(kept, dict.fromkeys(COMPARED, 0.0)), summaries.custom_scalars(page)):
+        # The metrics of a run's row among the hyperparameters.
+        compared = "loss/train", f"loss/{tags.split_words(values.get('evaluate.split', 'validation'))}"
+        for part in (*summaries.hparams(kept, dict.fromkeys(compared, 0.0)), summaries.custom_scalars(page)):
             self._main.add(0, part)
 
     def flush(self) -> None:

@@ -1,7 +1,8 @@
 """Curves, pictures and texts for Weights & Biases: one run there for all starts of a run folder.
 
 A thread of its own does everything, so that training never waits for a network. W&B takes no step twice and none after
-a later one. How far it has come stands in RUN_DIR/wandb; points of steps that are computed again are not sent again.
+a later one, and another start nothing for the steps that it has. How far it has come, with points or texts, stands in
+RUN_DIR/wandb; points of steps that are computed again are not sent again.
 """
 
 from __future__ import annotations
@@ -125,12 +126,13 @@ class WeightsAndBiases:
         """Something that is no number. A picture is drawn while later steps come: it goes to the newest one."""
         if step <= self._sent:
             return
-        place = max(step, self._newest)
+        place = self._newest = max(step, self._newest)
 
         def send(run: Any) -> None:
             import wandb
 
             run.log({tag: make(wandb)}, step=place)
+            self._mark.move(place)
 
         self._put(send)
 

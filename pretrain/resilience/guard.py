@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.errors import PassingError, UserError
 from common.run_lock import is_alive, is_same_machine, process_identity
 from common.slurm import node_name
 from pretrain.config.schema import ResilienceConfig
@@ -27,7 +27,7 @@ COLLECTIVE_SECONDS = 1800.0
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on; its last checkpoint stands. Raised on every rank."""
+    """The run cannot go on; what it saved stands. Raised on every rank."""
 
     code: ExitCode
 
@@ -109,18 +109,25 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
     except RunFailed as error:
         folder.end(error.code, str(error))
         raise
+    except PassingError as error:
+        passing = PassingError(f"{error}. {stop.what_stands()}")
+        folder.end(code_of(type(passing)), str(passing))
+        raise passing from None
     except UserError as error:
         folder.end(code_of(type(error)), str(error))
         raise
     except PeerFailed as error:
-        folder.end(code_of(error.kind), "another rank met an error and said so")
+        told = error.words or "another rank met an error and said so"
+        # Of all ranks that were told, the one with the lock writes it down; the others need not look.
+        is_needed = issubclass(error.kind, PassingError) and folder.lock is not None
+        folder.end(code_of(error.kind), f"{told}. {stop.what_stands()}" if is_needed else told)
         raise
     except BaseException as error:
         reason = lost_connection(error)
         if reason is None:
             folder.end(ExitCode.UNFORESEEN, repr(error))
             raise
-        lost = RankLost(f"{lost_text(reason, f' in {phases.record}')}. The last checkpoint stands")
+        lost = RankLost(f"{lost_text(reason, f' in {phases.record}')}. {stop.what_stands()}")
         folder.end(lost.code, str(lost))
         raise lost from None
     finally:

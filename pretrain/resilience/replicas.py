@@ -55,8 +55,8 @@ def what_to_do(node: str | None) -> str:
     """Advice for the end of a run whose replicas differ."""
     suspect = "those machines" if node is None else f"{node}, whose ranks alone differ from the majority, or exclude it"
     return (
-        f"The last checkpoint was saved before; check the memory of {suspect} or, if other machines end in the same "
-        "way, the layer of that parameter: its gradient must be the same on all"
+        f"Check the memory of {suspect} or, if other machines end in the same way, the layer of that parameter: its "
+        f"gradient must be the same on all"
     )
 
 

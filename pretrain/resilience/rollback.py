@@ -11,8 +11,6 @@ from common.errors import UserError
 from common.files import write_json
 from common.presence import exists
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
-from pretrain.checkpoint.folder import list_checkpoints
-from pretrain.checkpoint.saver import Saver
 from pretrain.data.progress import Progress, Range, merged
 from pretrain.data.stages import Stage
 
@@ -131,18 +129,3 @@ def with_skips(progress: Progress, stage: Stage, manifest_digest: str, rollbacks
     left_out = (rollback.skipped for rollback in rollbacks if rollback.skipped is not None and is_ours(rollback))
     ahead = tuple((max(first, position), end) for first, end in left_out if end > position)
     return replace(progress, skipped_ranges=merged((*own, *ahead)))
-
-
-def what_stands(run_dir: Path, saver: Saver) -> str:
-    """What a run that diverged can go on from, and how; a checkpoint that is being written is there by its end."""
-    rate = "a lower learning rate (--set optimizer.learning_rate=..."
-    try:
-        is_saved = saver.is_writing or bool(list_checkpoints(run_dir / "checkpoints"))
-    except UserError:  # a folder that cannot be read now must not change how the run ends
-        is_saved = True
-    if not is_saved:
-        return f"Nothing was saved: begin again with {rate})"
-    return (
-        f"The last checkpoint stands: resume from it with {rate} --set 'checkpoint.allow_changes=[\"optimizer\"]'), or "
-        f"from an earlier one (checkpoint.resume=PATH)"
-    )

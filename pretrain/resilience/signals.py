@@ -48,6 +48,8 @@ LEAVE_SECONDS = 10.0
 """How long leaving at once may take: the file system may be what hangs."""
 ASIDE_SECONDS = 30.0
 """How long a rank waits for the first one of its node to say what all of them have found."""
+STANDING_SECONDS = 2.0
+"""How long a process that ends at once looks for what it leaves: the file system may be what hangs."""
 LOOK_SECONDS = 0.5
 """How often parent and grandparent are looked at."""
 
@@ -75,6 +77,8 @@ class Stop:
         """Called with code and message when the process is left at once (not by SIGKILL)."""
         self.peer_is_dead: Callable[[], bool] = lambda: False
         """Whether a rank of this machine has died. Set once the ranks have met."""
+        self.standing: Callable[[], str] = lambda: "Nothing was trained"
+        """Says from which checkpoint the run can go on, a sentence without its stop. Set once the ranks have met."""
         self._reason: str | None = None
         self._asked = 0.0
         self._installed = False
@@ -144,6 +148,15 @@ class Stop:
         time.sleep(ASIDE_SECONDS)
         return True
 
+    def what_stands(self) -> str:
+        """What `standing` says, for a process that ends now, from any thread; that it is not known, if the file system
+        does not answer soon."""
+        said: list[str] = []
+        asking = threading.Thread(target=lambda: said.append(self.standing()), name="standing", daemon=True)
+        asking.start()
+        asking.join(STANDING_SECONDS)
+        return said[0] if said else "Its checkpoints cannot be read now"
+
     def leave(self, code: ExitCode, message: str, reason: str = "") -> NoReturn:
         """Ends the process at once, from any thread; an empty message is not written. `reason`: what the outcome says,
         where that is more than the message of one rank."""
@@ -180,9 +193,7 @@ class Stop:
                 is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
                 self.leave(ExitCode.STOPPED, f"{reason} during start-up: nothing was trained" if is_speaker else "")
         elif time.monotonic() - self._asked > SECOND_SIGNAL_SECONDS:
-            self.leave(
-                ExitCode.INTERRUPTED, f"{reason} after {self._reason}: leaving at once; the last checkpoint stands"
-            )
+            self.leave(ExitCode.INTERRUPTED, f"{reason} after {self._reason}: leaving at once. {self.what_stands()}")
 
     def _is_orphan(self) -> bool:
         return self._parent >= 0 and os.getppid() != self._parent
@@ -202,7 +213,7 @@ class Stop:
             return
         time.sleep(PEER_SECONDS)
         if self.state is not ProcessState.ENDING:  # type: ignore[comparison-overlap]  # another thread sets it
-            self.leave(ExitCode.CUT_OFF, "another rank of this machine has died; the last checkpoint stands")
+            self.leave(ExitCode.CUT_OFF, f"another rank of this machine has died. {self.what_stands()}")
 
 
 def is_launched() -> bool:

@@ -237,7 +237,8 @@ class Watchdog:
             calls = collectives.explain(collectives.read(self._hang))
         except Exception as error:  # what else is known must be said
             calls = [f"the records cannot be compared: {type(error).__name__}: {error}"]
-        self._publish(describe(reports, silent, words, self._limit()[1], self._hang, calls), message)
+        text = describe(reports, silent, words, self._limit()[1], self._hang, calls)
+        self._publish(f"{text}. {self._stop.what_stands()}", message)
 
     def _last_words(self, silent: list[int]) -> dict[int, str]:
         """For each of the ranks `silent`: where it was last, and what its process does now."""
@@ -338,5 +339,5 @@ def describe(
     return (
         f"hang: {furthest.record} does not end. Did not arrive: {'; '.join(absent)}. Waiting: ranks "
         f"{ranges(waiting)}, for {furthest.waited_seconds:.0f} s ({limit}). "
-        f"{told}Stacks of every rank that could write them: {folder}. The last checkpoint stands"
+        f"{told}Stacks of every rank that could write them: {folder}"
     )

@@ -95,6 +95,8 @@ def find_checkpoint(place: Path) -> Checkpoint:
                 f"RUN: {place} is an export, which launch/generate.py and pretrain.api.open_model read; for other "
                 f"commands make a checkpoint of it: python launch/import_weights.py {quoted} --to FOLDER"
             )
+        if (place / "sweep.json").exists():  # SWEEP_RECORD of pretrain/report/run_paths.py, a room above
+            raise UserError(f"RUN: {place} is the folder of a sweep; name a run in it")
         is_run = is_run or (place / "config.json").exists()
         raise UserError(
             f"RUN: {place} has no checkpoint yet; wait for the first (checkpoint.every_steps of its configuration)"

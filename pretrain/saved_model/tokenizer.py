@@ -133,6 +133,14 @@ class Tokenizer:
             return UNKNOWN_TEXT.encode()
         return str(self._model.id_to_piece(number)).replace(SPACE_SYMBOL, " ").encode()
 
+    def bytes_of(self, counts: np.ndarray) -> int | None:
+        """Bytes in UTF-8 of a text that has each id as often as `counts` [n] says, with the blank that SentencePiece
+        puts before a document; None where ids have no text, or some are unknown, whose text is lost."""
+        present = np.flatnonzero(counts).tolist()
+        if not self.has_text or (self._model is not None and any(map(self._model.is_unknown, present))):
+            return None
+        return int(sum(int(counts[number]) * len(self.content(number)) for number in present))
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each id stands for inside a text; a byte that is no character of its own as <0xE2>."""
         return [self._piece(int(number)) for number in ids]

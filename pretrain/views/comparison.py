@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from common.errors import UserError
+from common.splits import SPLITS, SplitName
 from common.tables import counted
 from common.terminal import visible
+from common.urls import URL
 from pretrain.views.reading import RunView
 
 AXES = {"step": "steps", "tokens": "tokens", "flops": "training FLOPs"}
@@ -58,7 +61,8 @@ class Run:
         return float(np.median(known)) if len(known) else math.nan
 
     def _flops_rate(self) -> np.ndarray:
-        return self.column("flops_per_second") / self.column("tokens_per_second")
+        with np.errstate(divide="ignore", invalid="ignore"):  # a warning of numpy's is none for a reader
+            return self.column("flops_per_second") / self.column("tokens_per_second")
 
     def _flops(self) -> np.ndarray:
         tokens, rate, usual = self.column("tokens"), self._flops_rate(), self.flops_per_token
@@ -155,7 +159,22 @@ def differing_facts(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     every = [facts(run) for run in runs]
     keys = dict.fromkeys(key for found in every for key in found)
     rows = [(key, [found.get(key) for found in every]) for key in keys]
-    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+    meant = [(key, values, [as_meant(key, value) for value in values]) for key, values in rows]
+    return [(key, values) for key, values, these in meant if any(value != these[0] for value in these)]
+
+
+def as_meant(key: str, value: Any) -> Any:
+    """A setting in the one form that it has among several which mean the same: data are named by their folder, or by
+    the manifest in it."""
+    if key == "data.manifest" and isinstance(value, str):
+        url = URL.match(value)
+        path = PurePosixPath(value[url.end() :] if url else value)
+        path = path.parent if path.name == "manifest.json" else path
+        return f"{url[0] if url else ''}{path}"
+    if key == "data.sources" and isinstance(value, list):
+        rows = [row if isinstance(row, dict) else {} for row in value]
+        return [{**row, "manifest": as_meant("data.manifest", row.get("manifest"))} for row in rows]
+    return value
 
 
 def places(runs: Sequence[Run], axis: str, count: int = 6) -> list[float]:
@@ -180,23 +199,44 @@ def losses(runs: Sequence[Run], axis: str) -> list[tuple[float, list[float]]]:
     return found
 
 
-def validation_losses(runs: Sequence[Run]) -> list[tuple[float, list[float]]]:
-    """A step and the loss of every run on the held-out split after it, NaN where a run was not validated: some steps,
+def splits_of(runs: Sequence[Run]) -> list[SplitName]:
+    """Those on which any of the runs was validated."""
+    found = {split for run in runs for split in run.view.splits}
+    return [split for split in SPLITS if split in found]
+
+
+def validation_losses(runs: Sequence[Run], split: SplitName = "validation") -> list[tuple[float, list[float]]]:
+    """A step and the loss of every run on a split after it, NaN where a run was not validated on that: some steps,
     evenly among all, with the first and the last."""
-    found = [dict(run.view.validations()) for run in runs]
+    found = [dict(run.view.validations(split)) for run in runs]
     steps = sorted(set().union(*found))
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), VALIDATIONS)).round().astype(int))
     return [(steps[n], [of_run.get(steps[n], math.nan) for of_run in found]) for n in chosen]
 
 
-def source_losses_at_end(runs: Sequence[Run]) -> tuple[int, list[tuple[str, list[float]]]]:
-    """The last step after which all runs were validated (0: there is none); every source of that validation, and its
-    loss in every run, NaN where a run did not read it."""
-    found = [dict(run.view.source_validations()) for run in runs]
+def source_losses_at_end(
+    runs: Sequence[Run], split: SplitName = "validation"
+) -> tuple[int, list[tuple[str, list[float]]]]:
+    """The last step after which all runs were validated on a split (0: there is none); every source of that validation,
+    and its loss in every run, NaN where a run did not read it."""
+    found = [dict(run.view.source_validations(split)) for run in runs]
     step = max(set.intersection(*map(set, found)), default=0)
     at_end = [of_run.get(step, {}) for of_run in found]
     names = dict.fromkeys(name for losses in at_end for name in losses)
     return step, [(name, [losses.get(name, math.nan) for losses in at_end]) for name in names]
+
+
+def task_accuracies_at_end(runs: Sequence[Run]) -> list[tuple[str, int, list[float]]]:
+    """Every task, the last step after which all runs that were evaluated on it have an accuracy, and that of every run,
+    NaN where a run was not; no task without such a step."""
+    every = [run.view.task_accuracies() for run in runs]
+    found = []
+    for task in sorted({task for of_run in every for task in of_run}):
+        of_task = [of_run.get(task, {}) for of_run in every]
+        step = max(set.intersection(*(set(of_run) for of_run in of_task if of_run)), default=None)
+        if step is not None:
+            found.append((task, step, [of_run.get(step, math.nan) for of_run in of_task]))
+    return found
 
 
 def differences(first: Run, other: Run, tolerance: float) -> tuple[int, list[Difference]]:

@@ -16,13 +16,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from common import html_page
-from common.tables import shortened
+from common.tables import shortened, shortened_apart
 from common.terminal import visible
-from pretrain.views.comparison import AXES, Run
+from pretrain.views.comparison import AXES, Run, splits_of
 from pretrain.views.comparison_text import DIFFERS, notes, tables
 
 MARKS = "^svDP*"
 """Of the sources of a mixture; of more curves than these none is drawn, for nobody could tell them apart."""
+DOTS = {"validation": ("o", "dots"), "test": ("X", "crosses"), "train": ("p", "pentagons")}
+"""How the losses of a split are marked, and what a person calls that."""
 POINTS = 600
 """Most points of a curve: the mean of its steps in as many equal parts."""
 LEGEND_LETTERS, TITLE_LETTERS = 168, 28
@@ -79,10 +81,12 @@ def drawn(runs: Sequence[Run]) -> bytes:
         _curves(axes, runs, axis, "loss")
         axes.set(title=f"training loss against {name}", xlabel=name, ylabel="nats per token")
     for number, run in enumerate(runs):
-        if validations := run.view.validations():
+        for split in run.view.splits:
             dots = {"color": f"C{number}", "markersize": 5, "fillstyle": fill(number)}
-            grid[0, 0].plot(*zip(*validations, strict=True), "o", **dots)
-            grid[0, 0].set_title("training loss, validation loss (dots) against steps")
+            grid[0, 0].plot(*zip(*run.view.validations(split), strict=True), DOTS[split][0], **dots)
+    if splits := splits_of(runs):
+        shown = [f"{split} loss ({DOTS[split][1]})" for split in splits]
+        grid[0, 0].set_title(f"training loss, {' and '.join(shown)}{' against steps' * (len(shown) == 1)}")
     _sources(grid[0, 0], runs)
     if len(runs) > 1:
         _distance(grid[1, 0], runs)
@@ -104,8 +108,8 @@ def drawn(runs: Sequence[Run]) -> bytes:
     # Its own handles: a curve whose label begins with _ would have none. A name may also hold a $.
     handles = [Line2D([], [], **look(number)) for number in range(len(runs))]
     legend = figure.legend(handles, ["" for _ in runs], loc="lower center", ncols=columns, frameon=False)
-    for entry, run in zip(legend.get_texts(), runs, strict=True):
-        entry.set(text=shortened(run.label, most), parse_math=False)
+    for entry, name in zip(legend.get_texts(), shortened_apart([run.label for run in runs], most), strict=True):
+        entry.set(text=name, parse_math=False)
     # Inches that the words need: to measure them (tight_layout) would take longer than to draw them.
     edges = {"left": 0.8 / wide, "right": 1 - 0.2 / wide, "bottom": (0.8 + 0.2 * rows) / high, "top": 1 - 0.4 / high}
     figure.subplots_adjust(**edges, wspace=0.24, hspace=0.3)
@@ -136,7 +140,15 @@ def _curves(axes: Axes, runs: Sequence[Run], axis: str, key: str) -> None:
 def _sources(axes: Axes, runs: Sequence[Run]) -> None:
     """The validation losses of the sources of mixtures, a mark for each source, where these are few enough to be told
     apart."""
-    found = [run.view.source_validations() for run in runs]
+    splits = splits_of(runs)
+    found = [
+        [
+            (step, {(split, name): loss for name, loss in losses.items()})
+            for split in splits
+            for step, losses in run.view.source_validations(split)
+        ]
+        for run in runs
+    ]
     names = list(dict.fromkeys(name for of_run in found for _, losses in of_run for name in losses))
     if not names or len(names) * len(runs) > len(MARKS):
         return
@@ -146,7 +158,9 @@ def _sources(axes: Axes, runs: Sequence[Run]) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), f"{mark}:", color=f"C{number}", markersize=4, linewidth=0.8)
     marks = [Line2D([], [], color="gray", marker=mark, linestyle=":") for mark in MARKS[: len(names)]]
-    for text in axes.legend(marks, names, title="validation, by source", fontsize=8, title_fontsize=8).get_texts():
+    shown = [name if len(splits) == 1 else f"{name} ({split})" for split, name in names]
+    title = f"{splits[0] if len(splits) == 1 else 'held out'}, by source"
+    for text in axes.legend(marks, shown, title=title, fontsize=8, title_fontsize=8).get_texts():
         text.set_parse_math(False)
 
 

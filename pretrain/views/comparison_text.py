@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from common.tables import DOTS, counted, folded_table
@@ -13,11 +13,14 @@ from pretrain.views.comparison import (
     AXES,
     DIGEST,
     Run,
+    as_meant,
     data_digest,
     differences,
     differing_facts,
     losses,
     source_losses_at_end,
+    splits_of,
+    task_accuracies_at_end,
     validation_losses,
 )
 from pretrain.views.reading import setting
@@ -25,6 +28,8 @@ from pretrain.views.reading import setting
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """Title, header, rows."""
 DIFFERS = "What differs"
+WINDOWS = ("evaluate.sequences", "evaluate.placement", "evaluate.streams", "model.sequence_length")
+"""Settings that decide what a validation reads of its split."""
 LONGEST = 60
 """Characters of a setting."""
 CONTEXT = 20
@@ -43,12 +48,16 @@ def tables(runs: Sequence[Run], tolerance: float, *, longest: int = LONGEST) -> 
         places = _places(losses(runs, axis))
         title = f"Loss {how} {name}" + (": no stretch of them is in all runs" * (not places))
         found.append((title, (name, *labels), places))
-    if places := _places(validation_losses(runs)):
-        found.append((f"Validation loss {how} steps", ("steps", *labels), places))
-    step, sources = source_losses_at_end(runs)
-    if sources:
-        rows = [(name, *_losses(values)) for name, values in sources]
-        found.append((f"Validation loss by source after step {step:,}", ("source", *labels), rows))
+    for split in splits_of(runs):
+        name = f"{split.capitalize()} loss"
+        found.append((f"{name} {how} steps", ("steps", *labels), _places(validation_losses(runs, split))))
+        step, sources = source_losses_at_end(runs, split)
+        if sources:
+            rows = [(source, *_losses(values)) for source, values in sources]
+            found.append((f"{name} by source after step {step:,}", ("source", *labels), rows))
+    if tasks := task_accuracies_at_end(runs):
+        rows = [(task, f"{step:,}", *_accuracies(values)) for task, step, values in tasks]
+        found.append(("Accuracy of tasks", ("task", "after step", *labels), rows))
     for other in runs[1:]:
         found.append(_differences(runs[0], other, tolerance))
     return found
@@ -57,6 +66,12 @@ def tables(runs: Sequence[Run], tolerance: float, *, longest: int = LONGEST) -> 
 def notes(runs: Sequence[Run]) -> list[str]:
     """What a reader of the losses must know."""
     keys = {key for key, _ in differing_facts(runs)}
+    other = [key for key in WINDOWS if key in keys]
+    of_windows = f"{' and '.join(other)} differ: validation losses are of other windows of the text"
+    return [*_notes_on_text(runs, keys), *([of_windows] if other and splits_of(runs) else [])]
+
+
+def _notes_on_text(runs: Sequence[Run], keys: Collection[str]) -> list[str]:
     if None not in (digests := [data_digest(run) for run in runs]) and len(set(digests)) == 1:
         return []  # data that lie elsewhere, and rows of the embedding that no piece uses
     of_text = [key for key in (DIGEST, "data.manifest", "data.sources", "model.vocab_size") if key in keys]
@@ -75,7 +90,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
 def _same_sources(runs: Sequence[Run]) -> bool:
     """Whether all read several data sets, the same in the same order: then validations read the same windows, whatever
     the weights."""
-    every = [setting(run.view.config, "data.sources") for run in runs]
+    every = [as_meant("data.sources", setting(run.view.config, "data.sources")) for run in runs]
     found = [[(row.get("manifest"), row.get("name")) for row in rows or () if isinstance(row, dict)] for rows in every]
     return len(found[0]) > 1 and all(rows == found[0] for rows in found)
 
@@ -156,6 +171,16 @@ def _place(value: float) -> str:
 
 def _number(value: float) -> str:
     return "none" if math.isnan(value) else f"{value:.9g}"
+
+
+def _accuracies(values: Sequence[float]) -> list[str]:
+    """As `_losses`, in percent."""
+    shown = ["-" if math.isnan(value) else f"{value:.2%}" for value in values]
+    known = [not (number == 0 or math.isnan(value) or math.isnan(values[0])) for number, value in enumerate(values)]
+    return [
+        f"{text} ({100 * (value - values[0]):+.2f})" if is_known else text
+        for text, value, is_known in zip(shown, values, known, strict=True)
+    ]
 
 
 def _loss(value: float, reference: float, number: int) -> str:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from common.errors import UserError
 from common.line_log import Row, is_event, is_step
 from common.run_lock import SignOfLife, last_sign_of_life
+from common.splits import SPLITS, SplitName
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.report.source_losses import source_losses
@@ -33,6 +34,14 @@ TAIL_BYTES = 1000
 """A line of metrics.jsonl or more: its times tell two courses of a run apart."""
 NOT_FOLLOWED = {"superseded_metrics"}
 """Events that repeat what metrics.jsonl once held: of a long run they would be most of what is kept."""
+
+
+BEFORE_A_RUN = re.compile(r"slurm|checkpoints|lock-\d+\.json|\..*")
+"""What its folder may hold before a run has begun: what submitting it and the first moments of a start leave there."""
+
+
+class NotYet(UserError):
+    """There is no run, but there may be one later: it waits in a queue, or is about to start."""
 
 
 class State(Enum):
@@ -151,14 +160,17 @@ class RunView:
 
     @classmethod
     def open(cls, path: Path) -> RunView:
-        """Raises UserError if `path` is no run folder or cannot be read."""
+        """Raises UserError if `path` is no run folder or cannot be read, and NotYet if it may become one."""
+        if not os.path.lexists(path):
+            raise NotYet(f"RUN: there is no folder {path}; name a run folder (runs/NAME)")
         if not path.is_dir():
             raise UserError(f"RUN: there is no folder {path}; name a run folder (runs/NAME)")
         if (path / SWEEP_RECORD).exists():
             line = f"python launch/sweep.py --sweep-dir {shlex.quote(str(path))} --table"
             raise UserError(f"RUN: {path} is the folder of a sweep; name runs in it, or show all of them: {line}")
         if not any((path / name).exists() for name in LOGS):
-            raise UserError(f"RUN: {path} is no run folder: it holds none of {', '.join(LOGS)}")
+            kind = NotYet if _may_become_one(path) else UserError
+            raise kind(f"RUN: {path} is no run folder: it holds none of {', '.join(LOGS)}")
         view = cls(path)
         view.update()
         return view
@@ -225,12 +237,24 @@ class RunView:
         again."""
         return [(step, _loss(event.get("loss"))) for step, event in self._validation_events(split)]
 
-    def source_validations(self) -> list[tuple[int, dict[str, float]]]:
-        """Step and the loss of each source, on the validation split; none of one data set, or of a version that did not
-        record them."""
+    @property
+    def splits(self) -> list[SplitName]:
+        """Those on which it was validated, see `evaluate.split`: mostly one, two where a resume changed it."""
+        return [split for split in SPLITS if self._validation_events(split)]
+
+    @property
+    def newest_validation(self) -> tuple[SplitName, int, float] | None:
+        """Split, step and loss; of two of one step that of the split which the configuration names."""
+        chosen = setting(self.config, "evaluate.split")
+        found = [(split, *self.validations(split)[-1]) for split in self.splits]
+        return max(found, key=lambda one: (one[1], one[0] == chosen), default=None)
+
+    def source_validations(self, split: str = "validation") -> list[tuple[int, dict[str, float]]]:
+        """Step and the loss of each source, on a split; none of one data set, or of a version that did not record
+        them."""
         return [
             (step, {name: _loss(loss) for name, loss in source_losses(event).items()})
-            for step, event in self._validation_events("validation")
+            for step, event in self._validation_events(split)
         ]
 
     def average_validations(self, split: str = "validation") -> list[tuple[int, float]]:
@@ -252,6 +276,17 @@ class RunView:
 
     def tasks(self, at_step: int | None = None) -> dict[str, Row]:
         """Task -> its newest evaluation that still counts, as of `validations`; with `at_step` the one after it."""
+        return {one["task"]: one for one in self._evaluations() if at_step in (None, one["step"])}
+
+    def task_accuracies(self) -> dict[str, dict[int, float]]:
+        """Task -> step -> accuracy, of evaluations that still count."""
+        found: dict[str, dict[int, float]] = {}
+        for one in self._evaluations():
+            if isinstance(one.get("accuracy"), int | float):
+                found.setdefault(one["task"], {})[one["step"]] = one["accuracy"]
+        return found
+
+    def _evaluations(self) -> list[Row]:
         found: list[Row] = []
         for event in self.events:
             step = event.get("step")
@@ -259,7 +294,14 @@ class RunView:
                 found = [one for one in found if one["step"] <= step]
             elif event["event"] == "evaluation" and isinstance(step, int) and isinstance(event.get("task"), str):
                 found.append(event)
-        return {one["task"]: one for one in found if at_step in (None, one["step"])}
+        return found
+
+
+def _may_become_one(folder: Path) -> bool:
+    try:
+        return all(BEFORE_A_RUN.fullmatch(name) for name in os.listdir(folder))
+    except OSError:
+        return False
 
 
 def _loss(value: Any) -> float:

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.run_lock import BEAT_SECONDS
-from common.tables import DOTS, counted, shortened, text_table
+from common.splits import SplitName
+from common.strict_json import finite
+from common.tables import DOTS, counted, shortened_apart, text_table
 from common.terminal import visible
 from pretrain.report.event_text import event_text
 from pretrain.report.exit_codes import ExitCode, meaning_of
@@ -65,7 +67,7 @@ def rows(view: RunView, now: float) -> list[tuple[str, str]]:
         ("step", step_text(view)),
         ("time left", left_text(view, now)),
         ("loss", loss_text(view)),
-        ("validation", validation_text(view)),
+        *((split, validation_text(view, split)) for split in view.splits),
         ("tasks", tasks_text(view)),
         ("speed", speed_text(view)),
         ("experts", balance_text(newest, view.config)),
@@ -132,19 +134,23 @@ def loss_text(view: RunView) -> str:
     return f"{losses[-1]:.4f} (mean of {len(losses)} steps {sum(losses) / len(losses):.4f})" if losses else ""
 
 
-def validation_text(view: RunView) -> str:
-    """The newest validation, also of each source of a mixture and of the moving average, and the best."""
-    validations = view.validations()
-    if not validations:
-        return ""
+def validation_text(view: RunView, split: SplitName) -> str:
+    """The newest validation on a split that has one, also of each source of a mixture and of the moving average, and
+    the best."""
+    validations = view.validations(split)
     step, loss = validations[-1]
     finite = [pair for pair in validations if math.isfinite(pair[1])]
     best, lowest = min(finite, key=lambda pair: pair[1]) if finite else (step, loss)
-    of_sources = dict(view.source_validations())[step]
+    of_sources = dict(view.source_validations(split))[step]
     text = f"{_finite(loss)} after step {step:,}" + (f" ({sources_text(of_sources)})" if of_sources else "")
     text += "" if best == step else f", best {lowest:.4f} after step {best:,}"
-    average = dict(view.average_validations()).get(step)
+    average = dict(view.average_validations(split)).get(step)
     return text if average is None else f"{text}; moving average {_finite(average)}"
+
+
+def _of_split(split: SplitName, loss: float) -> str:
+    """A loss in a column of those on the validation split."""
+    return _finite(loss) + ("" if split == "validation" else f" ({split})")
 
 
 def _finite(loss: float) -> str:
@@ -212,10 +218,29 @@ def memory_text(newest: dict[str, Any]) -> str:
     return f"{now / 2**30:.1f} GiB on rank 0, peak {peak / 2**30:.1f} GiB"
 
 
+def resume_text(view: RunView) -> str:
+    """Where the run's own command would go on, following checkpoint.resume."""
+    choice, begun = setting(view.config, "checkpoint.resume"), view.last("started").get("step")
+    newest = view.checkpoints[-1] if view.checkpoints else None
+    is_branch = isinstance(choice, str) and choice not in ("auto", "never")
+    if is_branch and (newest is None or (isinstance(begun, int) and int(newest.removeprefix("step-")) <= begun)):
+        # What lies in the folder may be of another branch.
+        return f"it continues from {view.last('resumed').get('path', choice)}, for nothing was saved since"
+    if newest is None:
+        return "it begins anew: nothing was saved"
+    return f"{'with checkpoint.resume=auto ' * (choice == 'never')}it continues from {newest}"
+
+
+def again_text(view: RunView) -> str:
+    """A run that was submitted starts by itself: its job goes back into the queue (docs/operations.md)."""
+    is_job = (view.path / "slurm").is_dir()
+    return "start the same command again" + ", unless its SLURM job is back in the queue (squeue)" * is_job
+
+
 def next_text(view: RunView) -> str:
     """What to do now."""
     state, run, hang = view.state, shlex.quote(str(view.path)), view.path / "hang" / "message.txt"
-    resume = f"it continues from {view.checkpoints[-1]}" if view.checkpoints else "it begins anew: nothing was saved"
+    resume = resume_text(view)
     if state is State.STARTING:
         return f"wait; `python launch/status.py {run} --watch` follows it"
     if state is State.RUNNING:
@@ -225,15 +250,15 @@ def next_text(view: RunView) -> str:
             return f"the same command with a later train.stop_after_steps goes on; {resume}"
         return f"`python launch/generate.py {run} --interactive` lets it write; docs/use.md has the rest"
     if state is State.STOPPED:
-        return f"start the same command again; {resume}"
+        return f"{again_text(view)}; {resume}"
     if state is State.DEAD:
-        return f"read the end of its log, then start the same command again; {resume}"
+        return f"read the end of its log, then {again_text(view)}; {resume}"
     code = view.outcome.get("exit_code")
     if code == ExitCode.HUNG:
-        return f"read {hang}: it names the rank that did not arrive; then the same command; {resume}"
+        return f"read {hang}: it names the rank that did not arrive; then {again_text(view)}; {resume}"
     changed = (text for known, text in NOT_THE_SAME_COMMAND.items() if known == code)
-    then = next(changed, "Start the same command again")
-    return f"{meaning_of(code)}; the end of its log says more. {then}; {resume}"
+    then = next(changed, None)
+    return f"{meaning_of(code)}; the end of its log says more. {then or f'Then {again_text(view)}'}; {resume}"
 
 
 def runs_table(views: Sequence[RunView], now: float, *, width: int | None = None) -> str:
@@ -250,7 +275,7 @@ def runs_table(views: Sequence[RunView], now: float, *, width: int | None = None
             room = width - sum(2 + widths[number] for number in kept[1:])
             if room >= min(LEAST_NAME, max(map(len, named))):
                 break
-        short = [shortened(name, max(room, SHORTEST_NAME)) for name in named]
+        short = shortened_apart(named, max(room, SHORTEST_NAME))
         rows = [(name, *(row[number] for number in kept[1:])) for name, row in zip(short, rows, strict=True)]
         return text_table([TITLES[number] for number in kept], rows, left=(0, 1))
     return visible(text_table(TITLES, rows, left=(0, 1)))
@@ -259,7 +284,7 @@ def runs_table(views: Sequence[RunView], now: float, *, width: int | None = None
 def _run_row(view: RunView, now: float) -> tuple[str, ...]:
     seconds, newest = seconds_per_step(view), view.metrics.newest
     loss, tokens = newest.get("loss"), newest.get("tokens")
-    validations = [value for _, value in view.validations()]
+    validated = view.newest_validation
     try:
         age = duration(now - (view.path / "metrics.jsonl").stat().st_mtime) + " ago"
     except OSError:
@@ -270,7 +295,7 @@ def _run_row(view: RunView, now: float) -> tuple[str, ...]:
         f"{view.step:,}",
         f"{view.last_step:,}" if view.last_step else "-",
         f"{loss:.4f}" if isinstance(loss, int | float) else "-",
-        f"{validations[-1]:.4f}" if validations else "-",
+        _of_split(validated[0], validated[2]) if validated else "-",
         f"{seconds:.3g}" if seconds is not None else "-",
         f"{tokens:,.0f}" if isinstance(tokens, int | float) else "-",
         left_text(view, now).partition(",")[0] or "-",
@@ -287,12 +312,13 @@ def summary(view: RunView) -> dict[str, Any]:
         "last_step": view.last_step,
         "newest": newest,
         "seconds_per_step": seconds_per_step(view),
-        "validations": [[step, loss if math.isfinite(loss) else None] for step, loss in view.validations()],
-        "validations_by_source": [
-            [step, {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}]
-            for step, losses in view.source_validations()
-            if losses
-        ],
+        **_validations(view, "validation", ""),
+        **{
+            key: value
+            for split in view.splits
+            if split != "validation"
+            for key, value in _validations(view, split, f"{split}_").items()
+        },
         "tasks": {
             name: {k: v for k, v in one.items() if k not in ("event", "time")} for name, one in view.tasks().items()
         },
@@ -301,6 +327,18 @@ def summary(view: RunView) -> dict[str, Any]:
         "silent_seconds": None if view.sign is None else view.sign.age,
         "sign_of_life_every_seconds": BEAT_SECONDS,
         "next": next_text(view),
+    }
+
+
+def _validations(view: RunView, split: SplitName, prefix: str) -> dict[str, Any]:
+    """Of a split, for another program."""
+    return {
+        f"{prefix}validations": [[step, finite(loss)] for step, loss in view.validations(split)],
+        f"{prefix}validations_by_source": [
+            [step, {name: finite(loss) for name, loss in losses.items()}]
+            for step, losses in view.source_validations(split)
+            if losses
+        ],
     }
 
 

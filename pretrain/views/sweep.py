@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.tables import folded_table, text_table
+from common.splits import SPLITS
+from common.tables import folded_table, shortened, text_table
 from common.terminal import visible
 from pretrain.report.exit_codes import ExitCode
 from pretrain.views.comparison import Run
 from pretrain.views.reading import RunView, State
 
+TRAINING = "training"
 STOPPED = (ExitCode.STOPPED, ExitCode.INTERRUPTED)
 
 
@@ -93,16 +96,15 @@ class Result:
     def step(self) -> int:
         return self.view.step if self.view is not None else 0
 
-    @property
-    def validation(self) -> float:
-        """The newest validation loss, nats per token; NaN before the first."""
-        found = self.view.validations() if self.view is not None else []
+    def loss(self, name: str) -> float:
+        """The newest loss on the held-out split of that name, or the mean loss of the newest steps if it is `training`;
+        nats per token, NaN before the first."""
+        if self.view is None:
+            return math.nan
+        if name == TRAINING:
+            return Run("", self.view).loss_at("step", self.step)
+        found = self.view.validations(name)
         return found[-1][1] if found else math.nan
-
-    @property
-    def training(self) -> float:
-        """Mean training loss of the newest steps, nats per token; NaN before the first."""
-        return Run("", self.view).loss_at("step", self.step) if self.view is not None else math.nan
 
     @property
     def tokens_per_second(self) -> float:
@@ -112,9 +114,17 @@ class Result:
         return float(np.median(known)) if len(known) else math.nan
 
 
+def splits_of(results: Sequence[Result]) -> list[str]:
+    """Those on which runs were validated, the one of most runs first; `validation` before any was."""
+    found: dict[str, int] = {split: sum(math.isfinite(result.loss(split)) for result in results) for split in SPLITS}
+    return sorted((split for split in found if found[split]), key=lambda split: -found[split]) or ["validation"]
+
+
 def loss_name(results: Sequence[Result]) -> str:
-    """By which loss the runs are ranked: `validation`, or `training` if none was validated."""
-    return "validation" if any(math.isfinite(result.validation) for result in results) else "training"
+    """By which loss the runs are ranked: that on the split on which most of them were validated, or `training` if none
+    was. Losses on another split say nothing of it."""
+    split = splits_of(results)[0]
+    return split if any(math.isfinite(result.loss(split)) for result in results) else TRAINING
 
 
 def ranked(results: Sequence[Result]) -> list[Result]:
@@ -122,7 +132,7 @@ def ranked(results: Sequence[Result]) -> list[Result]:
     name = loss_name(results)
 
     def place(result: Result) -> tuple[bool, bool, float]:
-        loss = getattr(result, name)
+        loss = result.loss(name)
         return result.state is not State.FINISHED, not math.isfinite(loss), loss if math.isfinite(loss) else 0.0
 
     return sorted(results, key=place)
@@ -130,7 +140,8 @@ def ranked(results: Sequence[Result]) -> list[Result]:
 
 def table(results: Sequence[Result], keys: Sequence[str]) -> list[list[str]]:
     """Header and rows, the best run first."""
-    rows = [["config", *keys, "state", "step", "validation", "training", "tokens/s", "run"]]
+    losses = [*splits_of(results), TRAINING]
+    rows = [["config", *keys, "state", "step", *losses, "tokens/s", "run"]]
     for result in ranked(results):
         last = result.view.last_step if result.view is not None else None
         rows.append(
@@ -139,7 +150,7 @@ def table(results: Sequence[Result], keys: Sequence[str]) -> list[list[str]]:
                 *(result.run.values[key] for key in keys),
                 result.state_text,
                 f"{result.step:,}" + (f" of {last:,}" if last else ""),
-                *(f"{loss:.4f}" if math.isfinite(loss) else "-" for loss in (result.validation, result.training)),
+                *(f"{loss:.4f}" if math.isfinite(loss) else "-" for loss in map(result.loss, losses)),
                 f"{result.tokens_per_second:,.0f}" if math.isfinite(result.tokens_per_second) else "-",
                 result.run.name,
             ]
@@ -148,24 +159,62 @@ def table(results: Sequence[Result], keys: Sequence[str]) -> list[list[str]]:
 
 
 def table_text(results: Sequence[Result], keys: Sequence[str], *, width: int | None = None) -> str:
-    """For a terminal of that width. Where a column for each key is too much for it, the runs' names say the values."""
-    header, *rows = table(results, keys)
-    # The other columns say what the folder's name says.
-    whole = visible(text_table(header[:-1], [row[:-1] for row in rows], left=range(len(keys) + 2)))
-    if width is None or max(map(len, whole.splitlines())) <= width:
-        return whole
-    named = [[row[-1], *row[len(keys) + 1 : -1]] for row in (header, *rows)]
-    return visible(folded_table(named[0], named[1:], width=width, left=(0, 1)))
+    """For a terminal of that width. Where it is narrow, keys are short and the only configuration goes without saying;
+    where a column for each key is too much for it, the runs' names say the values, or if they look alike when they are
+    cut, the values alone."""
+    (config, *titles), *rows = table(results, keys)
+    short, count = short_keys(keys), len(keys)
+    others = titles[count:]
+    begin = int(len({row[0] for row in rows}) == 1)
+    for named, first in ((keys, 0), ([short[key] for key in keys], 0), ([short[key] for key in keys], begin)):
+        # The folder's name, which is last, says what the other columns say.
+        header = [config, *named, *others][first:-1]
+        whole = visible(text_table(header, [row[first:-1] for row in rows], left=range(count + 2 - first)))
+        if width is None or max(map(len, whole.splitlines())) <= width:
+            return whole
+    assert width is not None, "a table without a limit is returned above"
+    title, labels = others[-1], [row[-1] for row in rows]
+    if len({shortened(label, width // 2 - 1) for label in labels}) < len(labels):
+        title, labels = ", ".join(short.values()), [", ".join(row[begin : count + 1]) for row in rows]
+    told = [[label, *row[count + 1 : -1]] for label, row in zip(labels, rows, strict=True)]
+    return visible(folded_table([title, *others[:-1]], told, width=width, left=(0, 1)))
+
+
+def seeds_table(results: Sequence[Result], keys: Sequence[str]) -> list[list[str]]:
+    """Header and rows, the best first: of finished runs that differ in their seeds alone the mean loss and its standard
+    deviation (of a sample). Empty where no two such runs are there."""
+    name, others = loss_name(results), [key for key in keys if not key.endswith("seed")]
+    losses: dict[tuple[str, ...], list[float]] = {}
+    for result in results:
+        group = losses.setdefault((result.run.config, *(result.run.values[key] for key in others)), [])
+        loss = result.loss(name)
+        if result.state is State.FINISHED and math.isfinite(loss):
+            group.append(loss)
+    known = {group: found for group, found in losses.items() if found}
+    if max(map(len, known.values()), default=0) < 2:
+        return []
+    rows = [["config", *others, "seeds", f"mean {name}", "deviation"]]
+    for combination, values in sorted(known.items(), key=lambda item: statistics.fmean(item[1])):
+        deviation = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+        rows.append([*combination, f"{len(values)}", f"{statistics.fmean(values):.4f}", deviation])
+    return rows
+
+
+def seeds_text(results: Sequence[Result], keys: Sequence[str], *, width: int | None = None) -> str:
+    """`seeds_table` for a terminal of that width; empty where it is."""
+    found = seeds_table(results, keys)
+    return visible(folded_table(found[0], found[1:], width=width, left=range(len(found[0]) - 3))) if found else ""
 
 
 def table_csv(results: Sequence[Result], keys: Sequence[str]) -> str:
     """With every number in full, and nothing where there is none."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    header = ["run", "config", *keys, "state", "step", "validation_loss", "training_loss", "tokens_per_second"]
+    losses = [*splits_of(results), TRAINING]
+    header = ["run", "config", *keys, "state", "step", *(f"{name}_loss" for name in losses), "tokens_per_second"]
     writer.writerow(header)
     for result in ranked(results):
-        numbers = (result.validation, result.training, result.tokens_per_second)
+        numbers = (*map(result.loss, losses), result.tokens_per_second)
         written = [repr(number) if math.isfinite(number) else "" for number in numbers]
         values = [result.run.values[key] for key in keys]
         writer.writerow([result.run.name, result.run.config, *values, result.state_text, result.step, *written])

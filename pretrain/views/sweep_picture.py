@@ -47,7 +47,7 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
     for result in finished:
         texts = {other: names[other][_value(result, other)] for other in others}
         label = ", ".join(text if other == CONFIG else f"{short[other]}={text}" for other, text in texts.items())
-        lines.setdefault(label, []).append((places[_value(result, key)], getattr(result, name)))
+        lines.setdefault(label, []).append((places[_value(result, key)], result.loss(name)))
     curves: list[Line2D] = []
     for number, (label, points) in enumerate(sorted(lines.items())):
         curve = {**look(number), "marker": "o", "fillstyle": fill(number), "linewidth": 1.2}
@@ -56,7 +56,7 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
         curves += axes.plot(*zip(*sorted(points), strict=True), label=label, **curve)
     if finished:
         best = finished[0]
-        axes.plot(places[_value(best, key)], getattr(best, name), "k*", markersize=14)
+        axes.plot(places[_value(best, key)], best.loss(name), "k*", markersize=14)
     if _are_numbers(results, key) and min(places.values()) > 0:
         axes.set_xscale("log")
     axes.set_xticks(list(places.values()), labels=[names[key][value] for value in places])

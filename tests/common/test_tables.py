@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from common.paths import REPOSITORY
-from common.tables import folded_table, shortened, text_table
+from common.tables import folded_table, shortened, shortened_apart, text_table
 
 
 def test_columns_are_as_wide_as_their_widest_cell() -> None:
@@ -37,6 +37,18 @@ def test_a_table_folds_to_the_width_of_a_terminal() -> None:
     )
 
 
+def test_a_title_of_several_words_is_broken_and_not_cut() -> None:
+    header, rows = ("value", "largest difference (relative)", "at step"), [("loss", "0.5", "7"), ("norm", "0.25", "8")]
+    assert folded_table(header, rows, width=34) == (
+        "       largest difference\n"
+        "value          (relative)  at step\n"
+        "loss                  0.5        7\n"
+        "norm                 0.25        8"
+    )
+    header, rows = ("a", "one two three four five six", "b"), [("1", "2", "3")]
+    assert "one" in (cut := folded_table(header, rows, width=14)) and "..." in cut and "three" not in cut
+
+
 @pytest.mark.parametrize("width", [20, 33, 47, 80])
 def test_a_folded_table_holds_every_cell_that_fits(width: int) -> None:
     """Every row of every part begins with the first column's cell."""
@@ -60,6 +72,20 @@ def test_a_name_loses_its_middle() -> None:
         "...",
         "..",
     ]
+
+
+def test_names_that_would_look_alike_are_shown_where_they_differ() -> None:
+    names = [f"tiny,learning_rate={rate},weight_decay=0.1" for rate in ("1e-3", "2e-3")]
+    assert {shortened(name, 20) for name in names} == {"tiny,lea...decay=0.1"}
+    assert shortened_apart(names, 20) == ["...earning_rate=1...", "...earning_rate=2..."]
+    assert shortened_apart([*names, "other"], 20)[2] == "other"
+    assert shortened_apart(["same" * 9] * 2, 20) == [shortened("same" * 9, 20)] * 2
+    both = [f"tiny,learning_rate={r},sequence_length={n}" for r in ("1e-3", "2e-3") for n in (64, 128)]
+    assert len(set(shortened_apart(both, 20))) == 4 and max(map(len, shortened_apart(both, 20))) <= 20
+    table = folded_table(("steps", *names), [("1", "9.5", "9.6")], width=40)
+    assert "=1..." in table and "=2..." in table
+    rows = [(name, "x" * 30) for name in names]
+    assert "=1..." in (cut := folded_table(("run", "loss"), rows, width=42)) and "=2..." in cut
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

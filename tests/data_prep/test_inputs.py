@@ -123,6 +123,7 @@ NO_DOCUMENT = [
     ("a.jsonl", b"", r"holds nothing"),
     ("a.jsonl", b"\n\n\n", r"holds only blank lines"),
     ("a.jsonl", b'{"url": "u", "doc": {"body": "b"}}\n', r"keys found: url, doc\.body; set `text_key`"),
+    ("a.jsonl", '{"text": "été"}\n'.encode("latin-1"), r"is no UTF-8 text; convert it from its encoding, .*iconv -f"),
     ("a.jsonl", b"\x93\x01\x02" * 900, r"is no text of a kind that is known"),
 ]  # fmt: skip
 
@@ -146,6 +147,19 @@ def test_plain_text_may_begin_with_the_letters_of_another_format(tmp_path: Path,
     assert read(write(tmp_path / "a.txt", text.encode()), "text") == ([text], [])
     with pytest.raises(NoDocumentError, match=r"which is not read|a Parquet file"):
         read(write(tmp_path / "b", letters.encode() + b"\x15\0\x15\xe2\xe3" + bytes(100)), "text")
+
+
+@pytest.mark.parametrize("key", ["text", "doc.body"])
+@pytest.mark.parametrize("words", ["some", "very many " * 1000])
+def test_json_lines_do_not_pass_for_plain_text(tmp_path: Path, key: str, words: str) -> None:
+    """They would be one document of braces and keys. The first line may be longer than what is looked at."""
+    *outer, inner = key.split(".")
+    record: dict[str, Any] = {"id": 1, inner: words}
+    line = json.dumps({"id": 1, outer[0]: record} if outer else record).encode()
+    with pytest.raises(NoDocumentError, match=f'holds JSON lines with the key {key}; set format to "auto"'):
+        read(write(tmp_path / "a.jsonl", b"\n".join([line, line])), "text", text_key=key)
+    for text in (b'{"text": "one object"}\n', b"{a: 1}\n{b: 2}\n", b'{"id": 1}\n{"id": 2}\n', b'"text": "{\n{'):
+        assert read(write(tmp_path / "a.txt", text), "text", text_key=key) == ([text.decode()], [])
 
 
 def test_a_file_of_empty_texts_alone_is_no_bad_file(tmp_path: Path) -> None:
@@ -215,8 +229,9 @@ def test_the_text_is_where_text_key_says(tmp_path: Path) -> None:
 def test_plain_text_is_a_document_or_several(tmp_path: Path) -> None:
     data = b"\n\nOne.\r\nStill one.\r\n \t\r\nTwo.\n\n\n\nThree \xff.\n\nFour"
     path = write(tmp_path / "a.txt", data)
+    to_utf8 = r"; convert it from its encoding, for example: iconv -f ISO-8859-1 -t UTF-8$"
     with pytest.raises(
-        NoDocumentError, match=r"gives no document: not UTF-8 \(byte 38 of the file: invalid start byte\)"
+        NoDocumentError, match=r"gives no document: not UTF-8 \(byte 38 of the file: invalid start byte\)" + to_utf8
     ):
         read(path, "text")
     texts, (rejected,) = read(path, "text", text_documents="blank_lines")

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from data_prep.config.loading import load_config
 from data_prep.config.resolved import resolve
 from data_prep.config.schema import DedupConfig, FilterConfig
 from data_prep.raw import locations
+from data_prep.run.pipeline import Pipeline
 from data_prep.run.preparation import Preparation
 from data_prep.run.stages import STAGES, spread
 from data_prep.stages.id_maker import IdRecipe
+from data_prep.work.parallel import Workers
 from tests.data_prep.raw_corpus import write_config, write_corpus
 from tests.data_prep.test_prepare import one_error, outputs
 
@@ -158,3 +161,36 @@ def test_a_worker_that_is_killed_is_no_mistake_of_the_user(
     monkeypatch.setattr("data_prep.run.pipeline.STAGES", (deadly, *others))
     assert main(["ingest", "--config", str(write_config(raw, "died", workers=2))]) == 1
     assert "a process died (most often: killed for memory)" in one_error(capsys)
+
+
+def test_progress_is_of_the_whole_and_not_of_this_start(
+    raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every stage that many tasks share; the pieces of `dedup` count by themselves (test_dedup_pieces.py)."""
+    bars: dict[str, tuple[int, int]] = {}
+
+    def run(self: Workers, function: Any, tasks: Any, *, sizes: Any, description: str, done: int = 0) -> None:
+        bars[description] = (sum(sizes), done)
+
+    monkeypatch.setattr(Workers, "run", run)
+
+    def task(size: int) -> SimpleNamespace:
+        return SimpleNamespace(size=size, tokens=size, part=SimpleNamespace(bytes=size))
+
+    spread_over_tasks = [stage for stage in STAGES if stage.name not in ("dedup", "tokenizer")]
+    for stage in spread_over_tasks:
+        stage.make([task(1), task(2)], [task(30), task(400)], Workers(1))
+    assert len(bars) == len(spread_over_tasks) and set(bars.values()) == {(3, 430)}
+
+    given: list[tuple[Any, Any]] = []
+    stage = dataclasses.replace(
+        STAGES[0],
+        tasks=lambda preparation, all_slices: [1, 2, 3, 4],
+        is_done=lambda task: task in (1, 3),
+        make=lambda tasks, finished, workers: given.append((tasks, finished)),
+        finish=lambda preparation, tasks: None,
+    )
+    monkeypatch.setattr("data_prep.run.pipeline.STAGES", (stage,))
+    preparation = Preparation(resolve(load_config(write_config(raw, "progress"), [])))
+    Pipeline(preparation, Workers(1)).run("ingest")
+    assert given == [([2, 4], [1, 3])]

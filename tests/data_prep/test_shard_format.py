@@ -229,3 +229,35 @@ def test_a_link_out_of_the_folder_is_refused(prepared: Path, tmp_path: Path) -> 
 def test_unknown_split_names_the_known_ones(manifest: Manifest) -> None:
     with pytest.raises(DataError, match="no split 'test'; it has train, validation"):
         manifest.split("test")
+
+
+def test_a_shard_is_hashed_once_unless_its_file_is_replaced(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the hash and the first opening, or where it was closed to open others."""
+    entries, hashed = manifest.split("train"), list[str]()
+    verify = ShardReader._verify
+    monkeypatch.setattr(ShardReader, "_verify", lambda self: (hashed.append(self._path.name), verify(self)))
+    status = (manifest.folder / entries[0].file).stat()
+    known = {entries[0].file: (status.st_size, status.st_mtime_ns)}
+    end = entries[0].tokens
+    for start_known, first in (({}, [entries[0].file]), (known, [])):
+        hashed.clear()
+        with SplitReader(manifest, "train", True, max_open_shards=1) as reader:
+            reader.trust(start_known)
+            for start in (0, end, 0, end):
+                reader.read(start, start + 1)
+            assert hashed == [*first, entries[1].file]
+            reader.read(end, end + 1)
+            path = manifest.folder / entries[0].file
+            other = bytearray(path.read_bytes())
+            other[-700] ^= 1
+            whole = path.rename(path.with_suffix(".whole"))
+            path.write_bytes(other)
+            with pytest.raises(DataError, match="expected sha256"):
+                reader.read(0, 1)
+        whole.rename(path)
+    with SplitReader(manifest, "train", True) as reader:
+        reader.trust({entries[0].file: (status.st_size, 0)})
+        reader.read(0, 1)
+    assert hashed[-1] == entries[0].file, "another stamp than that of the file says nothing of it"

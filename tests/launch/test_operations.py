@@ -12,6 +12,7 @@ import pytest
 
 from launch.slurm import preparation, training
 from pretrain.cli import plan as plan_cli
+from pretrain.cli import status as status_cli
 from pretrain.cli import train as cli
 from pretrain.config.keys import fields
 from pretrain.report.exit_codes import MEANING
@@ -25,6 +26,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "launch/plan.py": plan_cli.build_parser,
     "launch/checkpoint.py": checkpoint_cli.build_parser,
     "launch/slurm/submit.py": training.build_parser,
+    "launch/status.py": status_cli.build_parser,
     "launch/smoke.py": smoke_cli.build_parser,
     "launch/slurm/submit_data_prep.py": preparation.build_parser,
 }

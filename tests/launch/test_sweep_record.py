@@ -52,6 +52,15 @@ def test_a_sweep_may_begin_in_an_empty_folder_and_not_where_a_file_is(folder: Pa
         Sweep.open(configs["x"] / "sweep", [RATE], [], configs)
 
 
+def test_data_may_be_named_by_their_folder_or_by_the_manifest_in_it(
+    folder: Path, configs: dict[str, Path], prepared: Path
+) -> None:
+    Sweep.open(folder, [RATE], [f"data.manifest={prepared}"], configs).begin(configs)
+    Sweep.open(folder, [RATE], [f"data.manifest={prepared}/manifest.json"], configs)
+    with pytest.raises(UserError, match=r"^data\.manifest: is .* in the runs of .*, and .*other.* in this command"):
+        Sweep.open(folder, [RATE], [f"data.manifest={prepared}/other.json"], configs)
+
+
 def test_what_another_command_noted_while_this_one_checked_its_runs_stays(
     folder: Path, configs: dict[str, Path]
 ) -> None:

@@ -274,4 +274,7 @@ def test_normalized_initial_experts_have_one_norm_and_the_same_deviation() -> No
     norms = value.norm(dim=(0, 1))
     torch.testing.assert_close(norms, norms.mean().expand_as(norms), rtol=1e-5, atol=0)
     assert float(value.std()) == pytest.approx(float(plain.std()), rel=1e-5)
+    # By one number for all heads and experts, entry by entry: what differs between heads stays.
+    expected = plain / plain.square().sum((0, 1)).sqrt()
+    torch.testing.assert_close(value / value.std(), expected / expected.std(), rtol=1e-5, atol=1e-6)
     assert float(plain.norm(dim=(0, 1)).std()) > 1e-3

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from model.config import DenseFeedForwardConfig, ModelConfig, SwitchHeadConfig
+from model.config import (
+    DenseAttentionConfig,
+    DenseFeedForwardConfig,
+    MoAConfig,
+    ModelConfig,
+    SigmaMoEConfig,
+    SwiGLUConfig,
+    SwitchHeadConfig,
+)
 from model.costs import (
     attention_macs,
     attention_memory,
@@ -21,6 +29,7 @@ from model.counted_costs import count_macs
 from model.language_model import build_on_meta
 from model.parameters import count_parameters
 from pretrain.config.loading import load_config
+from tests.model.options import left_out
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PAPER = sorted(path.stem for path in (CONFIGS / "paper").glob("*.json"))
@@ -67,7 +76,14 @@ ODD = {
     for feedforward in (None, {"type": "dense", "hidden_size": 31}, {"type": "swiglu", "hidden_size": 31})
 }
 SWIGLU_EXPERTS = {"type": "sigma_moe", "num_experts": 7, "expert_size": 13, "active_experts": 3, "activation": "swiglu"}
-ODD["switchhead-rope-sigma_moe swiglu"] = odd(SWITCHHEAD, feedforward=SWIGLU_EXPERTS)
+ODD["switchhead-rope-sigma_moe swiglu"] = odd(SWITCHHEAD | {"active_experts": 3}, feedforward=SWIGLU_EXPERTS)
+ODD["moa sigmoid-rope-sigma_moe"] = odd(MOA | {"router": "sigmoid"})
+
+
+def test_every_option_of_a_layer_is_in_a_model_here() -> None:
+    """Its parameters and products count in FLOPs, by which runs are compared and planned."""
+    sections = SwitchHeadConfig, DenseAttentionConfig, MoAConfig, SigmaMoEConfig, DenseFeedForwardConfig, SwiGLUConfig
+    assert left_out(ODD.values(), *sections) == []
 
 
 # ------------------------------------------------------------------------------------------------------- paper's tables

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.initialization import initial_value
+from model.initialization import initial_value, initialize
 from model.kernels.choice import Backends
 from model.language_model import build_model
+from model.layers import Head
 from model.memory import layer_memories
 from model.parallel.context import ParallelContext
 from model.parameters import parameter_specs
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SWITCHHEAD = {"type": "switchhead", "num_heads": 2, "head_dim": 24, "num_experts": 4}
 ATTENTIONS = {
     "switchhead": SWITCHHEAD,
-    "dense": {"type": "dense", "num_heads": 4, "head_dim": 16},
+    "dense": {"type": "dense", "num_heads": 4, "head_dim": 24},
     "moa": {"type": "moa", "num_heads": 2, "head_dim": 24, "num_experts": 4},
 }
 FEEDFORWARDS = {
@@ -76,7 +77,7 @@ def test_dense_weights_are_the_authors_truncated_normal() -> None:
     """torch's trunc_normal_ with its own bounds, then scaled to the standard deviation, as in the authors' code."""
     found = parameters(small("dense", "dense", d_model=64))
     s = math.sqrt(2 / 2)
-    fan_in = {"feedforward.up": 64, "feedforward.down": 96, "attention.output": 64}
+    fan_in = {"feedforward.up": 64, "feedforward.down": 96, "attention.output": 4 * 24}
     fan_in |= {f"attention.{name}": 64 for name in ("query", "key", "value", "position")}
     for name, width in fan_in.items():
         value, std = found[f"blocks.1.{name}.weight"], s / math.sqrt(width)
@@ -86,6 +87,8 @@ def test_dense_weights_are_the_authors_truncated_normal() -> None:
         assert distance(value, expected) < 1.63 / math.sqrt(value.numel()) + 0.004, name
         # The tails end at 2 / 0.88 standard deviations: of 4,096 untruncated values 67 would lie beyond 2.4.
         assert 2.2 * std < float(value.abs().max()) < 2.4 * std, name
+    assert found["blocks.1.attention.scale"].tolist() == pytest.approx([1 / math.sqrt(24)])
+    assert not any(found[f"blocks.1.attention.{name}_bias"].any() for name in ("content", "position"))
 
 
 @pytest.mark.parametrize("init_scale, s", [("paper", math.sqrt(2 / 3)), ("library", math.sqrt(1 / 3))])
@@ -137,6 +140,9 @@ def test_a_tied_output_layer_keeps_the_embedding_and_its_own_bias() -> None:
     normal = initial_value("embedding.weight", specs["embedding.weight"], seed=3)
     assert torch.equal(found["embedding.weight"], normal) and "head.weight" not in found
     assert float(found["head.bias"].abs().max()) > 0.12
+    last_stage = nn.ModuleDict({"head": Head(config, parallel=ParallelContext(), backends=Backends(), seed=3)})
+    initialize(last_stage, config, ParallelContext(), seed=3)  # a pipeline's copy
+    assert torch.equal(last_stage.head.weight, normal) and torch.equal(last_stage.head.bias, found["head.bias"])
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import linear
-from model.linear import aligned_linear, filled_linear, region_linear
+from model.linear import aligned_linear, filled_linear, padding, region_linear
 from model.parallel.overlap import Late
 
 
@@ -113,3 +114,11 @@ class _Copies(TorchDispatchMode):
         if function._schema.name in ("aten::constant_pad_nd", "aten::slice_backward", "aten::clone", "aten::copy_"):
             self.shapes.append(args[0].shape)
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device, size, expected", [("cuda", 2, (1, 3)), ("cuda", 4, (0, 0)), ("cpu", 2, (0, 0))])
+def test_widths_are_filled_up_in_half_precision_on_a_gpu(device: str, size: int, expected: tuple[int, int]) -> None:
+    """By what lacks to multiples of 8 of 7 columns and 13 rows."""
+    x: Any = SimpleNamespace(device=SimpleNamespace(type=device), element_size=lambda: size)
+    assert padding(x, torch.empty(13, 7)) == expected
+    assert padding(x, torch.empty(16, 24)) == (0, 0)

@@ -86,6 +86,20 @@ def test_a_step_sees_what_the_last_one_left_whatever_the_order_of_micro_steps() 
     assert torch.equal(memory.kept[1:2], torch.cat([chunks[1:2, 1:], following], 1)), "only the last 3 tokens stay"
 
 
+def test_what_is_forgotten_is_what_a_step_noted_too() -> None:
+    """After a step whose loss is no number: the next one begins a stream, with nothing before its chunk."""
+    memory = LayerMemory(max_length=4)
+    memory.assign(torch.tensor([0]), 1)
+    index, chunks = torch.tensor([0]), torch.randn(3, 1, 2, 5)
+    memory.extend(chunks[0], index)
+    memory.advance()
+    memory.extend(chunks[1], index)
+    memory.forget()
+    assert torch.equal(memory.extend(chunks[2], index), chunks[2])
+    memory.advance()
+    assert memory.kept is not None and torch.equal(memory.kept, chunks[2])
+
+
 def test_validation_streams_leave_the_training_memory_alone() -> None:
     model = build("switchhead", 4, 1)
     for _, memory in layer_memories(model):

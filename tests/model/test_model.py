@@ -12,7 +12,7 @@ from model.attention.rope import RopeTables, rope_tables
 from model.config import ModelConfig, RopeConfig
 from model.documents import Documents
 from model.dropout import dropout, keep_mask, site_key
-from model.language_model import build_model, build_on_meta
+from model.language_model import LanguageModel, build_model, build_on_meta
 from model.parameters import count_parameters
 from pretrain.config.loading import load_config
 
@@ -159,6 +159,92 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits() -> None:
     by_hand = -logits.double().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].mean(1)
     torch.testing.assert_close(sequence_loss.double(), by_hand, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(objective.double(), by_hand.mean(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("room", [0, 3 * 4 * 500, 2**20], ids=["one at a time", "three", "all"])
+def test_likelihoods_of_chosen_places_are_those_of_the_logits(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of as many tokens as `room` bytes of logits hold; one at least."""
+    monkeypatch.setattr("model.layers.chunk_bytes", lambda device_type: room)
+    model = build_model(small(), seed=0)
+    tokens = torch.randint(0, 500, (2, 16), generator=torch.Generator().manual_seed(0))
+    logits = model.logits(tokens)[0].flatten(0, 1)
+    places = torch.tensor([30, 0, 7, 7, 16])
+    targets = logits[places].argmax(-1)
+    targets[1], targets[3] = (targets[1] + 1) % 500, logits[7].argmin()
+    found, is_likeliest = model.log_likelihood(tokens, targets, places)
+    expected = logits[places].double().log_softmax(-1)[torch.arange(5), targets]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert is_likeliest.tolist() == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("attention", ["switchhead", "moa", "dense"])
+@pytest.mark.parametrize("feedforward", ["sigma_moe", "dense", "swiglu"])
+def test_evaluation_drops_nothing_anywhere(attention: str, feedforward: str) -> None:
+    def model(dropout: float) -> LanguageModel:
+        of_experts = {} if attention == "dense" else {"expert_dropout": dropout}
+        of_hidden = {"expert_dropout": dropout} if feedforward == "sigma_moe" else {}
+        config = small(
+            attention={"type": attention, "num_heads": 2, "head_dim": 6, **of_experts},
+            feedforward={"type": feedforward, **of_hidden},
+            dropout=dropout,
+        )
+        return build_model(config, seed=0).eval()
+
+    tokens = torch.randint(0, 500, (2, 16), generator=torch.Generator().manual_seed(0))
+    dropping, plain = model(0.4), model(0.0).logits(tokens)[0]
+    assert torch.equal(dropping.logits(tokens)[0], plain)
+    assert not torch.allclose(dropping.train().logits(tokens)[0], plain, atol=0.1)
+
+
+def keys_of(model: LanguageModel) -> list[int]:
+    """Of every place that drops something."""
+    found: list[int] = []
+    for module in model.modules():
+        values = vars(module)
+        found += [values[name] for name in ("_key", "_dropout_key") if name in values]
+        found += values.get("_dropout_keys", {}).values()
+    return found
+
+
+@pytest.mark.parametrize("feedforward, place", [("sigma_moe", "experts"), ("dense", "hidden"), ("swiglu", "hidden")])
+@pytest.mark.parametrize(
+    "attention, places",
+    [
+        ({"type": "switchhead", "expert_projections": ["key", "value", "output"]}, ["value_experts", "output_experts"]),
+        (
+            {"type": "switchhead", "expert_projections": ["key", "query"], "selection": "projection"},
+            ["key_experts", "query_experts"],
+        ),
+        ({"type": "moa"}, ["experts"]),
+        ({"type": "dense"}, []),
+    ],
+    ids=["sides", "projections", "moa", "dense"],
+)
+def test_every_place_has_a_mask_of_its_own(
+    attention: dict[str, object], places: list[str], feedforward: str, place: str
+) -> None:
+    """By the names that earlier versions gave them: a run that goes on has the masks that it would have had."""
+    model = build_on_meta(small(attention=attention, feedforward={"type": feedforward}))
+    names = ["embedding", "head"]
+    for block in (f"blocks.{index}" for index in range(3)):
+        names += [f"{block}.attention", f"{block}.feedforward", f"{block}.feedforward.{place}"]
+        names += [f"{block}.attention.{name}" for name in places]
+    assert sorted(keys_of(model)) == sorted(site_key(0, name) for name in names)
+    assert len(set(keys_of(model))) == len(names)
+
+
+def test_auxiliary_losses_of_attention_and_feedforward_join_the_objective() -> None:
+    attention = {"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 4, "z_loss_weight": 0.5}
+    model = build_model(small(attention=attention, feedforward={"type": "sigma_moe", "entropy_weight": 0.3}), seed=0)
+    parts: list[torch.Tensor] = []
+    for block in model.blocks:
+        for layer in (block.attention, block.feedforward):
+            layer.register_forward_hook(lambda module, inputs, output: parts.append(output[1]))
+    tokens = torch.randint(0, 500, (2, 17), generator=torch.Generator().manual_seed(0))
+    objective, sequence_loss, auxiliary_loss = model(tokens[:, :-1], tokens[:, 1:], torch.arange(2))
+    assert len(parts) == 6 and all(abs(float(part.detach())) > 0.1 for part in parts)
+    torch.testing.assert_close(auxiliary_loss, sum(parts).detach())
+    torch.testing.assert_close(objective, sequence_loss.mean() + sum(parts))
 
 
 def test_no_token_sees_its_future() -> None:

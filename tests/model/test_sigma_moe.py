@@ -10,7 +10,7 @@ from model.dropout import keep_mask, site_key
 from model.feedforward.sigma_moe import SigmaMoE
 from model.kernels.choice import Backends
 from model.parallel.context import ParallelContext
-from model.routing import RoutingStatistics, entropy_regularizer
+from model.routing import Place, RoutingStatistics, entropy_regularizer
 from tests.harness import run_ranks
 from tests.model import oracles
 
@@ -168,34 +168,62 @@ def test_statistics_ignore_evaluation_and_expert_dropout() -> None:
     assert float(layer.statistics.load.sum()) == 0
 
 
-def _rank_gradient(rank: int, x: torch.Tensor, router: torch.Tensor, world_size: int) -> torch.Tensor:
-    """Average over ranks of the gradient that each rank computes from its share of the tokens."""
+class OwnChoices:
+    """A record that holds what the router chooses anyway."""
+
+    replaces = True
+
+    def settle(self, own: torch.Tensor, logits: torch.Tensor, place: Place, *, is_repeated: bool) -> torch.Tensor:
+        return own
+
+
+def test_a_dropped_expert_scores_0_for_choices_of_a_record_too() -> None:
+    """Four of five experts are chosen and three of five dropped, so dropped ones are among the choices."""
+    layer = build(7, 5, 6, 4, 0.6)
+    x, index = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(3)), torch.arange(2)
+    y, _ = layer(x, index)
+    layer.statistics.choices = OwnChoices()
+    torch.testing.assert_close(layer(x, index)[0], y, rtol=1e-6, atol=1e-6)
+
+
+def _rank_gradients(
+    rank: int, x: torch.Tensor, router: torch.Tensor, world_size: int
+) -> list[tuple[torch.Tensor, float]]:
+    """Gradient and value of ranks that have a share of the tokens each: as data-parallel ranks, whose average it is,
+    and two of them as ranks that divide the tokens of the same sequences, whose sum it is."""
     import torch.distributed as dist
 
-    parallel = ParallelContext(
-        data_rank=rank, data_size=world_size, data_group=dist.group.WORLD if world_size > 1 else None
-    )
+    group = dist.group.WORLD if world_size > 1 else None
     config = SigmaMoEConfig(
         num_experts=router.shape[0], active_experts=2, entropy_weight=1.0, entropy_scope="micro_batch"
     )
     statistics = RoutingStatistics((router.shape[0],), tracks_probability=True)
-    router = router.clone().requires_grad_()
-    share = x.chunk(world_size)[rank]
-    entropy_regularizer(share @ router.T, config, statistics, parallel)[0].backward()
-    gradient = router.grad / world_size
-    if world_size > 1:
-        dist.all_reduce(gradient)
-    return gradient
+    ways = [(ParallelContext(data_rank=rank, data_size=world_size, data_group=group), None)]
+    ways += [(ParallelContext(), group)] if world_size == 2 else []
+    found, share = [], x.chunk(world_size)[rank]
+    for parallel, token_group in ways:
+        own = router.clone().requires_grad_()
+        value, _ = entropy_regularizer(share @ own.T, config, statistics, parallel, token_group=token_group)
+        value.backward()
+        assert own.grad is not None
+        gradient = own.grad / parallel.data_size
+        if world_size > 1:
+            dist.all_reduce(gradient)
+        found.append((gradient, float(value.detach())))
+    return found
 
 
 def test_micro_batch_regulariser_has_the_single_process_gradient_on_any_number_of_ranks() -> None:
     generator = torch.Generator().manual_seed(9)
     x, router = torch.randn(8, 5, generator=generator), torch.randn(4, 5, generator=generator)
     router64 = router.double().requires_grad_()
-    oracles.entropy_term(x.double(), router64).backward()
+    expected = oracles.entropy_term(x.double(), router64)
+    expected.backward()
     for world_size in (1, 2, 4):
-        for gradient in run_ranks(_rank_gradient, world_size, x, router, world_size):
-            torch.testing.assert_close(gradient.double(), router64.grad, rtol=1e-5, atol=1e-7)
+        for found in run_ranks(_rank_gradients, world_size, x, router, world_size):
+            for gradient, value in found:
+                torch.testing.assert_close(gradient.double(), router64.grad, rtol=1e-5, atol=1e-7)
+                assert value == pytest.approx(float(expected.detach()), rel=1e-6)
 
 
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])

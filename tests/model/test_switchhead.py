@@ -136,6 +136,26 @@ def test_selectors_learn_only_through_chosen_scores() -> None:
     assert 0 < int(chosen.sum()) < chosen.numel()
 
 
+def test_evaluation_drops_no_expert_and_counts_nothing() -> None:
+    layer, spared = build(8, 2, 4, 5, 2, 6, 0.6, 0.5).eval(), build(8, 2, 4, 5, 2, 6, 0.0, 0.5)
+    x, index = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(5)), torch.arange(2)
+    assert torch.equal(layer(x, 6, index)[0], spared(x, 6, index)[0])
+    for statistics in (layer.value_statistics, layer.output_statistics):
+        assert not statistics.load.any()
+    assert not torch.equal(layer.train()(x, 6, index)[0], spared(x, 6, index)[0])
+
+
+def test_tokens_of_memory_are_chosen_for_but_not_counted_again() -> None:
+    """They were counted when they were new; the value selector looks at them all the same."""
+    layer = build(8, 2, 4, 5, 2, 3, 0.0, 0.5)
+    context = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(6))
+    layer(context, 3, torch.arange(2))
+    for side in ("value", "output"):
+        logits = torch.einsum("btd,hed->hbte", context[:, 4:], getattr(layer, f"{side}_selector"))
+        chosen = F.one_hot(logits.topk(2).indices, 5).sum((1, 2, 3))
+        assert torch.equal(getattr(layer, f"{side}_statistics").load, chosen.double()), side
+
+
 def test_permuting_experts_with_their_selector_rows_changes_nothing() -> None:
     layer = build(10, 2, 4, 5, 2, 6, 0.0, 0.5)
     x = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(2))

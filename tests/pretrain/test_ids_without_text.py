@@ -107,6 +107,7 @@ def test_a_prompt_is_ids_and_so_is_what_follows(run: Path, capsys: pytest.Captur
     assert opened.encode(opened.tokenizer.decode(ids)) == ids
     loss = opened.loss("5 17 300 9")
     assert loss.mean > 0 and np.isnan(loss.bits_per_byte)
+    assert opened.tokenizer.bytes_of(np.array([0, 3, 1])) is None
 
 
 def test_the_held_out_loss_is_that_of_the_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

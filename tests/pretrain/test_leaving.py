@@ -58,6 +58,7 @@ def test_what_the_process_group_says_at_the_end_does_not_change_the_code(
     def fail() -> None:
         raise dist.DistBackendError("NCCL communicator was aborted")
 
+    monkeypatch.setattr(device, "_left", [])
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "destroy_process_group", fail)
     device.stop(7)
@@ -66,3 +67,13 @@ def test_what_the_process_group_says_at_the_end_does_not_change_the_code(
     assert all(timer.finished.is_set() for timer in timers), "nothing ends it later"
     with pytest.raises(dist.DistBackendError):
         device.stop()
+
+
+def test_a_second_training_in_a_process_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a loop over seeds in a notebook makes it. DeepSpeed ended it in its depths: a group that is not registered."""
+    monkeypatch.setattr(device, "_left", [])
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    device.stop(0)
+    with pytest.raises(UserError, match=r"has trained already.* in a process of its own, as launch/sweep.py does$"):
+        device.start(Ranks(0, 0, 1, 1), TrainConfig(device="cpu"))

@@ -92,7 +92,17 @@ def _parts(rank: int, configs: list[Config]) -> tuple[list[object], list[object]
     for config in configs:
         try:
             sources = check_data(open_sources(config, follow_links=False), config, Path("nowhere"))
-            checks.append((sources.hashed, sources.reader("train", config)._split._verify_on_first_read))  # type: ignore[attr-defined]
+            reader = sources.reader("train", config)
+            hashed = len(reader._split._hashed)  # type: ignore[attr-defined]
+            if rank == 0:  # after the start's hash, before the first read of rank 1
+                replaced = config.data.manifest + "/" + sources.sources[0].manifest.split("train")[0].file
+                shutil.copyfile(replaced, replaced + ".new")
+                flip(Path(replaced + ".new"))
+                os.replace(replaced + ".new", replaced)
+            dist.barrier()
+            with pytest.raises(DataError, match="does not match the manifest: expected sha256"):
+                reader.read(np.array([0]))
+            checks.append(hashed)
         except (UserError, PeerFailed) as error:
             checks.append(f"{type(error).__name__}: {error}")
     return parts, checks
@@ -101,13 +111,15 @@ def _parts(rank: int, configs: list[Config]) -> tuple[list[object], list[object]
 def test_ranks_share_the_files_of_a_shared_disk_and_the_first_says_what_is_wrong(
     prepared: Path, tmp_path: Path
 ) -> None:
-    copy = tmp_path / "copy"
+    """And what is replaced after that is hashed by who opens it."""
+    copy, whole = tmp_path / "copy", tmp_path / "whole"
     shutil.copytree(prepared, copy)
+    shutil.copytree(prepared, whole)
     shard = Manifest.load(copy).split("train")[1].file  # the second of all files: rank 1's
     flip(copy / shard)
-    (first, found), (second, told) = run_ranks(_parts, 2, [small_config(prepared), small_config(copy)])
+    (first, found), (second, told) = run_ranks(_parts, 2, [small_config(whole), small_config(copy)])
     assert first == [(0, 1), (0, 2)] and second == [(0, 1), (1, 2)]
-    assert found[0] == told[0] == (True, False)
+    assert found[0] == told[0] == 5, "every rank knows all shards that were hashed, by whichever rank"
     assert told[1] == "PeerFailed: " and str(found[1]).startswith("UserError:") and shard in str(found[1])
 
 

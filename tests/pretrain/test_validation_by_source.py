@@ -4,6 +4,7 @@ is shown."""
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections import defaultdict
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 from data_prep.cli import main as data_prep
@@ -31,10 +33,12 @@ from pretrain.cli.import_weights import main as import_weights
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.data.windows import Batch
-from pretrain.evaluate import evaluate
+from pretrain.evaluate import evaluate, evaluation_windows
+from pretrain.export.origin import evaluations_of
 from pretrain.parallel.context import parallel_context
 from pretrain.report.event_text import event_text
 from pretrain.report.source_losses import sources_text
+from pretrain.saved_model import load_model
 from pretrain.views.reading import RunView
 from pretrain.views.status import screen, summary, validation_text
 from tests.corpus import write_dump
@@ -42,6 +46,7 @@ from tests.harness import run_ranks
 from tests.pretrain.report.boards import read, steps_of
 from tests.pretrain.report.test_bits_per_byte import train_and_keep_output
 from tests.pretrain.runs import small_config, train_runs
+from tests.pretrain.saved import rewrite_state
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
 SEQUENCES = 21
@@ -214,7 +219,7 @@ def test_the_sources_are_shown_where_the_total_is(
 
     average = f"{event['ema_loss']:.4f}"
     told = f"{event['loss']:.4f} after step 1 ({of_sources}); moving average {average}"
-    assert validation_text(RunView.open(run)) == told
+    assert validation_text(RunView.open(run), "validation") == told
     loss = f"validation after step 1: loss {event['loss']:.4f}"
     assert event_text(event, 0.0).endswith(f"  {loss} ({of_sources}); moving average: loss {average}")
     assert f"{loss} (" in screen(RunView.open(run), width=120, now=0.0)
@@ -287,6 +292,46 @@ def test_data_of_a_mixture_that_moved_are_named_with_data(
     c4.rename(there["c4"])  # what is left has the tokenizer, and nobody needs to say where
     assert convert(["convert", str(checkpoint), str(tmp_path / "weights")]) == 0
     assert (tmp_path / "weights" / "tokenizer.model").exists()
+
+
+def test_the_held_out_split_of_other_data_is_a_task_of_its_own(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of one data set on another: what a loop over windows says. It is no result of the run's own data."""
+    run, keys = tmp_path / "run", ("train.steps=1", "evaluate.sequences=9", "data.max_tokens=1000")
+    config = small_config(sources["c4"], *keys)
+    run_ranks(train_runs, 1, [(config, run)])
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    before = evaluations_of(Checkpoint.open(checkpoint))
+    capsys.readouterr()
+    assert evaluate_checkpoint([str(run), "--tasks", f"validation={sources['pes2o']}"]) == 0
+    found = json.loads((run / "evaluation" / checkpoint.name / "validation-pes2o.json").read_text())
+    other = config.replaced("data", manifest=str(sources["pes2o"]), sources=(), max_tokens=None)
+    reader = Sources.load(other).reader("validation", other)
+    inputs, targets = reader.read(evaluation_windows(reader, other).ravel())
+    logits = load_model(run).model.logits(inputs)[0]
+    expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    assert found["loss"] == pytest.approx(expected, rel=1e-5) and found["tokens"] == targets.numel()
+    assert found["digest"] == Manifest.load(sources["pes2o"]).digest
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(sources["pes2o"] / "tokenizer.model"))
+    texts = [pieces.decode([anchor, *row]) for anchor, row in zip(inputs[:, 0].tolist(), targets.tolist(), strict=True)]
+    anchors = [pieces.decode([anchor]) for anchor in inputs[:, 0].tolist()]
+    size = len("".join(texts).encode()) - len("".join(anchors).encode())
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * found["tokens"] / size, rel=1e-12)
+    assert ["validation", "pes2o", "loss", f"{expected:.4f}"] in [
+        x.split() for x in capsys.readouterr().out.splitlines()
+    ]
+    assert evaluations_of(Checkpoint.open(checkpoint)) == before, "a model card would show it as the run's own"
+
+    def refused(words: str, *arguments: str) -> None:
+        assert evaluate_checkpoint([str(run), *arguments]) == 2
+        assert re.search(words, capsys.readouterr().err)
+
+    refused(r"--data .*pes2o is not the data set .*: --tasks validation=FOLDER", "--data", str(sources["pes2o"]))
+    there = ("--tasks", f"validation={sources['pes2o']}")
+    refused(r"--tasks validation=.*: evaluate.split: .* has no test split", *there, "--set", "evaluate.split=test")
+    rewrite_state(checkpoint, lambda state: state.update(tokenizer_sha256="0" * 64))
+    refused(r"--tasks validation=.*: was made with another tokenizer than the model's", *there)
 
 
 def test_the_card_of_an_export_has_every_data_set_that_the_run_has_read(

@@ -3,6 +3,7 @@ code, and that arguments arrive as they were given. A real SLURM runs them in te
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -368,3 +369,16 @@ def test_data_preparation_takes_its_slice_and_requeues_its_task_alone(bench: Ben
     code, _ = bench.start(script, "shard", SRUN_CODE="2")
     assert code == 2 and len(bench.requeues()) == 1
     assert "--task" not in bench.calls("srun")[-1][0]
+
+
+def test_a_task_whose_configuration_has_changed_is_refused(bench: Bench) -> None:
+    """One that may hold secrets is not copied; its sum stands in the script."""
+    script, config = job.FOLDER / "data_prep.sbatch", bench.folder / "it's data.json"
+    config.write_text("{}")
+    checked = f"{hashlib.sha256(b'{}').hexdigest()}  {config}"
+    code, output = bench.start(script, "dedup", "--config", str(config), CONFIG_SUM=checked)
+    assert code == 0 and len(bench.calls("srun")) == 1, output
+    config.write_text('{"workers": 1}')
+    code, output = bench.start(script, "dedup", "--config", str(config), CONFIG_SUM=checked)
+    assert code == 2 and len(bench.calls("srun")) == 1 and not bench.requeues()
+    assert f"refused: {config} has changed since this job was submitted" in output

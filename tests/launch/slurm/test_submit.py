@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -304,14 +305,37 @@ def test_data_preparation_is_four_jobs_in_a_row(
         *(["--parsable", f"--dependency=afterok:{n}", "--kill-on-invalid-dep=yes"] for n in (41, 42, 43)),
     ]
     texts = [Path(call[-1]).read_text() for call in submitted]
+    # The user's file may be edited, or be gone, before the last job begins.
+    (copy,) = (tmp_path / "out put" / "slurm").glob("config-*.json")
+    assert copy.read_bytes() == config.read_bytes()
     for text, (step, is_array) in zip(texts, preparation.STEPS, strict=True):
-        assert f"set -- {step} --config {config}\n" in text and "export REQUEUES=2\n" in text
+        assert "export REQUEUES=2\n" in text and "CONFIG_SUM=" not in text.partition("\nset -- ")[0]
+        place = f"--config '{copy}' --set 'output={tmp_path}/out put'"
+        assert f"set -- {step} {place}\n" in text
         assert ("#SBATCH --array=0-2\n" in text) == is_array == ("export TASKS=3\n" in text)
         pattern = "%A_%a" if is_array else "%j"
         assert f'#SBATCH --output="{tmp_path}/out put/slurm/{pattern}.log"\n' in text
     chain = re.search(r"^  train +python (\S+) (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert chain is not None and (REPOSITORY / chain[1]).is_file()
     assert chain[2].endswith(f"--set 'data.manifest={tmp_path}/out put' --after 44")
+
+
+def test_a_preparation_whose_file_may_hold_a_secret_is_not_copied_and_must_stay_as_it_is(
+    tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "data.json"
+    config.write_text('{"input": "pipe:cat \\/dev\\/null # s3cret", "output": "%s"}' % (tmp_path / "out"))
+    line = ["--config", str(config), "--tasks", "1", "--time", "60", "--allow-local"]
+    assert preparation.main(line) == 0
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {config} may hold a secret") and "leave it as it is until they have ended" in said
+    sha256 = hashlib.sha256(config.read_bytes()).hexdigest()
+    for call in calls(sbatch):
+        text = Path(call[-1]).read_text()
+        assert f"export CONFIG_SUM='{sha256}  {config}'\n" in text and f" --config {config} " in text
+    assert not [
+        path for path in tmp_path.rglob("*") if path != config and path.is_file() and b"s3cret" in path.read_bytes()
+    ]
 
 
 def test_more_tasks_than_raw_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,8 +99,8 @@ def test_the_mean_of_no_tokens_is_not_a_number_and_their_sum_is_zero(backend: st
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_probabilities_that_underflow_leave_everything_finite(backend: str) -> None:
-    """Of the step before, also below the smallest number of fp32, and of this one."""
-    logits = torch.tensor([[0.0, 0.0, -200.0, 1.0], [1.0, 0.0, -150.0, 2.0]])
+    """Of the step before, also below the smallest number of fp32, and of this one; and powers of e that overflow."""
+    logits = torch.tensor([[0.0, 0.0, -200.0, 1.0], [1.0, 0.0, -150.0, 2.0], [100.0, 99.0, -60.0, 101.0]])
     probability = torch.tensor([0.5, 0.0, 1e-300, 1e-40], dtype=torch.float64)
     actual = found(logits, probability, backend)
     assert all(t.isfinite().all() for t in actual)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels import backend as kernel_backend
 from model.kernels.cpu import workers
-from model.kernels.ops.route import Choice
+from model.kernels.ops.route import Choice, group_choices
 from model.kernels.ops.sigma_moe import FUSES_ADDITION, HeldExperts, sigma_moe
 from tests.model.kernels.chosen import chosen_experts
 
@@ -200,6 +201,42 @@ def test_strides(backend: str) -> None:
         strided = strided._replace(up_experts=case.up_experts, down_experts=case.down_experts)
     for what, actual, expected in zip(("y", *NAMES), run(strided, backend), loop(strided), strict=True):
         assert error(actual, expected) <= 1e-5, what
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nothing has written to holds NaN."""
+    torch.use_deterministic_algorithms(True)  # the filling is a part of that
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("held", [slice(1, 3), slice(0, 2), slice(3, 5)], ids=str)
+@pytest.mark.parametrize("swiglu", [False, True], ids=["ReLU", "SwiGLU"])
+def test_slots_of_other_ranks_experts_give_nothing(swiglu: bool, held: slice, backend: str, poisoned: None) -> None:
+    """Tensor parallelism: against all experts of which the others' second matrices are 0. Nobody chose the last one."""
+    shape = Shape(N=19, d=8, E=5, G=6, k=2, swiglu=swiglu)
+    whole = make_case(shape, torch.float64)
+    index = torch.where(whole.index == 4, (whole.index.flip(1) + 1) % 4, whole.index)
+    order, load = group_choices(index[:, None], 5, backend="reference")
+    here = torch.zeros(5, 1, 1, dtype=torch.float64)
+    here[held] = 1
+    whole = whole._replace(index=index, order=order[0], load=load[0])
+    y, grad_x, grad_scores, grad_up, grad_down = loop(whole._replace(down_experts=whole.down_experts * here))
+    start, stop = int(whole.load[: held.start].sum()), int(whole.load[: held.stop].sum())
+    part = whole._replace(
+        index=index - held.start,
+        order=whole.order[start:stop],
+        load=whole.load[held],
+        up_experts=whole.up_experts.detach()[held].requires_grad_(),
+        down_experts=whole.down_experts.detach()[held].requires_grad_(),
+    )
+    run(make_case(SHAPES["plain"], torch.float64), backend)  # leaves numbers in the scratch
+    expected = (y, grad_x, grad_scores, grad_up[held], grad_down[held])
+    for what, actual, right in zip(("y", *NAMES), run(part, backend), expected, strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-10, atol=1e-12, msg=what)
 
 
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow), 3])

@@ -223,6 +223,24 @@ def test_non_contiguous_inputs_and_expanded_gradient(op: Op, way: tuple[str, str
         assert error(ours, exact) < 1e-13, name
 
 
+@both_ops
+@pytest.mark.parametrize("strategy", ["all", "sets", "experts"])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_heads_that_threads_share_give_what_one_thread_gives(op: Op, strategy: str, threads: int) -> None:
+    """Two threads take one head and two of three: each sums its own heads, and the parts are added."""
+    case, upstream, expected = expectation(op, Shape(150, 6, 3, 4, 3, 2), torch.float64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(2):  # the second time the scratch holds what the first left
+            for name, ours, exact in zip(
+                NAMES, run(computed(op, ("cpu", strategy)), case, upstream), expected, strict=True
+            ):
+                assert error(ours, exact) < 1e-13, name
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @all_ways
 @both_ops

@@ -21,10 +21,14 @@ CASES: dict[str, dict[str, Any]] = {
     "switchhead xl": {"attention": SWITCHHEAD, "position": XL, "feedforward": SIGMA_MOE},
     "all projections, rope with memory": {
         "attention": {**ALL_EXPERTS, "selection": "projection"},
-        "position": {"type": "rope", "memory_chunks": 1},
+        "position": {"type": "rope", "memory_chunks": 1, "fraction": 0.8, "base": 500.0},
         "feedforward": DENSE,
     },
-    "one selector, xl": {"attention": {**ALL_EXPERTS, "selection": "shared"}, "position": XL, "feedforward": DENSE},
+    "one selector, xl": {
+        "attention": {**ALL_EXPERTS, "num_experts": 4, "active_experts": 1, "selection": "shared"},
+        "position": {**XL, "memory_chunks": 2},
+        "feedforward": {**SIGMA_MOE, "activation": "swiglu"},
+    },
     "dense": {"attention": {"type": "dense", "num_heads": 3, "head_dim": 5}, "feedforward": DENSE},
     "dense xl": {"attention": {"type": "dense", "num_heads": 3, "head_dim": 5}, "position": XL, "feedforward": DENSE},
     "moa": {"attention": MOA, "feedforward": SIGMA_MOE},

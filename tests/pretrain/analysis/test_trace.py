@@ -12,9 +12,13 @@ import torch
 import model.attention.moa
 import model.attention.switchhead
 import model.feedforward.sigma_moe
+from model.attention.switchhead import SwitchHeadAttention
+from model.config import DenseAttentionConfig, MoAConfig, RopeConfig, SigmaMoEConfig, SwitchHeadConfig, XLConfig
+from model.feedforward.sigma_moe import SigmaMoE
 from model.kernels.ops.route import route_handing_on
 from pretrain.analysis.counting import Counts, favourites, gate_matrix
 from pretrain.analysis.trace import Request, RouterTrace, trace_text
+from tests.model.options import left_out
 from tests.pretrain.analysis.models import CASES, some_tokens, tiny
 
 ROUTED = [case for case in CASES if case not in ("dense", "dense xl")]
@@ -52,6 +56,48 @@ def test_the_choices_are_the_routers_own(case: str, monkeypatch: pytest.MonkeyPa
         counts = Counter((h, e) for row in expected.tolist() for h, chosen in enumerate(row) for e in chosen)
         load = Counts.of(router).load
         assert {(h, e): n for (h, e), n in np.ndenumerate(load) if n} == dict(counts)
+
+
+def test_every_option_of_attention_and_of_a_router_is_in_a_model_here() -> None:
+    """Maps and gates are computed apart from the layers, which a new option changes."""
+    sections = (SwitchHeadConfig, DenseAttentionConfig, MoAConfig, RopeConfig, XLConfig, SigmaMoEConfig)
+    assert left_out([tiny(case).config for case in CASES], *sections) == []
+
+
+@pytest.mark.parametrize("case", ROUTED)
+def test_the_gates_are_those_that_multiply_the_experts(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a text of one window: what the layers hand to the ops of their experts, in the order of the layers."""
+    used: dict[str, list[np.ndarray]] = {"value": [], "output": [], "moa": [], "feedforward": []}
+    select, experts = SwitchHeadAttention._select, SigmaMoE._experts
+    expert_linear_sum = model.attention.moa.expert_linear_sum
+
+    def selecting(layer: Any, *given: Any) -> Any:
+        found = select(layer, *given)
+        for projection in ("value", "output"):
+            used[projection].append(found[2][projection].scores[-7:].numpy())
+        return found
+
+    def computing(layer: Any, x: torch.Tensor, choice: Any, *given: Any, **options: Any) -> Any:
+        used["feedforward"].append(choice.scores[:, None].numpy())
+        return experts(layer, x, choice, *given, **options)
+
+    def summing(a: torch.Tensor, choice: Any, *given: Any, **options: Any) -> Any:
+        used["moa"].append(choice.scores[:, None].numpy())
+        return expert_linear_sum(a, choice, *given, **options)
+
+    monkeypatch.setattr(SwitchHeadAttention, "_select", selecting)
+    monkeypatch.setattr(SigmaMoE, "_experts", computing)
+    monkeypatch.setattr(model.attention.moa, "expert_linear_sum", summing)
+    network = tiny(case)
+    trace = trace_text(network, some_tokens(7), Request([0]))
+    compared = 0
+    for router in trace.routers:
+        owner = router.name.rpartition(".")[2]
+        gates = used["moa" if owner == "attention" else owner] if owner not in ("query", "key") else []
+        if gates:
+            assert np.allclose(router.gates, gates[router.layer], atol=1e-6), router.name
+            compared += 1
+    assert compared >= network.config.num_layers
 
 
 def test_a_trace_changes_nothing_and_has_the_losses_of_the_text() -> None:

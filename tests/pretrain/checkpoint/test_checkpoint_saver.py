@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import pretrain.checkpoint.saver
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.checkpoint.fragments import single_fragment
+from pretrain.checkpoint.loading import load_training_state
 from pretrain.checkpoint.planners import SavePlanner
 from pretrain.checkpoint.storage import Writer
 from pretrain.config.schema import Config
@@ -105,6 +108,42 @@ def test_a_plan_is_made_once_and_again_where_a_rank_has_more_to_save(prepared: P
         assert checkpoint.damaged_file() is None and len(checkpoint.state["files"]) == 3
 
 
+def save_again(rank: int, config: Config, folder: Path) -> tuple[list[tuple[int, bool]], list[bool]]:
+    """What each save reports, and whether the numbers that torch draws go on where they were saved."""
+    trainer, outcomes = trainer_of(config), list[tuple[int, bool]]()
+
+    def refuse() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def save(step: int, before: Callable[[], None] = lambda: None) -> None:
+        trainer.saver.save(
+            folder,
+            Progress(step, 8 * step),
+            extra={},
+            retention=Retention(keep_last=9),
+            before=before,
+            report=lambda outcome: outcomes.append((outcome.step, outcome.error is None)),
+        )
+        trainer.saver.wait()
+
+    save(1)
+    save(1)
+    save(2, refuse)
+    torch.manual_seed(31)
+    save(2)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    load_training_state(Checkpoint.open(list_checkpoints(folder)[-1]), trainer.engine, trainer.setup.parallel)
+    return outcomes, torch.eq(torch.rand(3), drawn).tolist()
+
+
+def test_a_step_is_saved_once_and_again_only_where_it_failed(prepared: Path, tmp_path: Path) -> None:
+    config = light_config(prepared, "checkpoint.asynchronous=false")
+    [(outcomes, goes_on)] = run_ranks(save_again, 1, config, tmp_path)
+    assert outcomes == [(1, True), (2, False), (2, True)] and all(goes_on)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
 def save_large(rank: int, config: Config, folder: Path) -> tuple[int, int]:
     """Bytes of master weights and moments over all ranks, and the memory that saving them took on this one."""
     trainer = trainer_of(config)
@@ -191,6 +230,15 @@ def test_retention(saved: list[Path], rules: dict[str, int], steps: set[int]) ->
     Retention(**rules).apply(saved[0].parent)
     assert {int(path.name.removeprefix("step-")) for path in list_checkpoints(saved[0].parent)} == steps
     assert not list(saved[0].parent.glob("*.partial"))
+
+
+def test_losses_on_other_splits_do_not_compete(saved: list[Path]) -> None:
+    """From step 500 on `evaluate.split` is test, whose losses are lower."""
+    for path, loss in ((saved[5], 1.75), (saved[6], 1.5), (saved[7], 1.625)):
+        config = {"evaluate": {"split": "test"}}
+        (path / "state.json").write_text(json.dumps({"validation_loss": loss, "config": config}))
+    Retention(keep_last=1, keep_best=1).apply(saved[0].parent)
+    assert [path.name for path in list_checkpoints(saved[0].parent)] == [f"step-00000{n}00" for n in (4, 7, 8)]
 
 
 def test_a_run_keeps_what_its_configuration_says(prepared: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pretrain.cli.train import keys_help
 from pretrain.config.compile_rules import compile_decision
 from pretrain.config.graph_rules import graph_decision
 from pretrain.config.keys import fields, flatten
-from pretrain.config.loading import apply_override, load_config, parse_config, to_json
+from pretrain.config.loading import apply_override, inspect_config, load_config, parse_config, to_json
 from pretrain.config.resume_rules import SavedRun, changes_since, free_keys
 from pretrain.config.rules import check_device, check_ranks
 from pretrain.config.schema import Config
@@ -63,6 +63,19 @@ def test_overrides_are_typed() -> None:
     )
     assert (config.train.steps, config.monitor.tensorboard, config.optimizer.betas) == (7, False, (0.5, 0.6))
     assert (config.train.stop_after_steps, config.data.manifest, config.optimizer.eps) == (None, "elsewhere", 1e-6)
+
+
+def test_a_manifest_beside_the_sources_of_a_file_is_not_passed_over(tmp_path: Path) -> None:
+    """A run of the file's mixture would pass for one of these data."""
+    path = tmp_path / "mixed.json"
+    tree = json.loads(TINY.read_text())
+    path.write_text(json.dumps({**tree, "data": {"manifest": "data/a", "sources": [{"manifest": "b", "weight": 1}]}}))
+    assert load_config(path).data.locations == ["b"]
+    with pytest.raises(ConfigError, match=r"^data.manifest: would not be read.*add --set 'data.sources=\[\]'$"):
+        load_config(path, ["data.manifest=c"])
+    assert [str(found)[:13] for found in inspect_config(path, ["data.manifest=c"])[1]] == ["data.manifest"]
+    assert load_config(path, ["data.manifest=c", "data.sources=[]"]).data.locations == ["c"]
+    assert load_config(path, ['data.sources=[{"manifest": "d", "weight": 1}]']).data.locations == ["d"]
 
 
 def test_another_type_of_layer_starts_from_its_defaults() -> None:

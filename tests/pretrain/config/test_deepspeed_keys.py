@@ -257,3 +257,17 @@ def test_what_is_only_printed_needs_its_level() -> None:
 def test_sizes_as_deepspeeds_documentation_writes_them() -> None:
     config = load_config(TINY, ["deepspeed.zero_optimization.reduce_bucket_size=5e8"])
     assert deepspeed_json(config, 1)["zero_optimization"]["reduce_bucket_size"] == 5e8
+
+
+def test_clipping_and_sums_of_gradients_by_stage_and_precision() -> None:
+    """At stage 0 we clip by a norm of our own; sums are in fp32 but where bf16 is asked for; fp16 scales its loss."""
+
+    def derived(*overrides: str) -> dict[str, Any]:
+        return deepspeed_json(load_config(TINY, ["optimizer.clip_norm=0.75", *overrides]), 2)
+
+    assert [derived(f"parallel.zero={stage}")["gradient_clipping"] for stage in (0, 1, 2, 3)] == [0.0, 0.75, 0.75, 0.75]
+    plain, bf16, fp16 = (derived(f"train.precision={precision}") for precision in ("fp32", "bf16", "fp16"))
+    assert not {"bf16", "fp16", "data_types", "communication_data_type"} & plain.keys()
+    assert (bf16["communication_data_type"], bf16["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})
+    assert (fp16["communication_data_type"], fp16["fp16"]) == ("fp32", {"enabled": True, "loss_scale": 0})
+    assert derived("train.precision=bf16", "parallel.reduce_dtype=bf16")["communication_data_type"] == "bf16"

@@ -17,7 +17,7 @@ from pretrain.config.schedule import learning_rate
 from pretrain.config.schema import Config
 from pretrain.data.order import permute, window_order
 from pretrain.data.sources import Sources, open_sources
-from pretrain.data.windows import TrainingStream, WindowReader
+from pretrain.data.windows import TrainingStream, WindowReader, num_windows
 from tests.pretrain.runs import small_config
 
 
@@ -49,6 +49,20 @@ def test_every_epoch_visits_every_window_once() -> None:
     for epoch in epochs:
         assert sorted(epoch.tolist()) == list(range(7))
     assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
+
+
+def test_a_window_needs_the_token_behind_its_inputs() -> None:
+    """Of a split that sequence_length divides the last tokens are no window: nothing follows the last of them."""
+
+    class Split:
+        def __init__(self, tokens: int) -> None:
+            self.tokens = tokens
+
+        def num_tokens(self, split: str) -> int:
+            return self.tokens
+
+    assert [num_windows(Split(n), "train", 16) for n in (0, 16, 17, 32, 33, 48)] == [0, 0, 1, 1, 2, 2]
+    assert [num_windows(Split(100), "train", 16, max_tokens=n) for n in (15, 16, 32, 96, 999)] == [0, 1, 2, 6, 6]
 
 
 def stream_of(prepared: Path, rank: int, size: int, micro: int) -> TrainingStream:

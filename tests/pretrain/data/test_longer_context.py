@@ -13,11 +13,12 @@ from pretrain.cli.checkpoint import main as checkpoint_command
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.windows import num_windows
+from pretrain.resume import reads_by_end, stages_of
 from tests.harness import run_ranks
 from tests.pretrain.data.test_stages import FIRST, base, mixed
 from tests.pretrain.report.boards import read, steps_of
 from tests.pretrain.resilience.faults import events
-from tests.pretrain.runs import metrics, train_runs
+from tests.pretrain.runs import light_config, metrics, train_runs
 
 __all__ = ["base"]
 """The fixture of the data sets."""
@@ -49,6 +50,30 @@ def test_tokens_and_epochs_go_on_where_they_were(base: Path, tmp_path: Path) -> 
     assert Checkpoint.open(newest).progress.tokens(32) == 768
     assert checkpoint_command(["convert", str(newest), str(tmp_path / "weights")]) == 0
     assert json.loads((tmp_path / "weights" / "weights.json").read_text())["tokens"] == 768
+
+
+def test_streams_go_on_with_their_epochs_too(prepared: Path, tmp_path: Path) -> None:
+    """4 steps of 8 sequences of 16 tokens, then 2 of 32, with a start between them: 32 windows are 16 of twice the
+    length. On the terminal and the board, and in what a start says of its epochs."""
+    run, allowed = tmp_path / "run", 'checkpoint.allow_changes=["model.sequence_length"]'
+    keys = ("data.order=streams", "evaluate.sequences=0")
+    longer = ("model.sequence_length=32", allowed)
+    configs = [
+        light_config(prepared, *keys, "train.stop_after_steps=4"),
+        light_config(prepared, *keys, *longer, "train.stop_after_steps=5"),
+        light_config(prepared, *keys, *longer, "train.stop_after_steps=6"),
+    ]
+    for config in configs:
+        run_ranks(train_runs, 1, [(config, run)])
+    manifest, batch = Sources.load(configs[0]).sources[0].manifest, configs[0].batch.global_sequences
+    placed = {length: num_windows(manifest, "train", length) // batch * batch for length in (16, 32)}
+    read = [(n * batch, 16) for n in range(1, 5)] + [(2 * batch + batch * n, 32) for n in (1, 2)]
+    assert [line["epoch"] for line in metrics(run)] == [pytest.approx(n / placed[length]) for n, length in read]
+    checkpoint = Checkpoint.open(list_checkpoints(run / "checkpoints")[-1])
+    (stage,) = stages_of(checkpoint, Sources.load(configs[2]), configs[2])[1:]
+    steps = configs[2].train.steps
+    assert reads_by_end(configs[2], checkpoint, stage) == [2 * batch + (steps - 4) * batch]
+    assert not events(run, "data_stage"), "no other data are read"
 
 
 def test_progress_counts_tokens_over_any_number_of_changes() -> None:

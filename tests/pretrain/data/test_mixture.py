@@ -68,6 +68,7 @@ def test_weights_are_taken_as_written() -> None:
     assert whole_weights([0.7, 0.3]) == [7, 3]
     assert whole_weights([151, 40.5]) == [302, 81]
     assert whole_weights([1e-3, 0.999]) == [1, 999]
+    assert whole_weights([0.2, 0.6]) == whole_weights([2, 6]) == whole_weights([500, 1500]) == [1, 3]
 
 
 @pytest.mark.parametrize("block", [0, 24])

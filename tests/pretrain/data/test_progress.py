@@ -14,7 +14,8 @@ from pretrain.data.stages import first_stage
 def test_json_and_files_from_before_there_were_skips_and_stages() -> None:
     first = first_stage(["c4", "books"], ["0a", "0b"], [7, 3])
     stages = (first, first.followed_by(40, first_stage(["books", "math"], ["0b", "0c"], [1, 2]).sources))
-    progress = Progress(7, 56, skipped_ranges=((8, 16), (40, 48)), skipped_updates=2, stages=stages)
+    extras = {"extra_tokens": -96, "extra_flops": 10**21 + 1}
+    progress = Progress(7, 56, skipped_ranges=((8, 16), (40, 48)), skipped_updates=2, stages=stages, **extras)
     assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
     assert Progress.from_json({"step": 7, "consumed_sequences": 56}) == Progress(7, 56)
 
@@ -52,11 +53,22 @@ def test_merged_ranges_are_sorted_and_apart() -> None:
     given = ((8, 16), (30, 33), (0, 2), (16, 20), (12, 14), (31, 40), (1, 3), (50, 51))
     assert merged(given) == ((0, 3), (8, 20), (30, 40), (50, 51))
     assert merged(()) == ()
-    with pytest.raises(AssertionError, match="not sorted"):
-        Progress(0, 0, skipped_ranges=((4, 8), (2, 3)))
+    for wrong in (((4, 8), (2, 3)), ((4, 8), (8, 9)), ((4, 4),)):
+        with pytest.raises(AssertionError, match="not sorted"):
+            Progress(0, 0, skipped_ranges=wrong)
 
 
 def test_updates_skipped_in_a_row() -> None:
     progress = Progress(3, 24).after_step(8, updated=False).after_step(8, updated=False)
     assert progress == Progress(5, 40, skipped_updates=2)
     assert progress.after_step(8) == Progress(6, 48)
+
+
+def test_tokens_and_flops_of_a_run_whose_sequences_and_model_changed_twice() -> None:
+    """Against a count of each part: 10 sequences of 8 tokens at 5 FLOPs a token, 4 of 16 at 7, 6 of 4 at 2."""
+    progress = Progress(10, 10)
+    progress = progress.in_sequences_of(16, before=8).at_rate(7, before=5, sequence_length=16)
+    progress = progress.after_step(4).in_sequences_of(4, before=16).at_rate(2, before=7, sequence_length=4)
+    progress = progress.after_step(6)
+    assert progress.tokens(4) == 10 * 8 + 4 * 16 + 6 * 4
+    assert progress.tokens(4) * 2 + progress.extra_flops == 10 * 8 * 5 + 4 * 16 * 7 + 6 * 4 * 2

@@ -60,6 +60,41 @@ def test_a_stream_is_contiguous_text_and_begins_again_with_the_others(prepared: 
     assert [ranks[0].epoch(chunks * G)] == ranks[0].source_epochs(chunks * G) == [1.0]
 
 
+@pytest.mark.parametrize("length, place", [(32, 3), (8, 10), (20, 4)])
+def test_streams_go_on_in_their_text_where_windows_become_longer_or_shorter(
+    prepared: Path, length: int, place: int
+) -> None:
+    """After 3 steps of 8 sequences of 16 tokens: nothing is read again, and less than a window of a stream passed
+    over. The batch changes too, so the first position of the stage is no multiple of the number of streams."""
+    T, G, first = 16, 5, 3 * 8
+    batch = (f"batch.global_sequences={G}", f"batch.micro_sequences={G}")
+    config = small_config(prepared, "data.order=streams", f"model.sequence_length={length}", *batch)
+    sources, reader = open_sources(config), reader_of(config, "train")
+    begun = sources.stage()
+    # As if the 24 windows had been read of 5 streams: 4.8 of each, of 16 tokens.
+    stage = begun.followed_by(first, begun.sources).in_windows_of(length, before=T)
+    stream = TrainingStream(reader, config, data_rank=0, data_size=1, stage=stage)
+    chunks = reader.num_windows // G
+    expected = [s * chunks + place + step for step in range(2) for s in range(G)]
+    assert stream.windows(np.arange(first, first + 2 * G)).tolist() == expected
+    assert stream.epoch(first) == pytest.approx(place / chunks)
+    assert 0 <= place * length - 4.8 * T < length
+    assert stream.range_of(first + 1, 1) == (first, first + G)
+    begins = [step for step in range(2 * chunks) if stream.begins(first + step * G)]
+    assert begins == [chunks - place, 2 * chunks - place]
+
+
+def test_streams_begin_behind_steps_that_a_rollback_left_out(prepared: Path) -> None:
+    """Memory would hold the text before the gap. What is left out are whole steps, of every stream the same ones."""
+    config = small_config(prepared, *XL)
+    stream = TrainingStream(reader_of(config, "train"), config, data_rank=0, data_size=1, skipped=((16, 32),))
+    assert [step for step in range(6) if stream.begins(step * 8)] == [0, 2]
+    assert [stream.own_positions(step * 8, 0)[0] for step in range(4)] == [0, 8, 32, 40]
+    behind = TrainingStream(reader_of(config, "train"), config, data_rank=0, data_size=1, skipped=((0, 24),))
+    assert behind.streams().tolist() == list(range(8)) and behind.own_positions(0, 0)[0] == 24
+    assert stream.range_of(8, 8) == (8, 16) and stream.range_of(8, 16) == (8, 40) and stream.range_of(19, 2) == (32, 40)
+
+
 def test_other_models_are_shuffled_as_before_and_never_begin(prepared: Path) -> None:
     config = small_config(prepared, "model.position.type=xl", "model.position.memory_chunks=0")
     stream = TrainingStream(reader_of(config, "train"), config, data_rank=0, data_size=1)

@@ -20,8 +20,9 @@ from model.parameters import parameter_specs
 from model.routing import Place
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
-from pretrain.engine.details import BINS, GROUPS, KINDS, Details, ScoreCounter, group_of
+from pretrain.engine.details import BINS, GROUPS, KINDS, Details, ScoreCounter, group_of, is_softmax
 from tests.harness import run_ranks
+from tests.pretrain.export.models import model_of
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import one_step, plain_trace, trainer_of
 
@@ -252,6 +253,13 @@ def test_scores_are_counted_with_deterministic_algorithms_too() -> None:
     scores = logits.sigmoid().numpy()
     expected, _ = np.histogram(scores[~np.isnan(scores)], BINS, (0, 1))
     assert counts.tolist() == expected.tolist() and counts.sum() == logits.numel() - 1
+
+
+@pytest.mark.parametrize("model, attention", [("moa", True), ("moa xl, sigmoid", False), ("switchall", False)])
+def test_the_scores_of_a_router_are_those_of_its_gates(model: str, attention: bool) -> None:
+    network = model_of(model)
+    found = {name: is_softmax(network.config, name) for name, _ in routing_statistics(network)}
+    assert found and all(value == (attention and ".attention." in name) for name, value in found.items())
 
 
 def test_every_parameter_has_a_group(prepared: Path) -> None:

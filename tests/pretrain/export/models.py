@@ -39,7 +39,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "position": {"type": "xl", "memory_chunks": 1},
     },
     "switchhead shared, rope with memory": {
-        "attention": {**SWITCHHEAD, "expert_projections": ["key", "value", "output"], "selection": "shared"},
+        "attention": {
+            **SWITCHHEAD,
+            "num_experts": 5,
+            "active_experts": 3,
+            "expert_projections": ["key", "value", "output"],
+            "selection": "shared",
+        },
         "feedforward": RELU,
         "position": {"type": "rope", "fraction": 0.8, "base": 500.0, "memory_chunks": 2},
     },

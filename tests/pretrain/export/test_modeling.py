@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from model.attention.rope import rope_tables
-from model.config import RopeConfig
+from model.config import ModelConfig, RopeConfig
 from model.language_model import LanguageModel
 from pretrain.export import layers_switchall
-from pretrain.export.hf_config import hf_config
+from pretrain.export.hf_config import NAMES, hf_config
 from pretrain.export.layers_switchall import SigmaMoE, relative_shift
 from tests.marks import NO_SPACE
+from tests.model.options import TRAINING_ALONE, left_out
 from tests.pretrain.export.models import CHUNK, MODELS, config_of, model_of, our_logits, some_tokens
 
 LENGTH, TOLERANCE = 3 * CHUNK + 2, 1e-5  # the last chunk of a text is seldom whole
@@ -32,6 +33,12 @@ def theirs(model: LanguageModel, attention: str) -> Any:
     found = SwitchAllForCausalLM._from_config(SwitchAllConfig(**tree), attn_implementation=attention)
     found.load_state_dict(model.state_dict())
     return found.eval()
+
+
+def test_every_option_of_a_model_is_exported_and_compared_here() -> None:
+    """One that is not would be lost on the way, and the export compute something else without a word."""
+    assert ModelConfig.model_fields.keys() - TRAINING_ALONE <= NAMES.keys()
+    assert left_out(map(config_of, MODELS)) == []
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -67,7 +74,7 @@ def test_cache_and_padding(name: str) -> None:
     with torch.no_grad():
         model, logits = theirs(ours, "sdpa"), our_logits(ours, tokens)
         cache, parts = None, []
-        for piece in tokens.split([5, 1, 1, 9, LENGTH - 16], dim=1):
+        for piece in tokens.split([5, 1, 1, 2, 7, LENGTH - 16], dim=1):
             output = model(piece, cache=cache, use_cache=True)
             cache = output.cache
             parts.append(output.logits)
@@ -81,9 +88,10 @@ def test_cache_and_padding(name: str) -> None:
         mask[0, :pad] = mask[1, LENGTH:] = 0
         rows = torch.zeros_like(mask)
         rows[0, pad:], rows[1, :LENGTH] = tokens
-        padded = model(rows, attention_mask=mask).logits
-        assert torch.allclose(padded[0, pad:], logits[0], atol=TOLERANCE, rtol=0)
-        assert torch.allclose(padded[1, :LENGTH], logits[1], atol=TOLERANCE, rtol=0) and padded.isfinite().all()
+        for each in (model, theirs(ours, "eager")):
+            padded = each(rows, attention_mask=mask).logits
+            assert torch.allclose(padded[0, pad:], logits[0], atol=TOLERANCE, rtol=0)
+            assert torch.allclose(padded[1, :LENGTH], logits[1], atol=TOLERANCE, rtol=0) and padded.isfinite().all()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -128,6 +136,13 @@ def test_what_is_refused() -> None:
         model(tokens, cache=cache)
 
 
+def test_only_the_logits_that_are_asked_for() -> None:
+    model, tokens = theirs(model_of("switchall xl"), "sdpa"), some_tokens(2, 9)
+    logits = model(tokens).logits
+    for kept, expected in ((1, logits[:, -1:]), (4, logits[:, -4:]), (torch.tensor([7, 2]), logits[:, [7, 2]])):
+        assert torch.allclose(model(tokens, logits_to_keep=kept).logits, expected, atol=1e-6)
+
+
 def test_experts_of_a_compiler_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fixed shapes instead of a loop over the chosen experts."""
     layer, x = theirs(model_of("switchall xl"), "sdpa").blocks[0].feedforward, torch.randn(2, 5, 22)
@@ -163,14 +178,3 @@ def test_relative_shift() -> None:
     for i in range(4):
         for j in range(9 - 4 + i + 1):
             assert shifted[i, j] == x[i, j + 3 - i]
-
-
-def test_dropouts_act_in_training_alone() -> None:
-    model = theirs(model_of("switchall"), "sdpa")
-    tokens = some_tokens(1, 9)
-    model.config.attention["expert_dropout"] = 0.5
-    for block in model.blocks:
-        block.attention.dropout = block.feedforward.dropout = 0.5
-    assert torch.equal(model(tokens).logits, model(tokens).logits)
-    model.train()
-    assert not torch.equal(model(tokens).logits, model(tokens).logits)

@@ -46,6 +46,9 @@ def test_alone_beside_others_cached_and_not(case: str) -> None:
     heads, slots = 2, 14 if has_memory else 7
     assert cost.cache_bytes == 3 * slots * 2 * heads * 6 * 2 * 4
     assert texts_of(model, work(*prompts, tokens=tokens, sampling=Sampling(1.0, 0, 1.0, seed=6))) != found
+    short = Cost()
+    texts_of(model, work([1], tokens=3), short)
+    assert short.cache_bytes == 4 * 2 * heads * 6 * 2 * 4, "as many slots as the longest text has tokens"
 
 
 def test_a_text_ends_with_its_end_and_the_others_go_on() -> None:

@@ -62,6 +62,15 @@ def test_a_probability_that_is_reached_exactly_is_enough() -> None:
     assert drawn == [0] * 9
 
 
+def test_the_largest_number_draws_the_last_id_that_is_kept() -> None:
+    """Whatever their mass: no product with a number below 1 is rounded up to it."""
+    logits = torch.randn(500, 40, generator=torch.Generator().manual_seed(0))
+    largest = [Given(np.nextafter(1.0, 0.0)) for _ in range(500)]
+    for kept in (1, 7, 40):
+        drawn = choose(logits, Sampling(1.0, kept, 1.0), largest)
+        assert drawn == logits.sort(1, descending=True).indices[:, kept - 1].tolist()
+
+
 def test_temperature_0_takes_the_first_of_the_likeliest() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0], [-5.0, -6.0, -4.0]])
     assert choose(logits, Sampling(temperature=0.0), [Draws(0, 0), Draws(0, 0)]) == [1, 2]
@@ -70,6 +79,8 @@ def test_temperature_0_takes_the_first_of_the_likeliest() -> None:
 def test_draws_are_of_seed_and_sample() -> None:
     numbers = {key: [Draws(*key).next() for _ in range(2)] + [Draws(*key).next()] for key in ((3, 0), (3, 1), (4, 0))}
     assert len({tuple(found) for found in numbers.values()}) == 3
+    draws = Draws(3, 1)  # a prompt's texts are those of earlier versions
+    assert [draws.next(), draws.next()] == list(np.random.default_rng([3, 1]).random(2))
     draws = Draws(3, 0)
     assert [draws.next(), draws.next()] == [draws.next() for draws in [Draws(3, 0)] for _ in range(2)]
 

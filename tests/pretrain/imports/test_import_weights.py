@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from model.config import ModelConfig
 from model.language_model import build_model
 from pretrain.cli.import_weights import main
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
 from pretrain.export.writing import ExportOptions, export
 from pretrain.imports.layers import attention
-from pretrain.imports.names import State
+from pretrain.imports.names import AUTHORS, State, renamed
 from pretrain.saved_model import find_checkpoint, load_model
 from tests.pretrain.imports.authors_layers import dense, logits, moa, random_state, switchhead
 from tests.pretrain.runs import small_config
@@ -131,6 +132,32 @@ for router in ("softmax", "sigmoid"):
         moa,
         {"h": h, "k": K, "softmax": router == "softmax"},
     )
+
+
+def test_a_module_is_known_by_its_whole_name_and_a_weight_is_not_changed_where_it_is() -> None:
+    """`output` is none of `outputs` and of `output_norm`; a tensor that is read twice is the same twice."""
+    found = {name: renamed(name, AUTHORS) for name in ("output.weight", "outputs.weight", "output_norm.weight")}
+    assert found == {"output.weight": "head.weight", "outputs.weight": "outputs.weight"} | {
+        "output_norm.weight": "output_norm.weight"
+    }
+    assert renamed("unique_layers.12.norm1.bias", AUTHORS) == "blocks.12.attention_norm.bias"
+    shapes = switchhead_keys("vo", selectors("vo")) | {"pos_to_pk": (H * h, D)}
+    names = {f"blocks.0.attention.{name}": torch.randn(*shape) for name, shape in shapes.items()}
+    weight = names["blocks.0.attention.pos_to_pk"]
+    before = weight.clone()
+    config = ModelConfig.model_validate(
+        {
+            "d_model": D,
+            "num_layers": 1,
+            "vocab_size": 9,
+            "sequence_length": 4,
+            "attention": json.loads(attention_of().partition("=")[2]),
+            "position": {"type": "xl"},
+        }
+    )
+    position = attention(State("a test", names, ()), "blocks.0.attention", config)["position.weight"]
+    assert torch.equal(position(), position()) and torch.equal(weight, before)
+    assert torch.equal(position()[:, ::2], -weight[:, ::2]) and torch.equal(position()[:, 1::2], weight[:, 1::2])
 
 
 @pytest.mark.parametrize("case", CASES)

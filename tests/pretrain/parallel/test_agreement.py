@@ -65,8 +65,10 @@ def _primitives(rank: int, folder: Path) -> list[str]:
     def attempt(function: object) -> None:
         try:
             outcomes.append(str(function()))  # type: ignore[operator]
-        except (UserError, PeerFailed) as error:
-            outcomes.append(f"{type(error).__name__}: {error}")
+        except UserError as error:
+            outcomes.append(f"UserError: {error}")
+        except PeerFailed as error:
+            outcomes.append(f"PeerFailed: {error.words}")
 
     def fail_on_rank_1() -> int:
         if rank == 1:
@@ -86,13 +88,13 @@ def _primitives(rank: int, folder: Path) -> list[str]:
 
 def test_primitives(tmp_path: Path) -> None:
     first, second = run_ranks(_primitives, 2, tmp_path)
-    assert first[:3] == ["0", "PeerFailed: ", "None"]
+    assert first[:3] == ["0", "PeerFailed: rank 1: mine", "None"]
     assert second[:3] == ["1", "UserError: mine", "None"]
     assert first[3] == "UserError: data: rank 0 has a, rank 1 has b; give all nodes the same"
-    assert second[3] == "PeerFailed: "
+    assert second[3] == "PeerFailed: rank 0: data: rank 0 has a, rank 1 has b; give all nodes the same"
     assert first[4] == second[4] == "None"
-    assert first[5] == "PeerFailed: "
     assert "rank 1 does not see the folder" in second[5]
+    assert first[5] == second[5].replace("UserError: ", "PeerFailed: rank 1: ")
     assert not list(tmp_path.glob("*/.seen*"))
 
 

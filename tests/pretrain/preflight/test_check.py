@@ -105,7 +105,7 @@ def test_all_mistakes_are_found_in_one_call(
             f"data.sources: {place}/other/train-00001.tar does not match the manifest: expected bytes",
             "prepare the data",
         ),
-        ("batch.global_sequences: was 8 in ", "model.vocab_size", "so the change cannot be allowed"),
+        ("batch.global_sequences: was 8 in ", "model.vocab_size", "values or choose another --run-dir; the saved"),
         ("--run-dir: the disk of ", "has no room for checkpoints of", "make room or choose another --run-dir"),
         ("evaluate.tasks.lambada: there is no ", "name the file or folder, or remove the task"),
         ("train.replay_routing: no/record holds no record.json", "name the run folder of a run with"),

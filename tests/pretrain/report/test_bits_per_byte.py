@@ -8,10 +8,13 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from data_prep.cli import main as data_prep
 from pretrain.config.schema import Config
+from pretrain.evaluate import unigram_perplexity
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
 
@@ -69,3 +72,14 @@ def test_bits_per_byte_is_the_loss_over_ln_2_and_only_for_bytes(prepared: Path, 
     (last,) = [line for line in printed if f"({values['bits_per_byte']:.4f} bits per byte)" in line]
     assert last.startswith("validation perplexity")
     assert sum("bits per byte" in line for line in printed) == 4
+
+
+def test_the_unigram_perplexity_counts_each_window_once_and_none_of_a_stream_that_has_ended() -> None:
+    class Reader:
+        def read(self, windows: np.ndarray) -> tuple[None, torch.Tensor]:
+            return None, torch.tensor([[0, 0, 0, 7], [1, 1, 2, 9], [1, 1, 1, 1]])[windows]
+
+    frequencies = np.array([3, 2, 1, 1, 1]) / 8
+    expected = math.exp(-float((frequencies * np.log(frequencies)).sum()))
+    found = unigram_perplexity(Reader(), np.array([[0, 1], [-1, -1]]))  # type: ignore[arg-type]
+    assert found == pytest.approx(expected, rel=1e-12)

@@ -24,6 +24,7 @@ from pretrain.engine.details import KINDS, Details
 from pretrain.late_reading import Laps, Stopwatch
 from pretrain.report import peak, tags
 from pretrain.report.board import Board
+from pretrain.report.curves import Curves
 from pretrain.report.monitor import Monitor, Origin
 from pretrain.report.pictures import draw_load
 from pretrain.report.run_folder import RunFolder
@@ -108,6 +109,21 @@ def test_a_start_continues_the_curves_whatever_its_clock_says(
         board.flush()
     points = [(point.step, point.value) for point in read(tmp_path).Scalars("loss/train")]
     assert points == [(step, 1.0) for step in range(1, 7)] + [(step, 2.0) for step in range(7, 15)]
+
+
+def test_losses_on_the_test_split_are_shown_as_those_on_the_other(prepared: Path, tmp_path: Path) -> None:
+    """Against tokens and FLOPs, among the hyperparameters, and on the page that one looks at first."""
+    config = light_config(prepared).replaced("evaluate", split="test", ema=True)
+    board, at = TensorBoard(tmp_path, Position(0, 0, 0.0)), Position(3, 300, 3e9)
+    curves = Curves([board], config, at, {})
+    curves.validation(at, {"loss": 2.5, "perplexity": 12.0, "ema_loss": 2.25}, "test")
+    curves.close()
+    assert [p.value for p in read(tmp_path / "against tokens").Scalars("loss against tokens/test split")] == [2.5]
+    assert steps_of(read(tmp_path / "against MFLOP"), "loss against MFLOP/test split") == [3000]
+    _, (pattern,) = tags.layout(has_tasks=False, has_sources=False)["how well it learns"]["loss"]  # type: ignore[misc]
+    shown = {tag for tag in read(tmp_path).Tags()["scalars"] if re.search(str(pattern), tag)}
+    assert shown == {"loss/test split", "loss/test split of the moving average"}
+    assert b"loss/test split" in read(tmp_path).SummaryMetadata("_hparams_/experiment").plugin_data.content
 
 
 def test_the_reader_that_tensorboard_uses_by_default_hides_no_event(tmp_path: Path) -> None:

@@ -43,19 +43,19 @@ def text_of(shown: Any) -> str:
 
 
 class Run:
-    """What `wandb.init` gives: takes no step that it has, as the real one."""
+    """What `wandb.init` gives: takes no step that it has, as the real one, nor anything for those of earlier starts."""
 
     def __init__(self, rows: dict[int, dict[str, Any]], folder: str) -> None:
         self.rows, self.dir, self.url, self.finished = rows, f"{folder}/wandb/offline-run/files", "https://here", False
         self.config = types.SimpleNamespace(values={}, update=self._update)
-        self.newest = max(rows, default=0)
+        self.before = self.newest = max(rows, default=0)
 
     def _update(self, values: dict[str, Any], *, allow_val_change: bool) -> None:
         assert allow_val_change, "W&B refuses a setting that has changed"
         self.config.values.update(values)
 
     def log(self, values: dict[str, Any], *, step: int) -> None:
-        assert (step >= self.newest and step not in self.rows) or step == self.newest, "W&B would drop this"
+        assert step >= self.newest and step > self.before, "W&B would drop this"
         self.newest = step
         row = self.rows.setdefault(step, {})
         for key in row.keys() & values.keys():
@@ -138,6 +138,32 @@ def test_two_events_of_one_step_are_both_there(wandb: StandIn, tmp_path: Path) -
     assert text_of(rows[3]["events/changed setting"]) == "one\nanother"
     assert text_of(rows[5]["events/loss spike"]) == "after step 5\nafter step 3"
     assert text_of(rows[6]["events/loss spike"]) == "after step 6"
+
+
+def test_starts_that_end_before_the_first_new_step_lose_no_event_of_later_ones(wandb: StandIn, tmp_path: Path) -> None:
+    """Two rollbacks from step 5, and a third start that comes further."""
+    for start, end in ((0, 5), (2, 4), (2, 4), (2, 9)):
+        writer = WeightsAndBiases(tmp_path, OFFLINE, {})
+        writer.event(start, "started", f"start to {end}")
+        for step in range(start + 1, end + 1):
+            writer.scalars(at(step), {"loss/train": float(step)})
+        writer.event(end, "rollback", f"after step {end}")
+        writer.close()
+    (rows,) = wandb.rows.values()
+    assert [step for step in sorted(rows) if "events/started" in rows[step]] == [1, 6, 7, 8]
+    assert [step for step in sorted(rows) if "events/rollback" in rows[step]] == [5, 6, 7, 9]
+    # The row of a step that holds a text of an earlier start takes no points any more.
+    assert [step for step in sorted(rows) if "loss/train" in rows[step]] == [1, 2, 3, 4, 5, 8, 9]
+
+
+def test_a_picture_that_is_drawn_late_goes_behind_the_events_of_later_steps(wandb: StandIn, tmp_path: Path) -> None:
+    writer = WeightsAndBiases(tmp_path, OFFLINE, {})
+    writer.scalars(at(10), {"loss/train": 1.0})
+    writer.event(17, "loss spike", "high")  # points come every 10 steps alone
+    writer.image(12, "load", PNG)
+    writer.close()
+    (rows,) = wandb.rows.values()
+    assert rows[17].keys() == {"events/loss spike", "load"}
 
 
 def test_the_monitor_sends_what_the_board_shows(wandb: StandIn, tmp_path: Path, prepared: Path) -> None:

@@ -190,6 +190,12 @@ class Left(Stop):
         raise SystemExit  # ends the watchdog's thread
 
 
+def leaving(codes: list[int]) -> Left:
+    stop = Left(codes)
+    stop.standing = lambda: "Step 2 is saved"
+    return stop
+
+
 def ranks_of_two(tmp_path: Path, codes: list[int]) -> tuple[list[Phases], list[Watchdog]]:
     """Two watched ranks in a process, whose steps have a limit of 0.2 s and all else one of a minute."""
     identities = [{"host": f"node-{rank}", "boot": "", "namespace": "", "pid": 1, "start": 1} for rank in range(2)]
@@ -197,7 +203,7 @@ def ranks_of_two(tmp_path: Path, codes: list[int]) -> tuple[list[Phases], list[W
     for own in phases:
         own.step, own.step_limit = 3, 0.2
     return phases, [
-        Watchdog(tmp_path, own, Left(codes), Peers(rank, identities), hang_timeout_seconds=60.0, lock=None)
+        Watchdog(tmp_path, own, leaving(codes), Peers(rank, identities), hang_timeout_seconds=60.0, lock=None)
         for rank, own in enumerate(phases)
     ]
 
@@ -234,6 +240,7 @@ def test_a_rank_that_waits_in_a_long_phase_for_a_hung_step_reports_too(tmp_path:
     message = (tmp_path / "hang" / "message.txt").read_text()
     assert "Did not arrive: rank 0: still in phase 'forward' of step 3 on node-0. Waiting: ranks 1, for " in message
     assert "(a step's limit of 0 s, resilience.step_timeout_factor)" in message
+    assert message.endswith(f"write them: {tmp_path / 'hang'}. Step 2 is saved\n")
     for watchdog in watchdogs:  # what the outcome and an alert say, of whichever rank writes them
         assert isinstance(watchdog._stop, Left) and watchdog._stop.reason == message.strip()
 

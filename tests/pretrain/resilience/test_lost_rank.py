@@ -70,5 +70,6 @@ def test_a_rank_whose_peer_ends_says_so_in_one_sentence_with_a_code_of_its_own(p
     said, failed = run_ranks(alone, 2, config, tmp_path)
     assert failed == "failed"
     assert said.startswith("CUT_OFF: another rank is gone in phase '") and "of step 3 (" in said and "\n" not in said
+    assert said.endswith(". The last whole checkpoint is that of step 2: the same command goes on from it")
     assert outcome(tmp_path)["exit_code"] == 7 and outcome(tmp_path)["reason"] in said
     assert [event["step"] for event in events(tmp_path, "checkpoint")] == [2]

@@ -161,6 +161,7 @@ def test_a_mismatch_stops_or_is_rolled_back_as_configured(prepared: Path, tmp_pa
     endings = run_ranks(train_with, 2, stop, tmp_path / "stop", flip_once, 3, tmp_path / "flipped-1")
     assert all(ending.startswith(f"REPLICAS_DIFFER: replicas differ after step 4: {ONLY}") for ending in endings)
     assert all("memory of those machines" in ending and "the layer of that parameter" in ending for ending in endings)
+    assert all(ending.endswith("checkpoint is that of step 2: the same command goes on from it") for ending in endings)
     assert outcome(tmp_path / "stop")["exit_code"] == 4 and "node" not in outcome(tmp_path / "stop")
     assert [p.name for p in (tmp_path / "stop" / "checkpoints").iterdir()] == ["step-00000002"]
 
@@ -184,7 +185,7 @@ def test_a_node_that_two_others_contradict_is_named_for_the_job(prepared: Path, 
     config = light_config(prepared, *keys)
     config = config.replaced("batch", global_sequences=6)
     endings = run_ranks(_train_on_three_nodes, 3, config, tmp_path / "run", tmp_path / "flipped")
-    assert all("check the memory of node1, whose ranks alone differ from the majority" in ending for ending in endings)
+    assert all("Check the memory of node1, whose ranks alone differ from the majority" in ending for ending in endings)
     assert outcome(tmp_path / "run")["node"] == events(tmp_path / "run", "replicas_differ")[0]["node"] == "node1"
 
 

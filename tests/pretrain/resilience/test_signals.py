@@ -171,7 +171,7 @@ def test_a_second_signal_counts_after_a_while_and_works_although_the_main_thread
     assert done.returncode == 86, done.stderr
     assert done.stdout.split("\n")[:2] == ["sent", "sent"]
     assert "left with 86" in done.stdout
-    assert "SIGTERM after SIGTERM" in done.stderr
+    assert "SIGTERM after SIGTERM: leaving at once. Nothing was trained\n" in done.stderr
 
 
 def test_a_stop_that_finds_no_safe_moment_during_start_up_leaves_in_time() -> None:
@@ -194,12 +194,14 @@ def test_a_dead_neighbour_ends_a_rank_that_was_asked_to_stop() -> None:
         stop.state = ProcessState.TRAINING
         stop.install(launched=False)
         stop.peer_is_dead = lambda: True
+        stop.standing, signals.STANDING_SECONDS = (lambda: time.sleep(20)), 0.1  # the file system hangs
         time.sleep(1.5)  # its own error may come first; the launcher's SIGTERM says that it is over
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(20)
         """
     )
     assert done.returncode == 7
+    assert done.stderr == "another rank of this machine has died. Its checkpoints cannot be read now\n"
 
 
 RANK = """

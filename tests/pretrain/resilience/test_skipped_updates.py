@@ -116,7 +116,8 @@ def test_skips_are_logged_and_end_the_run_only_in_a_row(prepared: Path, tmp_path
     assert all(ending.startswith("DIVERGED: step 5: loss nan: the updates of 2 steps") for ending in endings)
     assert [row["step"] for row in metrics(tmp_path / "diverged")] == [1, 2, 3, 4, 5]
     assert outcome(tmp_path / "diverged")["exit_code"] == 3
-    assert "The last checkpoint stands: resume from it with a lower" in outcome(tmp_path / "diverged")["reason"]
+    reason = outcome(tmp_path / "diverged")["reason"]
+    assert "The last whole checkpoint is that of step 3: resume from it with a lower" in reason
     assert [p.name for p in (tmp_path / "diverged" / "checkpoints").iterdir()] == ["step-00000003"]
 
 

@@ -47,6 +47,15 @@ def test_a_spike_stands_out_from_the_median() -> None:
     assert not any(falling.see(float(loss)) for loss in 7.0 * np.exp(-np.arange(500) / 100))
 
 
+def test_a_spike_is_so_many_robust_deviations_above_the_median_of_a_quarter_of_the_window_or_more() -> None:
+    """Median 3, and half of the losses at least 0.1 from it: of a normal distribution with deviation 0.14826."""
+    earlier = [2.9, 3.1, 2.8, 3.2] * 4
+    for loss, is_spike in ((3.0 + 1.48, False), (3.0 + 10 * 0.15 * 1.4826 + 0.001, True), (0.01, False), (-9.0, False)):
+        assert bool(SpikeDetector(10.0, 64, earlier).see(loss)) is is_spike, loss
+    assert SpikeDetector(10.0, 64, earlier).see(3.0 + 10 * 0.15 * 1.4826 - 0.001) is None
+    assert SpikeDetector(10.0, 68, earlier).see(99.0) is None, "16 of 68 are less than a quarter"
+
+
 def test_nothing_stands_out_from_too_few_or_from_nothing() -> None:
     detector = SpikeDetector(10.0, 64)
     assert not any(detector.see(loss) for loss in [3.0] * 15 + [30.0])
@@ -204,7 +213,7 @@ def test_rollbacks_are_bounded_counted_over_restarts_and_begin_at_the_start_if_t
     config = light_config(prepared, *SPIKY, "checkpoint.every_steps=100", "resilience.max_rollbacks=2")
     (ending,) = run_ranks(train_with, 1, config, tmp_path, spike_in_steps_of_one_model, (5,))
     assert ending.startswith("DIVERGED: loss spike") and "2 rollbacks" in ending
-    assert "Nothing was saved: begin again with a lower learning rate" in ending and "stands" not in ending
+    assert "Nothing was saved: begin again with a lower learning rate" in ending and "checkpoint is" not in ending
     assert [row["skipped"] for row in json.loads((tmp_path / "rollbacks.json").read_text())] == [[24, 40], [40, 56]]
     assert [event["step"] for event in events(tmp_path, "started")] == [0, 0, 0]
     assert outcome(tmp_path)["exit_code"] == 3

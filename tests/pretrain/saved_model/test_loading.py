@@ -17,6 +17,7 @@ from data_prep.stages.tokenizer import TextTokenizer
 from model.language_model import build_model
 from pretrain.checkpoint import Checkpoint
 from pretrain.checkpoint import loading as checkpoint_loading
+from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.saved_model import Tokenizer, find_checkpoint, load_model
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
@@ -82,6 +83,9 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     refused(tmp_path / "file", "is a file; name a run folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "neither a run folder nor a checkpoint")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / SWEEP_RECORD).write_text("{}")
+    refused(tmp_path / "sweep", "sweep is the folder of a sweep; name a run in it")
     (tmp_path / "empty" / "checkpoints").mkdir()
     refused(tmp_path / "empty", "has no checkpoint yet")
     (tmp_path / "empty" / "generation_config.json").write_text("{}")  # which every export has
@@ -159,7 +163,7 @@ def test_bytes_and_symbols(prepared: Path, tmp_path: Path) -> None:
 
     of_bytes = tokenizer(kind="bytes", file=None, sha256=None, eos_id=None, vocab_size=256)
     assert of_bytes.encode("aé") == [97, 195, 169] and of_bytes.decode(np.array([97, 195, 169])) == "aé"
-    assert of_bytes.pieces([97, 195]) == ["a", "<0xC3>"]
+    assert of_bytes.pieces([97, 195]) == ["a", "<0xC3>"] and of_bytes.bytes_of(np.bincount([97, 195, 195])) == 3
     symbols = tokenizer(kind="symbols", eos_id=None, vocab_size=5)
     assert symbols.encode("cab a\n") == [4, 2, 3, 1, 2, 0] and symbols.decode([4, 2, 3]) == "cab"
     with pytest.raises(UserError, match=r"holds the byte 0x64, which is none of the 5"):
@@ -176,6 +180,13 @@ def test_the_sign_for_a_blank_is_what_the_data_have(prepared: Path) -> None:
             tokenizer.encode(text) == reference.encode(text).tolist()
             and tokenizer.decode(tokenizer.encode(text)) == text
         )
+
+
+def test_the_bytes_of_counted_ids_are_those_of_their_text(prepared: Path) -> None:
+    tokenizer = Tokenizer(Manifest.load(prepared))
+    ids = [*tokenizer.encode(f"{TEXT}\U0001f333"), tokenizer.eos_id or 0]
+    assert tokenizer.bytes_of(np.bincount(ids)) == len(f" {TEXT}\U0001f333".encode())
+    assert tokenizer.bytes_of(np.bincount([*ids, 0])) is None, "an unknown piece stands for any text"
 
 
 def test_lines_are_cut_one_by_one_where_the_data_were(prepared: Path) -> None:

@@ -26,11 +26,13 @@ def runs_of(*paths: Path) -> list[Any]:
     return open_runs([RunView.open(path) for path in paths])
 
 
-def of_mixture(folder: Path, validations: dict[int, dict[str, float | None]]) -> Path:
+def of_mixture(
+    folder: Path, validations: dict[int, dict[str, float | None]], *, split: str = "validation", loss: float = 4.0
+) -> Path:
     """A run that was validated after these steps, with these losses by source."""
     path = write(folder, [row(step, 5.0) for step in range(1, 9)])
     events = [
-        {"event": "validation", "time": 1e9, "step": step, "split": "validation", "loss": 4.0}
+        {"event": "validation", "time": 1e9, "step": step, "split": split, "loss": loss}
         | {f"loss/{name}": loss for name, loss in losses.items()}
         for step, losses in validations.items()
     ]

@@ -22,7 +22,7 @@ from pretrain.views.comparison_text import text
 from pretrain.views.reading import RunView
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
-from tests.pretrain.views.compared import row, runs_of, write
+from tests.pretrain.views.compared import of_mixture, row, runs_of, write
 
 
 def test_losses_at_equal_steps_tokens_and_flops(tmp_path: Path) -> None:
@@ -142,6 +142,29 @@ def test_data_are_the_same_by_their_digest_and_not_by_their_place(
     assert bool(re.search(r"(?m)^data digest +1{12} +(2{12}|-)$", said)) == (digest != "1" * 64)
 
 
+@pytest.mark.parametrize(
+    "one, other, differs",
+    [
+        ("data/c4", "data/c4/manifest.json", False),
+        ("data/c4/", "./data/c4", False),
+        ("https://host/c4/manifest.json", "https://host/c4", False),
+        ("data/c4", "data/c5/manifest.json", True),
+        ("data/c4", "data/c4/other.json", True),
+        ("https://host/c4", "http://host/c4", True),
+        ("data/c4", None, True),
+    ],
+)
+def test_a_folder_of_data_and_the_manifest_in_it_are_the_same(
+    tmp_path: Path, one: str, other: str | None, differs: bool
+) -> None:
+    configs = [{"data": {"manifest": place}} for place in (one, other)]
+    sources = [{"data": {"sources": [{"manifest": place, "weight": 1.0}] * 2}} for place in (one, other)]
+    for name, pair in (("single", configs), ("mixture", sources)):
+        runs = runs_of(*(write(tmp_path / name / str(n), [row(1, 5.0)], config) for n, config in enumerate(pair)))
+        assert bool(differing_facts(runs)) == differs
+        assert ("note:" in text(runs, 0.0)) == differs
+
+
 def test_settings_and_software_that_differ(tmp_path: Path) -> None:
     one = write(tmp_path / "one", [row(1, 5.0)], {"model": {"d_model": 8, "x": [1]}, "train": {"seed": 1}})
     later = {"model": {"d_model": 8, "x": [2]}, "train": {"seed": 1, "new": 3}}
@@ -203,6 +226,56 @@ def test_a_single_run_has_its_curves(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "differs" not in printed and f"{run / 'curves' / 'comparison.html'}: the page" in printed
     page = (run / "curves" / "comparison.html").read_text()
     assert "<title>Curves of a</title>" in page and "data:image/png" in page
+
+
+def test_the_accuracies_of_tasks_are_compared_after_the_last_step_of_all(tmp_path: Path) -> None:
+    def evaluated(name: str, *rows: tuple[str, int, float | None]) -> Path:
+        path = write(tmp_path / name, [row(1, 5.0)])
+        lines = [{"event": "evaluation", "task": task, "step": step, "accuracy": value} for task, step, value in rows]
+        (path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    one = evaluated("one", ("lambada", 4, 0.25), ("lambada", 8, 0.5), ("blimp", 8, 0.75), ("cbt", 8, 0.5))
+    other = evaluated("other", ("lambada", 4, 0.3125), ("lambada", 6, 0.75), ("blimp", 6, 0.75), ("cbt", 8, None))
+    third = evaluated("third")
+    said = text(runs_of(one, other, third), 0.0).partition("Accuracy of tasks\n")[2].splitlines()
+    assert said[0].split() == ["task", "after", "step", "one", "other", "third"]
+    assert said[1].split() == ["cbt", "8", "50.00%", "-", "-"]
+    assert said[2].split() == ["lambada", "4", "25.00%", "31.25%", "(+6.25)", "-"] and said[3] == ""
+    assert "Accuracy" not in text(runs_of(third), 0.0)
+
+
+@pytest.mark.parametrize(
+    "changed, note",
+    [
+        ({"evaluate": {"sequences": 64}}, "note: evaluate.sequences differ: validation losses are of other windows"),
+        ({"model": {"sequence_length": 64}}, "note: model.sequence_length differ: validation losses are of other"),
+        ({"evaluate": {"every_steps": 2}}, None),
+    ],
+)
+def test_validations_of_other_windows_are_said_to_be(tmp_path: Path, changed: dict[str, Any], note: str | None) -> None:
+    runs = [of_mixture(tmp_path / name, {4: {}}) for name in ("one", "other")]
+    (runs[1] / "config.json").write_text(json.dumps(changed))
+    said = text(runs_of(*runs), 0.0)
+    assert note in said if note else "note:" not in said
+    for run in runs:
+        (run / "events.jsonl").unlink()
+    assert "note:" not in text(runs_of(*runs), 0.0), "no validation, and nothing to compare"
+
+
+def test_each_split_has_a_table_of_its_own(tmp_path: Path) -> None:
+    """Two runs on the test split, by source, and one on the other."""
+    one = of_mixture(tmp_path / "one", {4: {}, 8: {"c4": 3.5}}, split="test", loss=4.5)
+    other = of_mixture(tmp_path / "other", {8: {"c4": 3.25}}, split="test", loss=4.25)
+    third = of_mixture(tmp_path / "third", {8: {"c4": 3.0}})
+    said = text(runs_of(one, other), 0.0)
+    assert re.search(r"\nTest loss at equal steps\n.*\n4 +4\.5000 +-\n8 +4\.5000 +4\.2500 \(-0\.2500\)\n", said)
+    assert (
+        re.search(r"\nTest loss by source after step 8\n.*\nc4 +3\.5000 +3\.2500 ", said) and "Validation" not in said
+    )
+    said = text(runs_of(one, third), 0.0)
+    assert re.search(r"\nValidation loss at equal steps\n.*\n8 +- +4\.0000\n", said)
+    assert re.search(r"\nTest loss at equal steps\n.*\n4 +4\.5000 +-\n8 +4\.5000 +-\n", said)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +391,7 @@ def test_the_text_has_the_width_of_the_terminal(
     tables = [line for line in narrow.splitlines() if not line.startswith(("First", "note"))]
     assert max(map(len, tables)) <= 40
     assert all(f"c4_{n}" in narrow for n in range(3))
+    assert "largest difference\n" in narrow and " (relative)" in narrow
     wide = text(runs_of(*paths), 1e-5)
     numbers = set(re.findall(r"\d+\.\d{4}\b", wide))
     assert numbers and numbers <= set(re.findall(r"\d+\.\d{4}\b", narrow))

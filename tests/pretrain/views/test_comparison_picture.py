@@ -38,6 +38,30 @@ def test_the_picture_has_the_losses_of_a_few_sources(tmp_path: Path) -> None:
     assert len(drawn(runs_of(one, other))) > 10_000
 
 
+def test_the_losses_of_each_split_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[str, list[str], list[str]]] = []
+
+    def noted(canvas: FigureCanvasAgg, *_: Any) -> None:  # and draws nothing
+        axes = canvas.figure.axes[0]
+        legend = axes.get_legend()
+        names = [] if legend is None else [legend.get_title().get_text(), *(t.get_text() for t in legend.get_texts())]
+        found.append((axes.get_title(), [str(line.get_marker()) for line in axes.lines], names))
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    test = of_mixture(tmp_path / "test", {4: {"c4": 4.5}}, split="test")
+    other = of_mixture(tmp_path / "other", {4: {"c4": 4.25}})
+    drawn(runs_of(test))
+    drawn(runs_of(test, other))
+    alone = ("training loss, test loss (crosses) against steps", ["None", "X", "^"], ["test, by source", "c4"])
+    words = ["held out, by source", "c4 (test)", "c4 (validation)"]
+    both = (
+        "training loss, validation loss (dots) and test loss (crosses)",
+        ["None", "None", "X", "o", "^", "s"],
+        words,
+    )
+    assert found == [alone, both]
+
+
 @pytest.mark.parametrize(
     "loss, norm, logarithmic",
     [

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
-import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,41 +14,10 @@ import pytest
 from common.run_lock import DEAD_SECONDS, FolderLock, process_identity
 from pretrain.cli.status import main
 from pretrain.views.reading import Metrics, RunView, State
-from pretrain.views.status import duration, screen, speed_text, summary
+from pretrain.views.status import duration, next_text, resume_text, screen, speed_text, summary
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
-
-CONFIG = {
-    "description": "a test",
-    "train": {"steps": 40},
-    "batch": {"global_sequences": 4},
-    "model": {
-        "sequence_length": 8,
-        "attention": {"num_experts": 4, "active_experts": 2},
-        "feedforward": {"num_experts": 8, "active_experts": 2},
-    },
-}
-
-
-def row(step: int, **more: Any) -> dict[str, Any]:
-    values = {"step": step, "loss": 5.0 - step / 10, "tokens": 32 * step, "step_seconds": 2.0, **more}
-    return {**values, "attention_load_max": 1.5, "feedforward_load_max": 3.0, "feedforward_unused_experts": 2}
-
-
-def write(folder: Path, steps: int = 10, *, events: list[dict[str, Any]] | None = None, **outcome: Any) -> Path:
-    """A run folder by hand."""
-    (folder / "checkpoints" / "step-00000008").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row(n + 1)) + "\n" for n in range(steps)))
-    events = [{"event": "started", "time": 1.0, "step": 0, "ranks": 2, "last_step": 40}, *(events or [])]
-    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    if outcome:
-        (folder / "outcome.json").write_text(json.dumps(outcome))
-    return folder
-
-
-def shown(folder: Path, width: int = 100) -> str:
-    return screen(RunView.open(folder), width=width, now=time.time())
+from tests.pretrain.views.status_case import row, shown, write
 
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
@@ -80,7 +46,7 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
         ({"exit_code": 3, "reason": "diverged"}, State.FAILED, "The same command would diverge again: lower opt"),
         ({"exit_code": 2, "reason": "refused"}, State.FAILED, "Change that, then start it again; it continues from"),
         ({"exit_code": 6, "reason": "lost"}, State.FAILED, "See who has the folder before you start it again"),
-        ({"exit_code": 1, "reason": "bug"}, State.FAILED, "Start the same command again; it continues from"),
+        ({"exit_code": 1, "reason": "bug"}, State.FAILED, "Then start the same command again; it continues from"),
         ({"exit_code": 77, "reason": "of a later version"}, State.FAILED, "exit code 77"),
         ({}, State.DEAD, "read the end of its log, then start the same command again; it continues from step-0"),
     ],
@@ -265,30 +231,24 @@ def test_validations_that_were_computed_again_count_once(tmp_path: Path) -> None
     assert "validation 3.7500 after step 12, best 3.5000 after step 8" in shown(view.path)
 
 
-@pytest.mark.parametrize("term, clears", [("xterm", True), ("dumb", False), ("", False)])
-def test_watching_ends_with_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, term: str, clears: bool
-) -> None:
-    """And clears the screen between two looks, where a terminal can."""
-    monkeypatch.setenv("TERM", term)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    folder = write(tmp_path / "run")
-    lock = FolderLock(folder)
+def test_each_split_that_was_evaluated_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`evaluate.split=test` from the start, or from a resume on."""
 
-    def end() -> None:
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row(11)) + "\n")
-        (folder / "outcome.json").write_text('{"exit_code": 85, "reason": "SIGTERM to rank 1"}')
-        lock.release()
+    def validation(step: int, loss: float, split: str, **more: float) -> dict[str, Any]:
+        return {"event": "validation", "time": 3.0, "step": step, "split": split, "loss": loss, **more}
 
-    timer = threading.Timer(0.5, end)
-    timer.start()
-    assert main([str(folder), "--watch", "--every", "0.1"]) == 0
-    timer.join()
-    printed = capsys.readouterr().out
-    assert printed.startswith(str(folder)[:40]) and "running: " in printed  # a long path is cut
-    assert "stopped: SIGTERM to rank 1" in printed and "step       11 of 40" in printed
-    assert ("\x1b" in printed) == clears
+    tested = [validation(4, 4.5, "test"), validation(8, 3.5, "test", ema_loss=3.25, **{"loss/c4": 3.75})]
+    test = write(tmp_path / "test", events=tested)
+    both = write(tmp_path / "both", events=[validation(4, 4.25, "validation"), validation(8, 3.5, "test")])
+    assert "test       3.5000 after step 8 (c4 3.7500); moving average 3.2500\n" in shown(test)
+    assert "validation 4" not in shown(test) and "validation after step 8 on the test split: loss 3.5000" in shown(test)
+    assert "validation 4.2500 after step 4\ntest       3.5000 after step 8\n" in shown(both)
+    assert main([str(test), str(both)]) == 0
+    assert capsys.readouterr().out.count("  3.5000 (test)  ") == 2
+    told = summary(RunView.open(test))
+    assert told["validations"] == [] and told["test_validations"] == [[4, 4.5], [8, 3.5]]
+    assert told["test_validations_by_source"] == [[8, {"c4": 3.75}]]
+    assert not [key for key in summary(RunView.open(write(tmp_path / "none"))) if key.startswith("test")]
 
 
 def test_a_real_run(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -376,7 +336,9 @@ def test_a_table_of_runs_has_the_width_of_the_terminal(
         lines = table(columns)
         assert lines[0].split() == titles and len(lines) == 4 and max(map(len, lines)) <= int(columns), lines
         assert [line.split()[2] for line in lines[1:]] == ["1", "2", "3"]
-        assert all(line.startswith("tiny,") and "decay=0.1" in line for line in lines[1:]) or columns == "40"
+        # What the names differ in stays, whatever else is cut.
+        assert all(f"rate={n}" in line.split()[0] or columns == "40" for n, line in enumerate(lines[1:], 1)), lines
+        assert len({line.split()[0] for line in lines[1:]}) == 3, lines
         assert [f"{5 - n / 10:.4f}" in line for n, line in enumerate(lines[1:], 1)] == [True] * 3
 
 
@@ -400,24 +362,37 @@ def test_a_file_that_was_replaced_twice_between_two_looks_is_read_anew(tmp_path:
     assert metrics._file.new_lines() == (False, [b'{"step": 7, "loss": 5.0}'])
 
 
-def test_a_run_that_is_removed_ends_no_watch_of_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "resume, begun, resumed, checkpoints, told",
+    [
+        ("auto", 0, None, (8,), "it continues from step-00000008"),
+        ("never", 0, None, (8,), "with checkpoint.resume=auto it continues from step-00000008"),
+        ("never", 0, None, (), "it begins anew: nothing was saved"),
+        # Of a branch: what is older than its start is another branch's.
+        ("/t/step-00000008", 8, "/t/step-00000008", (8,), "it continues from /t/step-00000008, for nothing was"),
+        ("/t/step-00000008", 8, "/t/step-00000008", (8, 16), "it continues from step-00000016"),
+        ("/t/step-00000008", 16, "/run/checkpoints/step-00000016", (16,), "it continues from /run/checkpoints/step-"),
+        ("/t/step-00000008", None, None, (), "it continues from /t/step-00000008, for nothing was saved since"),
+    ],
+)
+def test_where_the_command_of_a_run_goes_on_follows_its_configuration(
+    tmp_path: Path, resume: str, begun: int | None, resumed: str | None, checkpoints: tuple[int, ...], told: str
 ) -> None:
-    ended, other = write(tmp_path / "ended", exit_code=0), write(tmp_path / "other", 20)
-    locks = [FolderLock(write(tmp_path / "removed")), FolderLock(other)]
+    view = RunView(tmp_path, config={"checkpoint": {"resume": resume}})
+    view.checkpoints = [f"step-{step:08d}" for step in checkpoints]
+    view.events = [] if begun is None else [{"event": "started", "step": begun}]
+    view.events += [] if resumed is None else [{"event": "resumed", "path": resumed}]
+    assert resume_text(view).startswith(told)
 
-    def sleep(seconds: float) -> None:
-        (tmp_path / "removed").rename(tmp_path / "away")
-        locks[1].release()  # so that the watch ends
 
-    monkeypatch.setattr("pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time))
-    monkeypatch.delenv("COLUMNS", raising=False)  # which pytest's workers have; tables are then as wide as they are
-    try:
-        assert main([str(ended), str(tmp_path / "removed"), str(other), "--watch"]) == 0
-    finally:
-        for lock in locks:
-            lock.release()
-    said = capsys.readouterr()
-    first, second = (table.splitlines() for table in said.out.split("run ")[1:])
-    assert (len(first), len(second)) == (4, 3) and str(other) in second[2]
-    assert said.err == f"passed over: {tmp_path / 'removed'} cannot be read: No such file or directory\n"
+@pytest.mark.parametrize(
+    "code, waits", [(85, True), (86, True), (5, True), (1, True), (None, True), (2, False), (3, False)]
+)
+def test_a_run_whose_job_requeues_itself_is_not_to_be_started_beside_it(
+    tmp_path: Path, code: int | None, waits: bool
+) -> None:
+    folder = write(tmp_path / "run", **({} if code is None else {"exit_code": code, "reason": "x"}))
+    assert "squeue" not in next_text(RunView.open(folder))
+    (folder / "slurm").mkdir()
+    told = next_text(RunView.open(folder))
+    assert ("start the same command again, unless its SLURM job is back in the queue (squeue); it" in told) == waits

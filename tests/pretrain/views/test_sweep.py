@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,19 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
-from pretrain.views.sweep import Result, SweepRun, edges, number_of, ranked, table, table_csv, table_text
+from pretrain.views.sweep import (
+    Result,
+    SweepRun,
+    edges,
+    loss_name,
+    number_of,
+    ranked,
+    seeds_table,
+    seeds_text,
+    table,
+    table_csv,
+    table_text,
+)
 from pretrain.views.sweep_picture import losses_drawn
 from tests.pretrain.views.compared import row, write
 
@@ -32,6 +45,7 @@ def result(
     config: str = "x",
     key: str = RATE,
     validated: bool = True,
+    split: str = "validation",
     unrecorded: int | None = None,
     job: str = "",
 ) -> Result:
@@ -40,7 +54,8 @@ def result(
     run = SweepRun(name=f"{config},{value}", config=config, values={key: value})
     if losses is not None:
         path = write(folder / run.name, [row(n, x) for n, x in enumerate(losses, 1)], {"train": {"steps": 3}})
-        event: dict[str, Any] = {"event": "validation", "step": len(losses), "loss": losses[-1] + 0.1}
+        event: dict[str, Any] = {"event": "validation", "split": split, "step": len(losses)}
+        event["loss"] = losses[-1] + 0.1
         (path / "events.jsonl").write_text(json.dumps(event) + "\n" if validated else "")
         if code is not None:
             (path / "outcome.json").write_text(json.dumps({"exit_code": code}))
@@ -81,9 +96,44 @@ def test_the_lowest_validation_loss_is_first_and_what_has_not_finished_is_last(t
     assert "2.1000" in " ".join(first) and "finished" in first[0]  # the run's name stands in each part
 
 
+def test_in_a_narrow_terminal_every_run_can_be_told_from_the_others(tmp_path: Path) -> None:
+    """The names of two keys differ in their middle, which is cut where there is no room for it."""
+    keys = ["optimizer.learning_rate", "model.sequence_length"]
+    results = []
+    for number, (rate, length) in enumerate([("1e-3", "64"), ("1e-3", "128"), ("4e-3", "64"), ("4e-3", "128")]):
+        one = result(tmp_path, str(number), [5.0 - number])
+        name = f"switchall_tiny,learning_rate={rate},sequence_length={length}"
+        run = SweepRun(name=name, config="switchall_tiny", values=dict(zip(keys, (rate, length), strict=True)))
+        results.append(Result(run, one.view))
+    ways = {width: table_text(results, keys, width=width).splitlines() for width in (200, 105, 90, 60, 40)}
+    assert ways[200][0].split()[:3] == ["config", *keys]
+    assert ways[105][0].split()[:3] == ["config", "learning_rate", "sequence_length"]
+    assert [line.split()[:2] for line in ways[90][:2]] == [["learning_rate", "sequence_length"], ["4e-3", "128"]]
+    assert ways[60][0].startswith("learning_rate...") and ways[60][1].startswith("4e-3, 128  ")
+    for width, lines in ways.items():
+        assert max(map(len, lines)) <= width and len({line for line in lines if line}) == len(list(filter(None, lines)))
+
+
 def test_without_validations_the_training_loss_ranks(tmp_path: Path) -> None:
     results = [result(tmp_path, value, [x], validated=False) for value, x in (("1", 5.0), ("2", 4.0))]
     assert [found.run.values[RATE] for found in ranked(results)] == ["2", "1"]
+
+
+def test_runs_that_were_validated_on_the_test_split_are_ranked_by_that(tmp_path: Path) -> None:
+    """Not by their training losses, nor together with one that was validated on another split."""
+    results = [
+        result(tmp_path, "1", [1.0], validated=False),
+        result(tmp_path, "2", [5.0], split="test"),
+        result(tmp_path, "3", [4.0], split="test"),
+        result(tmp_path, "4", [0.5]),
+    ]
+    assert loss_name(results) == "test"
+    assert [found.run.values[RATE] for found in ranked(results)] == ["3", "2", "1", "4"]
+    header, *rows = table(results, [RATE])
+    assert header[4:7] == ["test", "validation", "training"]
+    assert rows[0][4:7] == ["4.1000", "-", "4.0000"] and rows[3][4:7] == ["-", "0.6000", "0.5000"]
+    assert next(csv.DictReader(io.StringIO(table_csv(results, [RATE]))))["test_loss"] == "4.1"
+    assert len(losses_drawn(results, [RATE])) > 1000
 
 
 def test_a_start_that_left_no_outcome_counts_until_the_run_goes_on_or_is_finished(tmp_path: Path) -> None:
@@ -136,6 +186,31 @@ def test_each_configuration_has_its_own_edges_and_seeds_have_none(tmp_path: Path
     assert edges(results, [RATE]) == [f"y: the best {RATE}, 1, is the lowest tried: try lower ones"]
     seeds = [result(tmp_path, f"{seed}", [float(seed)], config="z", key="train.seed") for seed in (1, 2)]
     assert edges(seeds, ["train.seed"]) == []
+
+
+def test_runs_that_differ_in_their_seeds_alone_have_a_mean_and_a_deviation(tmp_path: Path) -> None:
+    def seeded(config: str, rate: str, seed: str, loss: float, code: int = 0) -> Result:
+        found = result(tmp_path, f"{rate},{seed}", [loss], code, config=config)
+        return replace(found, run=replace(found.run, values={RATE: rate, "train.seed": seed}))
+
+    results = [
+        seeded("x", "1e-3", "0", 3.0),
+        seeded("x", "1e-3", "1", 4.0),
+        seeded("x", "1e-3", "2", 8.0),
+        seeded("x", "2e-3", "0", 1.0),
+        seeded("x", "2e-3", "1", 2.0, 3),  # diverged: no loss to take a mean of
+        seeded("y", "1e-3", "0", 2.0),
+        seeded("y", "1e-3", "1", 2.0),
+        seeded("y", "2e-3", "0", 2.0, 85),
+    ]
+    assert seeds_table(results, [RATE, "train.seed"]) == [
+        ["config", RATE, "seeds", "mean validation", "deviation"],
+        ["x", "2e-3", "1", "1.1000", "-"],
+        ["y", "1e-3", "2", "2.1000", "0.0000"],
+        ["x", "1e-3", "3", "5.1000", f"{math.sqrt(7):.4f}"],
+    ]
+    assert seeds_text(results, [RATE, "train.seed"]).splitlines()[3].split() == ["x", "1e-3", "3", "5.1000", "2.6458"]
+    assert seeds_text(results[3:6], [RATE, "train.seed"]) == "" == seeds_text([result(tmp_path, "9")], [RATE])
 
 
 def test_only_json_numbers_are_numbers() -> None:

@@ -54,6 +54,17 @@ def compare(shape: Shape, dropout: str, dtype: torch.dtype) -> None:
     check_choices(routing, case, shape)
 
 
+def test_gradients_in_bf16_are_multiplied_as_two_parts() -> None:
+    """Of logits whose gradients differ by less than a bf16 number tells: what they leave of each other is exact."""
+    x = torch.randn(20, 16, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    weight = torch.ones(1, 2, 16, dtype=torch.bfloat16)
+    weight[:, 1] = -1.0
+    logits = route(x, weight, 1, backend="triton").logits
+    pull = torch.tensor([1.0 + 2.0**-12, 1.0]).expand(20, 1, 2)
+    (grad,) = torch.autograd.grad(logits, x, pull)
+    assert torch.equal(grad, torch.full_like(grad, 2.0**-12))
+
+
 def check_choices(routing: Routing, case: Case, shape: Shape) -> None:
     """Choices equal numpy's stable sort; load and order equal counting by hand."""
     values = routing.logits.detach()

@@ -123,6 +123,8 @@ class Held(NamedTuple):
 HELD = {
     "half of the experts": Held(Shape(N=20, d=12, E=4, G=8, k=2), 2, 4),
     "one choice": Held(Shape(N=20, d=12, E=4, G=8, k=1), 1, 3),
+    "hidden in chunks": Held(Shape(N=20, d=12, E=4, G=35, k=2), 2, 4),
+    "SwiGLU in chunks": Held(Shape(N=14, d=12, E=4, G=20, k=3, swiglu=True), 1, 3),
     "nobody chose them": Held(Shape(N=5, d=8, E=5, G=8, k=1, experts="one"), 0, 2),
 }
 

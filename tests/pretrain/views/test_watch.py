@@ -1,0 +1,109 @@
+"""launch/status.py --watch: runs that end, go away, or have not begun."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from common.run_lock import FolderLock
+from pretrain.cli.status import main
+from tests.pretrain.views.status_case import CONFIG, row, write
+
+
+@pytest.mark.parametrize("term, clears", [("xterm", True), ("dumb", False), ("", False)])
+def test_watching_ends_with_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, term: str, clears: bool
+) -> None:
+    """And clears the screen between two looks, where a terminal can."""
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    folder = write(tmp_path / "run")
+    lock = FolderLock(folder)
+
+    def end() -> None:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row(11)) + "\n")
+        (folder / "outcome.json").write_text('{"exit_code": 85, "reason": "SIGTERM to rank 1"}')
+        lock.release()
+
+    timer = threading.Timer(0.5, end)
+    timer.start()
+    assert main([str(folder), "--watch", "--every", "0.1"]) == 0
+    timer.join()
+    printed = capsys.readouterr().out
+    assert printed.startswith(str(folder)[:40]) and "running: " in printed  # a long path is cut
+    assert "stopped: SIGTERM to rank 1" in printed and "step       11 of 40" in printed
+    assert ("\x1b" in printed) == clears
+
+
+def test_a_run_that_is_removed_ends_no_watch_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended, other = write(tmp_path / "ended", exit_code=0), write(tmp_path / "other", 20)
+    locks = [FolderLock(write(tmp_path / "removed")), FolderLock(other)]
+
+    def sleep(seconds: float) -> None:
+        (tmp_path / "removed").rename(tmp_path / "away")
+        locks[1].release()  # so that the watch ends
+
+    monkeypatch.setattr("pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time))
+    monkeypatch.delenv("COLUMNS", raising=False)  # which pytest's workers have; tables are then as wide as they are
+    try:
+        assert main([str(ended), str(tmp_path / "removed"), str(other), "--watch"]) == 0
+    finally:
+        for lock in locks:
+            lock.release()
+    said = capsys.readouterr()
+    first, second = (table.splitlines() for table in said.out.split("run ")[1:])
+    assert (len(first), len(second)) == (4, 3) and str(other) in second[2]
+    assert said.err == f"passed over: {tmp_path / 'removed'} cannot be read: No such file or directory\n"
+
+
+@pytest.mark.parametrize("left", [None, "slurm", ".hidden", "checkpoints"])
+def test_a_watch_waits_for_a_run_that_is_in_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], left: str | None
+) -> None:
+    """Without its folder, or with what submitting it has left there; a folder of something else is none to wait for."""
+    folder, looks = tmp_path / "run", list[float]()
+    if left is not None:
+        (folder / left).mkdir(parents=True)
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(CONFIG))
+            (folder / "outcome.json").write_text('{"exit_code": 2, "reason": "no data"}')
+
+    monkeypatch.setattr("pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time))
+    assert main([str(folder), "--watch"]) == 0
+    said = capsys.readouterr()
+    assert len(looks) == 2 and said.err == f"waiting for {folder}: no run has begun in it yet\n"
+    assert said.out.count("failed: no data") == 1
+
+
+def test_one_that_is_waited_for_keeps_its_place_among_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a folder that turns out to be of something else ends nothing."""
+    later, ended, neither = tmp_path / "later", write(tmp_path / "ended", exit_code=0), tmp_path / "neither"
+
+    def sleep(seconds: float) -> None:
+        write(later, exit_code=0)
+        neither.mkdir()
+        (neither / "notes").write_text("mine")
+
+    monkeypatch.setattr("pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time))
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert main([*map(str, (later, ended, neither)), "--watch"]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(
+        f"waiting for {later}, {neither}: no run has begun in them yet\npassed over: {neither} is"
+    )
+    assert [line.split()[0] for line in said.out.split("run ")[-1].splitlines()[1:]] == [str(later), str(ended)]
