@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 # Bytecode is written when a module is first imported: pip would compile thousands of files that nobody imports, for half
 # a minute on one core.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Half a gigabyte comes as one file: a bar for who watches, and no line of it in a log.
+INSTALL := $(PIP) install --no-compile --progress-bar $(if $(MAKE_TERMOUT),on,off)
 # Some container images set it. Then nothing is ever written, and each process, so each rank of each run, compiles torch
 # and deepspeed anew for seconds.
 unexport PYTHONDONTWRITEBYTECODE
@@ -48,12 +50,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	"$(PYTHON)" -m venv $(VENV)
 	@[ $(PINS) = constraints.txt ] || grep -vE '^(cuda|nvidia)-' constraints.txt > $(PINS)
 	@# torch first and alone, so that this line decides which build of it the others find installed.
-	$(PIP) install --no-compile --progress-bar off "$(TORCH)" -c $(PINS) $(INDEX)
+	$(INSTALL) "$(TORCH)" -c $(PINS) $(INDEX)
 	@# megatron-core has wheels up to Python 3.13; its build from source calls `python3`, which must be this one.
 	@# While pip looks up packages, the other core compiles torch's bytecode: half a minute, which the import below would
 	@# take. Whatever this says, that import does again.
 	TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -c "import torch._dynamo, torch._inductor.compile_fx" >/dev/null 2>&1 & \
-	PATH="$$PWD/$(BIN):$$PATH" $(PIP) install --no-compile --progress-bar off -e ".[dev]" -c $(PINS); \
+	PATH="$$PWD/$(BIN):$$PATH" $(INSTALL) -e ".[dev]" -c $(PINS); \
 	status=$$?; wait; exit $$status
 	@# So that `deepspeed` runs where this path has a space.
 	$(BIN)/python launch/console_scripts.py

@@ -248,6 +248,8 @@ def test_make_install_takes_what_pip_finds_and_hides_nothing(odd_copy: Path) -> 
         and "download.pytorch.org" not in lines
     )
     assert "--quiet" not in lines and " -q" not in lines
+    on_a_terminal = dry_make(odd_copy, "install", "MAKE_TERMOUT=/dev/pts/0")
+    assert on_a_terminal == lines.replace("--progress-bar off", "--progress-bar on")
 
 
 def test_bytecode_is_written_where_the_environment_forbids_it(odd_copy: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from common.arguments import Parser, a_path, add_overrides, at_least
+from common.errors import UserError
 from pretrain.cli.plan_machine import add_fit, add_search, wanted_of
 from pretrain.cli.plan_models import models_of_costs, models_of_match
 from pretrain.cli.refusals import exit_code_of
@@ -135,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
 
         print_layout(config, data_size)
     elif args.command == "check":
+        if args.no_step and args.rank is not None:
+            raise UserError("--rank: a step of it is to be rehearsed, but --no-step rehearses none; drop one of them")
         from pretrain.cli.plan_check import print_check
         from pretrain.preflight.whole import Wanted
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.arguments import Parser, a_path
+from common.errors import UserError
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.planning.machine import Machine, MachineOptions, machine
@@ -91,6 +92,11 @@ class WantedPlan(NamedTuple):
 def wanted_of(args: argparse.Namespace) -> WantedPlan:
     """Raises UserError."""
     path = config_file(args.config, "CONFIG")
+    if args.results is not None and not args.results.is_dir():
+        raise UserError(
+            f"--results: there is no folder {args.results}; name one with records of python -m benchmarks.gpu, or "
+            "leave the option out"
+        )
     return WantedPlan(path, load_config(path, args.overrides, option="CONFIG"), machine(machine_options(args)))
 
 

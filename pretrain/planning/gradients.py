@@ -1,5 +1,5 @@
 """What DeepSpeed's ZeRO optimizers (0.19.8, stages 0 to 2) hold of gradients at each point of a step, of the rank that
-holds most: read from stage_1_and_2.py, and compared with rehearsed steps by a test.
+holds most: read from their code, and compared with rehearsed steps by a test.
 
 What decides it is whether gradients are reduced during the backward pass or after it, and where a rank keeps the sum of
 its share: in fp32 runs each micro-step has its own copy, of whole parameters, beside the sum of those before; in bf16

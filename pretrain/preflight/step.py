@@ -64,7 +64,20 @@ class StepRehearsal:
             peak, rank = max((self._peak(rank, routed), rank) for rank in ends)
             said.append(f"{peak / GIB:.2f} GiB on rank {rank:,}" + f", {SPLITS[routed]}" * many)
         how = ", as many blocks add what the third one adds" if self._is_extrapolated else ""
-        return f"at the highest point of a step {'; '.join(said)} (rehearsed: rank {_listed(ends)}{how})"
+        return (
+            f"at the highest point of a step {'; '.join(said)} (rehearsed: rank {_listed(ends)}{how}){self._graphs()}"
+        )
+
+    def _graphs(self) -> str:
+        """What CUDA graphs, which no rehearsal records, make of it."""
+        from pretrain.config.graph_rules import takes_graphs
+        from pretrain.planning.memory import estimate, why_unknown
+
+        config, size, kind = self._run.config, self._data_size, self._run.device
+        if why_unknown(config) is not None or not takes_graphs(config, data_size=size, device_type=kind):
+            return ""
+        total = estimate(config, size, kind).total
+        return f"; {total / GIB:.2f} GiB with what CUDA graphs keep (train.cuda_graph), which plan.py fit adds up"
 
     def _ends(self) -> list[int]:
         """Of a pipeline: the first stage keeps the activations of most micro-steps, the last has the output layer."""

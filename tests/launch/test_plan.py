@@ -126,6 +126,12 @@ def test_match_prints_the_value_the_totals_and_the_override(plan: Callable[..., 
             ["match", "TINY", "--like", "nowhere.json"],
             "--like: there is no file nowhere.json; the project's are",
         ),
+        (
+            ["fit", "TINY", "--gpus", "1", "--gpu", "h200", "--results", "nowhere"],
+            "--results: there is no folder nowhere",
+        ),
+        (["search", "TINY", "--gpus", "1", "--gpu", "h200", "--results", "nowhere"], "--results: there is no folder"),
+        (["check", "TINY", "--rank", "1", "--no-step"], "--rank: a step of it is to be rehearsed, but --no-step"),
         (["match", "TINY", "--like", "TINY"], "model.feedforward.hidden_size: a sigma_moe feed-forward has no"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ from common.errors import ConfigError, UserError
 from data_prep.shards.format import Manifest
 from model.language_model import build_model
 from pretrain.config.schema import Config
+from pretrain.data.progress import Progress
 from pretrain.data.sources import open_sources
+from pretrain.data.stages import first_stage
 from pretrain.data.windows import TrainingStream, WindowReader
 from pretrain.engine.gradient_norm import GradientNorm
 from pretrain.engine.micro_steps import PlainExecutor
 from pretrain.evaluate import evaluate, evaluation_windows
 from pretrain.parallel.context import parallel_context
+from pretrain.resume import stages_of
 from tests.corpus import prepare_corpus
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
@@ -93,6 +97,18 @@ def test_streams_begin_behind_steps_that_a_rollback_left_out(prepared: Path) -> 
     behind = TrainingStream(reader_of(config, "train"), config, data_rank=0, data_size=1, skipped=((0, 24),))
     assert behind.streams().tolist() == list(range(8)) and behind.own_positions(0, 0)[0] == 24
     assert stream.range_of(8, 8) == (8, 16) and stream.range_of(8, 16) == (8, 40) and stream.range_of(19, 2) == (32, 40)
+
+
+def test_longer_sequences_begin_another_stage_but_in_streams(prepared: Path) -> None:
+    """There the place is that of the position alone; elsewhere each source stands after as many tokens, rounded up."""
+    stage = first_stage(["a", "b"], ["0a", "0b"], [2, 1])
+    saved = {"manifest_digest": "d", "config": {"model": {"sequence_length": 7}}}
+    checkpoint: Any = SimpleNamespace(progress=Progress(3, 24, stages=(stage,)), state=saved)
+    sources: Any = SimpleNamespace(stage=lambda: stage, digest="d")
+    assert stages_of(checkpoint, sources, small_config(prepared, "data.order=streams")) == (stage,)
+    before, now = stages_of(checkpoint, sources, small_config(prepared))  # of 16 tokens
+    assert before == stage and now.first == 24
+    assert [source.read for source in now.sources] == [7, 4]  # 16 and 8 windows of 7 tokens: 112 and 56
 
 
 def test_other_models_are_shuffled_as_before_and_never_begin(prepared: Path) -> None:

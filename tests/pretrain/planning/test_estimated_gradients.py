@@ -96,8 +96,19 @@ def test_an_estimate_is_what_a_rehearsed_step_holds(prepared: Path) -> None:
     check(prepared, FAST, "cuda")
 
 
+def of_gloo(rank: int, config: Config) -> list[tuple[int, int]]:
+    """What gloo has at the highest point of a step of 2 ranks, on CPUs and on GPUs, and the weights."""
+    dist.destroy_process_group()
+    steps = [rehearse(config, 2, 1, device) for device in ("cpu", "cuda")]
+    return [(step.at_peak.get("gloo", 0), step.resting["weights"]) for step in steps]
+
+
 def test_on_cpus_gloo_copies_the_weights_that_ranks_gather(prepared: Path) -> None:
-    """More than the rest of the update, where a rank's share is small."""
+    """More than the rest of the update where a rank's share is small; with an offloaded optimizer the highest point."""
+    keys = (*SIZES, BUCKET, "parallel.zero=2", "parallel.offload_optimizer=true", "optimizer.weight_decay=0.0")
+    config = small_config(prepared, *keys, "batch.global_sequences=2", "model.sequence_length=16")
+    (((copied, weights), (none, _)),) = run_ranks(of_gloo, 1, config)
+    assert copied == weights > 0 == none
     check(prepared, {"ZeRO 2": (8, 1, at_zero(2, BF16, "model.sequence_length=16"))}, "cpu")
 
 

@@ -210,7 +210,7 @@ def test_reasons() -> None:
 
 def test_nothing_fits_and_nothing_is_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(layout_plan, "stage_memories", by_stage(lambda *args, **kwargs: Total(1000 * GIB)))
-    line = ["search", str(ONE_BILLION), "--gpus", "2", "--gpu", "h100-80gb", "--results", "none"]
+    line = ["search", str(ONE_BILLION), "--gpus", "2", "--gpu", "h100-80gb", "--results", str(ONE_BILLION.parent)]
     small = [argument for setting in SMALL for argument in ("--set", setting)]
     assert main([*line, *small]) == 2
     printed = capsys.readouterr()
@@ -236,7 +236,7 @@ def test_the_file_is_the_users_with_the_layout(tmp_path: Path, capsys: pytest.Ca
         "--gpu",
         "h100-80gb",
         "--results",
-        "none",
+        str(ONE_BILLION.parent),
         "--set",
         "train.seed=3",
     ]
@@ -274,7 +274,18 @@ def test_a_file_of_a_file_of_the_search_says_once_what_it_is(tmp_path: Path) -> 
 def test_a_dry_run_takes_the_file(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     user, chosen, run = tmp_path / "user.json", tmp_path / "chosen.json", ("--run-dir", str(tmp_path / "run"))
     user.write_text(json.dumps(to_json(small_config(prepared, "train.device=cpu"))), encoding="utf-8")
-    line = ["search", str(user), "--gpus", "2", "--gpu", "h100-80gb", "--results", "none", "--write", str(chosen)]
+    line = [
+        "search",
+        str(user),
+        "--gpus",
+        "2",
+        "--gpu",
+        "h100-80gb",
+        "--results",
+        str(ONE_BILLION.parent),
+        "--write",
+        str(chosen),
+    ]
     assert main(line) == 0
     assert train.main(["--config", str(chosen), "--dry-run", "--no-step", "--ranks", "2", *run]) == 0
     assert "Layout by plan.py search for 2 x h100-80gb" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from model.layers import Block
 from pretrain.config.rules import check_ranks
 from pretrain.planning import rehearsal
+from pretrain.planning.memory import estimate
 from pretrain.preflight.checklist import Checklist
 from pretrain.preflight.run import PlannedRun
 from pretrain.preflight.step import StepRehearsal
@@ -93,6 +94,15 @@ def test_the_ranks_of_legal_layouts_call_the_same(prepared: Path, ranks: int, ov
     assert re.match(r"at the highest point of a step 0\.\d+ GiB on rank ", memory.said)
     assert ("as many blocks add what the third one adds" in memory.said) is ("model.num_layers=5" in overrides)
     assert ("as many tokens as possible" in memory.said) is ("parallel.expert=2" in overrides)
+
+
+@pytest.mark.parametrize("graphs", ["auto", "off"])
+def test_cuda_graphs_which_no_rehearsal_has_are_added_up(prepared: Path, graphs: str) -> None:
+    keys = (*SHORT, "train.precision=bf16", f"train.cuda_graph={graphs}")
+    config = small_config(prepared, *keys)
+    _, memory = rehearsed(prepared, 1, *keys, device="cuda").outcomes
+    total = f"; {estimate(config, 1, 'cuda').total / 2**30:.2f} GiB with what CUDA graphs keep (train.cuda_graph)"
+    assert memory.passed and (total in memory.said) is (graphs == "auto"), memory.said
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

@@ -15,7 +15,7 @@ from model.parallel.context import ParallelContext
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.resilience import replicas
-from pretrain.resilience.replicas import Difference, ReplicaCheck, checksum, suspect_node
+from pretrain.resilience.replicas import Difference, ReplicaCheck, both_ways, checksum, suspect_node
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
@@ -31,6 +31,17 @@ from tests.pretrain.runs import (
 
 NAME, ONLY = "blocks.1.feedforward.down_experts", "blocks.0.feedforward.down_experts"
 SIX = "model.feedforward.num_experts=6"
+
+
+def test_extremes_are_those_of_the_ranks_that_hold_a_number_whatever_its_sign() -> None:
+    """Rank 0 holds keys 0, 1 and 3, rank 1 keys 1, 2 and 3; they differ in the last."""
+    low = torch.iinfo(torch.int64).min
+    both = [
+        both_ways(torch.tensor(own), torch.tensor(places), 4)
+        for own, places in (([-5, 7, low + 1], [0, 1, 3]), ([7, -9, -2], [1, 2, 3]))
+    ]
+    largest = torch.maximum(*both)
+    assert largest[:4].tolist() == [-5, 7, -9, -2] and (~largest[4:]).tolist() == [-5, 7, -9, low + 1]
 
 
 def test_every_flipped_bit_changes_the_checksum() -> None:
