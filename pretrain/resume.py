@@ -376,7 +376,7 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, about: d
         if key != "description":  # of a run with --set it names the keys that are printed here anyway
             print(f"  changed on resume: {key}: {value_text(then)} -> {value_text(now)}", flush=True)
         folder.event("changed_setting", key=key, then=then, now=now)
-    if start.begins_stage and not config.reads_streams:  # streams are contiguous text: no stage decides their order
+    if start.begins_stage and not config.reads_streams:  # streams read one data set: no mixture begins
         stage = start.progress.stages[-1]
         print(f"a new stage of the data begins: {stage.text()}", flush=True)
         folder.event("data_stage", step=step, text=stage.text(), **stage.to_json())

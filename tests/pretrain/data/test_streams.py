@@ -99,14 +99,14 @@ def test_streams_begin_behind_steps_that_a_rollback_left_out(prepared: Path) -> 
     assert stream.range_of(8, 8) == (8, 16) and stream.range_of(8, 16) == (8, 40) and stream.range_of(19, 2) == (32, 40)
 
 
-def test_longer_sequences_begin_another_stage_but_in_streams(prepared: Path) -> None:
-    """There the place is that of the position alone; elsewhere each source stands after as many tokens, rounded up."""
+@pytest.mark.parametrize("order", ["streams", "shuffled"])
+def test_longer_sequences_begin_another_stage(prepared: Path, order: str) -> None:
+    """Each source stands after as many tokens as before, rounded up to a window."""
     stage = first_stage(["a", "b"], ["0a", "0b"], [2, 1])
     saved = {"manifest_digest": "d", "config": {"model": {"sequence_length": 7}}}
     checkpoint: Any = SimpleNamespace(progress=Progress(3, 24, stages=(stage,)), state=saved)
     sources: Any = SimpleNamespace(stage=lambda: stage, digest="d")
-    assert stages_of(checkpoint, sources, small_config(prepared, "data.order=streams")) == (stage,)
-    before, now = stages_of(checkpoint, sources, small_config(prepared))  # of 16 tokens
+    before, now = stages_of(checkpoint, sources, small_config(prepared, f"data.order={order}"))  # of 16 tokens
     assert before == stage and now.first == 24
     assert [source.read for source in now.sources] == [7, 4]  # 16 and 8 windows of 7 tokens: 112 and 56
 
