@@ -193,7 +193,7 @@ class Stop:
                 is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
                 self.leave(ExitCode.STOPPED, f"{reason} during start-up: nothing was trained" if is_speaker else "")
         elif time.monotonic() - self._asked > SECOND_SIGNAL_SECONDS:
-            self.leave(ExitCode.INTERRUPTED, f"{reason} after {self._reason}: leaving at once. {self.what_stands()}")
+            self._leave_unless_ending(ExitCode.INTERRUPTED, f"{reason} after {self._reason}: leaving at once")
 
     def _is_orphan(self) -> bool:
         return self._parent >= 0 and os.getppid() != self._parent
@@ -212,8 +212,13 @@ class Stop:
         if self._reason is None or self.state is ProcessState.ENDING or not self.peer_is_dead():
             return
         time.sleep(PEER_SECONDS)
-        if self.state is not ProcessState.ENDING:  # type: ignore[comparison-overlap]  # another thread sets it
-            self.leave(ExitCode.CUT_OFF, f"another rank of this machine has died. {self.what_stands()}")
+        self._leave_unless_ending(ExitCode.CUT_OFF, "another rank of this machine has died")
+
+    def _leave_unless_ending(self, code: ExitCode, message: str) -> None:
+        """Leaves with what stands, unless the main thread has come to its own end while that was looked for."""
+        stands = self.what_stands()
+        if self.state is not ProcessState.ENDING:
+            self.leave(code, f"{message}. {stands}")
 
 
 def is_launched() -> bool:

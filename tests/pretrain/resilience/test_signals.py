@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -172,6 +173,32 @@ def test_a_second_signal_counts_after_a_while_and_works_although_the_main_thread
     assert done.stdout.split("\n")[:2] == ["sent", "sent"]
     assert "left with 86" in done.stdout
     assert "SIGTERM after SIGTERM: leaving at once. Nothing was trained\n" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["second signal", "dead neighbour"])
+@pytest.mark.parametrize("state", [ProcessState.TRAINING, ProcessState.ENDING])
+def test_a_run_that_ends_while_its_checkpoints_are_looked_for_is_not_left(
+    kind: str, state: ProcessState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file system may take a while; meanwhile the main thread goes on, and comes to its own end."""
+    monkeypatch.setattr("pretrain.resilience.signals.PEER_SECONDS", 0.0)
+    monkeypatch.setattr("pretrain.resilience.signals.SECOND_SIGNAL_SECONDS", -1.0)
+    stop, left = Stop(), Mock()
+    monkeypatch.setattr(stop, "leave", left)
+    stop.peer_is_dead = lambda: True
+
+    def standing() -> str:
+        stop.state = state
+        return "Step 2 is saved"
+
+    stop.standing, stop.state = standing, ProcessState.TRAINING
+    stop._ask("SIGTERM")
+    if kind == "second signal":
+        stop._ask("SIGTERM")
+    else:
+        stop._look_at_peers()
+    assert left.call_count == (state is ProcessState.TRAINING)
+    assert all(call.args[1].endswith(". Step 2 is saved") for call in left.call_args_list)
 
 
 def test_a_stop_that_finds_no_safe_moment_during_start_up_leaves_in_time() -> None:
