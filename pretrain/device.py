@@ -68,7 +68,7 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
     Unreachable."""
     if _left:
         raise UserError(
-            "this process has trained already, and DeepSpeed takes one training a process; start each in a process of "
+            "this process has begun a training before, and DeepSpeed takes one a process; start each in a process of "
             "its own, as launch/sweep.py does"
         )
     device_name = device_type(settings.device)
