@@ -122,10 +122,13 @@ def _stage_2(config: Config, sizes: _Sizes, settings: dict[str, Any], data_size:
     # The flat sum is the one of all micro-steps.
     of_this = own if not is_flat or not sums else 0
     joined = min(max(bucket, item * sizes.largest), item * sizes.all)
-    if is_flat and config.parallel.reduce_dtype == "fp32":
-        joined *= 3  # the copy that is sent, too
-    afterwards = max(sums + of_this + buckets + joined, own + (0 if is_flat else _copies(config, sizes)))
-    if bucket > item * sizes.all:
+    if item == 2 and config.parallel.reduce_dtype == "fp32":
+        # The copy that is sent, too; and of a parameter that no bucket holds one more.
+        joined *= 3 + (is_flat and item * sizes.largest > bucket)
+    is_one = bucket > item * sizes.all  # it is reduced before the share is made, unless that is flat
+    last = of_this + joined if is_flat or not is_one else max(of_this, joined)
+    afterwards = max(sums + buckets + last, own + (0 if is_flat else _copies(config, sizes)))
+    if is_one:
         return Gradients(sums, sums, first, first, 0, 0, 0, afterwards, buckets)
     passed = _passed(config, bucket // item)
     return Gradients(sums, sums, first, first + of_this, passed, joined, 0, afterwards, buckets)

@@ -75,5 +75,5 @@ def test_a_second_training_in_a_process_is_refused_in_one_sentence(monkeypatch: 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     device.stop(0)
-    with pytest.raises(UserError, match=r"has begun a training before.* in a process of its own, as launch/sweep.py does$"):
+    with pytest.raises(UserError, match=r"has begun a training before.* of its own, as launch/sweep.py does$"):
         device.start(Ranks(0, 0, 1, 1), TrainConfig(device="cpu"))

@@ -30,6 +30,10 @@ SIZES = (
 )
 BUCKET = "deepspeed.zero_optimization.reduce_bucket_size=50000"
 """Elements: a tenth of the model. Without it all gradients are one bucket, as of a small model in practice."""
+SMALL = "deepspeed.zero_optimization.reduce_bucket_size=37500"
+"""Elements: fewer than the embedding has, more than any matrix of a block, as of a large vocabulary in practice."""
+LARGE = "deepspeed.zero_optimization.reduce_bucket_size=600000"
+"""More than the model has."""
 BF16, FULL = "train.precision=bf16", "train.recompute=full"
 
 
@@ -44,6 +48,12 @@ FAST: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "ZeRO 1 in bf16: the share lies beside the sums": (2, 2, at_zero(1, BF16, FULL)),
     "ZeRO 2: each micro-step has a share beside the sum": (2, 2, at_zero(2)),
     "ZeRO 2 in bf16: the sum is what is updated": (4, 1, at_zero(2, BF16)),
+    "ZeRO 2 in bf16: no bucket holds the largest parameter": (
+        2,
+        1,
+        ("parallel.zero=2", "model.num_layers=1", SMALL, BF16, FULL),
+    ),
+    "ZeRO 2 in fp16: one bucket, which is sent in fp32": (8, 2, ("parallel.zero=2", LARGE, "train.precision=fp16")),
     "one bucket": (2, 2, ("parallel.zero=1", BF16)),
 }
 """Number of ranks, micro-steps, settings."""
