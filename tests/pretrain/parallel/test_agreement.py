@@ -6,11 +6,11 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from common.errors import DataError, UserError
+from common.errors import DataError, PassingError, UserError
 from data_prep.shards.format import Manifest
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
-from pretrain.parallel.agreement import PeerFailed, agreed, check_same, check_shared
+from pretrain.parallel.agreement import PeerFailed, agreed, check_same, check_shared, said_by_first
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
 
@@ -83,6 +83,17 @@ def _primitives(rank: int, folder: Path) -> list[str]:
     own = folder / str(rank)
     own.mkdir()
     attempt(lambda: check_shared(own))
+
+    def both_kinds() -> None:
+        raise UserError("stays") if rank == 1 else PassingError("may pass")
+
+    for function in (agreed, said_by_first):
+        try:
+            function(both_kinds)
+        except UserError as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+        except PeerFailed as error:
+            outcomes.append(f"PeerFailed of {error.kind.__name__}: {error.words}")
     return outcomes
 
 
@@ -96,6 +107,9 @@ def test_primitives(tmp_path: Path) -> None:
     assert "rank 1 does not see the folder" in second[5]
     assert first[5] == second[5].replace("UserError: ", "PeerFailed: rank 1: ")
     assert not list(tmp_path.glob("*/.seen*"))
+    # An error that stays goes before one that may pass, which would be waited for in vain.
+    assert (first[6], second[6]) == ("PeerFailed of UserError: rank 1: stays", "UserError: stays")
+    assert (first[7], second[7]) == ("UserError: stays", "PeerFailed of UserError: rank 0: stays")
 
 
 def test_ranks_with_other_data_do_not_train(prepared: Path, tmp_path: Path) -> None:

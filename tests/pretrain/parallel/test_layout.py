@@ -64,7 +64,9 @@ UNDIVIDED = (18 * (64 + 4) + 2) * 2048
         (("parallel.zero=1", "train.precision=fp32"), 8, 4 * WHOLE, 12 * WHOLE // 8),
         (("parallel.zero=2", "train.ema_decay=0.9"), 8, 2 * WHOLE, 16 * WHOLE // 8),
         (("parallel.zero=3",), 8, 2 * WHOLE // 8, 12 * WHOLE // 8),
+        (("parallel.zero=1", "train.precision=fp16"), 8, 2 * WHOLE, 12 * WHOLE // 8),
         # What does not divide is rounded up.
+        (("parallel.zero=1",), 7, 2 * WHOLE, -(-12 * UNDIVIDED // 7) - (12 * (UNDIVIDED - WHOLE) // 7)),
         (("parallel.zero=3",), 3, -(-2 * WHOLE // 3), -(-12 * WHOLE // 3)),
         # A quarter of the experts is on two of eight ranks, which share its optimizer: a rank has an eighth as before.
         (("parallel.expert=4",), 8, 2 * (WHOLE - EXPERTS + EXPERTS // 4), 12 * WHOLE // 8),
@@ -83,6 +85,8 @@ UNDIVIDED = (18 * (64 + 4) + 2) * 2048
         "ZeRO 1",
         "ZeRO 2, average",
         "ZeRO 3",
+        "ZeRO 1, fp16",
+        "ZeRO 1, uneven",
         "ZeRO 3, uneven",
         "experts",
         "experts, TP",
@@ -108,6 +112,15 @@ def test_groups_of_sixteen_ranks_by_hand() -> None:
         "expert": [[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11], [12, 14], [13, 15]],
     }
     assert group_ranks(one_billion(), 1) == {}
+    neighbours = group_ranks(one_billion("parallel.expert=2"), 8)["expert"]
+    assert neighbours.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_a_tied_weight_is_there_on_the_first_and_on_the_last_stage() -> None:
+    tied, apart = (
+        rank_bytes(one_billion("parallel.pipeline=2", f"model.tied_embedding={tied}"), 1) for tied in ("true", "false")
+    )
+    assert [entry.parameters for entry in tied] == [entry.parameters for entry in apart]
 
 
 LAYOUTS = [

@@ -31,7 +31,16 @@ def _both(rank: int) -> tuple[list[int], list[int]]:
     ring = maximum(values, dist.group.WORLD)
     assert torch.equal(ring, reduced) and values.tolist()[0] == rank
     rounds.AROUND_THE_RING = 1
+    # A pipeline's message to the rank that is also the first one's of the rounds, which has not been taken yet.
+    of_pipeline, taken = torch.full((4,), 99), torch.zeros(4, dtype=torch.int64)
+    sent = dist.isend(of_pipeline, (rank + 1) % 5)
     assert torch.equal(maximum(values, dist.group.WORLD), reduced)
+    dist.recv(taken, (rank - 1) % 5)
+    assert sent is not None and torch.equal(taken, of_pipeline)
+    sent.wait()
+    part = dist.new_group([1, 3, 4])  # whose own numbers are others
+    if rank in (1, 3, 4):
+        assert torch.equal(maximum(values, part), torch.tensor([4, -1, 7, 2]))
     os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # as device.py sets it for many ranks
     group = dist.new_group(backend="gloo")
     everybody: list[int] | None = [-1] * 5 if rank == 0 else None
