@@ -127,6 +127,7 @@ def test_groups_of_sixteen_ranks_by_hand() -> None:
     "keys, ranks",
     [
         (("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.expert=2"), 16),
+        (("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=4"), 8),
         (("parallel.tensor=2", "parallel.pipeline=2"), 12),
         (("parallel.expert=2",), 8),
         (("parallel.expert=2",), 2),
