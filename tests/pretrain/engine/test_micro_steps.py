@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from torch import nn
 from model.language_model import build_model, routing_statistics
 from pretrain.data.windows import Batch
 from pretrain.engine.micro_steps import PlainExecutor, Queries
-from pretrain.engine.pipeline import PipelineExecutor
+from pretrain.engine.pipeline import PipelineExecutor, _AttachLoss
 from tests.corpus import VOCAB_SIZE
 from tests.pretrain.matrix import dropouts
 from tests.pretrain.runs import light_config
@@ -136,3 +137,22 @@ def test_gradients_of_all_micro_steps_are_there_when_the_norm_is_taken_and_befor
     assert told == [*one, *one, "forward", "backward", "before", "norm", "step"]
     assert (float(output.loss_sum), float(output.auxiliary_sum), float(output.grad_norm)) == (13.0, 0.75, 7.0)
     assert weight.weight.grad is not None and float(weight.weight.grad) == 13.0
+
+
+@pytest.mark.parametrize("fp16, scale", [(False, 0.25), (True, 16.0)])
+def test_an_auxiliary_loss_has_the_gradient_of_the_objective_scaled_like_it(fp16: bool, scale: float) -> None:
+    """4 micro-steps, and a loss scale of 64 that fp16 alone uses. A loss that is not finite spoils its gradient, so
+    that the norm shows it."""
+    network = Network()
+    engine = SimpleNamespace(module=network, _take_model_step=print, timers=None)
+    engine.optimizer, engine.fp16_enabled = SimpleNamespace(loss_scale=64.0), lambda: fp16
+    engine.gradient_accumulation_steps = lambda: 4
+    PipelineExecutor(engine)
+    for wrong in (0.0, math.inf, math.nan):
+        hidden, weight = (torch.tensor([1.0, 2.0], requires_grad=True) for _ in range(2))
+        sent = _AttachLoss.apply(hidden, 3.0 * weight.sum() + wrong, network.gradient_scale)
+        sent.backward(torch.tensor([5.0, 7.0]))
+        assert sent.tolist() == [1.0, 2.0]
+        assert hidden.grad is not None and hidden.grad.tolist() == [5.0, 7.0]
+        assert weight.grad is not None
+        assert weight.grad.isnan().all() if wrong else weight.grad.tolist() == [3.0 * scale] * 2
