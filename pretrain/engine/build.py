@@ -35,7 +35,8 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
     import_muon_without_a_compiler()
     specs = parameter_specs(config.model)
     for name, parameter in model.named_parameters():
-        # Read by DeepSpeed's norm: a replicated parameter counts once, not once per tensor-parallel rank.
+        # Read by DeepSpeed's norm: a replicated parameter counts once, not once per tensor-parallel rank. Experts that
+        # are divided over data-parallel ranks count on every rank: ZeRO divides them over tensor-parallel ones too.
         parameter.tensor_model_parallel = specs[name].divided is not None  # type: ignore[attr-defined]
     declare_experts(model, config.model, parallel)
     optimizer = build_optimizer(model, config)

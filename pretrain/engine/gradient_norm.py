@@ -61,11 +61,8 @@ def sum_as_we_do(optimizer: Any) -> None:
     """Lets DeepSpeed's optimizer of ZeRO 1 and 2 take the norm by `sum_of_squares`: the same to 1e-7, in one reading of
     the gradients. DeepSpeed 0.19.8 makes an fp64 copy of each gradient, in two launches for each parameter (20 bytes an
     element where 4 are needed), and copies a -1 to the device for each group of parameters, for which the host waits.
-    An offloaded optimizer, whose gradients are in CPU memory, keeps its own."""
+    An offloaded optimizer, whose gradients are in CPU memory, asks another function."""
     from deepspeed.runtime.zero import stage_1_and_2  # here: device.start prepares its import
-
-    if optimizer.cpu_offload:
-        return
 
     def norm_of(gradients: Iterable[Tensor], parameters: Iterable[Any], norm_type: int = 2) -> Tensor:
         """Of one group of parameters, over all ranks, each element once: what tensor-parallel ranks or stages of a
@@ -116,8 +113,7 @@ class GradientNorm:
 
     If the norm is not finite, it is so on every rank, and no rank updates: weights, Adam's moments and its step
     counters stay as they were. DeepSpeed's ZeRO optimizers do that themselves, for which the host waits for the norm.
-    For ZeRO 0 a fused optimizer decides on the device; for another one we drop the gradients, because AdamW does not
-    touch a parameter that has none, and the host waits.
+    For ZeRO 0 our fused AdamW decides on the device.
 
     DeepSpeed gives the norm for ZeRO 1 to 3, at 3 summed in fp64. For ZeRO 0 norm and clipping are ours, between the
     last backward pass (which averages over ranks) and the optimizer step (which clears the gradients), see
@@ -145,13 +141,8 @@ class GradientNorm:
         if self._parallel.tensor_group is not None:
             dist.all_reduce(squares, group=self._parallel.tensor_group)
         self._own = squares.sqrt()
-        optimizer = self._engine.optimizer
-        if getattr(optimizer, "defaults", {}).get("fused"):
-            # A fused optimizer looks at this flag on the device and then changes nothing: the host need not know.
-            optimizer.found_inf = (~torch.isfinite(self._own)).float()
-        elif not math.isfinite(self._own):
-            for parameter in parameters:
-                parameter.grad = None
+        # A fused optimizer looks at this flag on the device and then changes nothing: the host need not know.
+        self._engine.optimizer.found_inf = (~torch.isfinite(self._own)).float()
         if self._clip_norm > 0.0:
             factor = (self._clip_norm / (self._own + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor.float())

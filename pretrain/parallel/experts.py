@@ -37,8 +37,6 @@ def declare_experts(model: nn.Module, config: ModelConfig, parallel: ParallelCon
         if sharded_axis(specs[parameter_name], expert_size=size) == "expert":
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = name  # type: ignore[attr-defined]
-            # ZeRO divides them over tensor-parallel ranks too, so that every rank's share counts in the norm.
-            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     class Marker(MoE):
         """Is found by its type; computes nothing, so DeepSpeed's own constructor is not called."""

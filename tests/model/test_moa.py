@@ -225,6 +225,8 @@ def test_statistics_of_a_step_are_those_of_all_its_tokens() -> None:
     statistics = layer.statistics
     assert statistics.state().keys() == {"probability", "choice_share", "gate_mean"}
     assert statistics.choice_share.tolist() == statistics.gate_mean.tolist() == [0.2] * 5
+    # The entropy of a run is of the routers whose regulariser uses it: MoA has none.
+    assert statistics.probability.numel() == 0 and not statistics.tracks_probability
     x, index = torch.randn(4, 6, 11, generator=torch.Generator().manual_seed(4)), torch.arange(4)
     for part in (slice(0, 2), slice(2, 4)):
         layer(x[part], 6, index[part])

@@ -218,3 +218,26 @@ def test_a_model_that_hands_on_has_the_gradients_of_the_reference(value: str) ->
     for ours in gradients[1:]:
         for name, expected in gradients[0].items():
             torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@all_ways
+def test_a_compiler_sees_the_op_itself(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It adds up gradients in its own kernels, and could not look into ours; without gradients there is no sum."""
+
+    def functions(t: Leaves) -> set[str]:
+        """Names of the autograd functions behind the results of the op and behind what it hands on."""
+        x, results = handing_on(way, t)
+        todo, seen = [y.grad_fn for y in (x, *results)], set[str]()
+        while todo:
+            node = todo.pop()
+            if node is not None:
+                seen.add(node.name())
+                todo += [before for before, _ in node.next_functions]
+        return seen
+
+    t = {name: leaf.requires_grad_() for name, leaf in stored(torch.float32).items()}
+    assert "_HandOnBackward" in functions(t)
+    with torch.no_grad():
+        assert not functions(t)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert "_HandOnBackward" not in functions(t)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,3 +154,29 @@ def test_a_tied_copy_of_the_last_stage_is_read_where_it_was_saved() -> None:
 
     assert saved_as("exp_avg/embedding.weight") == "exp_avg/embedding.weight"
     assert saved_as("exp_avg/embedding.weight", "exp_avg/head.weight") == "exp_avg/head.weight"
+
+
+def test_the_name_of_a_checkpoint_is_on_the_disk_when_it_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder that has the name is flushed after the rename: a machine that loses power then still has it."""
+    done: list[tuple[str, Any]] = []
+    rename, flush = os.rename, os.fsync
+
+    def renaming(source: Path, target: Path) -> None:
+        rename(source, target)
+        done.append(("rename", os.stat(target).st_ino))
+
+    def flushing(descriptor: int) -> None:
+        flush(descriptor)
+        done.append(("flush", os.fstat(descriptor).st_ino))
+
+    monkeypatch.setattr(os, "rename", renaming)
+    monkeypatch.setattr(os, "fsync", flushing)
+    partial, final = tmp_path / "step-00000001.partial", tmp_path / "step-00000001"
+    partial.mkdir()
+    commit(partial, final, state={}, tensors={"files": [], "tensors": {}}, files={})
+    names = {path.name: path.stat().st_ino for path in final.iterdir()}
+    place = done.index(("rename", final.stat().st_ino))
+    assert done[place + 1 :] == [("flush", tmp_path.stat().st_ino)]
+    assert {("flush", number) for number in names.values()} <= set(done[:place])

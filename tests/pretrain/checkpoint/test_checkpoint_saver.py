@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import pretrain.checkpoint.saver
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.checkpoint.fragments import single_fragment
 from pretrain.checkpoint.loading import load_training_state
-from pretrain.checkpoint.planners import SavePlanner
+from pretrain.checkpoint.planners import AgreedPlan, SavePlanner
+from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.storage import Writer
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
@@ -142,6 +145,24 @@ def test_a_step_is_saved_once_and_again_only_where_it_failed(prepared: Path, tmp
     [(outcomes, goes_on)] = run_ranks(save_again, 1, config, tmp_path)
     assert outcomes == [(1, True), (2, False), (2, True)] and all(goes_on)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("error", [ValueError("a mistake"), RuntimeError("Connection closed by peer")])
+def test_an_error_that_is_no_fault_of_the_disk_ends_the_save(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake of ours, or a lost rank, is no full disk: nobody is told to make room, and what is there stays."""
+    saver, writer = object.__new__(Saver), Writer(tmp_path / "step-00000001", {})
+    saver._group = None
+    writer.partial.mkdir()
+
+    def failing(*args: Any, **options: Any) -> None:
+        raise CheckpointException("save", {1: (error, None)})  # type: ignore[dict-item]
+
+    monkeypatch.setattr(dcp, "save", failing)
+    with pytest.raises(CheckpointException):
+        saver._write({}, writer, AgreedPlan())
+    assert writer.partial.exists()
 
 
 def save_large(rank: int, config: Config, folder: Path) -> tuple[int, int]:

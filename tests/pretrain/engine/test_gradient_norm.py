@@ -26,6 +26,7 @@ from pretrain.engine.gradient_norm import (
     ask_once,
     deepspeed_norm,
     poisoned_unless_finite,
+    sum_as_we_do,
     sum_of_squares,
 )
 from tests.harness import run_ranks
@@ -221,6 +222,39 @@ def test_deepspeeds_norm_is_summed_in_one_reading(
     for row in (0, 2, 3):
         assert found[row][:2] == pytest.approx(expected[row][:2], rel=1e-6 if row < 2 else 1e-4)
     torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_parallel_rank", [0, 1])
+def test_of_a_group_each_parameter_counts_once_and_no_padding(
+    model_parallel_rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: one divided parameter, one whole one, and one that the first stage counts; padding before, between and
+    behind them, of numbers that would show."""
+    monkeypatch.setattr(dist, "all_reduce", lambda squares, group: squares.add_({"data": 100.0}[group]))
+    optimizer: Any = SimpleNamespace(
+        device=torch.device("cpu"),
+        dp_process_group="data",
+        model_parallel_rank=model_parallel_rank,
+        get_grad_norm_direct=print,
+        _model_parallel_all_reduce=lambda tensor, op: tensor.add_({dist.ReduceOp.SUM: 1000.0}[op]),
+    )
+    sum_as_we_do(optimizer)
+    divided, whole, replicated = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    divided.tensor_model_parallel, replicated.ds_pipe_replicated = True, True  # type: ignore[attr-defined]
+    replicated.tensor_model_parallel = True  # type: ignore[attr-defined]
+    padding = torch.tensor([64.0, 64.0])
+    padding._zero_padding = True  # type: ignore[attr-defined]
+    own = torch.tensor([2.0, 1.0]), torch.tensor([3.0, 5.0]), torch.tensor([7.0, 7.0])
+    given = [padding, own[0], padding, own[1], own[2], padding]
+
+    def norm(*parameters: torch.nn.Parameter, gradients: list[torch.Tensor] = given) -> float:
+        return float(optimizer.get_grad_norm_direct(gradients, iter(parameters)))
+
+    counted = 5.0 + (34.0 if model_parallel_rank == 0 else 0.0)
+    assert norm(divided, whole, replicated) == pytest.approx(math.sqrt(counted + 1100.0), rel=1e-7)
+    assert norm(gradients=[padding]) == pytest.approx(math.sqrt(1100.0), rel=1e-7)
+    own[0][1] = math.inf
+    assert norm(divided, whole, replicated) == -1.0
 
 
 def waits(rank: int, config: Config) -> int:

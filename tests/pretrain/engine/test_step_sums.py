@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.parallel.context import ParallelContext
 from model.routing import RoutingStatistics
 from pretrain.engine.micro_steps import StepOutput
-from pretrain.engine.step_sums import StepReducer, StepReport
+from pretrain.engine.step_sums import WRONG, StepReducer, StepReport
 
 CPU = torch.device("cpu")
 HEADS, EXPERTS, TOKENS, MICRO_STEPS = 2, 3, 5, 4
@@ -113,3 +113,22 @@ def test_where_no_router_tracks_its_distribution_there_is_no_entropy() -> None:
     for names in ((), ("value 1",)):
         sums = StepReducer(stage_of(names)[0], ParallelContext(), CPU)(losses, 1).read()
         assert sums.negative_entropy is None and sums.loss == 1.0 and len(sums.load) == len(names)
+
+
+@pytest.mark.parametrize("group", ["data", "tensor", "pipeline"])
+def test_a_loss_that_is_not_finite_on_another_rank_is_no_loss_here(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that disagreed on it would go different ways from there."""
+
+    def all_reduce(own: Tensor, group: Any) -> None:
+        place = WRONG - own.storage_offset()  # a tensor-parallel rank reduces what begins there
+        if place >= 0:
+            own[place] += 1.0
+
+    def all_gather_object(found: list[Any], own: Any, group: Any) -> None:
+        found[:] = [own, own]
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
+    losses = StepOutput(torch.tensor(3.0), torch.tensor(0.0), torch.tensor(2.0))
+    reduce = StepReducer(stage_of(STAGES[0])[0], context(0, (group,)), CPU)
+    assert math.isnan(reduce(losses, 1).read().loss)

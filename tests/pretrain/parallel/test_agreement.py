@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
-from common.errors import DataError, UserError
+import pytest
+import torch.distributed as dist
+
+from common.errors import DataError, PassingError, UserError
 from data_prep.shards.format import Manifest
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
-from pretrain.parallel.agreement import PeerFailed, agreed, check_same, check_shared
+from pretrain.parallel.agreement import PeerFailed, agreed, check_same, check_shared, raise_agreed, said_by_first
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
 
@@ -83,6 +87,17 @@ def _primitives(rank: int, folder: Path) -> list[str]:
     own = folder / str(rank)
     own.mkdir()
     attempt(lambda: check_shared(own))
+
+    def both_kinds() -> None:
+        raise UserError("stays") if rank == 1 else PassingError("may pass")
+
+    for function in (agreed, said_by_first):
+        try:
+            function(both_kinds)
+        except UserError as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+        except PeerFailed as error:
+            outcomes.append(f"PeerFailed of {error.kind.__name__}: {error.words}")
     return outcomes
 
 
@@ -96,6 +111,37 @@ def test_primitives(tmp_path: Path) -> None:
     assert "rank 1 does not see the folder" in second[5]
     assert first[5] == second[5].replace("UserError: ", "PeerFailed: rank 1: ")
     assert not list(tmp_path.glob("*/.seen*"))
+    # An error that stays goes before one that may pass, which would be waited for in vain.
+    assert (first[6], second[6]) == ("PeerFailed of UserError: rank 1: stays", "UserError: stays")
+    assert (first[7], second[7]) == ("UserError: stays", "PeerFailed of UserError: rank 0: stays")
+
+
+def test_a_process_alone_raises_its_own_error() -> None:
+    """That generates a text, say, without a process group."""
+
+    def fail() -> None:
+        raise UserError("mine")
+
+    assert agreed(lambda: 3) == 3
+    with pytest.raises(UserError, match="mine"):
+        agreed(fail)
+
+
+def test_words_go_through_the_group_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two steps that is one of CPUs: through the GPUs' they would wait for what these still compute."""
+    asked: list[tuple[int, Any]] = []
+
+    def broadcast(words: list[str], src: int, group: Any) -> None:
+        asked.append((src, group))
+        words[0] = "of rank 3"
+
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    control: Any = "control"
+    raise_agreed(None, None, group=control)
+    with pytest.raises(PeerFailed) as met:
+        raise_agreed(UserError("a later rank's"), 3, passes=True, group=control)
+    assert (met.value.kind, met.value.words) == (PassingError, "rank 3: of rank 3") and asked == [(3, control)]
 
 
 def test_ranks_with_other_data_do_not_train(prepared: Path, tmp_path: Path) -> None:

@@ -7,13 +7,18 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from common.errors import ConfigError
 from pretrain.config.rules import check_ranks, smallest_world
 from pretrain.config.schema import Config
+from pretrain.parallel import experts
+from pretrain.parallel.experts import separate_experts
 from pretrain.parallel.groups import process_groups
 from tests.harness import run_ranks
 from tests.pretrain.family import EXPERT_DROPOUT, MODELS, SEEDS
@@ -188,6 +193,39 @@ def mesh_groups(rank: int) -> None:
         data_rank = rank // tensor % data
         assert dist.get_process_group_ranks(ours.data).index(rank) == data_rank
         assert dist.get_process_group_ranks(ours.expert).index(rank) == data_rank % expert
+
+
+def test_experts_have_groups_of_the_optimizer_of_their_own() -> None:
+    """Each with the settings of the group that they were in; no group is empty, on which ZeRO fails."""
+    plain, other, expert, last = (torch.nn.Parameter(torch.zeros(n)) for n in range(1, 5))
+    groups = [{"params": [plain, other], "weight_decay": 0.1}, {"params": [last], "weight_decay": 0.0}]
+    assert separate_experts(groups) == groups
+    for parameter in (expert, last):
+        parameter.allreduce, parameter.group_name = False, "ep_size_2"  # type: ignore[attr-defined]
+    groups[0]["params"] = [plain, expert, other]
+    of_experts = {"moe": True, "name": "ep_size_2"}
+    assert separate_experts(groups) == [
+        {"params": [plain, other], "weight_decay": 0.1},
+        {"params": [expert], "weight_decay": 0.1, **of_experts},
+        {"params": [last], "weight_decay": 0.0, **of_experts},
+    ]
+
+
+def test_deepspeed_finds_the_groups_of_this_engine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for the largest of all that are registered: those of an engine before, in another layout, are gone."""
+    from deepspeed.utils import groups
+
+    for kind in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
+        monkeypatch.setattr(groups, kind, {"ep_size_4": "before"})
+        monkeypatch.setattr(groups, f"{kind}_RANKS", {"ep_size_4": [0, 1, 2, 3]})
+    parts, replicas = [0, 1], [0, 2]
+    ours: Any = SimpleNamespace(expert=parts, expert_replicas=replicas)
+    monkeypatch.setattr(experts, "groups_of", lambda parallel: ours)
+    monkeypatch.setattr(dist, "get_process_group_ranks", list)
+    parallel: Any = SimpleNamespace(expert_group=parts)
+    experts._register_groups("ep_size_2", parallel)
+    for kind, group in (("_EXPERT_PARALLEL_GROUP", parts), ("_EXPERT_DATA_PARALLEL_GROUP", replicas)):
+        assert getattr(groups, kind) == getattr(groups, f"{kind}_RANKS") == {"ep_size_2": group}
 
 
 @pytest.mark.slow

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from common.paths import REPOSITORY
+from model.parallel.context import ParallelContext
+from model.parallel.megatron_core import HyperCommGrid
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
+from pretrain.parallel import context, groups
 from pretrain.parallel.context import parallel_context
-from pretrain.parallel.layout import group_ranks, rank_bytes
+from pretrain.parallel.layout import group_ranks, mesh, rank_bytes
 from pretrain.report.layout_text import groups_text
 from pretrain.trainer import RunSetup, build_trainer
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import one_step, small_config
 
+TWO_BY_TWO: dict[str, Any] = {"data_size": 2, "data_group": [0, 2], "tensor_size": 2, "tensor_group": [0, 1]}
 ONE_BILLION = REPOSITORY / "configs" / "switchall_1b.json"
 
 
@@ -64,7 +71,9 @@ UNDIVIDED = (18 * (64 + 4) + 2) * 2048
         (("parallel.zero=1", "train.precision=fp32"), 8, 4 * WHOLE, 12 * WHOLE // 8),
         (("parallel.zero=2", "train.ema_decay=0.9"), 8, 2 * WHOLE, 16 * WHOLE // 8),
         (("parallel.zero=3",), 8, 2 * WHOLE // 8, 12 * WHOLE // 8),
+        (("parallel.zero=1", "train.precision=fp16"), 8, 2 * WHOLE, 12 * WHOLE // 8),
         # What does not divide is rounded up.
+        (("parallel.zero=1",), 7, 2 * WHOLE, -(-12 * UNDIVIDED // 7) - (12 * (UNDIVIDED - WHOLE) // 7)),
         (("parallel.zero=3",), 3, -(-2 * WHOLE // 3), -(-12 * WHOLE // 3)),
         # A quarter of the experts is on two of eight ranks, which share its optimizer: a rank has an eighth as before.
         (("parallel.expert=4",), 8, 2 * (WHOLE - EXPERTS + EXPERTS // 4), 12 * WHOLE // 8),
@@ -83,6 +92,8 @@ UNDIVIDED = (18 * (64 + 4) + 2) * 2048
         "ZeRO 1",
         "ZeRO 2, average",
         "ZeRO 3",
+        "ZeRO 1, fp16",
+        "ZeRO 1, uneven",
         "ZeRO 3, uneven",
         "experts",
         "experts, TP",
@@ -100,14 +111,107 @@ def test_groups_of_sixteen_ranks_by_hand() -> None:
     """Tensor-parallel ranks are neighbours, then data-parallel ones, then stages. An expert group has neighbours of
     the data-parallel ranks."""
     keys = ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.expert=2")
-    groups = {name: ranks.tolist() for name, ranks in group_ranks(one_billion(*keys), 4).items()}
-    assert groups == {
+    found = {name: ranks.tolist() for name, ranks in group_ranks(one_billion(*keys), 4).items()}
+    assert found == {
         "pipeline": [[rank, rank + 8] for rank in range(8)],
         "data": [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]],
         "tensor": [[rank, rank + 1] for rank in range(0, 16, 2)],
         "expert": [[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11], [12, 14], [13, 15]],
     }
     assert group_ranks(one_billion(), 1) == {}
+    neighbours = group_ranks(one_billion("parallel.expert=2"), 8)["expert"]
+    assert neighbours.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    "keys, ranks",
+    [
+        (("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.expert=2"), 16),
+        (("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=4"), 8),
+        (("parallel.tensor=2", "parallel.pipeline=2"), 12),
+        (("parallel.expert=2",), 8),
+        (("parallel.expert=2",), 2),
+        (("parallel.tensor=2",), 2),
+        ((), 4),
+    ],
+    ids=str,
+)
+def test_every_rank_is_where_the_mesh_has_it(
+    keys: tuple[str, ...], ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place and its groups, which are lists of ranks here. Those that hold the same experts are all that have its
+    place in an expert group and its stage."""
+    config = one_billion(*keys)
+    data = config.data_size(ranks)
+    expected, places = group_ranks(config, data), mesh(config, data)
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    calls: Any = SimpleNamespace(get_world_size=lambda group=None: ranks if group is None else len(group))
+    calls.group = SimpleNamespace(WORLD=list(range(ranks)))
+    monkeypatch.setattr(context, "dist", calls)
+    monkeypatch.setattr(groups, "dist", calls)
+    # Without the cache, which would take one process for one rank.
+    monkeypatch.setattr(groups, "_process_groups", groups._process_groups.__wrapped__)
+    held: dict[tuple[int, int], list[int]] = defaultdict(list)  # the ranks of each part of a stage's experts
+    replicas: dict[int, Any] = {}
+    for rank in range(ranks):
+
+        def group_of(grid: Any, dims: Any, rank: int = rank) -> list[int]:
+            (group,) = (sorted(group) for group in grid.get_rank_enum(dims) if rank in group)
+            return group
+
+        calls.get_rank = lambda rank=rank: rank
+        monkeypatch.setattr(HyperCommGrid, "create_pg", group_of)
+        found = parallel_context(config)
+        assert places[found.pipeline_rank, found.data_rank, found.tensor_rank] == rank
+        assert (found.pipeline_size, found.data_size, found.tensor_size) == places.shape
+        assert (found.expert_size, found.sequence_parallel) == (config.parallel.expert, config.parallel.sequence)
+        for name in ("pipeline", "data", "tensor", "expert"):
+            (group,) = [row.tolist() for row in expected.get(name, []) if rank in row] or [None]
+            assert getattr(found, f"{name}_group") == group, name
+            if group is not None:
+                assert group.index(rank) == getattr(found, f"{name}_rank")
+        held[found.pipeline_rank, found.expert_rank].append(rank)
+        replicas[rank] = groups.replica_group(found, of_experts=found.expert_size > 1)
+    if config.parallel.expert > 1:
+        for same in held.values():
+            assert all(replicas[rank] == (same if len(same) > 1 else None) for rank in same)
+
+
+def test_the_first_and_the_last_stage_share_a_tied_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the stages between them, which would wait for gradients that they do not have."""
+    made: list[list[list[int]]] = []
+
+    def new_groups(ranks: list[list[int]]) -> tuple[Any, None]:
+        made.append(ranks)
+        return "the group", None
+
+    calls: Any = SimpleNamespace(get_world_size=lambda: 16, new_subgroups_by_enumeration=new_groups)
+    calls.group = SimpleNamespace(WORLD=None)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setattr(groups, "dist", calls)
+    monkeypatch.setattr(groups, "_tied_groups", groups._tied_groups.__wrapped__)
+    assert groups.tied_group(ParallelContext(pipeline_size=4, pipeline_group=calls, **TWO_BY_TWO)) == "the group"
+    assert [sorted(ranks) for ranks in made] == [[[rank, rank + 12] for rank in range(4)]]
+
+
+def test_deepspeed_is_told_the_place_of_this_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its norm counts on the first of the tensor-parallel ranks what all of them hold."""
+    monkeypatch.setattr(groups, "groups_of", lambda parallel: SimpleNamespace(data=[1, 3]))
+    unit = groups.ModelParallelUnit(
+        ParallelContext(**(TWO_BY_TWO | {"data_rank": 0, "tensor_rank": 1, "data_size": 3}))
+    )
+    assert (unit.get_data_parallel_rank(), unit.get_data_parallel_world_size()) == (0, 3)
+    assert (unit.get_model_parallel_rank(), unit.get_model_parallel_world_size()) == (1, 2)
+    assert (unit.get_data_parallel_group(), unit.get_model_parallel_group()) == ([1, 3], [0, 1])
+    other = groups.ModelParallelUnit(ParallelContext(**(TWO_BY_TWO | {"data_rank": 1, "tensor_rank": 0})))
+    assert (other.get_data_parallel_rank(), other.get_model_parallel_rank()) == (1, 0)
+
+
+def test_a_tied_weight_is_there_on_the_first_and_on_the_last_stage() -> None:
+    tied, apart = (
+        rank_bytes(one_billion("parallel.pipeline=2", f"model.tied_embedding={tied}"), 1) for tied in ("true", "false")
+    )
+    assert [entry.parameters for entry in tied] == [entry.parameters for entry in apart]
 
 
 LAYOUTS = [
@@ -178,20 +282,18 @@ def test_groups_are_those_of_the_process_groups(prepared: Path) -> None:
 
 
 def own_groups(rank: int, configs: list[Config]) -> list[dict[str, list[int]]]:
-    import torch.distributed as dist
-
     found = []
     for config in configs:
         parallel = parallel_context(config)
-        groups = {name: getattr(parallel, f"{name}_group") for name in ("pipeline", "data", "tensor", "expert")}
-        found.append({name: dist.get_process_group_ranks(g) for name, g in groups.items() if g is not None})
+        own = {name: getattr(parallel, f"{name}_group") for name in ("pipeline", "data", "tensor", "expert")}
+        found.append({name: dist.get_process_group_ranks(g) for name, g in own.items() if g is not None})
     dist.barrier()  # rank 0 keeps the store that others still make their groups with
     return found
 
 
 def test_groups_as_text(prepared: Path) -> None:
     config = small_config(prepared, "parallel.tensor=2", "model.vocab_size=402", "model.feedforward.num_experts=6")
-    groups = group_ranks(config, 8)
-    assert groups_text(groups["tensor"]) == "0-1, 2-3, 4-5, 6-7, ... (8 groups)"
-    assert groups_text(groups["data"]) == "0-14 by 2, 1-15 by 2"
+    found = group_ranks(config, 8)
+    assert groups_text(found["tensor"]) == "0-1, 2-3, 4-5, 6-7, ... (8 groups)"
+    assert groups_text(found["data"]) == "0-14 by 2, 1-15 by 2"
     assert groups_text(np.array([[0, 4], [1, 5]])) == "0,4, 1,5"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -32,6 +33,9 @@ def _both(rank: int) -> tuple[list[int], list[int]]:
     assert torch.equal(ring, reduced) and values.tolist()[0] == rank
     rounds.AROUND_THE_RING = 1
     assert torch.equal(maximum(values, dist.group.WORLD), reduced)
+    part = dist.new_group([1, 3, 4])  # whose own numbers are others
+    if rank in (1, 3, 4):
+        assert torch.equal(maximum(values, part), torch.tensor([4, -1, 7, 2]))
     os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # as device.py sets it for many ranks
     group = dist.new_group(backend="gloo")
     everybody: list[int] | None = [-1] * 5 if rank == 0 else None
@@ -45,3 +49,26 @@ def test_over_gloo_it_is_the_reduction_of_all_ranks() -> None:
     """Up to 16 ranks gloo's own; in rounds; and in rounds of ranks that connect when they first speak."""
     for found, reduced in run_ranks(_both, 5):
         assert found == reduced == [4, 0, 7, 2]
+
+
+def test_its_messages_are_taken_for_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the same two ranks a pipeline may have sent what is not taken yet, with torch's tag 0. Its ranks are
+    those of the group, whatever their numbers among all."""
+    seen: list[tuple[str, int, int, str]] = []
+
+    def isend(values: torch.Tensor, *, group: str, group_dst: int, tag: int = 0) -> None:
+        seen.append((group, group_dst, tag, "sent"))
+
+    def recv(values: torch.Tensor, *, group: str, group_src: int, tag: int = 0) -> None:
+        seen.append((group, group_src, tag, "taken"))
+        values.fill_(len(seen))
+
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 20)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 3)
+    monkeypatch.setattr(dist, "isend", isend)
+    monkeypatch.setattr(dist, "recv", recv)
+    assert maximum(torch.tensor([7, 70]), "control").tolist() == [10, 70]
+    assert [(way, rank) for _, rank, _, way in seen] == [
+        pair for d in (1, 2, 4, 8, 16) for pair in (("sent", (3 + d) % 20), ("taken", (3 - d) % 20))
+    ]
+    assert {(group, tag) for group, _, tag, _ in seen} == {("control", 1)}

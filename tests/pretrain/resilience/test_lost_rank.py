@@ -33,6 +33,16 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] {}. This is t
             RuntimeError(GLOO.format("writev [fe80::1]:7: Broken pipe")),
             "writev [fe80::1]: Broken pipe",
         ),
+        *(  # the system's words (errno.h), in whatever function gloo met them
+            (RuntimeError(GLOO.format(f"connect [10.0.0.7]:2455: {words}")), f"connect [10.0.0.7]: {words}")
+            for words in (
+                "Connection timed out",
+                "No route to host",
+                "Network is unreachable",
+                "Network is down",
+                "Host is down",
+            )
+        ),
         (
             dist.DistBackendError("NCCL error in: a.cpp:9, remote process exited or there was a network error, NCCL 2"),
             "remote process exited or there was a network error",

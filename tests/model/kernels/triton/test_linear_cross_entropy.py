@@ -71,6 +71,19 @@ def test_equals_oracle(name: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
     assert len(launches) == (0 if shape.N == 0 else -(-shape.N // max(1, min(shape.chunk, shape.N))))
 
 
+def test_chunks_whose_bias_gradients_cancel_are_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """p = 129/256 and 127/256, by a bias of 1/64. Three tokens of the first class give it 3 (p - 1) = -381/256, three
+    of the other +387/256: neither sum is a number of bf16, and each rounds by a sixth of what remains."""
+    stride, _, _ = kernels.blocks(2, holds_row=False)
+    monkeypatch.setattr(op, "CHUNK_BYTES", 3 * stride * 4)
+    hidden, weight = (torch.zeros(*size, dtype=torch.bfloat16) for size in ((6, 1), (2, 1)))
+    bias = torch.tensor([1 / 64, 0.0], dtype=torch.bfloat16)
+    case = Case(hidden, weight.requires_grad_(), bias.requires_grad_(), torch.tensor([0, 0, 0, 1, 1, 1]))
+    loss, _ = linear_cross_entropy(*case, backend="triton")
+    _, grad = torch.autograd.grad(loss, [weight, bias])
+    torch.testing.assert_close(grad.double(), torch.tensor([1.0, -1.0]).double() / 256, rtol=2**-8, atol=0)
+
+
 @pytest.mark.parametrize("classes", [100, 8000])
 def test_a_logit_is_read_once(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a block holds a row: 4 bytes read and 2 written per logit; ignored rows are not read."""

@@ -296,3 +296,22 @@ def test_gradients_of_gates_beyond_2_to_the_31(op: Op) -> None:
     index, scores = torch.full((tile, 1, 1), E - 1), torch.empty(tile, 1, 1)
     gated_gemm.gate_gradient_kernel[(1, 1)](partial, index, scores, N, E, 2, 1, 1, tile)
     assert (scores == 2 * tile).all()
+
+
+@pytest.mark.parametrize(
+    "width, largest, tile",
+    [
+        (112, 128, 128),  # 1.14 times as wide
+        (98, 128, 128),  # 1.31 with each tile: none fits, and of those that pad least the widest
+        (99, 128, 128),  # 1.29
+        (76, 128, 32),  # 96: 1.26
+        (132, 128, 32),  # 160: 1.21; 192 and 256 are too wide
+        (64, 128, 64),
+        (128, 128, 128),
+        (40, 128, 64),  # no tile fits, and of those that pad least the widest
+        (112, 64, 64),
+        (7, 64, 32),
+    ],
+)
+def test_a_tile_is_the_widest_that_multiplies_few_zeros(width: int, largest: int, tile: int) -> None:
+    assert gated_gemm.column_tile(width, largest) == tile
