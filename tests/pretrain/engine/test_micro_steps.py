@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from model.language_model import build_model, routing_statistics
 from pretrain.data.windows import Batch
 from pretrain.engine.micro_steps import PlainExecutor, Queries
-from pretrain.engine.pipeline import PipelineExecutor, _AttachLoss
+from pretrain.engine.pipeline import PipelineExecutor, PipelineStage, _AttachLoss
 from tests.corpus import VOCAB_SIZE
 from tests.pretrain.matrix import dropouts
 from tests.pretrain.runs import light_config
@@ -156,3 +157,61 @@ def test_an_auxiliary_loss_has_the_gradient_of_the_objective_scaled_like_it(fp16
         assert hidden.grad is not None and hidden.grad.tolist() == [5.0, 7.0]
         assert weight.grad is not None
         assert weight.grad.isnan().all() if wrong else weight.grad.tolist() == [3.0 * scale] * 2
+
+
+def test_a_stage_gives_the_sums_of_its_own_micro_steps() -> None:
+    """Each time from zero, with the targets in their order; what waits for all gradients runs before the update."""
+    stage: Any = Network()
+    told: list[str] = []
+    for name in ("sequence_losses", "auxiliary_losses"):
+        setattr(stage, name, [torch.tensor([100.0])])  # of a step before
+
+    def train_batch(inputs: Any) -> None:
+        for (tokens, index), nothing in inputs:
+            assert nothing is None and index.tolist() == [0, 1]
+            stage.sequence_losses.append(tokens.float().mean(1) + next(stage.targets).float().mean(1))
+            stage.auxiliary_losses.append(torch.tensor(0.25))
+        engine._take_model_step("the rate")
+
+    engine: Any = SimpleNamespace(module=stage, timers=None, train_batch=train_batch)
+    engine._take_model_step = told.append
+    engine.optimizer, engine.get_global_grad_norm = SimpleNamespace(overflow=False), lambda: 7.0
+    executor = PipelineExecutor(engine)
+    executor.before_update = lambda: told.append("before")
+    batches = [Batch(torch.full((2, 3), n), torch.full((2, 3), 10 * n), torch.arange(2)) for n in (1, 4)]
+    phases: Any = SimpleNamespace(enter=lambda *names, quick: None)
+    for _ in range(2):
+        output = executor.train(batches, phases)
+        assert (float(output.loss_sum), float(output.auxiliary_sum), float(output.grad_norm)) == (55.0, 0.5, 7.0)
+    assert told == ["before", "the rate"] * 2
+
+
+@pytest.mark.parametrize("stage, shards", [(0, 1), (1, 1), (1, 3), (2, 3)])
+def test_a_batch_goes_through_three_stages(stage: int, shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between stages goes the hidden state of the tokens that this rank has of them, under sequence parallelism a part;
+    ranks of a group have other numbers among all."""
+    sent: list[tuple[torch.Tensor, int, Any]] = []
+    taken: list[tuple[list[int], int, Any]] = []
+
+    def recv(hidden: torch.Tensor, source: int, group: Any) -> None:
+        taken.append((list(hidden.shape), source, group))
+        hidden.fill_(3.0)
+
+    monkeypatch.setattr(dist, "recv", recv)
+    monkeypatch.setattr(dist, "send", lambda hidden, target, group: sent.append((hidden, target, group)))
+    monkeypatch.setattr(dist, "get_global_rank", lambda group, rank: 10 + rank)
+    place = SimpleNamespace(pipeline_rank=stage, pipeline_group="stages", token_shards=shards, is_last_stage=stage == 2)
+    own: Any = SimpleNamespace(parallel=place, config=SimpleNamespace(d_model=5))
+    own.parameters = lambda: iter([torch.zeros(1, dtype=torch.bfloat16)])
+    own.forward_funcs = [lambda state: (2.0 * state[0], *state[1:])] * 2
+    tokens, index = torch.ones(2, 6, dtype=torch.int64), torch.tensor([4, 5])
+    found = PipelineStage.through_stages(own, tokens, index, lambda head, state: state)
+    assert taken == ([] if stage == 0 else [([2, 6 // shards, 5], 10 + stage - 1, "stages")])
+    if stage < 2:
+        ((hidden, target, group),) = sent
+        assert found is None and (target, group) == (10 + stage + 1, "stages") and hidden.is_contiguous()
+    else:
+        assert found is not None and not sent and torch.equal(found[1], index) and float(found[2]) == 0.0
+        hidden = found[0]
+    assert hidden.unique().tolist() == [4.0 if stage == 0 else 12.0]
+    assert stage == 0 or hidden.dtype == torch.bfloat16
