@@ -12,6 +12,7 @@ import pytest
 from common.errors import ConfigError
 from pretrain.config import deepspeed_keys
 from pretrain.config.deepspeed_keys import BREAKS, EXTRA, LEAVES, NO_EFFECT, OWNED, REMOVED
+from pretrain.config.keys import flatten
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_device
 from pretrain.engine.deepspeed_json import deepspeed_json
@@ -147,14 +148,10 @@ def test_every_extra_key_is_passed_on_and_taken_by_deepspeed(key: str, monkeypat
     value = VALUES.get(extra.type, "create" if key == "comet.mode" else 2)
     stage = f"parallel.zero={extra.stages[0]}"
     printed = ["deepspeed.log_level=info", "deepspeed.comms_logger.verbose=true"]
-    config = load_config(
-        TINY, [*(printed if key in deepspeed_keys.PRINTED else ()), f"deepspeed.{key}={json.dumps(value)}", stage]
-    )
-    derived = deepspeed_json(config, 1)
-    found: Any = derived
-    for name in key.split("."):
-        found = found[name]
-    assert found == value
+    others = [*(printed if key in deepspeed_keys.PRINTED else ()), stage]
+    derived = deepspeed_json(load_config(TINY, [*others, f"deepspeed.{key}={json.dumps(value)}"]), 1)
+    # Beside our own keys of its section, all of which stay.
+    assert flatten(derived) == flatten(deepspeed_json(load_config(TINY, others), 1)) | {key: value}
     DeepSpeedConfig(derived)
     for wrong in ("null", '"wrong"' if extra.type is not str else "1", "-7", "[1]", '{"a":1}'):
         with pytest.raises(ConfigError, match=rf"^deepspeed\.{key.replace('.', '[.]')}: .*\(given .*\); correct it"):
