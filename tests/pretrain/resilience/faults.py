@@ -27,7 +27,8 @@ from pretrain.trainer import LaunchedStep, StepInput, Trainer
 
 
 def spoil_gradient(trainer: Trainer, is_wrong: Callable[[], bool]) -> None:
-    """One parameter's gradient on this rank is NaN in one element whenever `is_wrong()`."""
+    """One parameter's gradient on this rank is NaN in one element whenever `is_wrong()`; that of an expert which no
+    other rank holds, if there are such."""
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
         if is_wrong():
@@ -35,7 +36,9 @@ def spoil_gradient(trainer: Trainer, is_wrong: Callable[[], bool]) -> None:
             gradient.view(-1)[0] = math.nan
         return gradient
 
-    next(iter(trainer.engine.module.parameters())).register_hook(spoil)
+    parameters = list(trainer.engine.module.parameters())
+    own = (parameter for parameter in parameters if not getattr(parameter, "allreduce", True))
+    next(own, parameters[0]).register_hook(spoil)
 
 
 def spoil_loss(trainer: Trainer, is_wrong: Callable[[], bool]) -> None:
