@@ -43,7 +43,7 @@ def test_alone_beside_others_cached_and_not(case: str) -> None:
         assert texts_of(model, alone) == [found[sample]]
     assert len({tuple(text) for text in found}) == 3 and all(len(text) == tokens for text in found)
     assert (cost.tokens, cost.prompt_tokens, uncached.cache_bytes) == (3 * tokens, sum(map(len, prompts)), 0)
-    heads, slots = 2, 14 if has_memory else 7
+    heads, slots = 2, 21 if has_memory else 7  # a memory of 2 chunks beside that of the text
     assert cost.cache_bytes == 3 * slots * 2 * heads * 6 * 2 * 4
     assert texts_of(model, work(*prompts, tokens=tokens, sampling=Sampling(1.0, 0, 1.0, seed=6))) != found
     short = Cost()
