@@ -226,21 +226,15 @@ def test_nothing_fits_and_nothing_is_known(monkeypatch: pytest.MonkeyPatch, caps
         )
 
 
+def search_line(config: Path, *more: str) -> list[str]:
+    """On two cards, without records of measurements."""
+    return ["search", str(config), "--gpus", "2", "--gpu", "h100-80gb", "--results", str(ONE_BILLION.parent), *more]
+
+
 def test_the_file_is_the_users_with_the_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "chosen.json"
-    line = [
-        "search",
-        str(ONE_BILLION),
-        "--gpus",
-        "2",
-        "--gpu",
-        "h100-80gb",
-        "--results",
-        str(ONE_BILLION.parent),
-        "--set",
-        "train.seed=3",
-    ]
-    line += [argument for setting in SMALL for argument in ("--set", setting)] + ["--write", str(target)]
+    settings = [argument for setting in ("train.seed=3", *SMALL) for argument in ("--set", setting)]
+    line = search_line(ONE_BILLION, *settings, "--write", str(target))
     assert main(line) == 0
     assert f"--config {target} --dry-run --ranks 2" in capsys.readouterr().out
     chosen, original = load_config(target), load_config(ONE_BILLION)
@@ -274,18 +268,6 @@ def test_a_file_of_a_file_of_the_search_says_once_what_it_is(tmp_path: Path) -> 
 def test_a_dry_run_takes_the_file(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     user, chosen, run = tmp_path / "user.json", tmp_path / "chosen.json", ("--run-dir", str(tmp_path / "run"))
     user.write_text(json.dumps(to_json(small_config(prepared, "train.device=cpu"))), encoding="utf-8")
-    line = [
-        "search",
-        str(user),
-        "--gpus",
-        "2",
-        "--gpu",
-        "h100-80gb",
-        "--results",
-        str(ONE_BILLION.parent),
-        "--write",
-        str(chosen),
-    ]
-    assert main(line) == 0
+    assert main(search_line(user, "--write", str(chosen))) == 0
     assert train.main(["--config", str(chosen), "--dry-run", "--no-step", "--ranks", "2", *run]) == 0
     assert "Layout by plan.py search for 2 x h100-80gb" in capsys.readouterr().out
