@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,24 +92,33 @@ def sigma_moe_searches(model: Model) -> Iterator[Search]:
     build = functools.partial(sigma_moe_case, N, d, E, k, G)
     own: dict[str, Any] = {"build": build, "backend": "triton"}
     shape = f"{model.name} N={N} d={d} E={E} k={k} G={G}"
-    today = dataclasses.asdict(sigma_moe.mlp_tiles(N * k, E, G, DTYPE, swiglu=False))
-    values = {"rows": (64, 128), "reduce": (32, 64, 128), "out": (32, 64, 128), "warps": WARPS, "stages": STAGES}
-    replace = functools.partial(_returned, sigma_moe, "mlp_tiles")
-    for phase in ("forward", "backward"):
-        yield Search(
-            name=f"sigma_moe {phase} {shape}",
-            kernels=(f"{phase}_kernel",),
-            phase=phase,
-            today=today,
-            values=values,
-            replace=replace,
-            **own,
-        )
+    forward = sigma_moe.mlp_tiles(N * k, E, G, DTYPE, swiglu=False)
+    backward = sigma_moe.backward_tiles(forward, d, swiglu=False)
+    values = {"reduce": (32, 64, 128), "out": (32, 64, 128), "warps": WARPS, "stages": STAGES}
+    yield Search(
+        name=f"sigma_moe forward {shape}",
+        kernels=("forward_kernel",),
+        phase="forward",
+        today=_named(forward, without=("piece", "registers")),
+        # 256 rows read weights half as often as 128; a multiprocessor holds one program of them.
+        values=values | {"rows": (64, 128, 256), "warps": (4, 8, 16)},
+        replace=functools.partial(_returned, sigma_moe, "mlp_tiles"),
+        **own,
+    )
+    yield Search(
+        name=f"sigma_moe backward {shape}",
+        kernels=("backward_kernel",),
+        phase="backward",
+        today=_named(backward),
+        values=values | {"rows": (64, 128), "piece": (16, 32, 128), "registers": (None, 128, 168)},
+        replace=functools.partial(_returned, sigma_moe, "backward_tiles"),
+        **own,
+    )
     yield Search(
         name=f"sigma_moe weight gradient {shape}",
         kernels=("weight_gradient_kernel",),
         phase="backward",
-        today={name: value for name, value in vars(sigma_moe.weight_tiles(G, DTYPE)).items() if name != "reduce"},
+        today=_named(sigma_moe.weight_tiles(G, d, E, DTYPE), without=("reduce", "piece", "registers")),
         values={"rows": (32, 64, 128), "hidden": (64, 128), "out": (64, 128, 256), "warps": WARPS, "stages": STAGES},
         replace=functools.partial(_returned, sigma_moe, "weight_tiles"),
         **own,
@@ -360,6 +369,11 @@ def relative_attention_searches(model: Model) -> Iterator[Search]:
 
 
 # --------------------------------------------------------------------------------------------------------- replacement
+
+
+def _named(tiles: sigma_moe.ExpertTiles, without: Sequence[str] = ()) -> Tiles:
+    """By name, but for those that a kernel does not have."""
+    return {name: value for name, value in vars(tiles).items() if name not in without}
 
 
 def _returned(module: Any, function: str, tiles: Tiles) -> list[Replacement]:

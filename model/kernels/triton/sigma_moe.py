@@ -22,7 +22,7 @@ the sum. Launches: 2 forward, 4 backward (one more each where slots are missing 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 
 from model.kernels.activation import is_swiglu
-from model.kernels.backend import triton_limit
+from model.kernels.backend import cuda_capability, triton_limit
 from model.kernels.ops.sigma_moe import Inputs
 from model.kernels.triton.launch import on_its_device
 from model.kernels.triton.sigma_moe_kernels import (
@@ -55,14 +55,24 @@ class ExpertTiles:
     """Columns of x or of the gradient per iteration of the first product."""
     out: int
     """Columns of the model width per iteration of the second product, or per program."""
+    piece: int = 16
+    """Columns of the hidden layer that backward_kernel takes through the gate at a time."""
     warps: int
     stages: int
+    registers: int | None = None
+    """Of a thread, at most; None: as the compiler likes."""
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Options of a launch."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 def mlp_tiles(num_rows: int, num_experts: int, expert_size: int, dtype: torch.dtype, *, swiglu: bool) -> ExpertTiles:
-    """Of forward_kernel and backward_kernel. Half a tile per expert is padding: 64 rows until experts have 512 of them
-    on average (12% padding with 128), where weights are read half as often. SwiGLU holds two hidden layers: 128 rows
-    of them spill."""
+    """Of forward_kernel, and of backward_kernel but for what `backward_tiles` changes. Half a tile per expert is
+    padding: 64 rows until experts have 512 of them on average (12% padding with 128), where weights are read half as
+    often. SwiGLU holds two hidden layers: 128 rows of them spill."""
     if dtype == torch.float32:
         # No tensor cores: operands live in registers, so little of them at a time. A row of the slot tensor for 16
         # columns of the hidden layer makes this a path for checks, not for training.
@@ -75,23 +85,55 @@ def mlp_tiles(num_rows: int, num_experts: int, expert_size: int, dtype: torch.dt
     return ExpertTiles(rows=64, hidden=hidden, reduce=64, out=64, warps=4, stages=3)
 
 
-def weight_tiles(width: int, dtype: torch.dtype) -> ExpertTiles:
-    """Of weight_gradient_kernel."""
+FEW_REGISTERS_ON = ((9, 0),)
+"""Compute capabilities on which backward_kernel fits `BACKWARD_REGISTERS`, with every Triton that torch brings
+(benchmarks/compiled.py)."""
+BACKWARD_REGISTERS = {64: 168, 128: 128}
+"""Rows of a tile -> registers of a thread. With so few a multiprocessor takes three programs of 64 rows, or two of 128,
+as it does forward: one multiplies while another waits for its rows or stores them."""
+
+
+def backward_tiles(
+    tiles: ExpertTiles, d_model: int, *, swiglu: bool, capability: tuple[int, int] | None = None
+) -> ExpertTiles:
+    """`tiles` as backward_kernel takes them. Masks of columns, where d_model needs them, take registers too.
+    `capability`: this GPU's if None."""
+    if d_model % tiles.reduce != 0:
+        return replace(tiles, piece=32)
+    is_few = not swiglu and (capability or cuda_capability()) in FEW_REGISTERS_ON
+    return replace(tiles, registers=BACKWARD_REGISTERS.get(tiles.rows) if is_few else None)
+
+
+WIDE_TILES_ON = ((9, 0),)
+"""Compute capabilities on which weight_gradient_kernel takes 256 columns of d_model: 128 sums a thread."""
+
+
+def weight_tiles(
+    width: int, d_model: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int] | None = None
+) -> ExpertTiles:
+    """Of weight_gradient_kernel for `num_experts` here. With 256 columns of d_model it reads the narrow rows half as
+    often: where there are as many programs as multiprocessors nevertheless. `capability`: this GPU's if None."""
     if dtype == torch.float32:
         return ExpertTiles(rows=16, hidden=32, out=32, warps=4, stages=2)
-    return ExpertTiles(rows=64, hidden=128 if width > 64 else 64, out=128, warps=8, stages=3)
+    hidden = 128 if width > 64 else 64
+    programs = num_experts * triton.cdiv(width, hidden) * triton.cdiv(d_model, 256)
+    is_wide = hidden == 128 and programs >= MIN_WIDE_PROGRAMS and (capability or cuda_capability()) in WIDE_TILES_ON
+    # The order of the rows is loaded before the rows: of 5 stages each takes two, so 3 tiles are in flight.
+    return ExpertTiles(rows=64, hidden=hidden, out=256 if is_wide else 128, warps=8, stages=5 if is_wide else 3)
 
 
 SUM_TOKENS, SUM_COLUMNS, SUM_WARPS = 2, 512, 4
-MIN_PROGRAMS = 256
-"""About two for each of the 132 (H100) or 108 (A100) multiprocessors: segments are split until there are so many."""
+MIN_WIDE_PROGRAMS, MIN_PROGRAMS = 128, 256
+"""About one and two for each of the 132 (H100) or 108 (A100) multiprocessors: of wide tiles it takes one at a time.
+Segments are split until there are so many."""
 MAX_SPLITS = 16
 
 
 def weight_splits(tiles: ExpertTiles, num_rows: int, num_experts: int, width: int, d_model: int) -> int:
     """Programs that share the rows of one expert: a power of two, with four iterations or more for each on average."""
     programs = num_experts * triton.cdiv(width, tiles.hidden) * triton.cdiv(d_model, tiles.out)
-    wanted = min(MAX_SPLITS, MIN_PROGRAMS // programs, num_rows // (4 * tiles.rows * num_experts))
+    enough = MIN_WIDE_PROGRAMS if tiles.out == 256 else MIN_PROGRAMS
+    wanted = min(MAX_SPLITS, enough // programs, num_rows // (4 * tiles.rows * num_experts))
     return 1 << max(1, wanted).bit_length() - 1
 
 
@@ -185,6 +227,8 @@ def _launch(kernel: Any, inputs: Inputs, residual: Tensor | None, **own: Tensor)
         return torch.zeros_like(source) if residual is None else residual.clone()
     swiglu = is_swiglu(up, down)
     tiles = mlp_tiles(num_rows, total, G, source.dtype, swiglu=swiglu)
+    if kernel is backward_kernel:
+        tiles = backward_tiles(tiles, d, swiglu=swiglu)
     chunks, some_missing = triton.cdiv(G, tiles.hidden), _some_missing(inputs)
     present = None
     if k * chunks == 1:  # one row per token: it is the output
@@ -204,10 +248,9 @@ def _launch(kernel: Any, inputs: Inputs, residual: Tensor | None, **own: Tensor)
         rows_ptr=rows,
         present_ptr=present,
         **own,
-        **mlp_constants(tiles, d, G, k, row_stride, swiglu=swiglu),
+        **mlp_constants(kernel, tiles, d, G, k, row_stride, swiglu=swiglu),
         **expert_constants(first_expert, num_experts, total),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **tiles.launch,
     )
     if k * chunks == 1:
         return rows if residual is None else residual + rows
@@ -230,7 +273,7 @@ def expert_weight_gradient(narrow: Tensor, source: Tensor, inputs: Inputs, *, wi
     expert, `source` [N, d] -> [num_experts, width, d], or [num_experts, d, width] unless `width_first`."""
     width, d, k = narrow.shape[1], source.shape[1], inputs.scores.shape[1]
     num_experts, total = inputs.down_experts.shape[0], inputs.load.shape[0]
-    tiles = weight_tiles(width, source.dtype)
+    tiles = weight_tiles(width, d, num_experts, source.dtype)
     splits = weight_splits(tiles, narrow.shape[0] * num_experts // total, num_experts, width, d)
     shape = (num_experts, width, d) if width_first else (num_experts, d, width)
     out = source.new_empty(splits, *shape, dtype=source.dtype if splits == 1 else torch.float32)
@@ -243,8 +286,7 @@ def expert_weight_gradient(narrow: Tensor, source: Tensor, inputs: Inputs, *, wi
         out_ptr=out,
         **weight_constants(tiles, d, width, k, splits, width_first=width_first),
         **expert_constants(inputs.first_expert, num_experts, total),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **tiles.launch,
     )
     return out[0] if splits == 1 else out.sum(0).to(source.dtype)
 
@@ -257,10 +299,11 @@ def expert_constants(first_expert: int, num_experts: int, total: int) -> dict[st
 
 
 def mlp_constants(
-    tiles: ExpertTiles, d: int, G: int, k: int, row_stride: int, *, swiglu: bool
+    kernel: Any, tiles: ExpertTiles, d: int, G: int, k: int, row_stride: int, *, swiglu: bool
 ) -> dict[str, int | bool]:
-    """Constants of the two expert kernels. Widths are among them: d = 412 gets 8-byte loads, not 2-byte ones."""
-    return {
+    """Constants of an expert kernel. Widths are among them: d = 412 gets 8-byte loads, not 2-byte ones."""
+    piece = {"BLOCK_PIECE": tiles.piece} if kernel is backward_kernel else {}
+    return piece | {
         "D": d,
         "G": G,
         "K": k,
