@@ -11,7 +11,7 @@ import triton
 from benchmarks.kernel_cases.case import TYPE_NAMES, CompileCase
 from benchmarks.kernel_cases.shipped import SIGMA_MOE
 from model.kernels.triton.sigma_moe import (
-    SUM_WARPS,
+    SUM_TILES,
     ExpertTiles,
     expert_constants,
     mlp_constants,
@@ -63,7 +63,7 @@ def _cases(
         kernel: Any, what: str, constants: dict[str, Any], tiles: ExpertTiles | None, **special: str
     ) -> CompileCase:
         signature = {n: kinds.get(n, half) for n in kernel.arg_names} | dict.fromkeys(constants, "constexpr") | special
-        warps, stages = (tiles.warps, tiles.stages) if tiles is not None else (SUM_WARPS, 3)
+        warps, stages = (tiles.warps, tiles.stages) if tiles is not None else (SUM_TILES["warps"], 3)
         return CompileCase(
             name=f"sigma_moe {what} {name}",
             kernel=kernel,

@@ -22,8 +22,8 @@ the sum. Launches: 2 forward, 4 backward (one more each where slots are missing 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -39,6 +39,7 @@ from model.kernels.triton.sigma_moe_kernels import (
     sum_kernel,
     weight_gradient_kernel,
 )
+from model.kernels.triton.tiles import Tiles, measured
 
 # ------------------------------------------------------------------------------------------------------------- tiles
 
@@ -75,6 +76,16 @@ def mlp_tiles(num_rows: int, num_experts: int, expert_size: int, dtype: torch.dt
     return ExpertTiles(rows=64, hidden=hidden, reduce=64, out=64, warps=4, stages=3)
 
 
+def launch_tiles(phase: str, inputs: Inputs) -> ExpertTiles:
+    """Of a launch of forward_kernel or backward_kernel: what was measured, else `mlp_tiles`."""
+    x, scores, order, load, up, down, _ = inputs
+    num_rows, total, (_, G, d), swiglu = order.shape[0], load.shape[0], down.shape, is_swiglu(up, down)
+    own = mlp_tiles(num_rows, total, G, x.dtype, swiglu=swiglu)
+    shape = {"d": d, "E": total, "k": scores.shape[1], "G": G, "swiglu": int(swiglu)}
+    found = measured(f"sigma_moe {phase}", x.dtype, at=num_rows, **shape)
+    return own if found is None else dataclasses.replace(own, **found)
+
+
 def weight_tiles(width: int, dtype: torch.dtype) -> ExpertTiles:
     """Of weight_gradient_kernel."""
     if dtype == torch.float32:
@@ -82,10 +93,24 @@ def weight_tiles(width: int, dtype: torch.dtype) -> ExpertTiles:
     return ExpertTiles(rows=64, hidden=128 if width > 64 else 64, out=128, warps=8, stages=3)
 
 
-SUM_TOKENS, SUM_COLUMNS, SUM_WARPS = 2, 512, 4
+def launch_weight_tiles(narrow: Tensor, source: Tensor, inputs: Inputs) -> ExpertTiles:
+    """Of a launch of weight_gradient_kernel, as `launch_tiles`."""
+    width, total, k = narrow.shape[1], inputs.load.shape[0], inputs.scores.shape[1]
+    own, shape = weight_tiles(width, source.dtype), {"d": source.shape[1], "E": total, "k": k, "width": width}
+    found = measured("sigma_moe weight gradient", source.dtype, at=narrow.shape[0], **shape)
+    return own if found is None else dataclasses.replace(own, **found)
+
+
+SUM_TILES: Tiles = {"tokens": 2, "columns": 512, "warps": 4}
 MIN_PROGRAMS = 256
 """About two for each of the 132 (H100) or 108 (A100) multiprocessors: segments are split until there are so many."""
 MAX_SPLITS = 16
+
+
+def sum_tiles(source: Tensor, rows_each: int) -> Tiles:
+    """Of a launch of sum_kernel that adds up `rows_each` rows to each of the tokens of `source` [N, d]."""
+    N, d = source.shape
+    return measured("sigma_moe sum", source.dtype, at=N, d=d, rows_each=rows_each) or SUM_TILES
 
 
 def weight_splits(tiles: ExpertTiles, num_rows: int, num_experts: int, width: int, d_model: int) -> int:
@@ -103,7 +128,7 @@ def forward(inputs: Inputs, residual: Tensor | None = None) -> tuple[Tensor, Ten
     """As `model.kernels.ops.sigma_moe._sigma_moe`."""
     inputs = _prepare(inputs)
     hidden = inputs.x.new_empty(inputs.order.shape[0], inputs.up_experts.shape[2])
-    return _launch(forward_kernel, inputs, residual, x_ptr=inputs.x, hidden_ptr=hidden), hidden
+    return _launch("forward", inputs, residual, x_ptr=inputs.x, hidden_ptr=hidden), hidden
 
 
 def backward(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -117,16 +142,15 @@ def input_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tenso
     """-> gradients of x and scores; and the gradient of the hidden layer before its activation and the hidden layer
     times its gate, for `expert_gradients`."""
     inputs = _prepare(inputs)
-    x, scores, order, load, up_experts, down_experts, _ = inputs
-    num_rows, (_, G, _) = order.shape[0], down_experts.shape
+    x, scores = inputs.x, inputs.scores
+    num_rows, G = inputs.order.shape[0], inputs.down_experts.shape[1]
     grad_hidden, gated = torch.empty_like(hidden), x.new_empty(num_rows, G)
-    swiglu = is_swiglu(up_experts, down_experts)
-    chunks = triton.cdiv(G, mlp_tiles(num_rows, load.shape[0], G, x.dtype, swiglu=swiglu).hidden)
+    chunks = triton.cdiv(G, launch_tiles("backward", inputs).hidden)
     # No program writes the gate of a slot whose expert is not here.
     new = scores.new_zeros if _some_missing(inputs) else scores.new_empty
     grad_scores = new((*scores.shape, chunks), dtype=scores.dtype if chunks == 1 else torch.float32)
     grad_x = _launch(
-        backward_kernel,
+        "backward",
         inputs,
         None,
         grad_ptr=grad.to(x.dtype).contiguous(),
@@ -174,9 +198,9 @@ def _some_missing(inputs: Inputs) -> bool:
     return inputs.order.shape[0] < inputs.scores.numel() or inputs.load.shape[0] > inputs.down_experts.shape[0]
 
 
-def _launch(kernel: Any, inputs: Inputs, residual: Tensor | None, **own: Tensor) -> Tensor:
-    """One of the two expert kernels, which takes `own` tensors beside those of `inputs`; the first of them [N, d] is
-    its source. And the sum over k, to which `residual` [N, d] is added if given -> [N, d]."""
+def _launch(phase: str, inputs: Inputs, residual: Tensor | None, **own: Tensor) -> Tensor:
+    """The expert kernel of a phase, "forward" or "backward", which takes `own` tensors beside those of `inputs`; the
+    first of them [N, d] is its source. And the sum over k, to which `residual` [N, d] is added if given -> [N, d]."""
     _, scores, order, load, up, down, first_expert = inputs
     source = next(iter(own.values()))
     (num_tokens, d), k, num_rows = source.shape, scores.shape[1], order.shape[0]
@@ -184,7 +208,7 @@ def _launch(kernel: Any, inputs: Inputs, residual: Tensor | None, **own: Tensor)
     if num_rows == 0:
         return torch.zeros_like(source) if residual is None else residual.clone()
     swiglu = is_swiglu(up, down)
-    tiles = mlp_tiles(num_rows, total, G, source.dtype, swiglu=swiglu)
+    tiles, kernel = launch_tiles(phase, inputs), {"forward": forward_kernel, "backward": backward_kernel}[phase]
     chunks, some_missing = triton.cdiv(G, tiles.hidden), _some_missing(inputs)
     present = None
     if k * chunks == 1:  # one row per token: it is the output
@@ -212,15 +236,16 @@ def _launch(kernel: Any, inputs: Inputs, residual: Tensor | None, **own: Tensor)
     if k * chunks == 1:
         return rows if residual is None else residual + rows
     y = torch.empty_like(source if residual is None else residual, memory_format=torch.contiguous_format)
-    grid = triton.cdiv(num_tokens, SUM_TOKENS), triton.cdiv(d, SUM_COLUMNS)
+    summing = sum_tiles(source, k * chunks)
+    grid = triton.cdiv(num_tokens, summing["tokens"]), triton.cdiv(d, summing["columns"])
     sum_kernel[grid](
         rows_ptr=rows,
         present_ptr=present,
         residual_ptr=None if residual is None else residual.contiguous(),
         y_ptr=y,
         num_tokens=num_tokens,
-        **sum_constants(d, k, chunks, row_stride),
-        num_warps=SUM_WARPS,
+        **sum_constants(d, k, chunks, row_stride, summing),
+        num_warps=summing["warps"],
     )
     return y
 
@@ -230,7 +255,7 @@ def expert_weight_gradient(narrow: Tensor, source: Tensor, inputs: Inputs, *, wi
     expert, `source` [N, d] -> [num_experts, width, d], or [num_experts, d, width] unless `width_first`."""
     width, d, k = narrow.shape[1], source.shape[1], inputs.scores.shape[1]
     num_experts, total = inputs.down_experts.shape[0], inputs.load.shape[0]
-    tiles = weight_tiles(width, source.dtype)
+    tiles = launch_weight_tiles(narrow, source, inputs)
     splits = weight_splits(tiles, narrow.shape[0] * num_experts // total, num_experts, width, d)
     shape = (num_experts, width, d) if width_first else (num_experts, d, width)
     out = source.new_empty(splits, *shape, dtype=source.dtype if splits == 1 else torch.float32)
@@ -273,9 +298,9 @@ def mlp_constants(
     }
 
 
-def sum_constants(d: int, k: int, chunks: int, row_stride: int) -> dict[str, int]:
+def sum_constants(d: int, k: int, chunks: int, row_stride: int, tiles: Tiles = SUM_TILES) -> dict[str, int]:
     """Constants of sum_kernel."""
-    blocks = {"BLOCK_TOKENS": SUM_TOKENS, "BLOCK_OUT": SUM_COLUMNS}
+    blocks = {"BLOCK_TOKENS": tiles["tokens"], "BLOCK_OUT": tiles["columns"]}
     return {"D": d, "K": k, "CHUNKS": chunks, "ROW_STRIDE": row_stride, **blocks}
 
 
