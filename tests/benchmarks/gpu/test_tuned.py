@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import block, ceilings, models, tables, tuned_step, winners
+from benchmarks import compiled, compiled_entries
+from benchmarks.compiled import main as compile_command
+from benchmarks.compiled_records import read_records
+from benchmarks.gpu import block, ceilings, models, tables, tuned_kernels, tuned_step, winners
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import Context, Failed, Unavailable
 from benchmarks.gpu.record import Entry, Identity, Record, identity
+from benchmarks.gpu.tile_compilation import Resources
+from benchmarks.gpu.tile_search import Search
 from benchmarks.gpu.tuned_step import compared
 from model.kernels.triton import tiles
 from model.language_model import build_on_meta
@@ -186,3 +192,47 @@ def test_winners_are_written_into_the_table(
     assert json.loads(path.read_text()) == written and len(capsys.readouterr().out.splitlines()) == 1
     assert main(["apply", "--results", str(tmp_path), "--least-gain", "20"]) == 0
     assert json.loads(path.read_text()) == written
+
+
+# ----------------------------------------------------------------------------------------------------------- compiled
+
+
+def test_entries_of_the_table_are_compiled_for_their_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each at the shape of its search; what spills, does not fit, or belongs to no search is said."""
+    search = next(s for s in tuned_kernels.searches(tiny=False) if s.name.startswith("sigma_moe sum 1b"))
+    good = search.entry(search.own | {"tokens": 4})
+    spills = dataclasses.replace(search.entry(search.own | {"tokens": 8}), capability=(10, 0))
+    strange = dataclasses.replace(good, shape={"d": 3, "rows_each": 3})
+    asked: list[tuple[str, int, int]] = []
+
+    def needs(search: Search, tiles: dict[str, int], architecture: int) -> Resources:
+        asked.append((search.name, tiles["tokens"], architecture))
+        return Resources(registers=32, stack_bytes=16 if tiles["tokens"] == 8 else 0)
+
+    monkeypatch.setattr(compiled_entries, "compiled", needs)
+    monkeypatch.setattr(compiled_entries, "load", lambda: tiles.Table([good, spills, strange]))
+    count, wrong = compiled_entries.check([90, 100], "")
+    assert asked == [(search.name, 4, 90), (search.name, 8, 100)] and count == 3
+    assert [why.split(": ")[-1] for why in wrong] == [
+        "16 bytes of stack per thread",
+        "no search of benchmarks/gpu/tuned_kernels.py has this kernel and shape",
+    ]
+    assert compiled_entries.check([90], "") == (2, wrong[1:]) and compiled_entries.check([90], "sum 1b") == (1, [])
+    assert compiled_entries.check([80], "") == (0, [])
+
+
+def test_the_gate_of_machine_code_asks_for_the_entries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiled_entries, "check", lambda architectures, only: (2, [f"{architectures} {only}"]))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    (version, records), *_ = read_records(compiled.RECORDS).items()
+    key, one = next((key, one) for key, one in records.items() if one.architecture == 90)
+    job = compiled.Job("", 0, "", one.name, 90, key, False, False)
+    gate = compiled.Gate(version, version, [job], {key: one}, {key: one})
+    monkeypatch.setattr(compiled.Gate, "of", lambda *_: gate)
+    words = ["--arch", "90"]
+    assert compile_command(words) == 0 and compile_command(["--check", *words]) == 1
+    assert "2 measured tiles compiled, 1 not as they should be" in capsys.readouterr().err
+    monkeypatch.setattr(compiled_entries, "check", lambda *_: (2, []))
+    assert compile_command(["--check", *words]) == 0
