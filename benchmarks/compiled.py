@@ -16,6 +16,9 @@ A compilation takes 1 to 6 s, all of them a quarter of an hour on two cores, so 
 they gave, under a hash of all that decides it: source of the kernel and of what it calls, case, architecture and
 Triton's version. The file holds the records of several Tritons: one of every case, of others a part.
 
+The entries of model/kernels/triton/tiles.json, tiles that a card was measured with, are compiled every time, for their
+own architecture (benchmarks/compiled_entries.py): no stack, and they fit.
+
 A case without a record of the installed Triton is taken from those of the most complete one, and the output says so. A
 case that neither has is compiled. --recompile compiles recorded ones too (all, or the first GEMM of every module, on
 the architectures in turn) and fails where the result differs from this Triton's record. --update records what was
@@ -41,6 +44,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import compiled_entries
 from benchmarks.compiled_case import TENSOR_CORE, Compiled, compile_case, kernel_name
 from benchmarks.compiled_records import Records, in_one_table, read_records, write_records
 from benchmarks.compiled_tables import table, update_document
@@ -80,7 +84,7 @@ def key(case: CompileCase, architecture: int, triton_version: str) -> str:
         sorted((name, str(value)) for name, value in case.constexprs.items()),
         sorted(map(str, case.attributes.items())),
         (case.num_warps, case.num_stages, case.is_gemm, case.load_bytes, architecture),
-    ) + (() if case.registers is None else (case.registers,))
+    ) + ((case.registers,) if case.registers else ())
     return hashlib.sha256(repr(decides).encode()).hexdigest()[:20]
 
 
@@ -232,7 +236,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if options.update:
         _update(options.records, modules, found, gate, compiled)
-    return 1 if options.check and (failed or (differ and not options.update)) else 0
+    wrong = [] if options.modules else _check_measured(architectures, options.only)
+    return 1 if options.check and (failed or wrong or (differ and not options.update)) else 0
+
+
+def _check_measured(architectures: Sequence[int], only: str) -> list[str]:
+    """What is wrong with the entries of model/kernels/triton/tiles.json, which are compiled every time."""
+    count, wrong = compiled_entries.check(architectures, only)
+    if count:
+        print(f"{count} measured tiles compiled, {len(wrong)} not as they should be", file=sys.stderr)
+    for why in wrong:
+        print(f"benchmarks.compiled: tiles.json: {why}", file=sys.stderr)
+    return wrong
 
 
 @dataclass(frozen=True)

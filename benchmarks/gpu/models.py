@@ -26,6 +26,10 @@ FILES = {
 }
 
 
+SHORT = {"sequence_length": 16}
+"""Of models whose Triton kernels are interpreted."""
+
+
 def load(name: str, **changes: Any) -> ModelConfig:
     """The model section of a configuration, with other values at its top level. Raises Unavailable without pydantic."""
     if importlib.util.find_spec("pydantic") is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.gpu import attention, block, ceilings, counters, kernel_peers, kernels, micro_step, sparse
+from benchmarks.gpu import attention, block, ceilings, counters, kernel_peers, kernels, micro_step, sparse, tuned_step
 from benchmarks.gpu.command import Context, Part
 from benchmarks.op_shapes import MODELS
 
@@ -18,7 +18,7 @@ def parts(*, tiny: bool) -> Iterator[Part]:
     yield from kernels.parts(first, tiny=tiny)
     yield from attention.speed_parts()
     yield from sparse.parts()
-    steps = list(micro_step.parts(tiny=tiny))
+    steps = [*micro_step.parts(tiny=tiny), *tuned_step.parts(tiny=tiny)]
     yield from (part for part in steps if "262m" not in part.name)
     yield from block.parts(tiny=tiny)
     yield from counters.parts(tiny=tiny)

@@ -182,19 +182,28 @@ def step_rows(entries: list[Entry]) -> Rows:
     for entry in entries:
         r = entry.result
         if entry.part.startswith("micro-step ") and entry.status == PASSED:
-            mfu = f"{r['mfu']:.1%}" if "mfu" in r else "-"
             times = (f"{r[key]:.4g}" for key in ("wall_ms", "busy_ms", "idle_ms", "host_ms"))
-            shares = (f"{r['tokens_per_second']:,.0f}", mfu, f"{r['flops_of_ceiling']:.1%}")
+            peak = f"{r['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in r else "-"
             name = entry.part.removeprefix("micro-step ")
-            rows.append((name, *shares, *times, str(r["launches"]), f"{r['peak_bytes'] / 1e9:.1f}"))
+            rows.append((name, *_speed_cells(r), *times, str(r["launches"]), peak))
+            if "today" in r:
+                wall = f"{r['today']['wall_ms']:.4g}"
+                rows.append((f"{name}: with today's tiles", *_speed_cells(r["today"]), wall, *["-"] * 5))
     return rows
+
+
+def _speed_cells(r: dict[str, Any]) -> tuple[str, ...]:
+    mfu = f"{r['mfu']:.1%}" if "mfu" in r else "-"
+    return f"{r['tokens_per_second']:,.0f}", mfu, f"{r['flops_of_ceiling']:.1%}"
 
 
 def block_rows(entries: list[Entry]) -> Rows:
     rows: Rows = [("block", "layer", "parameters", "forward + backward ms", "attention alone ms", "ratio over MACs")]
     for entry in entries:
         if entry.part.startswith("block ") and entry.status == PASSED:
-            for kind in ("model", "dense"):
+            for kind in ("model", "dense", "today"):
+                if kind not in entry.result:
+                    continue
                 r = entry.result[kind]
                 alone = f"{r['attention']['ms']:.4g}" if "attention" in r else "-"
                 ratio = f"{entry.result['time_over_macs']:.3g}" if kind == "model" and "attention" in r else "-"

@@ -1,7 +1,7 @@
 """What is searched: the tiles of a Triton kernel at one shape, and the candidates around those that it has today.
 
-A kernel's module decides its tiles by a function or by constants that its host code reads at every launch. `tiles_of`
-puts others in their place for a while; nothing else of the module changes, and nothing stays.
+A launch looks into the table of measured tiles (model/kernels/triton/tiles.py) before it takes those of its module.
+`tiles_of` puts a candidate there for a while, for the very shape that is searched; nothing stays.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+
+import torch
 
 from benchmarks.op_cases import Build
+from model.kernels import backend
+from model.kernels.triton import tiles as measured_tiles
+from model.kernels.triton.tiles import Entry
 
+DTYPE = torch.bfloat16
 Tiles = dict[str, int]
 """Name -> size, warps or stages: one configuration of a kernel, as its module counts them."""
 MOST = 40
@@ -25,14 +29,6 @@ CHANGES = 2
 """A candidate differs from today's tiles in at most so many numbers."""
 PRUNED = Path(__file__).with_name("pruned.json")
 """What `python -m benchmarks.gpu candidates --prune` left out: part -> tiles as text -> why."""
-
-
-class Replacement(NamedTuple):
-    """What stands for `name` of `owner`, a module or a class."""
-
-    owner: Any
-    name: str
-    value: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +42,39 @@ class Search:
     """"forward" or "backward": in which the op launches them. The other phase keeps today's tiles."""
     build: Build
     backend: str
-    today: Tiles
+    kernel: str
+    """Its name in the table of measured tiles; `shape` and `rows` are what its launches ask for there."""
+    shape: Mapping[str, int]
+    rows: int = 0
+    own: Tiles
+    """Of the kernel's module, by the shape."""
     values: Mapping[str, Sequence[int]]
     """Name -> what candidates try."""
-    replace: Callable[[Tiles], list[Replacement]]
     fits: Callable[[Tiles], bool] = lambda tiles: True
     """The kernel's own rules."""
+
+    @property
+    def today(self) -> Tiles:
+        """What is launched now."""
+        found = measured_tiles.measured(self.kernel, DTYPE, at=self.rows, **self.shape)
+        return self.own if found is None else {name: found[name] for name in self.own}
+
+    def entry(self, tiles: Tiles) -> Entry:
+        """A line of the table for the current card, or for an H100 where there is none."""
+        return Entry(
+            kernel=self.kernel,
+            capability=backend.cuda_capability(),
+            dtype=measured_tiles.DTYPES[DTYPE],
+            shape=self.shape,
+            rows=self.rows,
+            tiles=tiles,
+        )
 
 
 @contextlib.contextmanager
 def tiles_of(search: Search, tiles: Tiles) -> Iterator[None]:
-    """Inside, the kernel's host code launches it with `tiles`."""
-    with contextlib.ExitStack() as stack:
-        for replacement in search.replace(tiles):
-            stack.enter_context(mock.patch.object(*replacement))
+    """Inside, the kernel's host code launches it with `tiles`; of none, with today's."""
+    with measured_tiles.placed([search.entry(tiles)] if tiles else []):
         yield
 
 

@@ -3,7 +3,7 @@
 A part is a kernel at one shape. Candidates that spill or do not fit are rejected before they run, those with another
 result before they are timed. What is timed is every launch of the kernel in one phase of its op, replayed with the
 tensors that the op gave it, as `speed` times ops: by CUDA graphs, rotating through sets of inputs, the L2 cache
-overwritten. Nothing is applied: the tiles of the product are changed by hand, from the record.
+overwritten. Nothing is applied: `python -m benchmarks.gpu apply` writes what won into the table of measured tiles.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def compute(context: Context, *, search: Search, compiled: Resourceful) -> dict[
         rows.append(row)
     again = timed(search, search.today, sets, wanted, clock, rounds)
     result = {"kernels": list(search.kernels), "sets": count, "candidates": rows, "today_again": again}
+    result["entry"] = search.entry(search.today).as_json()
     if "rejected" in rows[0] or "rejected" in again:
         raise Failed(f"today's tiles: {rows[0].get('rejected') or again['rejected']}", result)
     return result | chosen(rows, again)

@@ -1,12 +1,12 @@
 """The kernels whose tiles are searched, the costliest of a micro-step first, with today's tiles and what is tried.
 
-Each function below is one module of model/kernels/triton: where its tiles come from, and what else they may be. Sizes
-are powers of two around today's. What spills is not ruled out here: a compiler says it (tile_compilation.py).
+Each function below is one module of model/kernels/triton: its own tiles, for which launches they are, and what else
+they may be. Sizes are powers of two around today's. What spills is not ruled out here: a compiler says it
+(tile_compilation.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.tile_search import Replacement, Search, Tiles
+from benchmarks.gpu.tile_search import DTYPE, Search, Tiles
 from benchmarks.op_cases import (
     Case,
     attention_case,
@@ -38,9 +38,7 @@ from model.kernels.triton import (
     set_gemm,
     sigma_moe,
 )
-from model.kernels.triton.gated_gemm import GemmTiles
 
-DTYPE = torch.bfloat16
 WARPS, STAGES = (4, 8), (2, 3, 4, 5)
 
 
@@ -90,49 +88,55 @@ def searches(*, tiny: bool) -> Iterator[Search]:
 def sigma_moe_searches(model: Model) -> Iterator[Search]:
     N, d, (E, k, G) = model.N, model.d, model.experts
     build = functools.partial(sigma_moe_case, N, d, E, k, G)
-    own: dict[str, Any] = {"build": build, "backend": "triton"}
+    common: dict[str, Any] = {"build": build, "backend": "triton"}
     shape = f"{model.name} N={N} d={d} E={E} k={k} G={G}"
+    widths = {"d": d, "E": E, "k": k, "G": G, "swiglu": 0}
     forward = sigma_moe.mlp_tiles(N * k, E, G, DTYPE, swiglu=False)
-    backward = sigma_moe.backward_tiles(forward, d, swiglu=False)
-    values = {"reduce": (32, 64, 128), "out": (32, 64, 128), "warps": WARPS, "stages": STAGES}
+    values: dict[str, Any] = {"reduce": (32, 64, 128), "out": (32, 64, 128), "warps": WARPS, "stages": STAGES}
     yield Search(
         name=f"sigma_moe forward {shape}",
         kernels=("forward_kernel",),
         phase="forward",
-        today=_named(forward, without=("piece", "registers")),
-        # 256 rows read weights half as often as 128; a multiprocessor holds one program of them.
+        kernel="sigma_moe forward",
+        shape=widths,
+        rows=N * k,
+        own=_named(forward, without=("piece", "registers")),
+        # 256 rows read weights half as often as 128, and a multiprocessor holds one program of them.
         values=values | {"rows": (64, 128, 256), "warps": (4, 8, 16)},
-        replace=functools.partial(_returned, sigma_moe, "mlp_tiles"),
-        **own,
+        **common,
     )
     yield Search(
         name=f"sigma_moe backward {shape}",
         kernels=("backward_kernel",),
         phase="backward",
-        today=_named(backward),
-        values=values | {"rows": (64, 128), "piece": (16, 32, 128), "registers": (None, 128, 168)},
-        replace=functools.partial(_returned, sigma_moe, "backward_tiles"),
-        **own,
+        kernel="sigma_moe backward",
+        shape=widths,
+        rows=N * k,
+        own=_named(sigma_moe.backward_tiles(forward, d, swiglu=False)),
+        values=values | {"rows": (64, 128), "piece": (16, 32, 128), "registers": (0, 128, 168)},
+        **common,
     )
     yield Search(
         name=f"sigma_moe weight gradient {shape}",
         kernels=("weight_gradient_kernel",),
         phase="backward",
-        today=_named(sigma_moe.weight_tiles(G, d, E, DTYPE), without=("reduce", "piece", "registers")),
+        kernel="sigma_moe weight gradient",
+        shape={"d": d, "E": E, "k": k, "width": G},
+        rows=N * k,
+        own=_named(sigma_moe.weight_tiles(G, d, E, DTYPE), without=("reduce", "piece", "registers")),
         values={"rows": (32, 64, 128), "hidden": (64, 128), "out": (64, 128, 256), "warps": WARPS, "stages": STAGES},
-        replace=functools.partial(_returned, sigma_moe, "weight_tiles"),
-        **own,
+        **common,
     )
     yield Search(
         name=f"sigma_moe sum {shape}",
         kernels=("sum_kernel",),
         phase="forward",
-        today={"tokens": sigma_moe.SUM_TOKENS, "columns": sigma_moe.SUM_COLUMNS, "warps": sigma_moe.SUM_WARPS},
+        kernel="sigma_moe sum",
+        shape={"d": d, "rows_each": k * -(-G // forward.hidden)},
+        rows=N,
+        own=dict(sigma_moe.SUM_TILES),
         values={"tokens": (1, 2, 4, 8), "columns": (256, 512, 1024, 2048), "warps": (2, 4, 8)},
-        replace=functools.partial(
-            _constants, sigma_moe, {"tokens": "SUM_TOKENS", "columns": "SUM_COLUMNS", "warps": "SUM_WARPS"}
-        ),
-        **own,
+        **common,
     )
 
 
@@ -143,11 +147,11 @@ def set_gemm_searches(model: Model) -> Iterator[Search]:
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     project = set_gemm.project_tiles(h, k, DTYPE, capability)
     gradient = set_gemm.gradient_tiles(d, h, H * E, DTYPE, capability)
-    for what, phase, kernel, today, case in (
-        ("value forward", "forward", "project", project, value_case),
-        ("output backward", "backward", "project", project, output_case),
-        ("value", "backward", "gradient", gradient, value_case),
-        ("output", "backward", "gradient", gradient, output_case),
+    for what, phase, kernel, flag, own, case in (
+        ("value forward", "forward", "project", {"transposed": 0}, project, value_case),
+        ("output backward", "backward", "project", {"transposed": 1}, project, output_case),
+        ("value", "backward", "gradient", {"narrow_first": 0}, gradient, value_case),
+        ("output", "backward", "gradient", {"narrow_first": 1}, gradient, output_case),
     ):
         rows, most = ((64, 128), 128 // k) if kernel == "project" else ((64, 128, 256), 128)
         yield Search(
@@ -156,9 +160,11 @@ def set_gemm_searches(model: Model) -> Iterator[Search]:
             phase=phase,
             build=functools.partial(case, N, d, H, E, k, h),
             backend="sets",
-            today=today._asdict(),
+            kernel=f"set_gemm {kernel}",
+            shape={"d": d, "H": H, "E": E, "k": k, "h": h} | flag,
+            rows=N,
+            own=own._asdict(),
             values={"rows": rows, "columns": (32, 64, 128), "depth": (32, 64, 128), "warps": WARPS, "stages": STAGES},
-            replace=functools.partial(_gemm, f"{kernel}_tiles"),
             fits=functools.partial(_sums_fit, most),
         )
 
@@ -168,29 +174,15 @@ def _sums_fit(most: int, tiles: Tiles) -> bool:
     return tiles["rows"] * tiles["columns"] <= 32 * tiles["warps"] * most
 
 
-def _gemm(function: str, tiles: Tiles) -> list[Replacement]:
-    given = GemmTiles(**tiles)
-    return [Replacement(set_gemm, function, lambda *_: given)]
-
-
 def gated_rows_searches(model: Model) -> Iterator[Search]:
     """Beside cuBLAS's products (kernels.backend=dense)."""
     N, d, (H, E, k, h) = model.N, model.d, model.head
     blocks = gated_rows.tile(h, k)
-    today = {"rows": blocks["BLOCK_M"], "columns": blocks["BLOCK_N"], "warps": gated_rows.WARPS}
-
-    def replace(tiles: Tiles) -> list[Replacement]:
-        blocks = {"BLOCK_M": tiles["rows"], "BLOCK_N": tiles["columns"]}
-        return [
-            Replacement(gated_rows, "tile", lambda *_: blocks),
-            Replacement(gated_rows, "WARPS", tiles["warps"]),
-        ]
-
-    for what, phase, kernel in (
-        ("value", "forward", "gated_sum"),
-        ("output", "backward", "gated_sum"),
-        ("value", "backward", "gated_spread"),
-        ("output", "forward", "gated_spread"),
+    for what, phase, kernel, flags in (
+        ("value", "forward", "gated_sum", {"keep": 1, "dot": 0}),
+        ("output", "backward", "gated_sum", {"keep": 0, "dot": 1}),
+        ("value", "backward", "gated_spread", {"dot": 1}),
+        ("output", "forward", "gated_spread", {"dot": 0}),
     ):
         yield Search(
             name=f"{kernel} {what} {model.name} N={N} H={H} E={E} k={k} h={h}",
@@ -198,9 +190,10 @@ def gated_rows_searches(model: Model) -> Iterator[Search]:
             phase=phase,
             build=functools.partial(dense_case, what, N, d, H, E, k, h),
             backend="dense",
-            today=today,
+            kernel=kernel,
+            shape={"E": E, "k": k, "h": h} | flags,
+            own={"rows": blocks["BLOCK_M"], "columns": blocks["BLOCK_N"], "warps": gated_rows.WARPS},
             values={"rows": (8, 16, 32, 64), "columns": (32, 64, 128), "warps": (2, 4, 8)},
-            replace=replace,
         )
 
 
@@ -218,62 +211,49 @@ def dense_case(what: str, *sizes: int) -> Case:
 
 def softmax_searches(model: Model) -> Iterator[Search]:
     N, d, V = model.N, model.d, model.classes
-    stride, block, warps = linear_cross_entropy.blocks(V, holds_row=True)
+    _, block, warps = linear_cross_entropy.blocks(V, holds_row=True)
     yield Search(
         name=f"softmax {model.name} N={N} d={d} V={V}",
         kernels=("softmax_kernel",),
         phase="forward",
         build=functools.partial(loss_case, N, d, V),
         backend="triton",
-        today={"block": block, "warps": warps},
+        kernel="softmax",
+        shape={"V": V, "holds_row": 1},
+        own={"block": block, "warps": warps},
         values={"block": (2048, 4096, 8192, 16384, 32768), "warps": (4, 8, 16, 32)},
-        replace=lambda tiles: [
-            Replacement(linear_cross_entropy, "blocks", lambda *_, **__: (stride, tiles["block"], tiles["warps"]))
-        ],
         fits=lambda tiles: tiles["block"] <= max(block, 2 * V),  # half of a longer one is empty
     )
 
 
 def norm_searches(model: Model) -> Iterator[Search]:
     B, T, d = model.B, model.T, model.d
-    shape, warps = f"{model.name} B={B} T={T} d={d}", layer_norm.warps(d)
-    own: dict[str, Any] = {"build": functools.partial(norm_case, B, T, d, 0.0), "backend": "triton"}
-
-    def replace(tiles: Tiles) -> list[Replacement]:
-        return [
-            Replacement(layer_norm, "warps", lambda _: tiles["warps"]),
-            Replacement(layer_norm, "RESIDENT_WARPS", tiles.get("resident", layer_norm.RESIDENT_WARPS)),
-        ]
-
-    yield Search(
-        name=f"norm forward {shape}",
-        kernels=("norm_forward_kernel",),
-        phase="forward",
-        today={"warps": warps},
-        values={"warps": (1, 2, 4, 8, 16)},
-        replace=replace,
-        **own,
-    )
-    yield Search(
-        name=f"norm backward {shape}",
-        kernels=("norm_backward_kernel",),
-        phase="backward",
-        today={"warps": warps, "resident": layer_norm.RESIDENT_WARPS},
-        values={"warps": (1, 2, 4, 8, 16), "resident": (1024, 2048, 4096, 8192)},
-        replace=replace,
-        **own,
-    )
-    yield Search(
-        name=f"norm sum {shape}",
-        kernels=("norm_sum_kernel",),
-        phase="backward",
-        today={"rows": layer_norm.SUM_ROWS, "columns": layer_norm.SUM_COLUMNS, "warps": layer_norm.SUM_WARPS},
-        values={"rows": (32, 64, 128, 256), "columns": (16, 32, 64), "warps": WARPS},
-        replace=functools.partial(
-            _constants, layer_norm, {"rows": "SUM_ROWS", "columns": "SUM_COLUMNS", "warps": "SUM_WARPS"}
+    for what, phase, own, values in (
+        ("forward", "forward", {"warps": layer_norm.warps(d)}, {"warps": (1, 2, 4, 8, 16)}),
+        (
+            "backward",
+            "backward",
+            layer_norm.backward_tiles(d),
+            {"warps": (1, 2, 4, 8, 16), "resident": (1024, 2048, 4096, 8192)},
         ),
-        **own,
-    )
+        (
+            "sum",
+            "backward",
+            layer_norm.SUM_TILES,
+            {"rows": (32, 64, 128, 256), "columns": (16, 32, 64), "warps": WARPS},
+        ),
+    ):
+        yield Search(
+            name=f"norm {what} {model.name} B={B} T={T} d={d}",
+            kernels=(f"norm_{what}_kernel",),
+            phase=phase,
+            build=functools.partial(norm_case, B, T, d, 0.0),
+            backend="triton",
+            kernel=f"norm {what}",
+            shape={"d": d},
+            own=dict(own),
+            values=values,
+        )
 
 
 def rope_searches(model: Model) -> Iterator[Search]:
@@ -284,114 +264,80 @@ def rope_searches(model: Model) -> Iterator[Search]:
         phase="forward",
         build=functools.partial(rotate_case, B, T, H, h, half),
         backend="triton",
-        today={"tile": rope.TILE, "warps": rope.WARPS},
+        kernel="rope",
+        shape={"h": h, "half": half},
+        own={"tile": rope.TILE, "warps": rope.WARPS},
         values={"tile": (512, 1024, 2048, 4096), "warps": (2, 4, 8)},
-        replace=functools.partial(_constants, rope, {"tile": "TILE", "warps": "WARPS"}),
     )
 
 
 def route_searches(model: Model, R: int, E: int, k: int) -> Iterator[Search]:
     N, d = model.N, model.d
-    tiles = route.RouterTiles.of(R, E, DTYPE)
-    own: dict[str, Any] = {
+    own = route.RouterTiles.of(R, E, DTYPE)
+    common: dict[str, Any] = {
         "phase": "forward",
         "backend": "triton",
         "build": functools.partial(route_case, N, d, R, E, k),
+        "shape": {"d": d, "R": R, "E": E, "k": k},
+        "rows": N,
     }
-    shape = f"{model.name} N={N} d={d} R={R} E={E} k={k}"
-
-    def replace(given: Tiles) -> list[Replacement]:
-        changed = dataclasses.replace(tiles, tokens=given["tokens"], depth=given["depth"])
-        options = {"num_warps": given["warps"], "num_stages": given["stages"]}
-        return [
-            Replacement(route.RouterTiles, "of", lambda *_: changed),
-            Replacement(route.RouterTiles, "options", options),
-        ]
-
+    shape, launch = f"{model.name} N={N} d={d} R={R} E={E} k={k}", own.options
     yield Search(
         name=f"route choose and place {shape}",
         kernels=("choose_kernel", "place_kernel"),  # `place` goes by the blocks of tokens of `choose`
-        today={
-            "tokens": tiles.tokens,
-            "depth": tiles.depth,
-            "warps": tiles.options["num_warps"],
-            "stages": tiles.options["num_stages"],
+        kernel="route choose and place",
+        own={
+            "tokens": own.tokens,
+            "depth": own.depth,
+            "warps": launch["num_warps"],
+            "stages": launch["num_stages"],
         },
         values={"tokens": (16, 32, 64, 128), "depth": (32, 64, 128), "warps": WARPS, "stages": STAGES},
-        replace=replace,
-        **own,
+        **common,
     )
     yield Search(
         name=f"route place {shape}",
         kernels=("place_kernel",),
-        today={"placers": route.MAX_PLACERS, "counts": route.COUNTS},
+        kernel="route place",
+        own={"placers": route.MAX_PLACERS, "counts": route.COUNTS},
         values={"placers": (64, 128, 256, 512), "counts": (16, 32, 64, 128)},
-        replace=functools.partial(_constants, route, {"placers": "MAX_PLACERS", "counts": "COUNTS"}),
-        **own,
+        **common,
     )
 
 
 def relative_attention_searches(model: Model) -> Iterator[Search]:
     B, T, (H, _, _, h) = model.B, model.T, model.head
     shape = f"{model.name} B={B} T={T} H={H} h={h}"
-    own: dict[str, Any] = {"build": functools.partial(attention_case, B, T, H, h), "backend": "triton"}
-    names = {"queries": "QUERIES", "keys": "KEYS", "warps": "num_warps", "stages": "num_stages"}
-    places = relative_attention.PLACES
+    common: dict[str, Any] = {
+        "build": functools.partial(attention_case, B, T, H, h),
+        "backend": "triton",
+        "shape": {"h": -(-h // 8) * 8},
+    }
+    names = ("queries", "keys", "warps", "stages")
     yield Search(
         name=f"relative_attention places {shape}",
         kernels=("position_logits_kernel",),
         phase="forward",
-        today={name: places[own_name] for name, own_name in (names | {"depth": "DEPTH"}).items()},
+        kernel="relative_attention places",
+        own={name: relative_attention.PLACES[relative_attention.OWN_NAMES[name]] for name in (*names, "depth")},
         values={"queries": (64, 128), "keys": (64, 128, 256), "depth": (32, 64, 128), "warps": WARPS, "stages": STAGES},
-        replace=lambda tiles: [
-            Replacement(
-                relative_attention,
-                "PLACES",
-                {own_name: tiles[name] for name, own_name in (names | {"depth": "DEPTH"}).items()},
-            )
-        ],
-        **own,
+        **common,
     )
     for what in relative_attention.TILES[relative_attention.widest(h)]:
         found = relative_attention.tiles(h, what)
-        phase = "forward" if what == "forward" else "backward"
         kernel = {"forward": "forward_kernel", "queries": "query_gradient_kernel"}.get(what, "key_gradient_kernel")
         yield Search(
             name=f"relative_attention {what} {shape}",
             kernels=(kernel,),
-            phase=phase,
-            today={name: found[own_name] for name, own_name in names.items()},
+            phase="forward" if what == "forward" else "backward",
+            kernel=f"relative_attention {what}",
+            own={name: found[relative_attention.OWN_NAMES[name]] for name in names},
             values={"queries": (16, 32, 64, 128), "keys": (32, 64, 128), "warps": WARPS, "stages": (1, *STAGES)},
-            replace=functools.partial(_attention, what, names),
             fits=lambda tiles: tiles["queries"] * tiles["keys"] <= 8192,  # of more, the logits alone fill the registers
-            **own,
+            **common,
         )
-
-
-# --------------------------------------------------------------------------------------------------------- replacement
 
 
 def _named(tiles: sigma_moe.ExpertTiles, without: Sequence[str] = ()) -> Tiles:
     """By name, but for those that a kernel does not have."""
     return {name: value for name, value in vars(tiles).items() if name not in without}
-
-
-def _returned(module: Any, function: str, tiles: Tiles) -> list[Replacement]:
-    """`function` of sigma_moe gives the same tiles whatever the shape."""
-    given = sigma_moe.ExpertTiles(**tiles)
-    return [Replacement(module, function, lambda *_, **__: given)]
-
-
-def _constants(module: Any, names: dict[str, str], tiles: Tiles) -> list[Replacement]:
-    return [Replacement(module, constant, tiles[name]) for name, constant in names.items()]
-
-
-def _attention(what: str, names: dict[str, str], tiles: Tiles) -> list[Replacement]:
-    """The other kernels keep theirs."""
-    today = relative_attention.tiles
-
-    def replaced(h: int, of: str, capability: int = 9) -> dict[str, int]:
-        found = today(h, of, capability)
-        return found | {own_name: tiles[name] for name, own_name in names.items()} if of == what else found
-
-    return [Replacement(relative_attention, "tiles", replaced)]

@@ -47,8 +47,8 @@ class CompileCase:
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    registers: int | None = None
-    """Of a thread, at most, where a launch says so."""
+    registers: int = 0
+    """Of a thread, at most; 0: as the compiler likes."""
     load_bytes: int = 16
     """The widest global load that the layout of the tensors allows. Below 16 only with the reason beside it."""
     is_gemm: bool = False
@@ -72,7 +72,7 @@ class CompileCase:
     @property
     def options(self) -> dict[str, int]:
         """Options of the compiler, as the launch gives them."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        limit = {"maxnreg": self.registers} if self.registers else {}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     @property

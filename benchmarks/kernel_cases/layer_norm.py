@@ -10,9 +10,7 @@ import triton
 from benchmarks.kernel_cases.case import CompileCase, row_load
 from benchmarks.kernel_cases.shipped import NORMS
 from model.kernels.triton.layer_norm import (
-    SUM_COLUMNS,
-    SUM_ROWS,
-    SUM_WARPS,
+    SUM_TILES,
     norm_backward_kernel,
     norm_forward_kernel,
     norm_sum_kernel,
@@ -46,7 +44,7 @@ def _cases(width: int, kind: str, *, dropout: bool) -> Iterator[CompileCase]:
     if dropout and kind == "bf16":  # the residual stream goes on beside a block's first norm
         without = {"sequence_index_ptr": None, "grad_branch_ptr": None}
         yield _case(f"norm backward after a sum {name}", norm_backward_kernel, kind, constants | without)
-    constants = {"WIDTH": width, "ROWS": SUM_ROWS, "COLUMNS": SUM_COLUMNS}
+    constants = {"WIDTH": width, "ROWS": SUM_TILES["rows"], "COLUMNS": SUM_TILES["columns"]}
     yield _case(f"norm sum {name}", norm_sum_kernel, kind, constants)
 
 
@@ -64,6 +62,6 @@ def _case(name: str, kernel: Any, kind: str, constants: dict[str, Any]) -> Compi
         kernel=kernel,
         signature={n: kinds.get(n, "i32") for n in kernel.arg_names},
         constexprs=constants,
-        num_warps=SUM_WARPS if kernel is norm_sum_kernel else warps(width),
+        num_warps=SUM_TILES["warps"] if kernel is norm_sum_kernel else warps(width),
         load_bytes=16 if kernel is norm_sum_kernel else min(row_load(width), _thread_bytes(width)),
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from benchmarks.kernel_cases.case import CompileCase
 from benchmarks.kernel_cases.shipped import ROTATED
-from model.kernels.triton.rope import WARPS, Sizes, rotate_kernel
+from model.kernels.triton.rope import TILE, WARPS, Sizes, rotate_kernel
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -19,7 +19,7 @@ def compile_cases() -> Iterator[CompileCase]:
 
 
 def _case(width: int, half: int, kind: str) -> CompileCase:
-    constants = Sizes(width, half).constants
+    constants = Sizes(width, half).constants(TILE)
     kinds = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), f"*{kind}")
     kinds |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "direction": "fp32"} | dict.fromkeys(constants, "constexpr")
     return CompileCase(

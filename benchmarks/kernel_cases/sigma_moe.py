@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import triton
 from benchmarks.kernel_cases.case import ARCHITECTURES, TYPE_NAMES, CompileCase
 from benchmarks.kernel_cases.shipped import SIGMA_MOE
 from model.kernels.triton.sigma_moe import (
-    SUM_WARPS,
+    SUM_TILES,
     ExpertTiles,
     backward_tiles,
     expert_constants,
@@ -70,9 +71,9 @@ def _cases(
             kernel=kernel,
             signature=signature,
             constexprs=constants,
-            num_warps=SUM_WARPS if tiles is None else tiles.warps,
+            num_warps=SUM_TILES["warps"] if tiles is None else tiles.warps,
             num_stages=3 if tiles is None else tiles.stages,
-            registers=None if tiles is None else tiles.registers,
+            registers=0 if tiles is None else tiles.registers,
             is_gemm=tiles is not None and dtype != torch.float32,
             # Rows of d = 412 half-precision numbers are 824 bytes; GEMMs load weights beside them.
             load_bytes=16 if d * dtype.itemsize % 16 == 0 or tiles is not None else 8,
@@ -81,12 +82,10 @@ def _cases(
     row_stride = triton.cdiv(d, 8) * 8
     choices = (mlp_tiles(n * num_experts, num_experts, G, dtype, swiglu=swiglu) for n in (64, 512))
     for tiles in dict.fromkeys(choices):
-        constants = mlp_constants(forward_kernel, tiles, d, G, k, row_stride, swiglu=swiglu) | experts
+        constants = mlp_constants("forward", tiles, d, G, k, row_stride, swiglu=swiglu) | experts
         yield case(forward_kernel, f"forward {tiles.rows} rows", constants | present, tiles)
-        for back, where, architectures in by_architecture(
-            lambda capability, tiles=tiles: backward_tiles(tiles, d, swiglu=swiglu, capability=capability)
-        ):
-            constants = mlp_constants(backward_kernel, back, d, G, k, row_stride, swiglu=swiglu) | experts
+        for back, where, architectures in by_architecture(partial(backward_tiles, tiles, d, swiglu=swiglu)):
+            constants = mlp_constants("backward", back, d, G, k, row_stride, swiglu=swiglu) | experts
             found = case(backward_kernel, f"backward {back.rows} rows{where}", constants | present, back)
             yield replace(found, architectures=architectures)
     if k > 1:
@@ -96,9 +95,7 @@ def _cases(
         if not total:  # one rank has all experts
             yield case(sum_kernel, "sum and residual", constants | present, None, num_tokens="i32")
     for columns, first, what in ((width, False, "grad_up"), (G, True, "grad_down")):
-        for tiles, where, architectures in by_architecture(
-            lambda capability, columns=columns: weight_tiles(columns, d, num_experts, dtype, capability)
-        ):
+        for tiles, where, architectures in by_architecture(partial(weight_tiles, columns, d, num_experts, dtype)):
             splits = weight_splits(tiles, num_rows, num_experts, columns, d)
             constants = weight_constants(tiles, d, columns, k, splits, width_first=first) | experts
             out = "*fp32" if splits > 1 else half
@@ -107,10 +104,10 @@ def _cases(
 
 
 def by_architecture(
-    tiles_of: Callable[[tuple[int, int]], ExpertTiles],
+    tiles_of: Callable[..., ExpertTiles],
 ) -> list[tuple[ExpertTiles, str, tuple[int, ...]]]:
-    """Tiles by compute capability -> tiles, what a case's name says of them, and the architectures that take them."""
-    here, elsewhere = tiles_of((9, 0)), tiles_of((10, 0))
+    """Tiles by `capability` -> tiles, what a case's name says of them, and the architectures that take them."""
+    here, elsewhere = tiles_of(capability=(9, 0)), tiles_of(capability=(10, 0))
     if here == elsewhere:
         return [(here, "", ARCHITECTURES)]
     return [(here, "", (90,)), (elsewhere, " not on sm_90", tuple(a for a in ARCHITECTURES if a != 90))]

@@ -123,7 +123,7 @@ def _micro_step(part: str, entry: dict[str, Any], product: float | None) -> Micr
         return None
     return MicroStep(
         model=words[1],
-        kind=words[2] if len(words) == 4 else LAUNCHED,
+        kind=" ".join(words[2:-1]),
         tokens=int(result["tokens"]),
         parameters=int(result["parameters"]),
         seconds=float(result["wall_ms"]) / 1e3,

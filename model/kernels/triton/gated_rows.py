@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.kernels.triton.gated_gemm import column_tile
 from model.kernels.triton.launch import on_its_device
+from model.kernels.triton.tiles import measured
 
 
 @triton.jit
@@ -127,6 +128,15 @@ def tile(width: int, k: int) -> dict[str, int]:
     return {"BLOCK_M": TILE // columns // (2 if spills else 1), "BLOCK_N": columns}
 
 
+def launch_options(kernel: str, rows: Tensor, E: int, k: int, **flags: bool) -> dict[str, int]:
+    """Block sizes and warps of a launch for `rows` [P, h]: what was measured, else `tile`."""
+    shape = {"E": E, "k": k, "h": rows.shape[1]} | {name: int(flag) for name, flag in flags.items()}
+    found = measured(kernel, rows.dtype, **shape)
+    if found is None:
+        return tile(rows.shape[1], k) | {"num_warps": WARPS}
+    return {"BLOCK_M": found["rows"], "BLOCK_N": found["columns"], "num_warps": found["warps"]}
+
+
 @on_its_device
 def gated_sum(
     products: Tensor,
@@ -141,8 +151,8 @@ def gated_sum(
     the products of the choices, and of `dot` (rows [P, h], grad_scores [P, k]) the second. All are contiguous."""
     (P, E, h), k = products.shape, index.shape[1]
     rows, grad_scores = dot or (products, mixed)
-    blocks = tile(h, k)
-    gated_sum_kernel[(triton.cdiv(P, blocks["BLOCK_M"]),)](
+    options = launch_options("gated_sum", mixed, E, k, keep=chosen is not None, dot=dot is not None)
+    gated_sum_kernel[(triton.cdiv(P, options["BLOCK_M"]),)](
         products=products,
         scores=scores,
         index=index,
@@ -157,8 +167,7 @@ def gated_sum(
         PADDED_K=triton.next_power_of_2(k),
         KEEP=chosen is not None,
         DOT=dot is not None,
-        num_warps=WARPS,
-        **blocks,
+        **options,
     )
 
 
@@ -175,8 +184,8 @@ def gated_spread(
     grad_scores [P, k]) the second. All are contiguous."""
     (P, E, h), k = gated.shape, index.shape[1]
     chosen, grad_scores = dot or (rows, gated)
-    blocks = tile(h, k)
-    gated_spread_kernel[(triton.cdiv(P, blocks["BLOCK_M"]),)](
+    options = launch_options("gated_spread", rows, E, k, dot=dot is not None)
+    gated_spread_kernel[(triton.cdiv(P, options["BLOCK_M"]),)](
         rows=rows,
         scores=scores,
         index=index,
@@ -189,6 +198,5 @@ def gated_spread(
         K=k,
         PADDED_K=triton.next_power_of_2(k),
         DOT=dot is not None,
-        num_warps=WARPS,
-        **blocks,
+        **options,
     )

@@ -17,11 +17,12 @@ from torch import Tensor
 from model.dropout import Draw
 from model.kernels.triton.dropout import is_kept, mask_arguments, sequence_hash
 from model.kernels.triton.launch import on_its_device
+from model.kernels.triton.tiles import Tiles, measured
 
 RESIDENT_WARPS = 2048
 """Of the backward pass: at most 16 for each SM of an H100, which then all run at once."""
-SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 128, 32, 8
-"""Tile of the sum over programs."""
+SUM_TILES: Tiles = {"rows": 128, "columns": 32, "warps": 8}
+"""Of the sum over programs."""
 COUNTS = ["tokens", "rows", "num_rows", "num_parts", "threshold", "key_low", "key_high", "first_counter"]
 """Arguments that are not worth machine code of their own."""
 
@@ -142,9 +143,14 @@ def warps(width: int) -> int:
     return min(16, max(1, triton.next_power_of_2(width) // (256 if width <= 2048 else 512)))
 
 
-def rows_each(num_rows: int, width: int) -> int:
+def backward_tiles(width: int) -> Tiles:
+    """Warps of a program of the backward pass, and of all together."""
+    return {"warps": warps(width), "resident": RESIDENT_WARPS}
+
+
+def rows_each(num_rows: int, tiles: Tiles) -> int:
     """Rows of a program of the backward pass."""
-    return max(1, triton.cdiv(num_rows * warps(width), RESIDENT_WARPS))
+    return max(1, triton.cdiv(num_rows * tiles["warps"], tiles["resident"]))
 
 
 def draw_arguments(draw: Draw | None, tokens: int, width: int) -> dict[str, int | float]:
@@ -168,11 +174,12 @@ def layer_norm(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty(B * T, dtype=torch.float32, device=x.device) for _ in range(2))
     if B * T > 0:
+        tiles = measured("norm forward", x.dtype, d=d) or {"warps": warps(d)}
         norm_forward_kernel[(B * T,)](
             x, branch, weight.contiguous(), bias.contiguous(),
             None if draw is None else draw.sequence_index.contiguous(), None if branch is None else total, y, mean,
             rstd, epsilon=epsilon, **draw_arguments(draw, T, d), WIDTH=d, BLOCK=triton.next_power_of_2(d),
-            num_warps=warps(d),
+            num_warps=tiles["warps"],
         )  # fmt: skip
     return total, y, mean, rstd
 
@@ -193,7 +200,8 @@ def layer_norm_backward(
     grad_x = torch.empty(total.shape, dtype=total.dtype, device=device)
     grad_branch = total.new_empty(0) if draw is None else torch.empty(total.shape, dtype=total.dtype, device=device)
     grad_weight, grad_bias = (torch.empty(d, dtype=weight.dtype, device=device) for _ in range(2))
-    rows = rows_each(B * T, d)
+    tiles = measured("norm backward", total.dtype, d=d) or backward_tiles(d)
+    rows = rows_each(B * T, tiles)
     num_parts = triton.cdiv(B * T, rows)
     parts = torch.empty((2, num_parts, d), dtype=torch.float32, device=device)
     if num_parts > 0:
@@ -201,9 +209,11 @@ def layer_norm_backward(
             grad_y, grad_sum, total, weight.contiguous(), *statistics,
             None if draw is None else draw.sequence_index.contiguous(), grad_x, None if draw is None else grad_branch,
             parts, rows=rows, num_rows=B * T, **draw_arguments(draw, T, d), WIDTH=d, BLOCK=triton.next_power_of_2(d),
-            num_warps=warps(d),
+            num_warps=tiles["warps"],
         )  # fmt: skip
-    norm_sum_kernel[(triton.cdiv(d, SUM_COLUMNS), 2)](
-        parts, grad_weight, grad_bias, num_parts, WIDTH=d, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=SUM_WARPS
-    )
+    summing = measured("norm sum", total.dtype, d=d) or SUM_TILES
+    norm_sum_kernel[(triton.cdiv(d, summing["columns"]), 2)](
+        parts, grad_weight, grad_bias, num_parts, WIDTH=d, ROWS=summing["rows"], COLUMNS=summing["columns"],
+        num_warps=summing["warps"],
+    )  # fmt: skip
     return grad_x, grad_branch, grad_weight, grad_bias

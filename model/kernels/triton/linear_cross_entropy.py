@@ -28,6 +28,7 @@ from model.kernels.dtypes import gradient_dtype
 from model.kernels.gemm import multiply
 from model.kernels.ops.linear_cross_entropy import Inputs, chunk_tokens
 from model.kernels.triton.launch import on_its_device
+from model.kernels.triton.tiles import measured
 
 LONGEST_BLOCK = 32768
 """Classes that one program holds: 32 fp32 registers in each of 1024 threads."""
@@ -176,7 +177,10 @@ def _softmax(inputs: Inputs, chunk: slice, logits: Tensor, token_loss: Tensor, g
     def launch(
         combined: Tensor | None, statistics: Tensor | None, loss: Tensor | None, gradient: Tensor | None
     ) -> None:
-        stride, block, warps = blocks(num_classes, holds_row=loss is not None and gradient is not None)
+        holds_row = loss is not None and gradient is not None
+        stride, block, warps = blocks(num_classes, holds_row=holds_row)
+        if found := measured("softmax", inputs.hidden.dtype, V=num_classes, holds_row=int(holds_row)):
+            block, warps = found["block"], found["warps"]
         softmax_kernel[(size,)](
             logits_ptr=logits,
             bias_ptr=inputs.bias,

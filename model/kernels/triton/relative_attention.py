@@ -30,6 +30,7 @@ from model.kernels.backend import attention_limit, cuda_capability
 from model.kernels.ops.relative_attention import Inputs
 from model.kernels.triton.heads import load_each, load_rows, narrowed, padded, store_rows
 from model.kernels.triton.launch import on_its_device
+from model.kernels.triton.tiles import measured
 
 CHUNK_BYTES = 32 << 20
 """Of a matrix of logits; one sequence at least is computed at a time. Two of them exist in the backward pass."""
@@ -222,6 +223,20 @@ def tiles(h: int, what: str, capability: int = 9) -> dict[str, int]:
     return found if what in ("forward", "queries") else found | {"OF_K": "k" in what, "OF_V": "v" in what}
 
 
+OWN_NAMES = {
+    "queries": "QUERIES", "keys": "KEYS", "depth": "DEPTH", "warps": "num_warps", "stages": "num_stages"
+}  # fmt: skip
+"""What the numbers of a tile are called in the table of those that were measured -> in a launch."""
+
+
+def launch_tiles(inputs: Inputs, what: str) -> dict[str, int]:
+    """Of a launch: what was measured, else `PLACES` for "places" and `tiles`."""
+    h = inputs.k.shape[3]
+    own = PLACES if what == "places" else tiles(h, what, cuda_capability()[0])
+    found = measured(f"relative_attention {what}", inputs.k.dtype, h=h)
+    return own if found is None else own | {OWN_NAMES[name]: value for name, value in found.items()}
+
+
 def widest(h: int) -> int:
     """The row of `TILES` for heads of width `h`."""
     return next(width for width in TILES if width >= h)
@@ -263,15 +278,15 @@ def _chunks(inputs: Inputs) -> Iterator[Chunk]:
     """Each with the position logits of its sequences."""
     content, position, k, v, position_keys = inputs
     (B, T, H, h), (_, L, K, _), P = content.shape, k.shape, position_keys.shape[1]
-    logits = workspace(inputs)
+    logits, places = workspace(inputs), launch_tiles(inputs, "places")
     at_once = logits.shape[1]
     for first in range(0, B if content.numel() > 0 else 0, at_once):
         chosen = slice(first, min(first + at_once, B))
         count = chosen.stop - first
         part = Inputs(content[chosen], position[chosen], k[chosen], v[chosen], position_keys)
         sizes = {"B": count, "T": T, "L": L, "H": H, "eighths": h // 8}
-        grid = triton.cdiv(L, PLACES["KEYS"]), triton.cdiv(T, PLACES["QUERIES"]), count * H
-        position_logits_kernel[grid](part.position_queries, position_keys, logits, P=P, **sizes, **PLACES)
+        grid = triton.cdiv(L, places["KEYS"]), triton.cdiv(T, places["QUERIES"]), count * H
+        position_logits_kernel[grid](part.position_queries, position_keys, logits, P=P, **sizes, **places)
         yield Chunk(chosen, part, sizes | {"K": K}, logits)
 
 
@@ -279,10 +294,10 @@ def _chunks(inputs: Inputs) -> Iterator[Chunk]:
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """-> out [B, T, H, h] and the logarithm of the softmax's sum [B, H, T] fp32."""
     narrow, inputs = inputs.content_queries.shape[3], _prepared(inputs)
-    B, T, H, h = inputs.content_queries.shape
+    B, T, H, _ = inputs.content_queries.shape
     out = torch.empty_like(inputs.content_queries)
     log_sum = out.new_empty(B, H, T, dtype=torch.float32)
-    options = tiles(h, "forward", cuda_capability()[0])
+    options = launch_tiles(inputs, "forward")
     for sequences, part, sizes, logits in _chunks(inputs):
         grid = triton.cdiv(T, options["QUERIES"]), sizes["B"] * H
         given = part.content_queries, part.k, part.v, logits
@@ -299,11 +314,10 @@ def backward(grad: Tensor, out: Tensor, log_sum: Tensor, inputs: Inputs) -> tupl
     of_content, of_position, of_k, of_v = (torch.empty_like(t) for t in inputs[:4])
     delta, of_logits = torch.empty_like(log_sum), workspace(inputs)
     of_places = k.new_empty(triton.cdiv(B, of_logits.shape[1]), L, H, h)
-    capability, _ = cuda_capability()
     keys_of_heads = position_keys.transpose(0, 1).expand(H, L, h)
     for number, (sequences, part, sizes, logits) in enumerate(_chunks(inputs)):
         statistics = log_sum[sequences], delta[sequences]
-        options, given = tiles(h, "queries", capability), (part.content_queries, part.k, part.v, logits)
+        options, given = launch_tiles(inputs, "queries"), (part.content_queries, part.k, part.v, logits)
         grid, upstream = (triton.cdiv(T, options["QUERIES"]), sizes["B"] * H), grad[sequences]
         results = of_content[sequences], of_logits
         query_gradient_kernel[grid](*given, out[sequences], upstream, *statistics, *results, **sizes, **options)
@@ -311,7 +325,7 @@ def backward(grad: Tensor, out: Tensor, log_sum: Tensor, inputs: Inputs) -> tupl
         for what in TILES[widest(h)]:
             if what in ("forward", "queries"):
                 continue
-            options = tiles(h, what, capability)
+            options = launch_tiles(inputs, what)
             grid = triton.cdiv(L, options["KEYS"]), sizes["B"] * K
             key_gradient_kernel[grid](*given, upstream, *statistics, *results, **sizes, **options)
         # Two dense products of all heads: [H, tokens, L] times the position keys, and its transpose times the queries.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.kernels.triton.heads import span
 from model.kernels.triton.launch import on_its_device
+from model.kernels.triton.tiles import measured
 
 TILE, WARPS = 2048, 4
 """Values of each half in a program: 16 a thread."""
@@ -92,14 +93,14 @@ class Sizes(NamedTuple):
     width: int
     half: int
 
-    @property
-    def constants(self) -> dict[str, int]:
+    def constants(self, tile: int) -> dict[str, int]:
+        """`tile`: pairs of a program."""
         padded = triton.next_power_of_2(self.half)
         return {
             "WIDTH": self.width,
             "HALF": self.half,
             "UNIT": self.unit,
-            "ROWS": max(1, TILE // padded),
+            "ROWS": max(1, tile // padded),
             "HALF_PADDED": padded,
             "REST_PADDED": triton.next_power_of_2(max(1, self.width - 2 * self.half)),
         }
@@ -135,7 +136,8 @@ def launch(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin:
     B, L = k.shape[:2]
     sizes = Sizes(q.shape[3], cos.shape[-1])
     cos, sin = cos.contiguous(), sin.contiguous()
-    constants = sizes.constants
+    tiles = measured("rope", q.dtype, h=sizes.width, half=sizes.half) or {"tile": TILE, "warps": WARPS}
+    constants = sizes.constants(tiles["tile"])
     tensors: list[Tensor] = []
     sides: dict[str, int] = {}
     blocks: list[int] = []
@@ -157,5 +159,5 @@ def launch(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin:
     if B * sum(blocks) > 0:
         rotate_kernel[(sum(blocks), B)](
             *tensors, q_out, k_out, cos, sin, **sides, q_blocks=blocks[0], table_batch=L if cos.dim() == 4 else 0,
-            direction=direction, **constants, num_warps=WARPS,
+            direction=direction, **constants, num_warps=tiles["warps"],
         )  # fmt: skip

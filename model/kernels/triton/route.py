@@ -24,6 +24,7 @@ from torch import Tensor
 
 from model.kernels.triton.launch import on_its_device
 from model.kernels.triton.sorted_slots import sort_slots
+from model.kernels.triton.tiles import Tiles, measured
 
 MAX_EXPERTS = 1024
 MAX_COLUMNS = 128
@@ -75,6 +76,20 @@ class RouterTiles:
             # 64 beside 16 columns: 8 bytes of stack on sm_100.
             gradient_tokens=32 if columns == 16 else max(16, min(64, 2048 // columns)),
         )
+
+
+def forward_tiles(own: RouterTiles, x: Tensor, R: int, E: int, k: int) -> tuple[Tiles, Tiles]:
+    """Of the forward pass of `x` [N, d], of choosing and of placing: what was measured, else those that are the
+    kernels' own. `place` goes by the blocks of tokens of `choose`, in as many warps."""
+    (N, d), options = x.shape, own.options
+    launch = {"warps": options["num_warps"], "stages": options["num_stages"]}
+    shape = {"d": d, "R": R, "E": E, "k": k}
+    choosing = measured("route choose and place", x.dtype, at=N, **shape)
+    placing = measured("route place", x.dtype, at=N, **shape)
+    return (
+        choosing or {"tokens": own.tokens, "depth": own.depth} | launch,
+        placing or {"placers": MAX_PLACERS, "counts": COUNTS},
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels
@@ -285,20 +300,22 @@ def forward(
     if N == 0:
         return logits, scores, index, load.zero_(), order
     tiles = RouterTiles.of(R, E, x.dtype)
-    blocks, groups = triton.cdiv(N, tiles.tokens), triton.cdiv(R, tiles.routers)
+    choosing, placing = forward_tiles(tiles, x, R, E, k)
+    options = {"num_warps": choosing["warps"], "num_stages": choosing["stages"]}
+    blocks, groups = triton.cdiv(N, choosing["tokens"]), triton.cdiv(R, tiles.routers)
     counts = x.new_empty(blocks, R, E, dtype=torch.int32)
     dropout = 0 if keep is None else 2 if drop_scores else 1
     choose_kernel[(blocks, groups)](
         x=x, weight=weight, keep=logits if keep is None else keep.contiguous(),
         logits=logits, scores=scores, index=index, counts=counts, N=N, d=d, R=R, E=E,
-        K=k, K_PADDED=triton.next_power_of_2(k), DROPOUT=dropout, TOKENS=tiles.tokens, ROUTERS=tiles.routers,
-        EXPERTS=tiles.experts, DEPTH=tiles.depth, **tiles.options,
+        K=k, K_PADDED=triton.next_power_of_2(k), DROPOUT=dropout, TOKENS=choosing["tokens"], ROUTERS=tiles.routers,
+        EXPERTS=tiles.experts, DEPTH=choosing["depth"], **options,
     )  # fmt: skip
-    blocks_per_program = triton.cdiv(blocks, MAX_PLACERS)
+    blocks_per_program = triton.cdiv(blocks, placing["placers"])
     place_kernel[(triton.cdiv(blocks, blocks_per_program), groups)](
         index=index, counts=counts, load=load, order=order, N=N, R=R, E=E,
-        num_blocks=blocks, blocks_per_program=blocks_per_program, K=k, BLOCKS=COUNTS,
-        TOKENS=tiles.tokens, ROUTERS=tiles.routers, EXPERTS=tiles.experts, **tiles.options,
+        num_blocks=blocks, blocks_per_program=blocks_per_program, K=k, BLOCKS=placing["counts"],
+        TOKENS=choosing["tokens"], ROUTERS=tiles.routers, EXPERTS=tiles.experts, **options,
     )  # fmt: skip
     return logits, scores, index, load, order
 

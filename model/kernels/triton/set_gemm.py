@@ -27,6 +27,7 @@ from model.kernels.triton.gated_gemm import GemmTiles, column_tile, padded_exper
 from model.kernels.triton.launch import on_its_device
 from model.kernels.triton.sorted_gemm import find_segment
 from model.kernels.triton.sorted_slots import sort_slots
+from model.kernels.triton.tiles import measured
 
 
 class Groups(NamedTuple):
@@ -224,7 +225,8 @@ def gradient_tiles(
     columns = column_tile(h)
     many = pairs * triton.cdiv(h, columns) * triton.cdiv(d, 256) >= 128
     is_wide = many and (capability or cuda_capability()) in WIDE_TILES_ON
-    return GemmTiles(256 if is_wide else 128, columns, 64, 8, 4)
+    # Tokens are loaded before their rows, so a tile in flight takes two stages: of 5, three are.
+    return GemmTiles(256 if is_wide else 128, columns, 64, 8, 5 if is_wide else 4)
 
 
 @on_its_device
@@ -240,7 +242,9 @@ def project(
     choices [N, H, k, h]. All are contiguous."""
     (N, H, k), E = choice.index.shape, experts.shape[1]
     d, h = experts.shape[:1:-1] if transposed else experts.shape[2:]
-    tiles = project_tiles(h, k, rows.dtype)
+    tiles, shape = project_tiles(h, k, rows.dtype), {"d": d, "H": H, "E": E, "k": k, "h": h}
+    if found := measured("set_gemm project", rows.dtype, at=N, **shape, transposed=int(transposed)):
+        tiles = GemmTiles(**found)
     column_tiles = triton.cdiv(h, tiles.columns)
     mixed, products = rows.new_empty(N, H, h), rows.new_empty(N, H, k, h)
     if N > 0:
@@ -274,7 +278,9 @@ def expert_gradient(wide: Tensor, gated: Tensor, choice: Choice, like: Tensor, *
     grad = torch.empty_like(like, memory_format=torch.contiguous_format)
     if N == 0:
         return grad.zero_()
-    tiles = gradient_tiles(d, h, H * E, wide.dtype)
+    tiles, shape = gradient_tiles(d, h, H * E, wide.dtype), {"d": d, "H": H, "E": E, "k": k, "h": h}
+    if found := measured("set_gemm gradient", wide.dtype, at=N, **shape, narrow_first=int(narrow_first)):
+        tiles = GemmTiles(**found)
     set_gradient_kernel[(H * E * triton.cdiv(d, tiles.rows) * triton.cdiv(h, tiles.columns),)](
         wide=wide,
         gated=gated,

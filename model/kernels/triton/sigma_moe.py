@@ -22,8 +22,8 @@ the sum. Launches: 2 forward, 4 backward (one more each where slots are missing 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+import dataclasses
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -39,6 +39,7 @@ from model.kernels.triton.sigma_moe_kernels import (
     sum_kernel,
     weight_gradient_kernel,
 )
+from model.kernels.triton.tiles import Tiles, measured
 
 # ------------------------------------------------------------------------------------------------------------- tiles
 
@@ -59,13 +60,13 @@ class ExpertTiles:
     """Columns of the hidden layer that backward_kernel takes through the gate at a time."""
     warps: int
     stages: int
-    registers: int | None = None
-    """Of a thread, at most; None: as the compiler likes."""
+    registers: int = 0
+    """Of a thread, at most; 0: as the compiler likes."""
 
     @property
     def launch(self) -> dict[str, int]:
         """Options of a launch."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        limit = {"maxnreg": self.registers} if self.registers else {}
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
@@ -99,9 +100,21 @@ def backward_tiles(
     """`tiles` as backward_kernel takes them. Masks of columns, where d_model needs them, take registers too.
     `capability`: this GPU's if None."""
     if d_model % tiles.reduce != 0:
-        return replace(tiles, piece=32)
+        return dataclasses.replace(tiles, piece=32)
     is_few = not swiglu and (capability or cuda_capability()) in FEW_REGISTERS_ON
-    return replace(tiles, registers=BACKWARD_REGISTERS.get(tiles.rows) if is_few else None)
+    return dataclasses.replace(tiles, registers=BACKWARD_REGISTERS.get(tiles.rows, 0) if is_few else 0)
+
+
+def launch_tiles(phase: str, inputs: Inputs) -> ExpertTiles:
+    """Of a launch of forward_kernel or backward_kernel: what was measured, else those that the shape decides."""
+    x, scores, order, load, up, down, _ = inputs
+    num_rows, total, (_, G, d), swiglu = order.shape[0], load.shape[0], down.shape, is_swiglu(up, down)
+    own = mlp_tiles(num_rows, total, G, x.dtype, swiglu=swiglu)
+    if phase == "backward":
+        own = backward_tiles(own, d, swiglu=swiglu)
+    shape = {"d": d, "E": total, "k": scores.shape[1], "G": G, "swiglu": int(swiglu)}
+    found = measured(f"sigma_moe {phase}", x.dtype, at=num_rows, **shape)
+    return own if found is None else dataclasses.replace(own, **found)
 
 
 WIDE_TILES_ON = ((9, 0),)
@@ -122,11 +135,26 @@ def weight_tiles(
     return ExpertTiles(rows=64, hidden=hidden, out=256 if is_wide else 128, warps=8, stages=5 if is_wide else 3)
 
 
-SUM_TOKENS, SUM_COLUMNS, SUM_WARPS = 2, 512, 4
+def launch_weight_tiles(narrow: Tensor, source: Tensor, inputs: Inputs) -> ExpertTiles:
+    """Of a launch of weight_gradient_kernel, as `launch_tiles`."""
+    width, total, k = narrow.shape[1], inputs.load.shape[0], inputs.scores.shape[1]
+    d, here = source.shape[1], inputs.down_experts.shape[0]
+    own, shape = weight_tiles(width, d, here, source.dtype), {"d": d, "E": total, "k": k, "width": width}
+    found = measured("sigma_moe weight gradient", source.dtype, at=narrow.shape[0], **shape)
+    return own if found is None else dataclasses.replace(own, **found)
+
+
+SUM_TILES: Tiles = {"tokens": 2, "columns": 512, "warps": 4}
 MIN_WIDE_PROGRAMS, MIN_PROGRAMS = 128, 256
 """About one and two for each of the 132 (H100) or 108 (A100) multiprocessors: of wide tiles it takes one at a time.
 Segments are split until there are so many."""
 MAX_SPLITS = 16
+
+
+def sum_tiles(source: Tensor, rows_each: int) -> Tiles:
+    """Of a launch of sum_kernel that adds up `rows_each` rows to each of the tokens of `source` [N, d]."""
+    N, d = source.shape
+    return measured("sigma_moe sum", source.dtype, at=N, d=d, rows_each=rows_each) or SUM_TILES
 
 
 def weight_splits(tiles: ExpertTiles, num_rows: int, num_experts: int, width: int, d_model: int) -> int:
@@ -145,7 +173,7 @@ def forward(inputs: Inputs, residual: Tensor | None = None) -> tuple[Tensor, Ten
     """As `model.kernels.ops.sigma_moe._sigma_moe`."""
     inputs = _prepare(inputs)
     hidden = inputs.x.new_empty(inputs.order.shape[0], inputs.up_experts.shape[2])
-    return _launch(forward_kernel, inputs, residual, x_ptr=inputs.x, hidden_ptr=hidden), hidden
+    return _launch("forward", inputs, residual, x_ptr=inputs.x, hidden_ptr=hidden), hidden
 
 
 def backward(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -159,16 +187,15 @@ def input_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tenso
     """-> gradients of x and scores; and the gradient of the hidden layer before its activation and the hidden layer
     times its gate, for `expert_gradients`."""
     inputs = _prepare(inputs)
-    x, scores, order, load, up_experts, down_experts, _ = inputs
-    num_rows, (_, G, _) = order.shape[0], down_experts.shape
+    x, scores = inputs.x, inputs.scores
+    num_rows, G = inputs.order.shape[0], inputs.down_experts.shape[1]
     grad_hidden, gated = torch.empty_like(hidden), x.new_empty(num_rows, G)
-    swiglu = is_swiglu(up_experts, down_experts)
-    chunks = triton.cdiv(G, mlp_tiles(num_rows, load.shape[0], G, x.dtype, swiglu=swiglu).hidden)
+    chunks = triton.cdiv(G, launch_tiles("backward", inputs).hidden)
     # No program writes the gate of a slot whose expert is not here.
     new = scores.new_zeros if _some_missing(inputs) else scores.new_empty
     grad_scores = new((*scores.shape, chunks), dtype=scores.dtype if chunks == 1 else torch.float32)
     grad_x = _launch(
-        backward_kernel,
+        "backward",
         inputs,
         None,
         grad_ptr=grad.to(x.dtype).contiguous(),
@@ -216,9 +243,9 @@ def _some_missing(inputs: Inputs) -> bool:
     return inputs.order.shape[0] < inputs.scores.numel() or inputs.load.shape[0] > inputs.down_experts.shape[0]
 
 
-def _launch(kernel: Any, inputs: Inputs, residual: Tensor | None, **own: Tensor) -> Tensor:
-    """One of the two expert kernels, which takes `own` tensors beside those of `inputs`; the first of them [N, d] is
-    its source. And the sum over k, to which `residual` [N, d] is added if given -> [N, d]."""
+def _launch(phase: str, inputs: Inputs, residual: Tensor | None, **own: Tensor) -> Tensor:
+    """The expert kernel of a phase, "forward" or "backward", which takes `own` tensors beside those of `inputs`; the
+    first of them [N, d] is its source. And the sum over k, to which `residual` [N, d] is added if given -> [N, d]."""
     _, scores, order, load, up, down, first_expert = inputs
     source = next(iter(own.values()))
     (num_tokens, d), k, num_rows = source.shape, scores.shape[1], order.shape[0]
@@ -226,9 +253,7 @@ def _launch(kernel: Any, inputs: Inputs, residual: Tensor | None, **own: Tensor)
     if num_rows == 0:
         return torch.zeros_like(source) if residual is None else residual.clone()
     swiglu = is_swiglu(up, down)
-    tiles = mlp_tiles(num_rows, total, G, source.dtype, swiglu=swiglu)
-    if kernel is backward_kernel:
-        tiles = backward_tiles(tiles, d, swiglu=swiglu)
+    tiles, kernel = launch_tiles(phase, inputs), {"forward": forward_kernel, "backward": backward_kernel}[phase]
     chunks, some_missing = triton.cdiv(G, tiles.hidden), _some_missing(inputs)
     present = None
     if k * chunks == 1:  # one row per token: it is the output
@@ -248,22 +273,23 @@ def _launch(kernel: Any, inputs: Inputs, residual: Tensor | None, **own: Tensor)
         rows_ptr=rows,
         present_ptr=present,
         **own,
-        **mlp_constants(kernel, tiles, d, G, k, row_stride, swiglu=swiglu),
+        **mlp_constants(phase, tiles, d, G, k, row_stride, swiglu=swiglu),
         **expert_constants(first_expert, num_experts, total),
         **tiles.launch,
     )
     if k * chunks == 1:
         return rows if residual is None else residual + rows
     y = torch.empty_like(source if residual is None else residual, memory_format=torch.contiguous_format)
-    grid = triton.cdiv(num_tokens, SUM_TOKENS), triton.cdiv(d, SUM_COLUMNS)
+    summing = sum_tiles(source, k * chunks)
+    grid = triton.cdiv(num_tokens, summing["tokens"]), triton.cdiv(d, summing["columns"])
     sum_kernel[grid](
         rows_ptr=rows,
         present_ptr=present,
         residual_ptr=None if residual is None else residual.contiguous(),
         y_ptr=y,
         num_tokens=num_tokens,
-        **sum_constants(d, k, chunks, row_stride),
-        num_warps=SUM_WARPS,
+        **sum_constants(d, k, chunks, row_stride, summing),
+        num_warps=summing["warps"],
     )
     return y
 
@@ -273,7 +299,7 @@ def expert_weight_gradient(narrow: Tensor, source: Tensor, inputs: Inputs, *, wi
     expert, `source` [N, d] -> [num_experts, width, d], or [num_experts, d, width] unless `width_first`."""
     width, d, k = narrow.shape[1], source.shape[1], inputs.scores.shape[1]
     num_experts, total = inputs.down_experts.shape[0], inputs.load.shape[0]
-    tiles = weight_tiles(width, d, num_experts, source.dtype)
+    tiles = launch_weight_tiles(narrow, source, inputs)
     splits = weight_splits(tiles, narrow.shape[0] * num_experts // total, num_experts, width, d)
     shape = (num_experts, width, d) if width_first else (num_experts, d, width)
     out = source.new_empty(splits, *shape, dtype=source.dtype if splits == 1 else torch.float32)
@@ -299,10 +325,10 @@ def expert_constants(first_expert: int, num_experts: int, total: int) -> dict[st
 
 
 def mlp_constants(
-    kernel: Any, tiles: ExpertTiles, d: int, G: int, k: int, row_stride: int, *, swiglu: bool
+    phase: str, tiles: ExpertTiles, d: int, G: int, k: int, row_stride: int, *, swiglu: bool
 ) -> dict[str, int | bool]:
-    """Constants of an expert kernel. Widths are among them: d = 412 gets 8-byte loads, not 2-byte ones."""
-    piece = {"BLOCK_PIECE": tiles.piece} if kernel is backward_kernel else {}
+    """Constants of the kernel of a phase. Widths are among them: d = 412 gets 8-byte loads, not 2-byte ones."""
+    piece = {"BLOCK_PIECE": tiles.piece} if phase == "backward" else {}
     return piece | {
         "D": d,
         "G": G,
@@ -316,9 +342,9 @@ def mlp_constants(
     }
 
 
-def sum_constants(d: int, k: int, chunks: int, row_stride: int) -> dict[str, int]:
+def sum_constants(d: int, k: int, chunks: int, row_stride: int, tiles: Tiles = SUM_TILES) -> dict[str, int]:
     """Constants of sum_kernel."""
-    blocks = {"BLOCK_TOKENS": SUM_TOKENS, "BLOCK_OUT": SUM_COLUMNS}
+    blocks = {"BLOCK_TOKENS": tiles["tokens"], "BLOCK_OUT": tiles["columns"]}
     return {"D": d, "K": k, "CHUNKS": chunks, "ROW_STRIDE": row_stride, **blocks}
 
 

@@ -21,11 +21,13 @@ from benchmarks.gpu import candidates as candidates_command
 from benchmarks.gpu import tables, tile_compilation, tune, tuned_kernels
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import Context, Failed, Unavailable
+from benchmarks.gpu.equality import TOLERANCE, errors, same_bits
 from benchmarks.gpu.record import ROOT, Entry, read
 from benchmarks.gpu.tile_compilation import Launch, Resources, launches_on_fake_cuda
-from benchmarks.gpu.tile_search import MOST, Replacement, Search, Tiles, candidates, pruned, text, tiles_of
-from benchmarks.gpu.timing import HostClock, Work
+from benchmarks.gpu.tile_search import MOST, Search, Tiles, candidates, pruned, text, tiles_of
+from benchmarks.gpu.timing import HostClock, Work, draw
 from model.kernels.triton import rope
+from model.kernels.triton import tiles as measured_tiles
 
 TINY = {search.name: search for search in tuned_kernels.searches(tiny=True)}
 FULL = {search.name: search for search in tuned_kernels.searches(tiny=False)}
@@ -57,6 +59,8 @@ def test_todays_tiles_are_never_pruned_and_what_is_pruned_is_a_candidate() -> No
     for name, rejected in left_out.items():
         search = FULL[name]
         assert text(search.today) not in rejected
+        if search.today != search.own:  # the table has others since: candidates are those around them
+            continue
         assert rejected.keys() <= {text(tiles) for tiles in candidates(search)}
         assert not rejected.keys() & {text(tiles) for tiles in candidates(search, rejected)}
     assert pruned(100) == {}
@@ -76,23 +80,43 @@ def test_todays_tiles_are_those_of_the_kernel_and_a_change_of_every_number_reach
     """On fake CUDA tensors, at the shipped shape; afterwards today's tiles are launched again."""
     search = FULL[name]
     one_each = {n: next(t for t in candidates(search) if t[n] != search.today[n]) for n in search.values}
-    also_bare = dataclasses.replace(search, replace=lambda tiles: search.replace(tiles) if tiles else [])
     every: list[Tiles] = [{}, search.today, *one_each.values(), search.today]
-    own, today, *others, again = map(given, launches_on_fake_cuda(also_bare, every))
+    own, today, *others, again = map(given, launches_on_fake_cuda(search, every))
     assert today and own == today == again
     for changed, other in zip(one_each, others, strict=True):
         assert other != today, changed
 
 
-def test_an_error_leaves_the_modules_as_they_were() -> None:
-    before = rope.TILE
-    broken = dataclasses.replace(ROPE, replace=lambda tiles: [*ROPE.replace(tiles), Replacement(rope, "GONE", 1)])
-    with pytest.raises(AttributeError, match="GONE"), tiles_of(broken, ROPE.today | {"tile": 512}):
+def test_a_candidate_is_in_the_table_inside_and_no_longer() -> None:
+    """Of tiles that no kernel could have nothing stays either."""
+    other = ROPE.today | {"tile": 512}
+    with pytest.raises(ValueError, match="tile 500"), tiles_of(ROPE, ROPE.today | {"tile": 500}):
         pass
-    assert before == rope.TILE
-    with tiles_of(ROPE, ROPE.today | {"tile": 512}):
-        assert rope.TILE == 512
-    assert before == rope.TILE
+    assert ROPE.today == ROPE.own
+    with tiles_of(ROPE, other):
+        assert ROPE.today == other
+    assert ROPE.today == ROPE.own
+
+
+@pytest.mark.parametrize("search", TINY.values(), ids=TINY)
+def test_a_candidate_computes_the_same_and_the_same_bits_again(search: Search) -> None:
+    """Of every kernel, with an entry in the table: by the interpreter, within the tolerance of `truth`."""
+    inputs = draw(search.build, torch.device("cpu"), torch.bfloat16, 0)
+    wanted, _ = tune.outcome(search, search.today, inputs)
+    other = candidates(search)[1]
+    with measured_tiles.placed([search.entry(other)]) as table:
+        found, again = (tune.outcome(search, other, inputs)[0] for _ in range(2))
+        assert search.entry(other).key in table and search.today == other
+    assert same_bits(found, again)
+    assert max(errors(found, wanted).values()) <= TOLERANCE[torch.bfloat16]
+
+
+def test_every_entry_of_the_table_is_a_kernel_that_is_searched() -> None:
+    """So that `compiled` can compile it, and a later search begins at it."""
+    known = {(search.kernel, frozenset(search.shape.items()), search.rows) for search in FULL.values()}
+    for entry in measured_tiles.load().values():
+        assert (entry.kernel, frozenset(entry.shape.items()), entry.rows) in known, entry
+        assert entry.dtype == "bf16"
 
 
 # ---------------------------------------------------------------------------------------------------------- selection
@@ -168,16 +192,13 @@ def test_a_candidate_with_another_result_is_rejected(
     """One that turns the other way, and one that raises."""
     launch = rope.launch
 
-    def turned(*tensors: Tensor, direction: float) -> None:
-        launch(*tensors, direction=-direction)
+    def broken(*tensors: Tensor, direction: float) -> None:
+        tile = ROPE.today["tile"]
+        launch(*tensors, direction=1 / 0 if tile == 4096 else -direction if tile == 512 else direction)
 
-    def replace(tiles: Tiles) -> list[Replacement]:
-        other = {512: turned, 4096: lambda *_, **__: 1 / 0}.get(tiles["tile"], launch)
-        return [Replacement(rope, "launch", other)]
-
+    monkeypatch.setattr(rope, "launch", broken)
     monkeypatch.setattr(tune, "clock_of", lambda _: Readings([4.0, 3.0, 4.0]))
-    search = dataclasses.replace(four, replace=replace)
-    found = tune.compute(context(tmp_path), search=search, compiled=compiled(FINE, FINE, FINE, FINE))
+    found = tune.compute(context(tmp_path), search=four, compiled=compiled(FINE, FINE, FINE, FINE))
     said = [row.get("rejected", "") for row in found["candidates"]]
     assert said[1].startswith("another result: output") and said[3].startswith("ZeroDivisionError")
     assert not said[0] + said[2] and found["best"]["tiles"]["tile"] == 1024

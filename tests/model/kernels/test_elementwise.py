@@ -390,6 +390,6 @@ def test_opcheck_of_the_norm() -> None:
 def test_the_programs_of_a_norm() -> None:
     """As many as an H100 holds at once, whatever the width, and no program without a row."""
     for width, num_rows in ((128, 512), (412, 16384), (1024, 4096), (2048, 16384), (4096, 16384)):
-        rows = norm_kernels.rows_each(num_rows, width)
+        rows = norm_kernels.rows_each(num_rows, norm_kernels.backward_tiles(width))
         programs = -(-num_rows // rows)
         assert programs * norm_kernels.warps(width) <= norm_kernels.RESIDENT_WARPS and (programs - 1) * rows < num_rows

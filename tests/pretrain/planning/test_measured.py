@@ -57,6 +57,16 @@ CEILINGS = (
 )
 
 
+def test_what_is_timed_otherwise_is_no_run(tmp_path: Path) -> None:
+    """Documents or tiles of a search: other work, whatever is recorded first."""
+    names = ("micro-step 1b documents graphs 8", "micro-step 1b tuned sets 8", "micro-step 1b 8")
+    folder = record(tmp_path, *CEILINGS, *((name, "passed", micro_step(8, 100.0 + i)) for i, name in enumerate(names)))
+    found = measurements(device_named("h100-80gb"), folder)
+    config = load_config(ONE_BILLION, [LAUNCHED])
+    step = found.of_model(config)
+    assert step is not None and step.source.startswith("micro-step 1b 8 on")
+
+
 def test_no_records_no_measurements(tmp_path: Path) -> None:
     assert measurements(device_named("h100-80gb"), tmp_path / "absent") == Measurements()
 

@@ -33,8 +33,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dropout_kernels, "BLOCK", 16)
     monkeypatch.setattr(rope_kernels, "TILE", 32)
     monkeypatch.setattr(norm_kernels, "RESIDENT_WARPS", 4)
-    monkeypatch.setattr(norm_kernels, "SUM_ROWS", 2)
-    monkeypatch.setattr(norm_kernels, "SUM_COLUMNS", 16)
+    monkeypatch.setattr(norm_kernels, "SUM_TILES", {"rows": 2, "columns": 16, "warps": 4})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

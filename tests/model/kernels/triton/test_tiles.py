@@ -1,0 +1,136 @@
+"""The table of measured tiles: what is read, which launches take an entry, and what it may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.kernels import backend
+from model.kernels.triton.tiles import Entry, checked, load, measured, placed
+from tests.model.kernels.triton.test_sigma_moe import Shape, check, loop, make_case
+
+NORM = {
+    "kernel": "norm forward",
+    "capability": "9.0",
+    "dtype": "bf16",
+    "shape": {"d": 48},
+    "rows": 100,
+    "tiles": {"warps": 2},
+    "measured": {"card": "an H100"},
+}
+BF16 = torch.bfloat16
+
+
+def written(folder: Path, *entries: dict[str, Any]) -> Path:
+    path = folder / "tiles.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_a_file_is_what_its_entries_say(tmp_path: Path) -> None:
+    table = load(written(tmp_path, NORM, NORM | {"capability": "10.0"}))
+    assert [entry.as_json() for entry in table.values()] == [NORM, NORM | {"capability": "10.0"}]
+    with placed(table.values()):
+        assert measured("norm forward", BF16, at=100, d=48) == {"warps": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kernel": "norm"}, "no kernel is called 'norm'"),
+        ({"tiles": {"warps": 3}}, "warps 3"),
+        ({"tiles": {"warps": 64}}, "warps 64"),
+        ({"tiles": {"warps": "4"}}, "warps '4'"),
+        ({"tiles": {"warps": 4, "stages": 2}}, "its tiles are warps"),
+        ({"kernel": "route place", "tiles": {"placers": 64, "counts": 0}}, "counts 0"),
+        ({"dtype": "int8"}, "dtype 'int8' is not among"),
+        ({"shape": {}}, "shape and rows are whole numbers"),
+        ({"shape": {"d": 4.5}}, "shape and rows are whole numbers"),
+        ({"rows": -1}, "shape and rows are whole numbers"),
+        ({"capability": "9"}, "not enough values"),
+        ({"more": 1}, "unexpected keyword"),
+    ],
+    ids=str,
+)
+def test_an_entry_that_no_kernel_could_launch_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match="tiles.json is no table of tiles: .*" + said):
+        load(written(tmp_path, NORM | change))
+
+
+def test_two_entries_of_one_shape_are_refused(tmp_path: Path) -> None:
+    other = NORM | {"tiles": {"warps": 4}}
+    with pytest.raises(ValueError, match="two entries of norm forward"):
+        load(written(tmp_path, NORM, other))
+    path = tmp_path / "tiles.json"
+    for text in ("{", "[1]", '{"a": 1}', ""):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"tiles\.json is no table of tiles"):
+            load(path)
+
+
+def entry(kernel: str, tiles: dict[str, int], rows: int = 0, **shape: int) -> Entry:
+    return checked(Entry(kernel=kernel, capability=(9, 0), dtype="bf16", shape=shape, rows=rows, tiles=tiles))
+
+
+def test_which_launches_take_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of its very shape, dtype and card, over its rows or more."""
+    with placed([entry("norm forward", {"warps": 2}, rows=100, d=48)]) as table:
+        assert measured("norm forward", BF16, at=99, d=48) is None
+        assert measured("norm forward", BF16, at=100, d=64) is None
+        assert measured("norm forward", torch.float16, at=100, d=48) is None
+        assert measured("norm forward", torch.float64, at=100, d=48) is None
+        assert measured("norm backward", BF16, at=100, d=48) is None
+        assert not table.used
+        assert measured("norm forward", BF16, at=100, d=48) == measured("norm forward", BF16, at=999, d=48)
+        assert table.used == set(table)
+        monkeypatch.setattr(backend, "cuda_capability", lambda: (10, 0))
+        assert measured("norm forward", BF16, at=100, d=48) is None
+    assert measured("norm forward", BF16, at=100, d=48) is None
+
+
+def test_entries_that_are_placed_stand_before_others_and_go() -> None:
+    with placed([entry("norm forward", {"warps": 2}, d=48), entry("norm forward", {"warps": 2}, d=64)]):
+        with placed([entry("norm forward", {"warps": 8}, d=48)]):
+            assert measured("norm forward", BF16, d=48) == {"warps": 8}
+            assert measured("norm forward", BF16, d=64) == {"warps": 2}
+        wrong = dataclasses.replace(entry("norm forward", {"warps": 8}, d=48), tiles={"warps": 5})
+        with pytest.raises(ValueError, match="warps 5"), placed([wrong]):
+            pass
+        assert measured("norm forward", BF16, d=48) == {"warps": 2}
+
+
+def test_without_entries_a_launch_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "cuda_capability", lambda: 1 / 0)
+    with placed([]) as table:
+        table.clear()
+        assert measured("norm forward", BF16, d=48) is None
+
+
+def test_an_entry_reaches_the_launch_and_results_stay() -> None:
+    """σ-MoE forward and backward, in 16 rows instead of 64: right, the same again bit for bit, no races."""
+    shape = Shape(N=50, d=40, E=5, G=24, k=3)
+    common = {"hidden": 32, "reduce": 16, "out": 16, "warps": 4, "stages": 2}
+    entries = [
+        *(
+            entry(f"sigma_moe {phase}", {"rows": 16} | common | more, rows=150, d=40, E=5, k=3, G=24, swiglu=0)
+            for phase, more in (("forward", {}), ("backward", {"piece": 8, "registers": 0}))
+        ),
+        entry("sigma_moe sum", {"tokens": 8, "columns": 32, "warps": 1}, rows=50, d=40, rows_each=3),
+        entry(
+            "sigma_moe weight gradient",
+            {"rows": 16, "hidden": 16, "out": 16, "warps": 4, "stages": 2},
+            rows=150, d=40, E=5, k=3, width=24,
+        ),
+    ]  # fmt: skip
+    case = make_case(shape, BF16)
+    own = check(case, loop(case), BF16)
+    with placed(entries) as table:
+        launches = check(case, loop(case), BF16)
+    assert table.used == set(table)
+    assert [launch.kernel for launch in launches] == [launch.kernel for launch in own]
+    assert all(before.grid != after.grid for before, after in zip(own, launches, strict=True))
