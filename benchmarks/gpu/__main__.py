@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks.gpu truth|speed|run|tune|candidates|apply|carry|tables`."""
+"""The command line: `python -m benchmarks.gpu truth|speed|run|tune|visit|candidates|apply|carry|tables`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from benchmarks.gpu import candidates, carry, command, tables, winners
+    from benchmarks.gpu import candidates, carry, command, tables, visit, winners
 
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description="What a GPU has to show (docs/gpu.md).")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     carry.add_command(commands)
     tables.add_command(commands)
     winners.add_command(commands)
+    visit.add_command(commands)
     options = parser.parse_args(arguments)
     if options.command not in COMMANDS:
         return int(options.act(options))

@@ -1,10 +1,10 @@
 """Gathers what a GPU machine without network and without git lacks, in .carry/, which git ignores:
 
-    python -m benchmarks.gpu carry [--python 3.12] [--skip-wheels]
+    python -m benchmarks.gpu carry [--python 3.12] [--skip-wheels] [--text data/NAME]
 
 .carry/wheels           what training needs beyond torch, numpy, safetensors and sentencepiece, pinned as in
                         constraints.txt, for Linux on x86-64; DeepSpeed is built without operators: pure Python
-.carry/data             two small data sets of random tokens, for `python -m benchmarks.gpu run`
+.carry/data             two small data sets of random tokens, for `python -m benchmarks.gpu run`, and the text of --text
 .carry/tiny_losses.json the losses of switchall_tiny on this machine's CPU, to which a GPU's are compared
 .carry/REVISION         git's revision
 
@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 from benchmarks.gpu import record
 from benchmarks.gpu.record import ROOT
+from common.errors import DataError
 
 FOLDER = ROOT / ".carry"
 LOSSES = "tiny_losses.json"
@@ -35,6 +37,8 @@ PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 2
 DATA = {"8k": 8000, "32k": 32000}
 """Folder -> vocabulary."""
 NUM_TOKENS = 1_000_000
+TEXT = "text"
+"""Folder of the text for `quality`, of 8,000 pieces."""
 
 
 def add_command(commands: Any) -> None:
@@ -42,6 +46,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("carry", help=what, description=what)
     parser.add_argument("--python", default="3.12", help="Python of the machine with the GPU (default 3.12)")
     parser.add_argument("--skip-wheels", action="store_true", help="where everything is installed there")
+    parser.add_argument("--text", type=Path, metavar="FOLDER", help="a prepared text too, for the part `quality`")
     parser.set_defaults(act=act)
 
 
@@ -52,11 +57,21 @@ def act(options: argparse.Namespace) -> int:
         gather_wheels(FOLDER / "wheels", options.python)
     for name, vocab_size in DATA.items():
         write_data(FOLDER / "data" / name, vocab_size, NUM_TOKENS)
+    if options.text is not None:
+        copy_text(options.text, FOLDER / "data" / TEXT)
     from benchmarks.gpu import run
 
     run.record_losses(FOLDER)
     print(f"{FOLDER}: {sum(p.stat().st_size for p in FOLDER.rglob('*') if p.is_file()) / 1e6:.1f} MB")
     return 0
+
+
+def copy_text(source: Path, target: Path) -> None:
+    """A prepared data set, whole. DataError for a folder that is none."""
+    if not (source / "manifest.json").is_file():
+        raise DataError(f"--text: {source} has no manifest.json: name a folder that `data_prep run` wrote")
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
 
 
 def pins(text: str) -> dict[str, str]:

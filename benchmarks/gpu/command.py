@@ -88,7 +88,7 @@ def prepare(options: argparse.Namespace) -> int | None:
     if options.list:  # on any machine: what would run can be read before a card is there
         return None
     why = None
-    if options.device == "cuda" and not torch.cuda.is_available():
+    if has_no_gpu(options):
         why = "there is no GPU here: nothing was checked and nothing was timed (--device cpu --tiny tests the command)"
     elif options.device == "cpu" and not options.tiny:
         why = "--device cpu needs --tiny: an interpreter computes no shipped shape"
@@ -98,8 +98,13 @@ def prepare(options: argparse.Namespace) -> int | None:
         why = "TRITON_INTERPRET=1 turns the compiler off: unset it"
     if why is not None:
         print(f"benchmarks.gpu {options.command}: {why}", file=sys.stderr)
-        return NO_GPU if options.device == "cuda" and not torch.cuda.is_available() else 2
+        return NO_GPU if has_no_gpu(options) else 2
     return None
+
+
+def has_no_gpu(options: argparse.Namespace) -> bool:
+    """Whether a GPU is asked for and is not here."""
+    return options.device == "cuda" and not torch.cuda.is_available()
 
 
 def run_parts(
@@ -118,12 +123,14 @@ def run_parts(
             print(f"benchmarks.gpu {options.command}: no part is called {', '.join(unknown)}: see --list")
             return 2
         parts = [part for part in parts if part.name.startswith(tuple(options.only))]
-    if options.list and options.device == "cuda" and not torch.cuda.is_available():
+    if options.list and has_no_gpu(options):
         return _list(parts, {})  # no card, so no record of this one
     book = Record(folder, options.command, record.identity(options.device))
     done = book.done()
     if options.list:
         return _list(parts, done)
+    cut = book.cut()
+    parts = sorted(parts, key=lambda part: part.name in cut)  # behind all others
     device = torch.device(options.device)
     context = Context(device=device, tiny=options.tiny, results=folder, remaining=remaining, shared=options.shared)
     context.measured.update({name: entry.result for name, entry in done.items() if entry.status == PASSED})

@@ -80,6 +80,15 @@ class Record:
         mine = dataclasses.asdict(self.identity)
         return {e.part: e for e in read(self.path) if e.identity == mine and e.status in (PASSED, FAILED)}
 
+    def cut(self) -> set[str]:
+        """Parts that did not end in their time when they were last begun: one that hangs would do so again."""
+        return {part for part, entry in self.last().items() if entry.status == CUT}
+
+    def last(self) -> dict[str, Entry]:
+        """Part -> its last entry, of this identity, whatever became of it."""
+        mine = dataclasses.asdict(self.identity)
+        return {e.part: e for e in read(self.path) if e.identity == mine}
+
     def append(self, part: str, status: str, seconds: float, result: dict[str, Any]) -> Entry:
         """Writes the line at once, so that a stop later loses nothing."""
         entry = Entry(

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import carry
+from benchmarks.gpu import carry, quality_run
 from benchmarks.gpu.command import Context, Failed, Part, Unavailable
 from benchmarks.gpu.processes import end_all_below, ranks_below
 from benchmarks.gpu.record import ROOT
@@ -63,6 +63,8 @@ def parts(*, tiny: bool) -> Iterator[Part]:
         yield Part(f"cuda graphs {name}", graphs, 100.0)
     yield Part("compiled blocks 262m", functools.partial(compiled, steps=3 if tiny else 10), 120.0)
     yield Part("262m dropout", functools.partial(dropped_out, steps=4 if tiny else 12), 60.0)
+    if not tiny:
+        yield Part("quality", quality_run.quality, 200.0)
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts

@@ -1,4 +1,5 @@
-"""The tables of docs/gpu.md, made of the records under benchmarks/results/, and the table that a command ends with.
+"""The tables of docs/gpu.md, made of the records under benchmarks/results/, that of docs/untested-on-gpu.md, which is
+the list of `visit`, and the table that a command ends with.
 
     python -m benchmarks.gpu tables [--check]
 
@@ -8,6 +9,7 @@ Each table stands between two comments that name it. A table without a record sa
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -18,6 +20,7 @@ from benchmarks.gpu import ceilings, record
 from benchmarks.gpu.record import FAILED, PASSED, SKIPPED, Entry
 
 DOCUMENT = record.ROOT / "docs" / "gpu.md"
+NEXT = record.ROOT / "docs" / "untested-on-gpu.md"
 EMPTY = "Not run on a GPU yet.\n"
 Rows = list[tuple[str, ...]]
 FORMER = "racecheck reached"
@@ -25,21 +28,34 @@ FORMER = "racecheck reached"
 
 
 def add_command(commands: Any) -> None:
-    what = "write the tables of docs/gpu.md from the records"
+    what = "write the tables of docs/gpu.md from the records, and the list of visit in docs/untested-on-gpu.md"
     parser = commands.add_parser("tables", help=what, description=what)
-    parser.add_argument("--check", action="store_true", help="exit status 1 if the page's tables are not the records'")
+    parser.add_argument(
+        "--check", action="store_true", help="exit status 1 if the tables are not what they are made of"
+    )
     parser.set_defaults(act=act)
 
 
 def act(options: argparse.Namespace) -> int:
-    before = DOCUMENT.read_text(encoding="utf-8")
-    after = updated(before, record.RESULTS)
-    if options.check:
-        if after != before:
-            print("docs/gpu.md: its tables are not those of benchmarks/results: python -m benchmarks.gpu tables")
-        return int(after != before)
-    DOCUMENT.write_text(after, encoding="utf-8")
-    return 0
+    status = 0
+    for path, after_of in ((DOCUMENT, functools.partial(updated, results=record.RESULTS)), (NEXT, with_list)):
+        before = path.read_text(encoding="utf-8")
+        after = after_of(before)
+        if not options.check:
+            path.write_text(after, encoding="utf-8")
+        elif after != before:
+            print(f"docs/{path.name}: its tables are not what they are made of: python -m benchmarks.gpu tables")
+            status = 1
+    return status
+
+
+def with_list(text: str) -> str:
+    """docs/untested-on-gpu.md with the list of `visit`."""
+    from benchmarks.gpu.visit import document_rows
+
+    begin, end = (f"<!-- benchmarks.gpu visit: {what} -->" for what in ("begin", "end"))
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{markdown(document_rows())}{end}{rest.split(end)[1]}"
 
 
 def updated(text: str, results: Path) -> str:

@@ -32,7 +32,7 @@ def winners(entries: Sequence[record.Entry], least_gain: float = LEAST_GAIN) -> 
     found = []
     for one in entries:
         result = one.result
-        if one.status == PASSED and result["gain_percent"] >= least_gain:
+        if one.status == PASSED and result.get("gain_percent", 0.0) >= least_gain:
             best = {"tiles": result["best"]["tiles"], "measured": _source(one)}
             found.append(dataclasses.replace(tiles.entry_of(result["entry"]), **best))
     return found

@@ -1,0 +1,163 @@
+"""`visit`: a GPU that is lent for some minutes. Goes through the list of visit_list.py in its order, each stop in a
+process of its own and in its own time, so that one that hangs or dies costs no more than that.
+
+It ends within --seconds; the same command goes on with what is left, by the records of the other commands in --results.
+At its end it prints what passed, what failed and what is left, and the numbers that matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import command, record, visit_numbers
+from benchmarks.gpu.command import CPU_RESULTS, GRACE_SECONDS, TIME_OVER, Part
+from benchmarks.gpu.processes import end_all_below
+from benchmarks.gpu.record import FAILED, PASSED, Entry, Record
+from benchmarks.gpu.tables import Rows, headline, markdown
+from benchmarks.gpu.visit_list import STOPS, Stop
+
+START_SECONDS = 15.0
+"""Of a process until its first part."""
+END_SECONDS = GRACE_SECONDS + 15.0
+"""That a process gets beyond its own time to end itself."""
+
+Runner = Callable[[list[str], float], int]
+"""Command line and the seconds after which it is killed -> exit status."""
+
+
+def add_command(commands: Any) -> None:
+    what = "the next time on one GPU: all that is to be run there, in its order, in several calls"
+    parser = commands.add_parser("visit", help=what, description=what)
+    parser.add_argument("--seconds", type=float, default=540.0, help="in which the call ends (default 540)")
+    parser.add_argument("--list", action="store_true", help="the list, and what is recorded")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tests the command, no GPU")
+    parser.add_argument("--tiny", action="store_true", help="shapes for an interpreter: --device cpu needs it")
+    parser.add_argument("--results", type=Path, help="folder of the records, as of the other commands")
+    parser.set_defaults(act=act)
+
+
+def act(options: argparse.Namespace) -> int:
+    status = command.prepare(options)
+    return status if status is not None else visit(options, STOPS, run=run, clock=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stop with the parts that it has here."""
+
+    stop: Stop
+    only: tuple[str, ...]
+    parts: Sequence[Part]
+
+
+def planned(stops: Sequence[Stop], *, tiny: bool) -> list[Planned]:
+    """`tiny`: with the small model instead of every other; what it has not is left out."""
+    known: dict[str, list[Part]] = {}
+    found = []
+    for stop in stops:
+        if stop.command not in known:
+            known[stop.command] = list(importlib.import_module(f"benchmarks.gpu.{stop.command}").parts(tiny=tiny))
+        names = [*stop.only, *map(shrunk, stop.only)] if tiny else stop.only
+        only = tuple(
+            name for name in dict.fromkeys(names) if any(part.name.startswith(name) for part in known[stop.command])
+        )
+        parts = [part for part in known[stop.command] if part.name.startswith(only)] if only else []
+        if parts:
+            found.append(Planned(stop, only, parts))
+    return found
+
+
+def shrunk(name: str) -> str:
+    """The beginning of a part's name with the tiny model in it."""
+    return " ".join("tiny" if word in ("1b", "262m") else word for word in name.split())
+
+
+def visit(options: argparse.Namespace, stops: Sequence[Stop], *, run: Runner, clock: Callable[[], float]) -> int:
+    """Exit status: 0 if all passed, 1 if a part failed, TIME_OVER if none did but some are left."""
+    begin = clock()
+    folder = options.results or (record.RESULTS if options.device == "cuda" else CPU_RESULTS)
+    plan = planned(stops, tiny=options.tiny)
+    if options.list and command.has_no_gpu(options):
+        print(markdown(_rows(plan, {})))
+        return 0
+    identity = record.identity(options.device)
+
+    def recorded() -> dict[str, dict[str, Entry]]:
+        return {name: Record(folder, name, identity).last() for name in {each.stop.command for each in plan}}
+
+    if options.list:
+        print(markdown(_rows(plan, recorded())))
+        return 0
+    for number, each in enumerate(plan, start=1):
+        done = Record(folder, each.stop.command, identity).done()
+        missing = [part for part in each.parts if part.name not in done]
+        left = options.seconds - (clock() - begin) - START_SECONDS - END_SECONDS
+        if not missing:
+            continue
+        if left < min(part.least_seconds for part in missing):
+            continue  # a later one may be shorter
+        seconds = min(float(each.stop.limit), left)
+        print(f"\n=== stop {number} of {len(plan)}, {left:.0f} s left: {each.stop.call}", flush=True)
+        line = [sys.executable, "-m", "benchmarks.gpu", each.stop.command, "--seconds", f"{seconds:.0f}"]
+        for name in each.only:
+            line += ["--only", name]
+        line += ["--device", options.device, "--results", str(folder), *(["--tiny"] if options.tiny else [])]
+        code = run(line, START_SECONDS + seconds + END_SECONDS)
+        print(f"=== stop {number} ended with {code}", flush=True)
+    entries = recorded()
+    rows = _rows(plan, entries)
+    print("\n" + markdown(rows) + "\n" + "\n".join(visit_numbers.lines(entries)))
+    found = [entry for each in plan for entry in _entries(each, entries)]
+    for entry in found:
+        if entry.status == FAILED:
+            print(f"failed: {entry.part}: {headline(entry)}")
+    left_out = sum(len(each.parts) for each in plan) - sum(entry.status in (PASSED, FAILED) for entry in found)
+    if left_out:
+        print(f"{left_out} parts are left: the same command goes on with them")
+    return 1 if any(entry.status == FAILED for entry in found) else TIME_OVER if left_out else 0
+
+
+def run(line: list[str], seconds: float) -> int:
+    """Ends it, and all that it started, after so many seconds."""
+    process = subprocess.Popen(line, cwd=record.ROOT)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        end_all_below(process.pid)
+        process.kill()
+        return process.wait(30)
+    except BaseException:  # Ctrl-C, or the end of the call
+        end_all_below(process.pid)
+        process.kill()
+        raise
+
+
+def _entries(each: Planned, entries: Mapping[str, Mapping[str, Entry]]) -> list[Entry]:
+    last = entries.get(each.stop.command, {})
+    return [last[part.name] for part in each.parts if part.name in last]
+
+
+def _rows(plan: Sequence[Planned], entries: Mapping[str, Mapping[str, Entry]]) -> Rows:
+    rows: Rows = [("stop", "parts", "passed", "failed", "left", "s", "expected s")]
+    for each in plan:
+        found = _entries(each, entries)
+        passed, failed = (sum(entry.status == status for entry in found) for status in (PASSED, FAILED))
+        counts = (len(each.parts), passed, failed, len(each.parts) - passed - failed)
+        seconds = f"{sum(entry.seconds for entry in found):.0f}"
+        rows.append(
+            (" ".join([each.stop.command, ", ".join(each.only)]), *map(str, counts), seconds, str(each.stop.seconds))
+        )
+    return rows
+
+
+def document_rows() -> Rows:
+    """The table of docs/untested-on-gpu.md."""
+    return [("call", "s", "why"), *((f"`{stop.call}`", str(stop.seconds), stop.why) for stop in STOPS)]
