@@ -13,9 +13,9 @@ from torch import nn
 from model.language_model import build_model
 from model.memory import layer_memories
 from model.parallel.context import ParallelContext
-from pretrain import checkpoint as checkpoints
-from pretrain.checkpoint import Checkpoint, Saver
+from pretrain.checkpoint import Checkpoint
 from pretrain.checkpoint.initial import load_initial
+from pretrain.checkpoint.saver import Saver
 from pretrain.config.compile_rules import compile_decision
 from pretrain.config.graph_rules import graph_decision
 from pretrain.config.rules import choose_backends
@@ -189,8 +189,10 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
     phases.enter("building the model")
     model = _build_model(setup)
     if resumed is not None:
+        from pretrain.checkpoint.loading import load_weights_together  # with torch.distributed.checkpoint: 2 s
+
         phases.enter("loading the weights")
-        checkpoints.load_weights_together(resumed, model, parallel)
+        load_weights_together(resumed, model, parallel)
     else:
         load_initial(config, setup.sources.tokenizer.sha256, model, parallel)
     phases.enter("building the engine")
@@ -260,10 +262,12 @@ def _executor(setup: RunSetup, engine: Any) -> Executor:
 
 def _load_training_state(setup: RunSetup, resumed: Checkpoint, engine: Any) -> None:
     """Loads optimizer, routing statistics and, if the data order goes on with the same text, memory."""
+    from pretrain.checkpoint.loading import load_training_state
+
     config, saved = setup.config, resumed.state["config"]
     # Memory holds the tokens that precede the next ones, so it is useless after a change of data or sequence length.
     then = saved["model"]["sequence_length"], saved["data"].get("max_tokens"), resumed.state["manifest_digest"]
     same_text = then == (config.model.sequence_length, config.data.max_tokens, setup.sources.digest)
-    agreed(lambda: checkpoints.load_training_state(resumed, engine, setup.parallel, with_memory=same_text))
+    agreed(lambda: load_training_state(resumed, engine, setup.parallel, with_memory=same_text))
     if config.model.memory_length and not same_text and setup.parallel.is_first:
         print("memory begins empty: the checkpoint's memory is of other text", flush=True)

@@ -24,7 +24,8 @@ from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
 from model.language_model import build_model
 from model.parallel.context import ParallelContext
-from pretrain.checkpoint import Checkpoint, list_checkpoints, load_weights
+from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.checkpoint.loading import load_weights
 from pretrain.cli.checkpoint import main as convert
 from pretrain.cli.compare import main as compare
 from pretrain.cli.evaluate import main as evaluate_checkpoint

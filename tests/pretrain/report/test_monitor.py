@@ -16,7 +16,8 @@ from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
 from model.language_model import build_model
 from model.parallel.context import ParallelContext
-from pretrain.checkpoint import Checkpoint, list_checkpoints, load_weights
+from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.checkpoint.loading import load_weights
 from pretrain.data.windows import WindowReader
 from pretrain.evaluate import target_counts, unigram_perplexity
 from pretrain.report.monitor import clock, perplexity
