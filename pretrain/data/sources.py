@@ -19,9 +19,8 @@ from common.urls import URL
 from data_prep.shards.cache import ShardCache
 from data_prep.shards.format import WHOLE, Manifest, Part, TokenizerEntry, unreadable
 from data_prep.shards.reader import Stamp
-from pretrain.config.data_rules import folder_name, source_names
+from pretrain.config.data_rules import folder_name, source_names, whole_weights
 from pretrain.config.schema import Config
-from pretrain.config.source_weights import whole_weights
 from pretrain.data.patience import Patience
 from pretrain.data.stages import Stage, first_stage
 from pretrain.data.verified import VerifiedShard
