@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
-from model.language_model import routing_statistics
+from model.language_model import prepare_to_answer
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.folder import Checkpoint
 from pretrain.checkpoint.prepared_data import find_data, moved_data
@@ -88,8 +88,6 @@ def open_model(
     from pretrain.checkpoint.loading import load_weights_together  # imports DCP, which a start of training does without
 
     load_weights_together(checkpoint, module, parallel, kind="ema" if ema else "master")
-    module.requires_grad_(False).eval().to(device)
-    for _, statistics in routing_statistics(module):
-        statistics.to(device)
+    prepare_to_answer(module, device)
     evaluator = ModelEvaluator(module, in_stages=parallel.pipeline_size > 1)
     return OpenedModel(checkpoint, config, tokenizer, evaluator, Place(parallel, device))

@@ -12,7 +12,7 @@ import torch
 from common.errors import ConfigError, UserError
 from data_prep.shards.format import Manifest
 from model.kernels.choice import Backends
-from model.language_model import LanguageModel, routing_statistics
+from model.language_model import LanguageModel, prepare_to_answer
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.folder import (
     CHECKPOINT_NAME,
@@ -72,9 +72,7 @@ def _loaded(
     from pretrain.checkpoint.loading import load_weights  # imports DCP, which a start of training does without
 
     load_weights(checkpoint, model, ParallelContext(), kind=kind)
-    model.requires_grad_(False).eval().to(place)
-    for _, statistics in routing_statistics(model):
-        statistics.to(place)
+    prepare_to_answer(model, place)
     return SavedModel(model, tokenizer, config, checkpoint)
 
 
