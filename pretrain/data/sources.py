@@ -55,10 +55,9 @@ class Sources:
     """Makes every read of them."""
 
     @classmethod
-    def load(cls, config: Config, *, follow_links: bool = True, patience: Patience | None = None) -> Sources:
-        """Loads every manifest. Raises UserError or DataError; reads no shard. `follow_links`: see `Manifest.load`.
-        `patience`: for this and all later reads; None: an error is raised at once."""
-        sources = cls.find(config, refuse, follow_links=follow_links, patience=patience)
+    def load(cls, config: Config) -> Sources:
+        """Loads every manifest. Raises UserError or DataError; reads no shard."""
+        sources = cls.find(config, refuse)
         assert sources is not None
         return sources
 
@@ -66,7 +65,8 @@ class Sources:
     def find(
         cls, config: Config, problem: Problem, *, follow_links: bool = True, patience: Patience | None = None
     ) -> Sources | None:
-        """As `load`; None if `problem` took that a manifest cannot be loaded."""
+        """As `load`; None if `problem` took that a manifest cannot be loaded. `follow_links`: see `Manifest.load`.
+        `patience`: for this and all later reads; None: an error is raised at once."""
         data, patience = config.data, patience or Patience()
         keys = [f"data.sources.{index}.manifest" for index in range(len(data.sources))] or ["data.manifest"]
         names = source_names(config) or [folder_name(data.manifest)]
@@ -143,9 +143,9 @@ class Sources:
         return readers[0] if len(readers) == 1 else MixedReader(readers)
 
 
-def open_sources(config: Config, *, follow_links: bool = True) -> Sources:
+def open_sources(config: Config) -> Sources:
     """Loads the manifests and checks what needs no shard to be read: the splits are there and fit the model."""
-    sources = Sources.load(config, follow_links=follow_links)
+    sources = Sources.load(config)
     check_vocabulary(sources, config)
     for source in sources.sources:
         check_text(source, config)

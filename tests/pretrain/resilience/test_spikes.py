@@ -235,7 +235,7 @@ def stopped_then_started(rank: int, config: Config, run_dir: Path) -> tuple[str,
     stop.state = ProcessState.TRAINING
     first = train_with(rank, config, run_dir, spike_and_stop, 60, stop, stop=stop)
     (row,) = json.loads((run_dir / "rollbacks.json").read_text())
-    _, _, checkpoint = preflight(config, 1, run_dir, "cpu")
+    _, _, checkpoint = preflight(config, 1, run_dir)
     assert checkpoint is not None
     return first, row, checkpoint.progress.step, train_with(rank, config, run_dir, spike_on_position, 60)
 
