@@ -17,9 +17,9 @@ from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.runs import (
-    COMPARED,
     MOA,
     assert_bit_identical,
+    assert_same_metrics,
     curve,
     light_config,
     metrics,
@@ -110,11 +110,7 @@ def test_resuming_in_another_layout_gives_the_same_losses(
         target = tmp_path / f"resumed-{ranks}-{zero}"
         shutil.copytree(tmp_path / "saved", target)
         run_ranks(train_runs, ranks, [(small_config(prepared, *keys, f"parallel.zero={zero}"), target)])
-        for ours, theirs in zip(metrics(target), metrics(tmp_path / "unbroken"), strict=True):
-            for key in COMPARED:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (
-                    f"{ranks} ranks, ZeRO {zero}: {key} of {ours['step']}"
-                )
+        assert_same_metrics(target, tmp_path / "unbroken")
         changed = [
             json.loads(line)["key"]
             for line in (target / "events.jsonl").read_text().splitlines()

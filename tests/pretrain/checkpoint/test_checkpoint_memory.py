@@ -14,9 +14,9 @@ from tests.corpus import prepare_corpus
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.report.test_bits_per_byte import train_and_keep_output
 from tests.pretrain.runs import (
-    COMPARED,
     assert_bit_identical,
     assert_same,
+    assert_same_metrics,
     engine_trace,
     light_config,
     metrics,
@@ -82,9 +82,7 @@ def test_xl_memory_moves_to_another_layout_and_refuses_another_number_of_streams
         layout = (f"parallel.zero={zero}", f"batch.micro_sequences={8 // ranks}")
         shutil.copytree(tmp_path / "saved", target)
         run_ranks(train_runs, ranks, [(small_config(prepared, *keys, *layout), target)])
-        for ours, theirs in zip(metrics(target), metrics(tmp_path / "unbroken"), strict=True):
-            for key in COMPARED:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{ranks} ranks: {key} of {ours['step']}"
+        assert_same_metrics(target, tmp_path / "unbroken")
     more = small_config(
         prepared, *keys, "batch.global_sequences=16", 'checkpoint.allow_changes=["batch.global_sequences"]'
     )
