@@ -339,6 +339,12 @@ def train_runs(rank: int, runs: list[tuple[Config, Path]]) -> None:
         train(config, Sources.load(config), run_dir, torch.device("cpu"))
 
 
+def with_a_stop(config: Config, folder: Path, after: int = 3) -> list[tuple[Config, Path]]:
+    """Runs: to the end at once in `unbroken`, with a stop and another start in `resumed`."""
+    stopped = config.replaced("train", stop_after_steps=after)
+    return [(config, folder / "unbroken"), (stopped, folder / "resumed"), (config, folder / "resumed")]
+
+
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

@@ -26,6 +26,7 @@ from tests.pretrain.runs import (
     small_config,
     state_tensors,
     train_runs,
+    with_a_stop,
 )
 from tests.pretrain.saved import rewrite_state, whole_tensors
 
@@ -59,10 +60,7 @@ def test_resumed_run_is_bit_identical(
             f"parallel.zero={zero}",
             f"train.precision={precision}",
         )
-        folder = tmp_path / f"{precision}-{zero}"
-        runs.append((small_config(prepared, *keys), folder / "unbroken"))
-        runs.append((small_config(prepared, *keys, "train.stop_after_steps=3"), folder / "resumed"))
-        runs.append((small_config(prepared, *keys), folder / "resumed"))
+        runs += with_a_stop(small_config(prepared, *keys), tmp_path / f"{precision}-{zero}")
     run_ranks(train_runs, ranks, runs)
     for precision, zero in layouts:
         folder = tmp_path / f"{precision}-{zero}"
@@ -72,16 +70,7 @@ def test_resumed_run_is_bit_identical(
 def test_resumed_moa_is_bit_identical_and_its_statistics_are_kept(prepared: Path, tmp_path: Path) -> None:
     """The losses of scope global_batch would notice a lost statistic."""
     keys = (MOA, "train.steps=5", "evaluate.sequences=0", "checkpoint.every_steps=2")
-    stop = "train.stop_after_steps=3"
-    run_ranks(
-        train_runs,
-        2,
-        [
-            (small_config(prepared, *keys), tmp_path / "unbroken"),
-            (small_config(prepared, *keys, stop), tmp_path / "resumed"),
-            (small_config(prepared, *keys), tmp_path / "resumed"),
-        ],
-    )
+    run_ranks(train_runs, 2, with_a_stop(small_config(prepared, *keys), tmp_path))
     assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
     tensors = state_tensors(tmp_path / "resumed")
     for layer in (0, 1):
@@ -229,11 +218,7 @@ def test_fp16_skips_overflows_and_resumes_with_its_loss_scale(prepared: Path, tm
     """fp16 is refused on the CPU by the command line; its machinery is tested here all the same."""
     # From 2^28 (DeepSpeed starts at 2^16) gradients overflow: skipped steps must halve the scale, not end the run.
     keys = ("train.steps=14", "evaluate.sequences=0", "train.precision=fp16", "parallel.zero=1", *DROPOUTS)
-    runs = [
-        (small_config(prepared, *keys), tmp_path / "unbroken"),
-        (small_config(prepared, *keys, "train.stop_after_steps=6"), tmp_path / "resumed"),
-        (small_config(prepared, *keys), tmp_path / "resumed"),
-    ]
+    runs = with_a_stop(small_config(prepared, *keys), tmp_path, after=6)
     run_ranks(_train_runs_at_a_high_loss_scale, ranks, runs)
     assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
     rows = metrics(tmp_path / "resumed")
@@ -259,18 +244,3 @@ def _train_runs_at_a_high_loss_scale(rank: int, runs: list[tuple[Config, Path]])
 
     pretrain.engine.build.deepspeed_json = derive_with_high_scale
     train_runs(rank, runs)
-
-
-@pytest.mark.slow  # the fast runs of test_resumed_run_is_bit_identical decay weights, too
-def test_weight_decay_groups_survive_a_resume(prepared: Path, tmp_path: Path) -> None:
-    runs, folders = [], [tmp_path / str(zero) for zero in (0, 1, 3)]
-    for folder in folders:
-        keys = ("train.steps=5", "evaluate.sequences=0", "optimizer.weight_decay=0.1", f"parallel.zero={folder.name}")
-        runs += [
-            (small_config(prepared, *keys), folder / "unbroken"),
-            (small_config(prepared, *keys, "train.stop_after_steps=2"), folder / "resumed"),
-            (small_config(prepared, *keys), folder / "resumed"),
-        ]
-    run_ranks(train_runs, 2, runs)
-    for folder in folders:
-        assert_bit_identical(folder / "resumed", folder / "unbroken")

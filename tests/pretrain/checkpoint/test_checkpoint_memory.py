@@ -23,6 +23,7 @@ from tests.pretrain.runs import (
     plain_trace,
     small_config,
     train_runs,
+    with_a_stop,
 )
 from tests.pretrain.saved import whole_tensors
 
@@ -57,10 +58,7 @@ def test_resumed_xl_run_is_bit_identical_memory_included(
             f"parallel.zero={zero}",
             f"train.precision={precision}",
         )
-        folder = tmp_path / f"{precision}-{zero}"
-        runs.append((small_config(prepared, *keys), folder / "unbroken"))
-        runs.append((small_config(prepared, *keys, "train.stop_after_steps=3"), folder / "resumed"))
-        runs.append((small_config(prepared, *keys), folder / "resumed"))
+        runs += with_a_stop(small_config(prepared, *keys), tmp_path / f"{precision}-{zero}")
     run_ranks(train_runs, ranks, runs)
     for precision, zero, _, _ in layouts:
         folder = tmp_path / f"{precision}-{zero}"
