@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,11 @@ import pytest
 import torch
 
 from data_prep.shards.format import Manifest
-from data_prep.shards.reader import SplitReader
 from model.language_model import build_model
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.checkpoint.loading import load_weights
 from pretrain.data.windows import WindowReader
-from pretrain.evaluate import target_counts, unigram_perplexity
 from pretrain.report.monitor import clock, perplexity
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, metrics, train_runs
@@ -31,16 +28,6 @@ METRICS_TABLE = "\n".join(
     if row.startswith("| `")
 )
 """First column of the table of keys."""
-
-
-def test_unigram_perplexity_is_that_of_the_token_frequencies(prepared: Path) -> None:
-    reader = WindowReader(Manifest.load(prepared), "validation", 16, verify_on_first_read=False)
-    windows = np.array([0, 3, 4, 50, 200])
-    with SplitReader(Manifest.load(prepared), "validation", verify_on_first_read=False) as split:
-        targets = [token for w in windows for token in split.read(w * 16 + 1, w * 16 + 17).tolist()]
-    counts = Counter(targets)
-    cross_entropy = -sum(math.log(counts[t] / len(targets)) for t in targets) / len(targets)
-    assert unigram_perplexity(target_counts(reader, windows)) == pytest.approx(math.exp(cross_entropy))
 
 
 def test_clock_and_perplexity() -> None:
