@@ -55,9 +55,10 @@ class Sources:
     """Makes every read of them."""
 
     @classmethod
-    def load(cls, config: Config) -> Sources:
-        """Loads every manifest. Raises UserError or DataError; reads no shard."""
-        sources = cls.find(config, refuse)
+    def load(cls, config: Config, *, patience: Patience | None = None) -> Sources:
+        """Loads every manifest. Raises UserError or DataError; reads no shard. `patience`: for this and later reads;
+        None: an error is raised at once."""
+        sources = cls.find(config, refuse, patience=patience)
         assert sources is not None
         return sources
 
@@ -65,8 +66,7 @@ class Sources:
     def find(
         cls, config: Config, problem: Problem, *, follow_links: bool = True, patience: Patience | None = None
     ) -> Sources | None:
-        """As `load`; None if `problem` took that a manifest cannot be loaded. `follow_links`: see `Manifest.load`.
-        `patience`: for this and all later reads; None: an error is raised at once."""
+        """As `load`; None if `problem` took that a manifest cannot be loaded. `follow_links`: see `Manifest.load`."""
         data, patience = config.data, patience or Patience()
         keys = [f"data.sources.{index}.manifest" for index in range(len(data.sources))] or ["data.manifest"]
         names = source_names(config) or [folder_name(data.manifest)]
