@@ -339,6 +339,12 @@ def train_runs(rank: int, runs: list[tuple[Config, Path]]) -> None:
         train(config, Sources.load(config), run_dir, torch.device("cpu"))
 
 
+def events(run_dir: Path, kind: str = "") -> list[dict[str, Any]]:
+    """Lines of events.jsonl: those of a kind, or all."""
+    rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [row for row in rows if kind in ("", row["event"])]
+
+
 def with_a_stop(config: Config, folder: Path, after: int = 3) -> list[tuple[Config, Path]]:
     """Runs: to the end at once in `unbroken`, with a stop and another start in `resumed`."""
     stopped = config.replaced("train", stop_after_steps=after)

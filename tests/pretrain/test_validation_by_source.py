@@ -46,7 +46,7 @@ from tests.corpus import write_dump
 from tests.harness import run_ranks
 from tests.pretrain.report.boards import read, steps_of
 from tests.pretrain.report.test_bits_per_byte import train_and_keep_output
-from tests.pretrain.runs import small_config, train_runs
+from tests.pretrain.runs import events, small_config, train_runs
 from tests.pretrain.saved import rewrite_state
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -80,8 +80,7 @@ def mixture(sources: dict[str, Path], *overrides: str) -> Config:
 
 
 def validation(run: Path) -> dict[str, Any]:
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return next(event for event in events if event["event"] == "validation")
+    return events(run, "validation")[0]
 
 
 def by_hand(config: Config, sources: dict[str, Path], run: Path) -> dict[str, list[float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from tests.pretrain.runs import (
     assert_bit_identical,
     assert_same_metrics,
     curve,
+    events,
     light_config,
     metrics,
     small_config,
@@ -100,12 +100,7 @@ def test_resuming_in_another_layout_gives_the_same_losses(
         shutil.copytree(tmp_path / "saved", target)
         run_ranks(train_runs, ranks, [(small_config(prepared, *keys, f"parallel.zero={zero}"), target)])
         assert_same_metrics(target, tmp_path / "unbroken")
-        changed = [
-            json.loads(line)["key"]
-            for line in (target / "events.jsonl").read_text().splitlines()
-            if json.loads(line)["event"] == "changed_setting"
-        ]
-        assert set(changed) >= {"train.stop_after_steps"}
+        assert {event["key"] for event in events(target, "changed_setting")} >= {"train.stop_after_steps"}
 
 
 def test_a_checkpoint_holds_every_element_once_and_knows_its_run(prepared: Path, tmp_path: Path) -> None:
@@ -137,8 +132,7 @@ def test_old_checkpoints_are_removed_and_metrics_have_every_step_once(prepared: 
         file.write('{"step": 7, "lo')
     run_ranks(train_runs, 1, [(light_config(prepared, *keys), tmp_path)])
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
-    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    superseded = [e["metrics"] for e in events if e["event"] == "superseded_metrics"]
+    superseded = [event["metrics"] for event in events(tmp_path, "superseded_metrics")]
     assert [line["step"] for line in superseded] == [5, 6]
     assert superseded[0]["loss"] == metrics(tmp_path)[4]["loss"]
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
@@ -154,7 +148,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(prepared: Path, tmp_pat
     damaged.write_bytes(content)
     run_ranks(train_runs, 2, [(light_config(prepared, *keys, ranks=2), tmp_path)])
     assert curve(tmp_path) == expected
-    reasons = [json.loads(line).get("reason", "") for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    reasons = [event.get("reason", "") for event in events(tmp_path)]
     assert any("step-00000006" in r and "sha256" in r for r in reasons)
 
 
@@ -180,12 +174,7 @@ def test_a_path_starts_a_branch_and_newer_steps_are_set_aside(prepared: Path, tm
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[:4] == before[:4]
     assert rows[5]["lr"] == pytest.approx(before[5]["lr"] / 2)
-    starts = [
-        json.loads(line)["step"]
-        for line in (tmp_path / "events.jsonl").read_text().splitlines()
-        if json.loads(line)["event"] == "started"
-    ]
-    assert starts == [0, 4, 6, 7]
+    assert [event["step"] for event in events(tmp_path, "started")] == [0, 4, 6, 7]
 
 
 def test_checkpoints_that_cannot_be_used_never_mean_starting_over(prepared: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -19,7 +18,7 @@ from pretrain.checkpoint.loading import load_weights
 from pretrain.data.windows import WindowReader
 from pretrain.report.monitor import clock, perplexity
 from tests.harness import run_ranks
-from tests.pretrain.runs import light_config, metrics, train_runs
+from tests.pretrain.runs import events, light_config, metrics, train_runs
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "operations.md").read_text(encoding="utf-8")
 METRICS_TABLE = "\n".join(
@@ -93,8 +92,7 @@ def test_a_run_writes_metrics_tensorboard_and_a_layout_free_validation(prepared:
         } <= tags
         assert [e.step for e in board.Scalars("loss/train")] == {1: [1, 2, 3], 3: [3]}[ranks]
         assert board.Scalars("loss/train")[-1].value == pytest.approx(rows[2]["loss"], rel=1e-6)
-        events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-        (validation,) = [e for e in events if e["event"] == "validation"]
+        (validation,) = events(run_dir, "validation")
         assert validation["tokens"] == 21 * 16 and validation["unigram_perplexity"] > 1
         losses[ranks] = validation["loss"]
     assert losses[1] == pytest.approx(losses[3], rel=1e-5)

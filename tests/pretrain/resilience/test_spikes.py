@@ -25,15 +25,8 @@ from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import (
-    before_steps,
-    events,
-    outcome,
-    spike_in_steps,
-    spike_on_position,
-    train_with,
-)
-from tests.pretrain.runs import assert_bit_identical, light_config, metrics, train_runs
+from tests.pretrain.resilience.faults import before_steps, outcome, spike_in_steps, spike_on_position, train_with
+from tests.pretrain.runs import assert_bit_identical, events, light_config, metrics, train_runs
 
 
 def test_a_spike_stands_out_from_the_median() -> None:
