@@ -20,8 +20,7 @@ from pretrain.config.schema import Config
 from pretrain.engine.deepspeed_json import deepspeed_json
 from pretrain.parallel.layout import RankBytes, rank_bytes
 from pretrain.parallel.stages import stage_bounds
-from pretrain.planning.communication import Collective
-from pretrain.planning.links import INSIDE, Rates, Spread, seconds, spreads
+from pretrain.planning.links import INSIDE, Collective, Rates, Spread, seconds, spreads
 from pretrain.planning.machine import Machine
 
 BACKWARD = 2 / 3

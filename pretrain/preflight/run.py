@@ -275,18 +275,16 @@ def preflight(
     config: Config,
     world_size: int,
     run_dir: Path,
-    device: str | None = None,
     *,
     alone: bool = True,
     patience: Patience | None = None,
 ) -> tuple[Sources, int, Checkpoint | None]:
     """Checks everything that can be refused without a process group or an allocation, and raises UserError at the first
-    fault. Returns the data sets, the DP size and the checkpoint that the run seems to continue from. `device`: the
-    ranks' (cuda or cpu); None: that of train.device on this machine. `alone`, `patience`: see PlannedRun."""
+    fault. Returns the data sets, the DP size and the checkpoint that the run seems to continue from. `alone`,
+    `patience`: see PlannedRun."""
     from pretrain.gpus import device_type
 
-    device = device or device_type(config.train.device)
-    run = PlannedRun(config, world_size, run_dir, device, alone=alone, patience=patience)
+    run = PlannedRun(config, world_size, run_dir, device_type(config.train.device), alone=alone, patience=patience)
     run.check(Checklist(stops=True), thorough=False)
     assert run.sources is not None and run.data_size is not None
     return run.sources, run.data_size, run.newest

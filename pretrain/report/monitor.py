@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.tables import listed
 from model.costs import training_flops_per_token
-from pretrain.checkpoint import versions
+from pretrain.checkpoint.state import versions
 from pretrain.config.schema import Config, MonitorConfig
 from pretrain.engine.details import Details
 from pretrain.report.curves import Curves

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch
 from common.errors import DataError, UserError
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
-from pretrain.config.schedule import learning_rate
 from pretrain.config.schema import Config
 from pretrain.data.order import permute, window_order
 from pretrain.data.sources import Sources, open_sources
@@ -166,19 +164,6 @@ def test_data_that_does_not_fit_the_model(copy: Path) -> None:
     )
     assert "model.sequence_length" in refusal(copy, "model.sequence_length=100000")
     assert "data_prep run" in refusal(copy / "nowhere")
-
-
-def test_learning_rate_by_hand(prepared: Path) -> None:
-    config = small_config(
-        prepared, "train.steps=10", "schedule.warmup_steps=4", "optimizer.learning_rate=1.0", "schedule.final_ratio=0.1"
-    )
-    rates = [learning_rate(config, step) for step in range(10)]
-    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert rates[4] == 1.0
-    assert rates[4:] == pytest.approx([0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
-    assert rates[-1] > 0.1
-    clipped = small_config(prepared, "train.steps=1", "schedule.warmup_steps=100", "optimizer.learning_rate=1.0")
-    assert learning_rate(clipped, 0) == 1.0
 
 
 class _Steps(torch.utils.data.Dataset[torch.Tensor]):

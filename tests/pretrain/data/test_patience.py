@@ -32,7 +32,7 @@ from pretrain.phases import read
 from pretrain.report.exit_codes import ExitCode, code_of
 from pretrain.report.run_folder import RunFolder
 from tests.harness import run_ranks
-from tests.pretrain.runs import assert_bit_identical, light_config, small_config
+from tests.pretrain.runs import assert_bit_identical, events, light_config, small_config
 
 KEYS = ("train.steps=4", "evaluate.sequences=8", "evaluate.every_steps=2", "checkpoint.every_steps=2")
 
@@ -293,7 +293,7 @@ def test_two_ranks_of_which_one_cannot_read(prepared: Path, tmp_path: Path) -> N
     first, second = run_ranks(_train, 2, light_config(prepared, *KEYS, ranks=2), tmp_path)
     assert first[:2] == ["FINISHED, 0 faults"] * 2 and second[:2] == ["FINISHED, 0 faults", "FINISHED, 2 faults"]
     assert_bit_identical(tmp_path / "passes", tmp_path / "plain")
-    (wait,) = [event for event in _events(tmp_path / "passes") if event["event"] == "data_waited"]
+    (wait,) = [event for event in events(tmp_path / "passes") if event["event"] == "data_waited"]
     assert (wait["rank"], wait["attempts"]) == (1, 2) and "ESTALE" in wait["reason"] and wait["file"].endswith(".tar")
     for number, (name, words) in enumerate((("stays", "(errno 5, EIO)"), ("missing", "(errno 2, ENOENT)")), start=2):
         assert first[number] == "PeerFailed CUT_OFF" and second[number].startswith(f"CUT_OFF: {prepared}/")
@@ -304,16 +304,12 @@ def test_two_ranks_of_which_one_cannot_read(prepared: Path, tmp_path: Path) -> N
         assert outcome["exit_code"] == ExitCode.CUT_OFF == 7
         assert outcome["reason"] == second[number].replace("CUT_OFF: ", "rank 1: ")
         assert not (tmp_path / name / "metrics.jsonl").exists() and any(
-            e["event"] == "data_waited" for e in _events(tmp_path / name)
+            e["event"] == "data_waited" for e in events(tmp_path / name)
         )
     # At the start the first rank says what any rank has met.
     assert second[4] == "PeerFailed CUT_OFF" and first[4].startswith(f"CUT_OFF: {prepared}/")
     assert "ETIMEDOUT" in first[4] and "rank 1 tried" in first[4]
     assert second[5] == "PeerFailed REFUSED" and first[5].startswith("REFUSED: missing file ")
-
-
-def _events(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
 
 
 def test_a_manifest_that_cannot_be_read_before_the_ranks_meet_ends_with_the_code_of_a_fault_that_passes(

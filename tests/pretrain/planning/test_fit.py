@@ -15,9 +15,9 @@ from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.planning import fit as planning
 from pretrain.planning import layout_plan
-from pretrain.planning.communication import Collective
 from pretrain.planning.fit import fit, with_overrides
 from pretrain.planning.layout_plan import traffic
+from pretrain.planning.links import Collective
 from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
 from pretrain.planning.record import Call, Rehearsal
 

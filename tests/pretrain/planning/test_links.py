@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from pretrain.config.loading import load_config
-from pretrain.planning.communication import Collective
-from pretrain.planning.links import BETWEEN, INSIDE, Rates, Spread, seconds, sent_bytes, spreads
+from pretrain.planning.links import BETWEEN, INSIDE, Collective, Rates, Spread, seconds, sent_bytes, spreads
 
 ONE_BILLION = Path(__file__).resolve().parents[3] / "configs" / "switchall_1b.json"
 

@@ -13,9 +13,8 @@ from pretrain.cli.plan_fit import hours_text, seconds_text
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.planning import layout_plan
-from pretrain.planning.communication import Collective
 from pretrain.planning.devices import Device
-from pretrain.planning.links import Rates
+from pretrain.planning.links import Collective, Rates
 from pretrain.planning.machine import Machine, MachineOptions
 from pretrain.planning.machine import machine as machine_of
 from pretrain.planning.measured import measurements

@@ -31,7 +31,7 @@ from pretrain.report.event_text import event_text
 from pretrain.report.forecast import COMMAND, Forecast
 from pretrain.report.memory_text import run_estimate
 from tests.harness import LIMIT_SECONDS, run_ranks
-from tests.pretrain.runs import light_config, metrics, small_config
+from tests.pretrain.runs import events, light_config, metrics, small_config
 
 GIB = 1 << 30
 PIPELINE = ("parallel.tensor=2", "parallel.pipeline=2", "model.feedforward.num_experts=6")
@@ -132,9 +132,8 @@ def test_a_run_compares_the_rank_that_takes_most_and_a_shorter_one_says_nothing(
     lengths[4] = light_config(prepared, keys, "train.steps=4", "monitor.tensorboard=true", ranks=2)
     run_ranks(runs_of, 2, [(config, tmp_path / str(steps)) for steps, config in lengths.items()])
     for steps in lengths:
-        rows = [json.loads(line) for line in (tmp_path / str(steps) / "events.jsonl").read_text().splitlines()]
-        assert [row["text"] for row in rows if row["event"] == "estimated"] == ["2,500 bytes"]
-        both = [row for row in rows if row["event"] == "estimate_compared"]
+        assert [row["text"] for row in events(tmp_path / str(steps), "estimated")] == ["2,500 bytes"]
+        both = events(tmp_path / str(steps), "estimate_compared")
         assert len(both) == (steps >= 3)
         for row in both:
             assert (row["step"], row["measured"]["memory_bytes"]) == (3, 3000 - 200), "of rank 1"

@@ -11,8 +11,7 @@ import torch
 from pretrain.report.monitor import Monitor, Origin
 from pretrain.report.router_load import Collapsed, CollapseWatch, choices, load_summary, load_text
 from pretrain.report.run_folder import RunFolder
-from tests.pretrain.resilience.faults import events
-from tests.pretrain.runs import MOA, small_config
+from tests.pretrain.runs import MOA, events, small_config
 
 LOAD = {
     "blocks.0.feedforward.statistics": torch.tensor([6.0, 5.0, 1.0, 0.0, 0.0], dtype=torch.float64),

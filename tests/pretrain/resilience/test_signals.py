@@ -22,8 +22,8 @@ from pretrain.data.sources import Sources
 from pretrain.phases import Phases
 from pretrain.resilience.signals import ProcessState, Stop
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import events, outcome
-from tests.pretrain.runs import assert_bit_identical, light_config, metrics, train_runs
+from tests.pretrain.resilience.faults import outcome
+from tests.pretrain.runs import assert_bit_identical, events, light_config, metrics, train_runs
 
 KEYS = (
     "train.steps=5",

@@ -26,8 +26,8 @@ from pretrain.resilience.slow_ranks import (
 )
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import events, train_with
-from tests.pretrain.runs import light_config, metrics
+from tests.pretrain.resilience.faults import train_with
+from tests.pretrain.runs import events, light_config, metrics
 
 MODEL = {"d_model": 8, "num_layers": 1, "vocab_size": 16, "sequence_length": 4}
 HOSTS = [f"node{rank // 2}" for rank in range(8)]
