@@ -25,6 +25,7 @@ from common.splits import SPLITS, SplitName
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.report.source_losses import source_losses
+from pretrain.views.windows import Reads, reads_by_step, setting
 
 LOGS = ("metrics.jsonl", "events.jsonl", "config.json")
 """A folder that has one of these is a run folder."""
@@ -237,6 +238,17 @@ class RunView:
         again."""
         return [(step, _loss(event.get("loss"))) for step, event in self._validation_events(split)]
 
+    def reads(self, split: str = "validation") -> dict[int, Reads]:
+        """Step -> what its validation on a split has read, as far as that changed in the life of the run."""
+        return reads_by_step(self.events, [step for step, _ in self._validation_events(split)], self.config)
+
+    def best_validation(self, split: str = "validation") -> tuple[int, float] | None:
+        """Step and loss of the lowest among those that read the windows of the newest one; None without a finite
+        one."""
+        reads, validations = self.reads(split), self.validations(split)
+        alike = [(step, loss) for step, loss in validations if reads[step] == reads[validations[-1][0]]]
+        return min((one for one in alike if math.isfinite(one[1])), key=lambda one: one[1], default=None)
+
     @property
     def splits(self) -> list[SplitName]:
         """Those on which it was validated, see `evaluate.split`: mostly one, two where a resume changed it."""
@@ -306,14 +318,6 @@ def _may_become_one(folder: Path) -> bool:
 
 def _loss(value: Any) -> float:
     return value if isinstance(value, int | float) else math.nan
-
-
-def setting(config: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key of config.json; None if it is not there."""
-    found: Any = config
-    for name in key.split("."):
-        found = found.get(name) if isinstance(found, dict) else None
-    return found
 
 
 def parsed(line: bytes) -> Any:
