@@ -35,8 +35,8 @@ TAIL_BYTES = 1000
 """A line of metrics.jsonl or more: its times tell two courses of a run apart."""
 NOT_FOLLOWED = {"superseded_metrics"}
 """Events that repeat what metrics.jsonl once held: of a long run they would be most of what is kept."""
-
-
+ENDS_ITS_JOB = (ExitCode.FINISHED, ExitCode.REFUSED, ExitCode.DIVERGED, ExitCode.FOLDER_LOST)
+"""Exit codes after which no job is requeued."""
 BEFORE_A_RUN = re.compile(r"slurm|checkpoints|lock-\d+\.json|\..*")
 """What its folder may hold before a run has begun: what submitting it and the first moments of a start leave there."""
 
@@ -213,6 +213,18 @@ class RunView:
         if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
             return State.STOPPED
         return State.DEAD if code is None else State.FAILED
+
+    @property
+    def job_that_may_return(self) -> str | None:
+        """The number of the SLURM job that trained here last, if the run has ended in a way for which its job goes back
+        into the queue, or starts it again (docs/operations.md); None if not."""
+        if self.state.goes_on or self.outcome.get("exit_code") in ENDS_ITS_JOB:
+            return None
+        try:
+            started = [(path.stat().st_mtime, path.stem) for path in (self.path / "slurm").glob("*.started")]
+        except OSError:
+            return None
+        return max(started)[1] if started else None
 
     def last(self, kind: str) -> Row:
         """The newest event of a kind; empty if there is none."""
