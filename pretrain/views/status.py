@@ -356,15 +356,10 @@ def duration(seconds: float) -> str:
 
 def wrapped(line: str, width: int, *, indent: int) -> list[str]:
     """The line in lines of at most `width` characters, those after the first indented. What takes more than MOST_LINES
-    ends in dots."""
-    return textwrap.wrap(
-        visible(line),
-        max(width, indent + 5),
-        subsequent_indent=" " * indent,
-        break_on_hyphens=False,
-        max_lines=MOST_LINES,
-        placeholder=" ...",
-    )
+    loses its middle: it begins with what happened, and ends with what to do."""
+    lines = textwrap.wrap(visible(line), max(width, indent + 5), subsequent_indent=" " * indent, break_on_hyphens=False)
+    last = (MOST_LINES - 1) // 2
+    return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1 - last], " " * indent + DOTS, *lines[-last:]]
 
 
 def beginning(line: str, width: int) -> str:
