@@ -100,6 +100,9 @@ def smoke_config(path: Path, overrides: Sequence[str], steps: int, resume: Path 
         "checkpoint.resume": "auto" if resume is None else str(resume),
         "evaluate.every_steps": 0,
         "evaluate.sequences": 0,
+        "evaluate.tasks": {},  # of 100,000 texts the test would take hours
+        "evaluate.tasks_every_steps": 0,
+        "evaluate.tasks_limit": 0,
         "monitor.tensorboard": False,
         "monitor.print_every_steps": 1,
         "monitor.alert_command": None,
