@@ -36,8 +36,8 @@ def _left_alone(function: Any = None, **options: Any) -> Any:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not what torch says of a CUDA toolkit on a machine without a GPU, such as a login node, when megatron-core imports
-    its builder of extensions, which nothing here needs."""
+    """Not what torch says of a CUDA toolkit on a machine without a GPU, such as a login node: megatron-core imports its
+    builder of extensions, which nothing here needs."""
     return not str(record.msg).startswith("No CUDA runtime is found")
 
 
