@@ -242,7 +242,7 @@ class PlannedRun:
                     found.problem(
                         UserError(
                             f"evaluate.{key}: is {value}, but evaluate.tasks names no task; name some, --set "
-                            f"'evaluate.tasks={{\"lambada\": \"raw/lambada\"}}', or set it to 0"
+                            f'\'evaluate.tasks={{"lambada": "raw/lambada"}}\', or set it to 0'
                         )
                     )
             return "no evaluate.tasks"
