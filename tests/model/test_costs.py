@@ -367,5 +367,5 @@ def test_a_layer_without_a_formula_is_an_error_and_no_number(section: str) -> No
     formulas += [attention_macs, attention_memory, cache_floats] if section == "attention" else []
     formulas += [feedforward_macs, feedforward_memory] if section == "feedforward" else []
     for formula in formulas:
-        with pytest.raises(AssertionError, match="unreachable.*type='new'"):
+        with pytest.raises(AssertionError, match=r"unreachable.*type='new'"):
             formula(config)
