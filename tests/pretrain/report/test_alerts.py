@@ -117,6 +117,10 @@ def test_every_end_of_a_start_is_told_once_with_its_code(
     ((sentence, told),) = calls(tmp_path / "got")
     assert (told["event"]["event"], told["event"]["exit_code"], told["event"]["step"]) == (kind, code, 4)
     assert kind in sentence and (f"exit code {int(code)}: why" in sentence or kind != "failed")
+    # The next start replaces outcome.json, not this event; there is none in a folder that is another run's by then.
+    rows = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    ends = [(row["event"], row.get("exit_code")) for row in rows if row["event"] in ("finished", "stopped", "failed")]
+    assert ends == ([] if code is ExitCode.FOLDER_LOST else [(kind, int(code) if kind == "failed" else None)])
 
 
 def test_of_a_flood_one_is_told_and_the_end_says_how_many_were_left_out(tmp_path: Path) -> None:
