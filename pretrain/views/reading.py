@@ -37,8 +37,9 @@ NOT_FOLLOWED = {"superseded_metrics"}
 """Events that repeat what metrics.jsonl once held: of a long run they would be most of what is kept."""
 ENDS_ITS_JOB = (ExitCode.FINISHED, ExitCode.REFUSED, ExitCode.DIVERGED, ExitCode.FOLDER_LOST)
 """Exit codes after which no job is requeued."""
-BEFORE_A_RUN = re.compile(r"slurm|checkpoints|lock-\d+\.json|\..*")
-"""What its folder may hold before a run has begun: what submitting it and the first moments of a start leave there."""
+BEFORE_A_RUN = re.compile(r"slurm|smoke-\d+|checkpoints|lock-\d+\.json|\..*")
+"""What its folder may hold before a run has begun: what submitting it, a smoke test and the first moments of a start
+leave there."""
 
 
 class NotYet(UserError):

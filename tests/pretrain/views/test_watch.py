@@ -69,7 +69,7 @@ def test_a_run_that_is_removed_ends_no_watch_of_the_others(
     assert said.err == f"passed over: {tmp_path / 'removed'} cannot be read: No such file or directory\n"
 
 
-@pytest.mark.parametrize("left", [None, "slurm", ".hidden", "checkpoints"])
+@pytest.mark.parametrize("left", [None, "slurm", ".hidden", "checkpoints", "smoke-1"])
 def test_a_watch_waits_for_a_run_that_is_in_the_queue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], left: str | None
 ) -> None:
