@@ -79,12 +79,12 @@ def notes(runs: Sequence[Run]) -> list[str]:
 
 
 def _notes_on_resumes(run: Run, split: SplitName) -> list[str]:
-    """After which step a resume changed what the validations of a run read."""
+    """From which step on a resume changed what the validations of a run read."""
     reads = list(run.view.reads(split).items())
     return [
-        f"{run.label}: {' and '.join(key for key in now if now[key] != before[key])} changed after step {step:,}: "
-        f"{split} losses up to there are of other windows of the text than later ones"
-        for (step, before), (_, now) in itertools.pairwise(reads)
+        f"{run.label}: {' and '.join(key for key in now if now[key] != before[key])} changed: {split} losses from step "
+        f"{step:,} on are of other windows of the text than those before"
+        for (_, before), (step, now) in itertools.pairwise(reads)
         if now != before
     ]
 

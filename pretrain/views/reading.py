@@ -253,7 +253,7 @@ class RunView:
 
     def reads(self, split: str = "validation") -> dict[int, Reads]:
         """Step -> what its validation on a split has read, as far as that changed in the life of the run."""
-        return reads_by_step(self.events, [step for step, _ in self._validation_events(split)], self.config)
+        return reads_by_step(self.events, split, self.config)
 
     def best_validation(self, split: str = "validation") -> tuple[int, float] | None:
         """Step and loss of the lowest among those that read the windows of the newest one; None without a finite

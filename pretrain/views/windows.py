@@ -3,7 +3,7 @@ other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from common.line_log import Row
@@ -45,17 +45,20 @@ def same_sources(one: Any, other: Any) -> bool:
     return found[0] == found[1]
 
 
-def reads_by_step(events: Sequence[Row], steps: Iterable[int], config: dict[str, Any]) -> dict[int, Reads]:
-    """What the validations after `steps`, those that still count, have read. A start records how its settings differ
-    from those of the checkpoint that it goes on from: those before it had the earlier value. config: of the newest
-    start."""
-    found: dict[int, Reads] = {step: {} for step in steps}
+def reads_by_step(events: Sequence[Row], split: str, config: dict[str, Any]) -> dict[int, Reads]:
+    """What the validations on a split have read, by step, those that still count: a start from before a step computes
+    its validation again. A start records how its settings differ from those of the checkpoint that it goes on from:
+    the validations before it had the earlier value. config: of the newest start."""
+    found: dict[int, Reads] = {}
     newest: Reads = {}
-    begun, digest, is_other_mixture = 0, None, False
+    digest, is_other_mixture = None, False
     for event in events:
-        kind, key = event["event"], event.get("key")
-        if kind == "started":
-            begun, digest, is_other_mixture = event.get("step", 0), event.get("data_digest"), False
+        kind, step, key = event["event"], event.get("step"), event.get("key")
+        if kind == "validation" and event.get("split", "validation") == split and isinstance(step, int):
+            found[step] = {}
+        elif kind == "started" and isinstance(step, int):
+            found = {earlier: reads for earlier, reads in found.items() if earlier <= step}
+            digest, is_other_mixture = event.get("data_digest"), False
         if kind != "changed_setting" or not isinstance(key, str):
             continue
         then, now = event.get("then"), event.get("now")
@@ -66,9 +69,8 @@ def reads_by_step(events: Sequence[Row], steps: Iterable[int], config: dict[str,
             continue
         name = "data" if is_data else key
         newest[name] = now if is_data else setting(config, key)
-        for step, reads in found.items():
-            if step <= begun:
-                reads.setdefault(name, then)
+        for reads in found.values():
+            reads.setdefault(name, then)
     if "data" in newest and isinstance(digest, str):
         newest["data"] = digest[:DIGEST_LETTERS]
-    return {step: newest | reads for step, reads in found.items()}
+    return {step: newest | reads for step, reads in sorted(found.items(), key=lambda pair: pair[0])}

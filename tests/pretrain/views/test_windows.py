@@ -50,6 +50,12 @@ MORE = ("evaluate.sequences", 16, 256)
         # The second start goes on from before the first one's checkpoints, so it changes nothing.
         ([validation(4, 3.0), start(4, FEWER), validation(8, 2.0), start(4), validation(8, 3.5)], 256, (4, 3.0)),
         ([validation(4, 3.0), start(4, FEWER)], 16, (4, 3.0)),
+        # A start that changed them computes the validation of its own step again.
+        (
+            [validation(2, 3.0), validation(4, 3.25), start(4, FEWER), validation(4, 3.75), validation(8, 4.0)],
+            16,
+            (4, 3.75),
+        ),
     ],
 )
 def test_the_best_is_of_the_windows_of_the_newest(
@@ -108,8 +114,10 @@ def test_a_comparison_says_after_which_step_a_resume_changed_the_windows(tmp_pat
     one = run(tmp_path / "one", *events, config={"evaluate": {"sequences": 16}})
     other = run(tmp_path / "other", validation(4, 3.0), config={"evaluate": {"sequences": 16}})
     said = text(runs_of(one, other), 0.0)
-    note = "note: one: evaluate.sequences changed after step 4: validation losses up to there are of other windows"
-    assert said.count("changed after step") == 1 and note in said
+    note = (
+        "note: one: evaluate.sequences changed: validation losses from step 8 on are of other windows of the text than"
+    )
+    assert said.count(" changed: ") == 1 and note in said
     assert text(runs_of(one), 0.0).startswith(note)
 
 
