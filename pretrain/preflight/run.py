@@ -234,8 +234,17 @@ class PlannedRun:
         return checkpoint_space(self.config, folder)
 
     def _evaluation(self, found: Outcome, *, thorough: bool) -> str:
-        tasks = self.config.evaluate.tasks
+        settings, tasks = self.config.evaluate, self.config.evaluate.tasks
         if not tasks:
+            # No rule of configurations: checkpoints of runs that had it would no longer open.
+            for key in ("tasks_every_steps", "tasks_limit"):
+                if value := getattr(settings, key):
+                    found.problem(
+                        UserError(
+                            f"evaluate.{key}: is {value}, but evaluate.tasks names no task; name some, --set "
+                            f'\'evaluate.tasks={{"lambada": "raw/lambada"}}\', or set it to 0'
+                        )
+                    )
             return "no evaluate.tasks"
         from pretrain.evaluation.training import RunTasks, check_places
         from pretrain.saved_model.tokenizer import TASK_IS_TEXT

@@ -326,6 +326,14 @@ def test_the_held_out_split_of_other_data_is_a_task_of_its_own(
     before = sorted((run / "evaluation" / checkpoint.name).iterdir())
     assert evaluate_checkpoint([str(run), "--tasks", "validation=.", "--limit", "2"]) == 0
     assert sorted((run / "evaluation" / checkpoint.name).iterdir()) == before, "not the file of the run's own data"
+    # Other data whose folder has the same name replace no result of these.
+    monkeypatch.chdir(shutil.copytree(sources["c4"], tmp_path / "others" / "pes2o"))
+    for _ in range(2):
+        assert evaluate_checkpoint([str(run), "--tasks", "validation=.", "--limit", "2"]) == 0
+    digests = [Manifest.load(sources[name]).digest for name in ("c4", "pes2o")]
+    written = {path.name: path for path in (run / "evaluation" / checkpoint.name).iterdir()}
+    assert set(written) == {*(path.name for path in before), f"validation-pes2o-{digests[0][:12]}.json"}
+    assert json.loads(written["validation-pes2o.json"].read_text())["digest"] == digests[1]
     capsys.readouterr()
 
     def refused(words: str, *arguments: str) -> None:

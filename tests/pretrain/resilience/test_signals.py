@@ -175,6 +175,18 @@ def test_a_second_signal_counts_after_a_while_and_works_although_the_main_thread
     assert "SIGTERM after SIGTERM: leaving at once. Nothing was trained\n" in done.stderr
 
 
+def test_the_outcome_repeats_no_word_of_the_terminal() -> None:
+    done = run_process(
+        """
+        from pretrain.report.exit_codes import ExitCode
+        stop.before_leaving.append(lambda code, message: print(int(code), message, flush=True))
+        stop.leave(ExitCode.FOLDER_LOST, "error: this run folder is gone")
+        """
+    )
+    assert (done.returncode, done.stdout) == (6, "6 this run folder is gone\n")
+    assert done.stderr.endswith("error: this run folder is gone\n")
+
+
 @pytest.mark.parametrize("kind", ["second signal", "dead neighbour"])
 @pytest.mark.parametrize("state", [ProcessState.TRAINING, ProcessState.ENDING])
 def test_a_run_that_ends_while_its_checkpoints_are_looked_for_is_not_left(
