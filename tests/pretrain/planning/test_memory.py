@@ -255,6 +255,8 @@ def test_graphs_keep_activations_and_a_copy_of_the_gradients_for_each_kind() -> 
     found = held + 4 * parameters  # in a micro-step; in the update the tensors inside the graphs were not counted
     assert 29.4 < found / 2**30 < 1.1 * 29.4
     assert estimate(load_config(ONE_BILLION, keys), 1, "cpu").graphs == 0
+    memory = 'model.position={"type": "rope", "memory_chunks": 2}'  # of 0, 1 and 2 chunks: three kinds
+    assert estimate(load_config(ONE_BILLION, [*keys, memory]), 1, "cuda").graphs == 3 * 2 * parameters
 
 
 @pytest.mark.parametrize("key", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2", "parallel.zero=3"])
