@@ -78,8 +78,8 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
         ask_once(engine.optimizer)
         sum_as_we_do(engine.optimizer)
         _keep_until_reduced(engine.optimizer)
-    if config.parallel.offload_optimizer and config.parallel.zero < 3:
-        _drop_skipped_gradients(engine.optimizer)
+        if config.parallel.offload_optimizer:
+            _drop_skipped_gradients(engine.optimizer)
     if zero_1.is_used(config):
         zero_1.add_without_a_copy(engine.optimizer)
     _average_only_over_others(engine)

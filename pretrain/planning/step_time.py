@@ -257,7 +257,8 @@ def _gradient_bytes(config: Config) -> int:
 
 
 def _reduces_in_the_backward_pass(config: Config, data_size: int) -> bool:
-    """Whether DeepSpeed sums gradients while the last backward pass goes on (docs/parallelism.md)."""
+    """Whether DeepSpeed sums gradients while the last backward pass goes on (docs/parallelism.md). Pipelines, which
+    cannot, may not have the key."""
     settings = deepspeed_json(config, data_size)["zero_optimization"]
     default = config.parallel.zero == 3  # DeepSpeed's own
-    return config.parallel.pipeline == 1 and bool(settings.get("overlap_comm", default))
+    return bool(settings.get("overlap_comm", default))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import shutil
 from pathlib import Path
 
@@ -17,6 +19,21 @@ from pretrain.data.order import permute, window_order
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.windows import TrainingStream, WindowReader, num_windows
 from tests.pretrain.runs import small_config
+
+
+def test_the_limit_of_tokens_is_of_training_alone(prepared: Path) -> None:
+    config, whole = small_config(prepared, "data.max_tokens=160"), small_config(prepared)
+    sources = Sources.load(config)
+    assert sources.reader("train", config).num_windows == 10
+    held_out = sources.reader("validation", config).num_windows
+    assert held_out == sources.reader("validation", whole).num_windows > 10
+
+
+def test_each_stream_needs_a_window(prepared: Path) -> None:
+    for windows, is_enough in ((8, True), (7, False)):
+        config = small_config(prepared, "model.position.type=xl", f"data.max_tokens={16 * windows}")
+        with contextlib.nullcontext() if is_enough else pytest.raises(UserError, match="8 streams with memory need"):
+            open_sources(config)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1000, 4097])

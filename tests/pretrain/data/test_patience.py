@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,68 @@ def test_a_folder_that_does_not_answer_is_not_called_missing(prepared: Path, mon
         Faults(prepared.name, errno.EIO, 10**6).install(patch, "Path.stat")
         with pytest.raises(UnreadableError, match=rf"^{prepared} cannot be read: .*\(errno 5, EIO\)$"):
             Sources.load(small_config(prepared))
+
+
+class Clock:
+    """Stands still but in a pause."""
+
+    def __init__(self, patience: Patience, patch: pytest.MonkeyPatch) -> None:
+        self.now = 50.0
+        patch.setattr(pretrain.data.patience, "time", SimpleNamespace(monotonic=lambda: self.now))
+        patch.setattr(patience, "_ended", SimpleNamespace(wait=self.pause))
+
+    def pause(self, seconds: float) -> bool:
+        self.now += seconds
+        return False
+
+
+def test_pauses_grow_to_a_limit_and_none_is_longer_than_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    patience = Patience(100.0)
+    clock, attempts = Clock(patience, monkeypatch), []
+
+    def never() -> None:
+        attempts.append(clock.now - 50.0)
+        raise OSError(errno.EIO, "")
+
+    with pytest.raises(PassingError, match=r"tried 10 times in 92 s\."):
+        patience(never)
+    assert attempts == [0.0, 0.5, 1.5, 3.5, 7.5, 15.5, 31.5, 51.5, 71.5, 91.5]
+
+
+def test_faults_soon_after_another_share_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else many files with short faults would keep the other ranks waiting for ever."""
+    patience = Patience(10.0)
+    clock, begun = Clock(patience, monkeypatch), []
+
+    def until(end: float) -> None:
+        begun.append(clock.now)
+        if clock.now < end:
+            raise TimeoutError("no answer")  # without a number
+
+    patience(lambda: until(57.0))
+    assert clock.now == 57.5
+    with pytest.raises(PassingError):
+        patience(lambda: until(1000.0))
+    assert begun[-1] < 60.0, "ten seconds after the first fault"
+    clock.now = 61.0
+    patience(lambda: until(68.0))
+    assert [wait["attempts"] for wait in patience.taken_waits()] == [4, 3, 4]
+
+
+def test_what_has_ended_may_begin_again(quick: None) -> None:
+    patience, left = Patience(60.0), [2]
+
+    def faulty() -> int:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EIO, "")
+        return 5
+
+    patience.end()
+    with pytest.raises(PassingError, match="tried 1 times"):
+        patience(faulty)
+    patience.begin()
+    assert patience(faulty) == 5 and left == [-1]
 
 
 def test_a_missing_file_is_waited_for_only_after_it_was_seen(

@@ -52,6 +52,8 @@ def compared(
         # A process on a CPU gains code too, which is not the model's.
         (compared((GIB, GIB + LIBRARIES), device="cpu"), []),
         (compared((GIB, GIB + LIBRARIES + GIB // 5), device="cpu"), ["memory is "]),
+        (compared((GIB, GIB + GIB // 5)), ["memory is 20% above the estimate"]),  # less than LIBRARIES
+        (compared((100 << 20, 110 << 20), device="cpu"), []),
         (compared((GIB, GIB // 2), device="cpu"), ["memory is 50% below the estimate"]),
         (compared((None, 5)), []),
         (compared((None, 5), step=((1.0, 2.0), 2.29)), []),
@@ -109,6 +111,14 @@ def test_each_is_said_once_whichever_comes_first(is_late: bool) -> None:
         both.measure(40, 9 * GIB, [9.0])  # of a later segment
         look()
     assert said == [("estimated", None), ("estimate_compared", 20)]
+
+
+def test_nothing_is_compared_where_nothing_was_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    both = SideBySide(lambda: RunEstimate(None, "cpu", "not estimated"))
+    both.measure(20, GIB, [1.0])
+    both.look(lambda kind, **values: said.append(kind))
+    assert said == ["estimated"] and capsys.readouterr().out == "memory of a rank: not estimated\n"
 
 
 def run_of(rank: int, config: Config, run_dir: Path) -> None:

@@ -47,6 +47,7 @@ def test_a_run_writes_metrics_tensorboard_and_a_layout_free_validation(prepared:
             "monitor.tensorboard=true",
             f"monitor.tensorboard_every_steps={ranks}",
             "parallel.zero=3",
+            "schedule.shape=constant",
             "model.dropout=0.5",  # in training alone
             "model.attention.expert_dropout=0.5",
             "model.feedforward.expert_dropout=0.5",
@@ -56,6 +57,7 @@ def test_a_run_writes_metrics_tensorboard_and_a_layout_free_validation(prepared:
         rows = metrics(run_dir)
         assert [row["step"] for row in rows] == [1, 2, 3]
         assert rows[-1]["tokens"] == 3 * 12 * 16
+        assert [row["lr"] for row in rows] == pytest.approx([0.001, 0.002, 0.003])  # its warm-up
         for row in rows:
             assert {
                 "loss",
