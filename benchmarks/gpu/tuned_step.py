@@ -74,6 +74,8 @@ def _measured(context: Context, name: str, sequences: int, kind: str, entries: l
     }
     result["errors"], wrong = compared(found, wanted, noise)
     del found, wanted, noise
+    if on_gpu:
+        torch.cuda.empty_cache()  # what was launched one by one leaves its memory to the graphs
 
     def timed(step: Step) -> tuple[float, float]:
         with placed(entries if step is tuned else ()):

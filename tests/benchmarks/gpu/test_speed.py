@@ -124,10 +124,12 @@ def compressed(rows: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_sparse_product_is_that_of_all_experts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if not torch.backends.cusparselt.is_available():
+    with monkeypatch.context() as without_gpu:
+        without_gpu.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+        without_gpu.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(Unavailable, match="no cuSPARSELt here"):
             sparse.compute(context(tmp_path))
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(sparse, "is_there", lambda: True)
     monkeypatch.setattr(torch, "_cslt_compress", compressed)
     monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda packed, weights: 3)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda packed, weights, alg_id=0: packed @ weights)
