@@ -37,6 +37,7 @@ from benchmarks.gpu.timing import CudaClock, HostClock, draw
 from model.language_model import build_on_meta
 from pretrain.gpus import numerics
 from tests.benchmarks.gpu.cases import CASES, NAMES
+from tests.benchmarks.gpu.test_tuned import FASTER, recorded
 from tests.marks import HAS_SPACE
 from tests.pretrain.test_gpus import switches
 
@@ -358,6 +359,7 @@ def test_kernel_tables() -> None:
 
 @pytest.mark.slow
 def test_every_part_on_the_cpu(tmp_path: Path) -> None:
+    recorded(tmp_path, FASTER)  # as if tune had run
     words = ["speed", "--device", "cpu", "--tiny", "--results", str(tmp_path), "--seconds", "3000"]
     assert main(words) == int(HAS_SPACE)
     entries = {entry.part: entry.status for entry in read(tmp_path / "cpu" / "speed.jsonl")}
