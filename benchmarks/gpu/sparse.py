@@ -35,11 +35,16 @@ def gated_rows(tokens: int, heads: int, width: int, device: torch.device) -> Ten
     return (rows * gates).to(torch.bfloat16).flatten(1)
 
 
+def is_there() -> bool:
+    """torch's CUDA builds have cuSPARSELt on a machine without a GPU too."""
+    return torch.backends.cusparselt.is_available() and torch.cuda.is_available()
+
+
 def compute(context: Context) -> dict[str, Any]:
     """cuBLAS over all experts; cuSPARSELt on what it has compressed, by its default and by the fastest algorithm that
     its search finds; and the compression, which a kernel of ours would do as it spreads the rows."""
-    if not torch.backends.cusparselt.is_available():
-        raise Unavailable("torch has no cuSPARSELt here")
+    if not is_there():
+        raise Unavailable("torch has no cuSPARSELt here, or no GPU")
     _, flops_per_second = ceilings(context)
     clock, rounds = clock_of(context.device), 3 if context.tiny else 30
     tokens, heads, width, d = (64, 2, 16, 64) if context.tiny else (N, HEADS, WIDTH, D)

@@ -85,6 +85,11 @@ def searches(*, tiny: bool) -> Iterator[Search]:
             yield from relative_attention_searches(model)
 
 
+def current_capability() -> tuple[int, int]:
+    """Of this machine's GPU, asked for whether or not CUDA has started; without one that of an H100."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+
+
 def sigma_moe_searches(model: Model) -> Iterator[Search]:
     N, d, (E, k, G) = model.N, model.d, model.experts
     build = functools.partial(sigma_moe_case, N, d, E, k, G)
@@ -145,7 +150,7 @@ def set_gemm_searches(model: Model) -> Iterator[Search]:
     """kernels.backend=sets, which `auto` takes nowhere before a GPU has timed it."""
     N, d, (H, E, k, h) = model.N, model.d, model.head
     shape = f"{model.name} N={N} d={d} H={H} E={E} k={k} h={h}"
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    capability = current_capability()
     project = set_gemm.project_tiles(h, k, DTYPE, capability)
     gradient = set_gemm.gradient_tiles(d, h, H * E, DTYPE, capability)
     for what, phase, kernel, flag, own, case in (
@@ -325,7 +330,7 @@ def relative_attention_searches(model: Model) -> Iterator[Search]:
         **common,
     )
     for what in relative_attention.TILES[relative_attention.widest(h)]:
-        found = relative_attention.tiles(h, what)
+        found = relative_attention.tiles(h, what, current_capability()[0])
         kernel = {"forward": "forward_kernel", "queries": "query_gradient_kernel"}.get(what, "key_gradient_kernel")
         yield Search(
             name=f"relative_attention {what} {shape}",

@@ -117,8 +117,8 @@ def visit(options: argparse.Namespace, stops: Sequence[Stop], *, run: Runner, cl
     print("\n" + markdown(rows) + "\n" + "\n".join(visit_numbers.lines(entries)))
     found = [entry for each in plan for entry in _entries(each, entries)]
     for entry in found:
-        if entry.status == FAILED:
-            print(f"failed: {entry.part}: {headline(entry)}")
+        if entry.status != PASSED:
+            print(f"{entry.status}: {entry.part}: {headline(entry)}")
     left_out = sum(len(each.parts) for each in plan) - sum(entry.status in (PASSED, FAILED) for entry in found)
     if left_out:
         print(f"{left_out} parts are left: the same command goes on with them")

@@ -39,8 +39,8 @@ def of(command: str, only: str, seconds: int, why: str) -> Stop:
 STOPS = [
     of(
         "truth",
-        "equal 1b bf16, dropout masks, repeat 1b bf16",
-        80,
+        "compile, equal 1b bf16, dropout masks, repeat 1b bf16",
+        110,
         """never ran on a GPU: attention inside documents, `kernels.backend=sets`, the router's one launch, the entropy
         regulariser's three, σ-MoE's sum that adds the residual stream, its backward in pieces and its wide weight
         gradient. RoPE and the masks of experts were in no part

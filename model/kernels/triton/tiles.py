@@ -5,12 +5,13 @@ and the tiles. `python -m benchmarks.gpu apply` writes it from what `tune` recor
 its very widths, experts and dtype, and for its number of rows or more: of fewer nothing was measured. So tiles, like
 everything that decides the bits of a result, still depend on shapes and the kind of card alone.
 
-A launch looks its tiles up by one `dict.get`, and not even that while there are no entries.
+A launch looks its tiles up once for each shape, and not at all while there are no entries.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -93,9 +94,13 @@ class Table(dict[Key, Entry]):
 
 def measured(kernel: str, dtype: torch.dtype, *, at: int = 0, **shape: int) -> Tiles | None:
     """The tiles of a launch over `at` rows on the current card, if the table has any; else the caller's own hold."""
-    if not _table:
-        return None
-    key = kernel, backend.cuda_capability(), DTYPES.get(dtype, ""), frozenset(shape.items())
+    return _looked_up(kernel, dtype, at, backend.cuda_capability(), **shape) if _table else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _looked_up(kernel: str, dtype: torch.dtype, at: int, capability: tuple[int, int], **shape: int) -> Tiles | None:
+    """Once for each shape, as long as the table stays."""
+    key = kernel, capability, DTYPES.get(dtype, ""), frozenset(shape.items())
     entry = _table.get(key)
     if entry is None or at < entry.rows:
         return None
@@ -109,10 +114,12 @@ def placed(entries: Iterable[Entry]) -> Iterator[Table]:
     global _table
     before, more = _table, [checked(entry) for entry in entries]
     _table = Table((before | Table(more)).values())
+    _looked_up.cache_clear()
     try:
         yield _table
     finally:
         _table = before
+        _looked_up.cache_clear()
 
 
 def load(path: Path = FILE) -> Table:

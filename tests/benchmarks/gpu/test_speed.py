@@ -37,6 +37,7 @@ from benchmarks.gpu.timing import CudaClock, HostClock, draw
 from model.language_model import build_on_meta
 from pretrain.gpus import numerics
 from tests.benchmarks.gpu.cases import CASES, NAMES
+from tests.benchmarks.gpu.test_tuned import FASTER, recorded
 from tests.marks import HAS_SPACE
 from tests.pretrain.test_gpus import switches
 
@@ -124,10 +125,12 @@ def compressed(rows: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_sparse_product_is_that_of_all_experts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if not torch.backends.cusparselt.is_available():
+    with monkeypatch.context() as without_gpu:
+        without_gpu.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+        without_gpu.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(Unavailable, match="no cuSPARSELt here"):
             sparse.compute(context(tmp_path))
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(sparse, "is_there", lambda: True)
     monkeypatch.setattr(torch, "_cslt_compress", compressed)
     monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda packed, weights: 3)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda packed, weights, alg_id=0: packed @ weights)
@@ -356,6 +359,7 @@ def test_kernel_tables() -> None:
 
 @pytest.mark.slow
 def test_every_part_on_the_cpu(tmp_path: Path) -> None:
+    recorded(tmp_path, FASTER)  # as if tune had run
     words = ["speed", "--device", "cpu", "--tiny", "--results", str(tmp_path), "--seconds", "3000"]
     assert main(words) == int(HAS_SPACE)
     entries = {entry.part: entry.status for entry in read(tmp_path / "cpu" / "speed.jsonl")}

@@ -26,7 +26,7 @@ from benchmarks.gpu.record import ROOT, Entry, read
 from benchmarks.gpu.tile_compilation import Launch, Resources, launches_on_fake_cuda
 from benchmarks.gpu.tile_search import MOST, Search, Tiles, candidates, pruned, text, tiles_of
 from benchmarks.gpu.timing import HostClock, Work, draw
-from model.kernels.triton import rope
+from model.kernels.triton import relative_attention, rope
 from model.kernels.triton import tiles as measured_tiles
 
 TINY = {search.name: search for search in tuned_kernels.searches(tiny=True)}
@@ -85,6 +85,18 @@ def test_todays_tiles_are_those_of_the_kernel_and_a_change_of_every_number_reach
     assert today and own == today == again
     for changed, other in zip(one_each, others, strict=True):
         assert other != today, changed
+
+
+def test_todays_tiles_of_attention_are_those_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = tuned_kernels.Model("wide", 2, 19, 24, (4, 2, 16), (2, 4, 2, 256), routers=4, classes=50)
+    for capability in ((9, 0), (10, 0)):
+        monkeypatch.setattr(tuned_kernels, "current_capability", lambda now=capability: now)
+        (search,) = (
+            s for s in tuned_kernels.relative_attention_searches(wide) if s.name.startswith("relative_attention k ")
+        )
+        found = relative_attention.tiles(256, "k", capability[0])
+        assert (search.own["queries"], search.own["stages"]) == (found["QUERIES"], found["num_stages"])
+        assert search.own["queries"] == (32 if capability == (10, 0) else 16)
 
 
 def test_a_candidate_is_in_the_table_inside_and_no_longer() -> None:

@@ -16,6 +16,7 @@ from benchmarks.compiled_records import read_records
 from benchmarks.gpu import block, ceilings, models, tables, tuned_kernels, tuned_step, winners
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import Context, Failed, Unavailable
+from benchmarks.gpu.equality import errors
 from benchmarks.gpu.record import Entry, Identity, Record, identity
 from benchmarks.gpu.tile_compilation import Resources
 from benchmarks.gpu.tile_search import Search
@@ -115,7 +116,7 @@ def test_tiles_that_compute_something_else_fail_with_their_times(
     def wrong(step: Any) -> dict[str, torch.Tensor]:
         calls.append(step)
         found = outcome(step)
-        if len(calls) == 3:  # of the nudged model, of today's, of the winners
+        if len(calls) == 3:  # of today's tiles, of the nudged model, of the winners
             found["final_norm.weight"] *= 3
         return found
 
@@ -136,6 +137,30 @@ def test_how_far_a_gradient_may_be_off() -> None:
     assert compared(wanted | {"b": one * 1.03}, wanted, noise)[1] == ["b is off by 3.0e-02, more than 2.0e-02"]
     assert len(compared(wanted | {"loss": one[0] * 1.03}, wanted, noise)[1]) == 1
     assert len(compared(wanted | {"b": one * float("nan")}, wanted, noise)[1]) == 1
+
+
+def test_routers_choose_what_they_chose_before() -> None:
+    """Where roundings are others, too: gradients are nearer to each other then."""
+    config = models.load("tiny", num_layers=2, sequence_length=64)
+    choices: list[torch.Tensor] = []
+    with tuned_step.choosing(choices):
+        wanted = tuned_step.outcome(tuned_step.Step(config, CPU, 1))
+    plain = tuned_step.outcome(tuned_step.Step(config, CPU, 1))
+    assert len(choices) == 2 * config.num_layers
+    with tuned_step.choosing(choices, again=True):
+        again = tuned_step.outcome(tuned_step.Step(config, CPU, 1))
+    assert all(torch.equal(wanted[name], plain[name]) and torch.equal(wanted[name], again[name]) for name in wanted)
+    others = [(index + 1) % (int(index.max()) + 1) for index in choices]
+    with tuned_step.choosing(others, again=True):
+        other = tuned_step.outcome(tuned_step.Step(config, CPU, 1))
+    assert errors(other, wanted)["blocks.0.feedforward.up_experts"] > 0.1
+    noted: list[torch.Tensor] = []
+    with tuned_step.choosing(noted):
+        free = errors(tuned_step.outcome(tuned_step.nudged(tuned_step.Step(config, CPU, 1))), wanted)
+    with tuned_step.choosing(choices, again=True):
+        bound = errors(tuned_step.outcome(tuned_step.nudged(tuned_step.Step(config, CPU, 1))), wanted)
+    assert not all(torch.equal(one, chosen) for one, chosen in zip(noted, choices, strict=True))
+    assert max(bound.values()) < 0.5 * max(free.values())
 
 
 def test_a_nudged_embedding_differs_in_the_last_bit() -> None:

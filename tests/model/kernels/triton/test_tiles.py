@@ -93,6 +93,17 @@ def test_which_launches_take_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured("norm forward", BF16, at=100, d=48) is None
 
 
+def test_a_shape_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where the table is another."""
+    with placed([entry("norm forward", {"warps": 2}, d=48)]) as table:
+        assert [measured("norm forward", BF16, d=width) for width in (48, 64)] == [{"warps": 2}, None]
+        monkeypatch.setattr(table, "get", lambda key: 1 / 0)
+        assert [measured("norm forward", BF16, d=width) for width in (48, 64)] == [{"warps": 2}, None]
+        with placed([entry("norm forward", {"warps": 8}, d=48)]):
+            assert measured("norm forward", BF16, d=48) == {"warps": 8}
+    assert measured("norm forward", BF16, d=48) is None
+
+
 def test_entries_that_are_placed_stand_before_others_and_go() -> None:
     with placed([entry("norm forward", {"warps": 2}, d=48), entry("norm forward", {"warps": 2}, d=64)]):
         with placed([entry("norm forward", {"warps": 8}, d=48)]):
