@@ -290,6 +290,18 @@ def test_the_users_command_hears_what_the_script_alone_knows(bench: Bench) -> No
     assert code == 3 and "the alert was not sent: job_ended" in output
 
 
+def test_an_alert_outlives_slurms_end_of_the_job(bench: Bench) -> None:
+    """SLURM signals every process of a job that it has requeued, in the middle of what the alert does."""
+    python, got = bench.folder / "python", bench.folder / "got"
+    python.write_text(f'#!/bin/sh\nkill -TERM $$\necho "$@" >> {shlex.quote(str(got))}\n')
+    python.chmod(0o755)
+    bench.run_dir.mkdir(parents=True)
+    (bench.run_dir / "config.json").write_text('{"monitor": {"alert_command": "tell"}}')
+    code, output = bench.train(SRUN_CODE="85", PYTHON=str(python), ENDS="1")
+    assert code == 85 and "not sent" not in output, output
+    assert "--event requeued --text job 7: stopped by a signal" in got.read_text()
+
+
 @pytest.mark.parametrize("where", ["file", "option"])
 def test_the_users_command_hears_of_a_first_start_that_was_refused(bench: Bench, where: str) -> None:
     """It has written no configuration into the run folder. A run that is called as the folder is."""
