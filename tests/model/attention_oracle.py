@@ -11,16 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.model.oracles import choose, rotate
+from tests.model.oracles import choose, rotate, sinusoid
 
 Keep = dict[str, Tensor]
 """Per selector [tokens, H, E] bool: experts that expert dropout leaves."""
-
-
-def sinusoid(distance: int, width: int) -> Tensor:
-    """Transformer-XL's r: sine on even channels, cosine on odd ones."""
-    angles = [distance / 10000.0 ** (2 * (c // 2) / width) for c in range(width)]
-    return torch.tensor([math.cos(a) if c % 2 else math.sin(a) for c, a in enumerate(angles)], dtype=torch.float64)
 
 
 def attention(

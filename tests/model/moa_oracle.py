@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tests.model.oracles import choose, rotate
+from tests.model.oracles import choose, rotate, sinusoid
 
 
 class Routed(NamedTuple):
@@ -30,13 +30,6 @@ def route(x: Tensor, selector: Tensor, *, k: int, router: str, keep: Tensor | No
     weight = probability if router == "softmax" else 1 / (1 + torch.exp(-logits))
     choosing = [float(v.detach()) if keep is None or bool(keep[e]) else -math.inf for e, v in enumerate(logits)]
     return Routed(logits, probability, {e: weight[e] for e in choose(choosing, k)})
-
-
-def sinusoid(distance: int, width: int) -> Tensor:
-    """Sine on even and cosine on odd channels."""
-    angles = [distance / 10000 ** (i // 2 * 2 / width) for i in range(width)]
-    values = [math.cos(a) if i % 2 else math.sin(a) for i, a in enumerate(angles)]
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def attend(context: Tensor, routed: list[Routed], p: dict[str, Tensor], *, fraction: float | None) -> Tensor:

@@ -7,6 +7,7 @@ Independent of the project's model code: plain tensors in and out; gradients com
 from __future__ import annotations
 
 import cmath
+import math
 
 import torch
 from torch import Tensor
@@ -29,6 +30,12 @@ def rotate(vector: Tensor, position: int, *, fraction: float, base: float) -> Te
         parts[i] = real * turn.real - imaginary * turn.imag
         parts[i + half] = real * turn.imag + imaginary * turn.real
     return torch.stack(parts)
+
+
+def sinusoid(distance: int, width: int) -> Tensor:
+    """Transformer-XL's r: sine on even channels, cosine on odd ones."""
+    angles = [distance / 10000.0 ** (2 * (c // 2) / width) for c in range(width)]
+    return torch.tensor([math.cos(a) if c % 2 else math.sin(a) for c, a in enumerate(angles)], dtype=torch.float64)
 
 
 def sigma_moe(x: Tensor, p: dict[str, Tensor], *, k: int, keep: Tensor | None) -> Tensor:

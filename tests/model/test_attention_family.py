@@ -23,7 +23,7 @@ from model.kernels.ops.route import Routing
 from model.parallel.context import ParallelContext
 from model.parallel.overlap import Late
 from model.parameters import parameter_specs
-from tests.model import attention_oracle
+from tests.model import attention_oracle, oracles
 
 ALL_SUBSETS = [c for n in range(1, 5) for c in itertools.combinations(PROJECTIONS, n)]
 VO = ("value", "output")
@@ -301,7 +301,7 @@ def test_relative_shift_against_indices_and_sinusoids_at_a_known_place() -> None
         if j + 3 - i < 9:
             assert torch.equal(shifted[..., i, j], x[..., i, j + 3 - i])
     for width in (6, 7):
-        rows = torch.stack([attention_oracle.sinusoid(distance, width) for distance in (0, 1, 700)])
+        rows = torch.stack([oracles.sinusoid(distance, width) for distance in (0, 1, 700)])
         torch.testing.assert_close(sinusoids(torch.tensor([0, 1, 700]), width).double(), rows, rtol=0, atol=1e-7)
 
 
