@@ -128,12 +128,6 @@ def test_forward_and_every_gradient_equal_the_loop(
     y.backward(upstream)
 
     p64 = {name: value.detach().double().requires_grad_() for name, value in layer.named_parameters()}
-    shaped = {}
-    for name, value in p64.items():
-        if name == "output.weight":
-            shaped["output"] = value.view(d, H, h).transpose(0, 1)
-        else:
-            shaped[name.removesuffix(".weight")] = value.view(H, h, d) if name.endswith("weight") else value
     scale = p64["scale"] if "scale" in p64 else h**-0.5
     rope = {"rope": (0.5, 10000.0), "xl": None}[position] if isinstance(position, str) else position
     sources = [name for name in ("key", "value") if name in experts]
@@ -155,13 +149,13 @@ def test_forward_and_every_gradient_equal_the_loop(
             attention_oracle.attention(
                 context64[b],
                 T,
-                shaped,
+                attention_oracle.shaped(p64, H, h),
                 k=k,
                 selector_of=getattr(config.attention, "selector_of", str),
                 rope=rope,
                 scale=scale,
                 keep=keep[b],
-            )
+            )[0]
             for b in range(B)
         ]
     )
