@@ -11,16 +11,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.model.oracles import choose, rotate
+from tests.model.oracles import choose, rotate, sinusoid
 
 Keep = dict[str, Tensor]
 """Per selector [tokens, H, E] bool: experts that expert dropout leaves."""
 
 
-def sinusoid(distance: int, width: int) -> Tensor:
-    """Transformer-XL's r: sine on even channels, cosine on odd ones."""
-    angles = [distance / 10000.0 ** (2 * (c // 2) / width) for c in range(width)]
-    return torch.tensor([math.cos(a) if c % 2 else math.sin(a) for c, a in enumerate(angles)], dtype=torch.float64)
+def shaped(parameters: dict[str, Tensor], H: int, h: int) -> dict[str, Tensor]:
+    """Parameters of a layer as `attention` takes them."""
+    found = {}
+    for name, value in parameters.items():
+        if name == "output.weight":
+            found["output"] = value.view(-1, H, h).transpose(0, 1)
+        else:
+            found[name.removesuffix(".weight")] = value.view(H, h, -1) if name.endswith("weight") else value
+    return found
 
 
 def attention(
@@ -33,8 +38,9 @@ def attention(
     rope: tuple[float, float] | None,
     scale: Tensor | float,
     keep: Keep | None = None,
-) -> Tensor:
-    """One sequence `context` [L, d], of which the last `num_queries` tokens attend. -> [num_queries, d].
+) -> tuple[Tensor, Tensor]:
+    """One sequence `context` [L, d], of which the last `num_queries` tokens attend. -> [num_queries, d], and weights
+    [H, num_queries, L].
 
     `p` holds, for each of query, key, value: NAME [H, h, d] or NAME_experts [H, E, d, h]; output [H, d, h] or
     output_experts [H, E, h, d]; OWNER_selector [H, E, d]. `rope` (fraction, base), or None for relative positions with
@@ -58,7 +64,7 @@ def attention(
         experts = p[f"{projection}_experts"][head]
         return sum(s * (context[token] @ experts[e]) for e, s in gates(projection, head, token).items())
 
-    y = [torch.zeros(d, dtype=torch.float64) for _ in range(T)]
+    y, maps = [torch.zeros(d, dtype=torch.float64) for _ in range(T)], torch.zeros(H, T, L, dtype=torch.float64)
     for head in range(H):
         keys = [project("key", head, j) for j in range(L)]
         values = [project("value", head, j) for j in range(L)]
@@ -75,10 +81,11 @@ def attention(
                 logits = torch.stack([(q + u) @ keys[j] + (q + v) @ far[j] for j in range(i + 1)])
             weights = torch.exp(scale * logits - (scale * logits).max().detach())
             weights = weights / weights.sum()
+            maps[head, t, : i + 1] = weights.detach()
             attended = sum(weights[j] * values[j] for j in range(i + 1))
             if "output" in p:
                 y[t] = y[t] + p["output"][head] @ attended
             else:
                 for e, s in gates("output", head, i).items():
                     y[t] = y[t] + s * (attended @ p["output_experts"][head, e])
-    return torch.stack(y)
+    return torch.stack(y), maps

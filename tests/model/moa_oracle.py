@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tests.model.oracles import choose, rotate
+from tests.model.oracles import choose, rotate, sinusoid
 
 
 class Routed(NamedTuple):
@@ -32,41 +32,37 @@ def route(x: Tensor, selector: Tensor, *, k: int, router: str, keep: Tensor | No
     return Routed(logits, probability, {e: weight[e] for e in choose(choosing, k)})
 
 
-def sinusoid(distance: int, width: int) -> Tensor:
-    """Sine on even and cosine on odd channels."""
-    angles = [distance / 10000 ** (i // 2 * 2 / width) for i in range(width)]
-    values = [math.cos(a) if i % 2 else math.sin(a) for i, a in enumerate(angles)]
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def attend(context: Tensor, routed: list[Routed], p: dict[str, Tensor], *, fraction: float | None) -> Tensor:
+def attend(
+    context: Tensor, routed: list[Routed], p: dict[str, Tensor], *, fraction: float | None
+) -> tuple[Tensor, Tensor]:
     """One sequence: `context` [L, d], its last len(routed) tokens the queries. RoPE of `fraction` of h; None: XL.
 
     p: query_experts [E, d, h], output_experts [E, h, d], key.weight, value.weight [h, d], position.weight [h, d],
-    scale [1]. -> [T, d].
+    scale [1]. -> [T, d], and the weights of every choice, best first: [k, T, L].
     """
     L, d = context.shape
     M = L - len(routed)
     keys, values = [p["key.weight"] @ x for x in context], [p["value.weight"] @ x for x in context]
-    rows = []
+    rows, maps = [], torch.zeros(len(routed[0].gates), len(routed), L, dtype=torch.float64)
     for t, token in enumerate(routed):
         y = torch.zeros(d, dtype=context.dtype)
-        for e, gate in token.gates.items():
+        for slot, (e, gate) in enumerate(token.gates.items()):
             q = context[M + t] @ p["query_experts"][e]
             logits = []
             for u in range(M + t + 1):
                 if fraction is None:
                     logit = q @ (keys[u] + p["position.weight"] @ sinusoid(M + t - u, d)) * p["scale"][0]
                 else:
-                    turned = [rotate(v, at, fraction=fraction, base=10000.0) for v, at in ((q, t), (keys[u], u))]
+                    turned = [rotate(v, at, fraction=fraction, base=10000.0) for v, at in ((q, M + t), (keys[u], u))]
                     logit = turned[0] @ turned[1] / math.sqrt(q.numel())
                 logits.append(logit)
             weights = torch.stack(logits)
             weights = torch.exp(weights - weights.max())
             weights = weights / weights.sum()
+            maps[slot, t, : M + t + 1] = weights.detach()
             y = y + gate * (sum(w * v for w, v in zip(weights, values, strict=False)) @ p["output_experts"][e])
         rows.append(y)
-    return torch.stack(rows)
+    return torch.stack(rows), maps
 
 
 def z_loss(routed: list[Routed]) -> Tensor:

@@ -1,4 +1,5 @@
-"""SwitchHead and sigma-MoE as loops over tokens, heads and experts, written from the papers' equations, in fp64.
+"""Sigma-MoE as a loop over tokens and experts, and what the oracles of attentions share, written from the papers'
+equations, in fp64.
 
 Independent of the project's model code: plain tensors in and out; gradients come from autograd over the loop.
 """
@@ -31,42 +32,10 @@ def rotate(vector: Tensor, position: int, *, fraction: float, base: float) -> Te
     return torch.stack(parts)
 
 
-def switchhead(
-    x: Tensor,
-    p: dict[str, Tensor],
-    *,
-    k: int,
-    fraction: float,
-    base: float,
-    keep_v: Tensor | None,
-    keep_o: Tensor | None,
-) -> Tensor:
-    """One sequence x [T, d]. p: query, key [H, h, d]; value_selector, output_selector [H, E, d]; value_experts
-    [H, E, d, h]; output_experts [H, E, h, d]. keep_* [T, H, E] bool: experts that expert dropout leaves."""
-    T, d = x.shape
-    H, h, _ = p["query"].shape
-
-    def gates(selector: Tensor, token: int, keep: Tensor | None) -> dict[int, Tensor]:
-        logits = selector @ x[token]
-        choosing = [float(v.detach()) if keep is None or bool(keep[e]) else -math.inf for e, v in enumerate(logits)]
-        return {e: 1 / (1 + torch.exp(-logits[e])) for e in choose(choosing, k)}
-
-    y = [torch.zeros(d, dtype=x.dtype) for _ in range(T)]
-    for head in range(H):
-        queries = [rotate(p["query"][head] @ x[t], t, fraction=fraction, base=base) for t in range(T)]
-        keys = [rotate(p["key"][head] @ x[t], t, fraction=fraction, base=base) for t in range(T)]
-        values = []
-        for t in range(T):
-            chosen = gates(p["value_selector"][head], t, None if keep_v is None else keep_v[t, head])
-            values.append(sum(s * (x[t] @ p["value_experts"][head, e]) for e, s in chosen.items()))
-        for t in range(T):
-            logits = torch.stack([queries[t] @ keys[u] / math.sqrt(h) for u in range(t + 1)])
-            weights = torch.exp(logits - logits.max())
-            weights = weights / weights.sum()
-            attended = sum(weights[u] * values[u] for u in range(t + 1))
-            chosen = gates(p["output_selector"][head], t, None if keep_o is None else keep_o[t, head])
-            y[t] = y[t] + sum(s * (attended @ p["output_experts"][head, e]) for e, s in chosen.items())
-    return torch.stack(y)
+def sinusoid(distance: int, width: int) -> Tensor:
+    """Transformer-XL's r: sine on even channels, cosine on odd ones."""
+    angles = [distance / 10000.0 ** (2 * (c // 2) / width) for c in range(width)]
+    return torch.tensor([math.cos(a) if c % 2 else math.sin(a) for c, a in enumerate(angles)], dtype=torch.float64)
 
 
 def sigma_moe(x: Tensor, p: dict[str, Tensor], *, k: int, keep: Tensor | None) -> Tensor:

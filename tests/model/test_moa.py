@@ -143,7 +143,7 @@ def test_forward_and_every_gradient_equal_the_loop(name: str, backend: str, scop
     sequences = routed_by_loop(layer, x[:, x.shape[1] - T :], p["selector"], sequence_index)
     fraction = shape.fraction if shape.memory is None else None
     expected = torch.stack(
-        [moa_oracle.attend(x[b], routed, p, fraction=fraction) for b, routed in enumerate(sequences)]
+        [moa_oracle.attend(x[b], routed, p, fraction=fraction)[0] for b, routed in enumerate(sequences)]
     )
     routed = [token for sequence in sequences for token in sequence]
     mean = moa_oracle.gate_mean(routed)
