@@ -84,7 +84,7 @@ def key(case: CompileCase, architecture: int, triton_version: str) -> str:
         sorted((name, str(value)) for name, value in case.constexprs.items()),
         sorted(map(str, case.attributes.items())),
         (case.num_warps, case.num_stages, case.is_gemm, case.load_bytes, architecture),
-    )
+    ) + ((case.registers,) if case.registers else ())
     return hashlib.sha256(repr(decides).encode()).hexdigest()[:20]
 
 

@@ -100,11 +100,10 @@ def compile_case(case: CompileCase, architecture: int) -> Compiled:
     from triton.compiler import ASTSource
 
     source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constexprs, attrs=case.attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     error = ""
     resources, operations, float_atomics, shared, columns = {"REG": 0, "STACK": 0}, Counter[str](), 0, 0, 0
     try:
-        kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
     except Exception as caught:  # whatever the compiler dies of belongs in the table
         error = f"{type(caught).__name__}: {' '.join(str(caught).replace('|', '/').split())[-300:]}"
     else:

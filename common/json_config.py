@@ -141,28 +141,25 @@ def _entry(entries: list[Any], number: str, key: str, override: str) -> Any:
 
 
 def validate(model: type[Model], tree: dict[str, Any]) -> Model:
-    """The checked configuration. Raises ConfigError with the first problem, an unknown key before others, because it
-    often explains them, and how many more there are."""
-    _refuse_unreadable(tree)
-    try:
-        # JSON mode: arrays may become tuples although every other conversion (true -> 1, "3" -> 3) is refused.
-        return model.model_validate_json(json.dumps(tree))
-    except ValidationError as error:
-        problems = _sorted(error)
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(_describe(model, problems[0]) + more) from None
+    """The checked configuration. Raises ConfigError with the first problem and how many more there are."""
+    config, problems = validate_all(model, tree)
+    if config is not None and not problems:
+        return config
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    raise ConfigError(f"{problems[0]}{more}")
 
 
 def validate_all(model: type[Model], tree: dict[str, Any]) -> tuple[Model | None, list[ConfigError]]:
-    """The configuration, and every problem of it, one ConfigError each. Beside unknown keys alone there is a
-    configuration, that of the other keys; beside other problems it is None."""
+    """The configuration, and every problem of it, one ConfigError each; unknown keys before others, because they often
+    explain them. Beside unknown keys alone there is a configuration, that of the other keys; else it is None."""
     try:
         _refuse_unreadable(tree)
+        # JSON mode: arrays may become tuples although every other conversion (true -> 1, "3" -> 3) is refused.
         return model.model_validate_json(json.dumps(tree)), []
     except ConfigError as error:
         return None, [error]
     except ValidationError as error:
-        problems = _sorted(error)
+        problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     found = [ConfigError(_describe(model, problem)) for problem in problems]
     if any(problem["type"] != "extra_forbidden" for problem in problems):
         return None, found
@@ -173,11 +170,6 @@ def validate_all(model: type[Model], tree: dict[str, Any]) -> tuple[Model | None
         return model.model_validate_json(json.dumps(known)), found
     except ValidationError:
         return None, found
-
-
-def _sorted(error: ValidationError) -> list[ErrorDetails]:
-    """Unknown keys first."""
-    return sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
 
 
 def _remove(tree: Any, place: tuple[int | str, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from common.errors import UserError
 
@@ -61,6 +61,18 @@ def job_port(env: Mapping[str, str]) -> int:
     """A port that all tasks derive in the same way from job, step and restart, so that jobs on one node differ."""
     job, step, restart = (int(env.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     return FIRST_PORT + (job * 131 + step * 17 + restart) % PORTS
+
+
+def jobs_in_queue(jobs: Collection[str]) -> set[str] | None:
+    """Those of `jobs`, by number, that wait or run, as squeue says; None where it is not there or cannot ask."""
+    line = ["squeue", "--noheader", "--format=%A", f"--jobs={','.join(sorted(jobs))}"]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode and "Invalid job id" not in done.stderr:  # which says that none of them is known any more
+        return None
+    return {word for word in done.stdout.split() if word in jobs}
 
 
 def first_address(nodes: str) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -12,13 +13,23 @@ from typing import Any, TextIO
 # Among the control characters, newline and tab are harmless; escape sequences begin with \x1b or, in one character,
 # with \x9b. The others overwrite, ring or change the direction in which text is read. Surrogates stand for bytes of a
 # file name that are no UTF-8, and cannot be printed at all.
-_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_STEERS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+_STEERING = re.compile(f"[{_STEERS}]")
+_IN_JSON = re.compile(f"[{_STEERS}\u2028\u2029]")
 
 
 def visible(text: str) -> str:
     """The text with control characters as escapes (\\x1b, \\r), so that printing it cannot move the cursor, change
     colours or hide text."""
     return _STEERING.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def json_line(value: Any, stream: TextIO) -> str:
+    """`value` in one line of JSON for `stream`: letters of every script as they are, but for what steers a terminal or
+    what some readers take for the end of a line, and for all of them where the stream's encoding is not UTF."""
+    is_unicode = (getattr(stream, "encoding", None) or "").lower().startswith("utf")
+    text = json.dumps(value, ensure_ascii=not is_unicode)
+    return _IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def follows_escapes(stream: TextIO) -> bool:

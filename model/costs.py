@@ -54,6 +54,8 @@ def attention_macs(config: ModelConfig, convention: Convention = "published") ->
         E = attention.num_experts
         # Query and output per head, one key and one value; the gates of a head's query and output.
         return matrices + (2 * H + 2) * d * h * T + 2 * H * T * h + E * d * T + xl * 2 * d * T * h * C
+    if not isinstance(attention, SwitchHeadConfig):
+        assert_never(attention)
     E, k, num_expert = attention.num_experts, attention.active_experts, len(attention.expert_projections)
     projections = (num_expert * k + (4 - num_expert)) * d * H * h * T
     gates = num_expert * H * k * T * h
@@ -77,6 +79,8 @@ def attention_memory(config: ModelConfig) -> int:
         return matrices + 4 * H * h * T + xl * 2 * H * T * h * C
     if isinstance(attention, MoAConfig):
         return matrices + (2 * H + 2) * h * T + attention.num_experts * T * C + xl * 2 * T * h
+    if not isinstance(attention, SwitchHeadConfig):
+        assert_never(attention)
     selectors = len(selectors_of(attention)) * attention.num_experts * T * C
     return matrices + 4 * H * h * T + selectors + xl * 2 * H * T * h
 
@@ -85,6 +89,8 @@ def cache_floats(config: ModelConfig) -> int:
     """Numbers that a cache of keys and values keeps of one token in all layers (model/cache.py): 2 L H h; one head
     with MoA, whose keys and values are shared."""
     attention = config.attention
+    if not isinstance(attention, MoAConfig | SwitchHeadConfig | DenseAttentionConfig):
+        assert_never(attention)
     heads = 1 if isinstance(attention, MoAConfig) else attention.num_heads
     return 2 * config.num_layers * heads * attention.head_dim
 
@@ -101,7 +107,11 @@ def feedforward_macs(config: ModelConfig) -> int:
     if isinstance(feedforward, SigmaMoEConfig):
         active_width = feedforward.active_experts * (feedforward.up_width + feedforward.expert_size)
         return T * d * active_width + T * d * feedforward.num_experts
-    return (3 if isinstance(feedforward, SwiGLUConfig) else 2) * T * d * feedforward.hidden_size
+    if isinstance(feedforward, SwiGLUConfig):
+        return 3 * T * d * feedforward.hidden_size
+    if isinstance(feedforward, DenseFeedForwardConfig):
+        return 2 * T * d * feedforward.hidden_size
+    assert_never(feedforward)
 
 
 def feedforward_memory(config: ModelConfig) -> int:
@@ -110,7 +120,11 @@ def feedforward_memory(config: ModelConfig) -> int:
     T, feedforward = config.sequence_length, config.feedforward
     if isinstance(feedforward, SigmaMoEConfig):
         return T * (feedforward.active_experts * feedforward.up_width + feedforward.num_experts)
-    return (2 if isinstance(feedforward, SwiGLUConfig) else 1) * T * feedforward.hidden_size
+    if isinstance(feedforward, SwiGLUConfig):
+        return 2 * T * feedforward.hidden_size
+    if isinstance(feedforward, DenseFeedForwardConfig):
+        return T * feedforward.hidden_size
+    assert_never(feedforward)
 
 
 def formula_parameters(config: ModelConfig) -> ParameterCount:
@@ -174,6 +188,8 @@ def _attention_parameters(config: ModelConfig) -> _Parts:
         return _Parts(
             matrices=(2 + xl) * d * h + E * d, experts=2 * E * d * h, active_experts=2 * H * d * h, vectors=xl * 1
         )
+    if not isinstance(attention, SwitchHeadConfig):
+        assert_never(attention)
     E, num_expert = attention.num_experts, len(attention.expert_projections)
     selectors = len(selectors_of(attention)) * H * E * d
     return _Parts(

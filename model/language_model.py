@@ -125,6 +125,14 @@ def build_on_meta(config: ModelConfig) -> LanguageModel:
         return LanguageModel(config)
 
 
+def prepare_to_answer(model: nn.Module, device: torch.device) -> None:
+    """A model that was loaded, or its pipeline stage, goes to `device` and evaluation mode; no parameter asks for a
+    gradient."""
+    model.requires_grad_(False).eval().to(device)
+    for _, statistics in routing_statistics(model):
+        statistics.to(device)
+
+
 def routing_statistics(model: nn.Module) -> Iterator[tuple[str, RoutingStatistics]]:
     """Every router's statistics with a canonical name, e.g. `blocks.3.feedforward.statistics`, in module order."""
     for module_name, module in model.named_modules():

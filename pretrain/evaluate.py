@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,24 +43,15 @@ def evaluation_windows(reader: Windows, config: Config) -> np.ndarray:
     return np.where(step < lengths, starts + step, -1)
 
 
-class _Dealt(NamedTuple):
-    """The windows of an evaluation as one rank computes them, in blocks of micro_sequences streams."""
-
-    windows: np.ndarray
-    """[steps, num_streams] int64, -1: computed, but not counted."""
-    blocks: list[np.ndarray]
-    """The streams of each of this rank's micro-batches: [micro_sequences] int64, columns of `windows`."""
-
-
-def _deal(windows: np.ndarray, micro: int, parallel: ParallelContext) -> _Dealt:
-    """Deals streams to ranks in blocks of `micro`; every rank gets the same number of blocks."""
+def _deal(windows: np.ndarray, micro: int, parallel: ParallelContext) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Deals streams to ranks in blocks of `micro`; every rank gets the same number of blocks. -> windows
+    [steps, num_streams] int64, with -1 for those that are computed but not counted; and of each of this rank's
+    micro-batches the streams [micro] int64, which are columns of them."""
     total = windows.shape[1]
     firsts = range(0, total, micro * parallel.data_size)
     num_streams = len(firsts) * micro * parallel.data_size
-    return _Dealt(
-        np.pad(windows, ((0, 0), (0, num_streams - total)), constant_values=-1),
-        [first + parallel.data_rank * micro + np.arange(micro) for first in firsts],
-    )
+    blocks = [first + parallel.data_rank * micro + np.arange(micro) for first in firsts]
+    return np.pad(windows, ((0, 0), (0, num_streams - total)), constant_values=-1), blocks
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _RECORD = struct.Struct("<dqq64s")
-"""Time (seconds since the epoch), count of phases entered, step, name."""
+"""Time (seconds since the epoch), count of phases entered, step, name; what is longer is cut."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Phases:
     def _write(self) -> None:
         if self._map is not None:
             record = self.record
-            _RECORD.pack_into(self._map, 0, record.time, record.count, record.step, record.name.encode()[:64])
+            _RECORD.pack_into(self._map, 0, record.time, record.count, record.step, record.name.encode())
 
 
 def read(path: Path) -> Record | None:

@@ -14,11 +14,10 @@ from common.errors import ConfigError, UserError
 from model.costs import training_flops_per_token
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
 from pretrain.checkpoint.folder import STATE_FILE, newest_of
-from pretrain.config.data_rules import folder_name
+from pretrain.config.data_rules import folder_name, whole_weights
 from pretrain.config.loading import parse_config, to_json
 from pretrain.config.resume_rules import SavedRun, changes_since
 from pretrain.config.schema import Config
-from pretrain.config.source_weights import whole_weights
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import Stage, first_stage

@@ -6,8 +6,8 @@ from __future__ import annotations
 import sys
 from time import monotonic
 
-from pretrain.checkpoint import Retention, Saver
-from pretrain.checkpoint.saver import Outcome
+from pretrain.checkpoint import Retention
+from pretrain.checkpoint.saver import Outcome, Saver
 from pretrain.config.loading import to_json
 from pretrain.data.progress import Progress
 from pretrain.report.run_folder import RunFolder

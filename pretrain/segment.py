@@ -10,7 +10,7 @@ from functools import partial
 import torch.distributed as dist
 
 from common.strict_json import finite
-from pretrain.checkpoint import layout
+from pretrain.checkpoint.state import layout
 from pretrain.data.progress import Progress
 from pretrain.device import memory_before, memory_bytes
 from pretrain.evaluate import validate

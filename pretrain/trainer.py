@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from model.language_model import build_model
+from model.initialization import initialize
 from model.memory import layer_memories
 from model.parallel.context import ParallelContext
-from pretrain import checkpoint as checkpoints
-from pretrain.checkpoint import Checkpoint, Saver
+from pretrain.checkpoint import Checkpoint
 from pretrain.checkpoint.initial import load_initial
+from pretrain.checkpoint.saver import Saver
 from pretrain.config.compile_rules import compile_decision
 from pretrain.config.graph_rules import graph_decision
 from pretrain.config.rules import choose_backends
@@ -27,12 +26,11 @@ from pretrain.data.training_data import TrainingData, open_training_data
 from pretrain.data.windows import Batch
 from pretrain.device import graph_maker
 from pretrain.engine import zero_1
-from pretrain.engine.build import build_engine
+from pretrain.engine.build import build_engine, build_executor, build_module
 from pretrain.engine.compiled import compile_blocks
 from pretrain.engine.details import DetailsReading, Survey
-from pretrain.engine.gradient_norm import GradientNorm
 from pretrain.engine.graphed import GraphedForward
-from pretrain.engine.micro_steps import Executor, PlainExecutor
+from pretrain.engine.micro_steps import Executor
 from pretrain.engine.moving_average import MovingAverage
 from pretrain.engine.optimizer import set_learning_rate
 from pretrain.engine.step_sums import StepReducer, StepReport
@@ -187,10 +185,17 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
     # Nothing in training draws from torch's generator; seeded so that code which a user adds is repeatable.
     torch.manual_seed(config.train.seed + dist.get_rank())
     phases.enter("building the model")
-    model = _build_model(setup)
+    backends = choose_backends(config, device.type)
+    if parallel.is_first:
+        print(f"kernels: {backends}", flush=True)
+    model = build_module(config, parallel, backends)
     if resumed is not None:
+        from pretrain.checkpoint.loading import load_weights_together  # with torch.distributed.checkpoint: 2 s
+
         phases.enter("loading the weights")
-        checkpoints.load_weights_together(resumed, model, parallel)
+        load_weights_together(resumed, model, parallel)
+    elif config.train.init_from is None:
+        initialize(model, config.model, parallel, seed=config.train.seed)
     else:
         load_initial(config, setup.sources.tokenizer.sha256, model, parallel)
     phases.enter("building the engine")
@@ -209,26 +214,13 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
     return Trainer(
         setup,
         engine,
-        _executor(setup, engine),
+        build_executor(engine, config, parallel),
         reduce,
         data,
         Saver(engine, parallel, device, asynchronous=config.checkpoint.asynchronous, alive=phases.alive),
         survey=Survey(engine, config, parallel, device, reduce.router_names) if has_board else None,
         average=average,
     )
-
-
-def _build_model(setup: RunSetup) -> nn.Module:
-    """The initialised model, or this rank's pipeline stage of it."""
-    config, parallel = setup.config, setup.parallel
-    backends = choose_backends(config, setup.device.type)
-    if parallel.is_first:
-        print(f"kernels: {backends}", flush=True)
-    if parallel.pipeline_size == 1:
-        return build_model(config.model, parallel, backends, seed=config.train.seed, recompute=config.train.recompute)
-    from pretrain.engine.pipeline import PipelineStage  # imports DeepSpeed, which device.start must prepare before
-
-    return PipelineStage(config, parallel, backends)
 
 
 def _compile_blocks(setup: RunSetup, engine: Any) -> None:
@@ -250,20 +242,14 @@ def _record_micro_steps(setup: RunSetup, engine: Any) -> None:
         engine.module.forward = GraphedForward(engine.module, graph_maker(device), taken_at_once=zero_1.is_used(config))
 
 
-def _executor(setup: RunSetup, engine: Any) -> Executor:
-    if setup.parallel.pipeline_size == 1:
-        return PlainExecutor(engine, GradientNorm(engine, setup.config.optimizer.clip_norm, setup.parallel))
-    from pretrain.engine.pipeline import PipelineExecutor  # see _build_model
-
-    return PipelineExecutor(engine)
-
-
 def _load_training_state(setup: RunSetup, resumed: Checkpoint, engine: Any) -> None:
     """Loads optimizer, routing statistics and, if the data order goes on with the same text, memory."""
+    from pretrain.checkpoint.loading import load_training_state
+
     config, saved = setup.config, resumed.state["config"]
     # Memory holds the tokens that precede the next ones, so it is useless after a change of data or sequence length.
     then = saved["model"]["sequence_length"], saved["data"].get("max_tokens"), resumed.state["manifest_digest"]
     same_text = then == (config.model.sequence_length, config.data.max_tokens, setup.sources.digest)
-    agreed(lambda: checkpoints.load_training_state(resumed, engine, setup.parallel, with_memory=same_text))
+    agreed(lambda: load_training_state(resumed, engine, setup.parallel, with_memory=same_text))
     if config.model.memory_length and not same_text and setup.parallel.is_first:
         print("memory begins empty: the checkpoint's memory is of other text", flush=True)

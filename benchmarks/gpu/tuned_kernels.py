@@ -7,9 +7,8 @@ they may be. Sizes are powers of two around today's. What spills is not ruled ou
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -96,19 +95,33 @@ def sigma_moe_searches(model: Model) -> Iterator[Search]:
     build = functools.partial(sigma_moe_case, N, d, E, k, G)
     common: dict[str, Any] = {"build": build, "backend": "triton"}
     shape = f"{model.name} N={N} d={d} E={E} k={k} G={G}"
-    own = dataclasses.asdict(sigma_moe.mlp_tiles(N * k, E, G, DTYPE, swiglu=False))
-    for phase in ("forward", "backward"):
-        yield Search(
-            name=f"sigma_moe {phase} {shape}",
-            kernels=(f"{phase}_kernel",),
-            phase=phase,
-            kernel=f"sigma_moe {phase}",
-            shape={"d": d, "E": E, "k": k, "G": G, "swiglu": 0},
-            rows=N * k,
-            own=own,
-            values={"rows": (64, 128), "reduce": (32, 64, 128), "out": (32, 64, 128), "warps": WARPS, "stages": STAGES},
-            **common,
-        )
+    widths = {"d": d, "E": E, "k": k, "G": G, "swiglu": 0}
+    forward = sigma_moe.mlp_tiles(N * k, E, G, DTYPE, swiglu=False)
+    values: dict[str, Any] = {"out": (32, 64, 128), "stages": STAGES}
+    yield Search(
+        name=f"sigma_moe forward {shape}",
+        kernels=("forward_kernel",),
+        phase="forward",
+        kernel="sigma_moe forward",
+        shape=widths,
+        rows=N * k,
+        own=_named(forward, without=("piece", "registers")),
+        # 256 rows read weights half as often as 128, and a multiprocessor holds one program of them.
+        values=values | {"rows": (64, 128, 256), "reduce": (32, 64, 128), "warps": (4, 8, 16)},
+        **common,
+    )
+    yield Search(
+        name=f"sigma_moe backward {shape}",
+        kernels=("backward_kernel",),
+        phase="backward",
+        kernel="sigma_moe backward",
+        shape=widths,
+        rows=N * k,
+        own=_named(sigma_moe.backward_tiles(forward, d, swiglu=False)),
+        # All columns at once, and as many registers as the compiler likes, are what an H200 ran in 2026.
+        values=values | {"rows": (64, 128), "piece": (16, 128), "registers": (0, 128, 168)},
+        **common,
+    )
     yield Search(
         name=f"sigma_moe weight gradient {shape}",
         kernels=("weight_gradient_kernel",),
@@ -116,7 +129,7 @@ def sigma_moe_searches(model: Model) -> Iterator[Search]:
         kernel="sigma_moe weight gradient",
         shape={"d": d, "E": E, "k": k, "width": G},
         rows=N * k,
-        own={name: value for name, value in vars(sigma_moe.weight_tiles(G, DTYPE)).items() if name != "reduce"},
+        own=_named(sigma_moe.weight_tiles(G, d, E, DTYPE), without=("reduce", "piece", "registers")),
         values={"rows": (32, 64, 128), "hidden": (64, 128), "out": (64, 128, 256), "warps": WARPS, "stages": STAGES},
         **common,
     )
@@ -125,7 +138,7 @@ def sigma_moe_searches(model: Model) -> Iterator[Search]:
         kernels=("sum_kernel",),
         phase="forward",
         kernel="sigma_moe sum",
-        shape={"d": d, "rows_each": k * -(-G // own["hidden"])},
+        shape={"d": d, "rows_each": k * -(-G // forward.hidden)},
         rows=N,
         own=dict(sigma_moe.SUM_TILES),
         values={"tokens": (1, 2, 4, 8), "columns": (256, 512, 1024, 2048), "warps": (2, 4, 8)},
@@ -329,3 +342,8 @@ def relative_attention_searches(model: Model) -> Iterator[Search]:
             fits=lambda tiles: tiles["queries"] * tiles["keys"] <= 8192,  # of more, the logits alone fill the registers
             **common,
         )
+
+
+def _named(tiles: sigma_moe.ExpertTiles, without: Sequence[str] = ()) -> Tiles:
+    """By name, but for those that a kernel does not have."""
+    return {name: value for name, value in vars(tiles).items() if name not in without}

@@ -24,6 +24,9 @@ TYPE_NAMES = {
 """Triton's names of dtypes in a signature; a pointer has a star before it."""
 
 
+ARCHITECTURES = (80, 90, 100, 120)
+
+
 def without_wide_heads(architectures: Iterable[int], width: int) -> tuple[int, ...]:
     """Those on which attention's kernels take heads of `width` columns."""
     return tuple(a for a in architectures if width <= ATTENTION_WIDTHS.get((a // 10, a % 10), 128))
@@ -44,12 +47,14 @@ class CompileCase:
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    registers: int = 0
+    """Of a thread, at most; 0: as the compiler likes."""
     load_bytes: int = 16
     """The widest global load that the layout of the tensors allows. Below 16 only with the reason beside it."""
     is_gemm: bool = False
     """Must contain the tensor-core instructions of the architecture."""
     divisible: frozenset[str] = field(default_factory=frozenset)
-    architectures: tuple[int, ...] = (80, 90, 100, 120)
+    architectures: tuple[int, ...] = ARCHITECTURES
     """Those that it is for, where a kernel has other tiles on another, or takes less there."""
 
     def __post_init__(self) -> None:
@@ -63,6 +68,12 @@ class CompileCase:
             raise ValueError(
                 f"{self.name}: {sorted(wrong)} must be constexpr in the signature and have a value, or neither"
             )
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Options of the compiler, as the launch gives them."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     @property
     def attributes(self) -> dict[tuple[int, ...], list[list[Any]]]:

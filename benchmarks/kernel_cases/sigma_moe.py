@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 
-from benchmarks.kernel_cases.case import TYPE_NAMES, CompileCase
+from benchmarks.kernel_cases.case import ARCHITECTURES, TYPE_NAMES, CompileCase
 from benchmarks.kernel_cases.shipped import SIGMA_MOE
 from model.kernels.triton.sigma_moe import (
     SUM_TILES,
     ExpertTiles,
+    backward_tiles,
     expert_constants,
     mlp_constants,
     mlp_tiles,
@@ -63,33 +66,48 @@ def _cases(
         kernel: Any, what: str, constants: dict[str, Any], tiles: ExpertTiles | None, **special: str
     ) -> CompileCase:
         signature = {n: kinds.get(n, half) for n in kernel.arg_names} | dict.fromkeys(constants, "constexpr") | special
-        warps, stages = (tiles.warps, tiles.stages) if tiles is not None else (SUM_TILES["warps"], 3)
         return CompileCase(
             name=f"sigma_moe {what} {name}",
             kernel=kernel,
             signature=signature,
             constexprs=constants,
-            num_warps=warps,
-            num_stages=stages,
+            num_warps=SUM_TILES["warps"] if tiles is None else tiles.warps,
+            num_stages=3 if tiles is None else tiles.stages,
+            registers=0 if tiles is None else tiles.registers,
             is_gemm=tiles is not None and dtype != torch.float32,
             # Rows of d = 412 half-precision numbers are 824 bytes; GEMMs load weights beside them.
             load_bytes=16 if d * dtype.itemsize % 16 == 0 or tiles is not None else 8,
         )
 
+    row_stride = triton.cdiv(d, 8) * 8
     choices = (mlp_tiles(n * num_experts, num_experts, G, dtype, swiglu=swiglu) for n in (64, 512))
     for tiles in dict.fromkeys(choices):
-        for kernel, what in ((forward_kernel, "forward"), (backward_kernel, "backward")):
-            constants = mlp_constants(tiles, d, G, k, triton.cdiv(d, 8) * 8, swiglu=swiglu) | experts
-            yield case(kernel, f"{what} {tiles.rows} rows", constants | present, tiles)
+        constants = mlp_constants("forward", tiles, d, G, k, row_stride, swiglu=swiglu) | experts
+        yield case(forward_kernel, f"forward {tiles.rows} rows", constants | present, tiles)
+        for back, where, architectures in by_architecture(partial(backward_tiles, tiles, d, swiglu=swiglu)):
+            constants = mlp_constants("backward", back, d, G, k, row_stride, swiglu=swiglu) | experts
+            found = case(backward_kernel, f"backward {back.rows} rows{where}", constants | present, back)
+            yield replace(found, architectures=architectures)
     if k > 1:
-        constants = sum_constants(d, k, triton.cdiv(G, tiles.hidden), triton.cdiv(d, 8) * 8)
+        constants = sum_constants(d, k, triton.cdiv(G, tiles.hidden), row_stride)
         none = {"residual_ptr": None}
         yield case(sum_kernel, "sum", constants | present | none, None, num_tokens="i32")
         if not total:  # one rank has all experts
             yield case(sum_kernel, "sum and residual", constants | present, None, num_tokens="i32")
     for columns, first, what in ((width, False, "grad_up"), (G, True, "grad_down")):
-        tiles = weight_tiles(columns, dtype)
-        splits = weight_splits(tiles, num_rows, num_experts, columns, d)
-        constants = weight_constants(tiles, d, columns, k, splits, width_first=first) | experts
-        out = "*fp32" if splits > 1 else half
-        yield case(weight_gradient_kernel, what, constants, tiles, out_ptr=out)
+        for tiles, where, architectures in by_architecture(partial(weight_tiles, columns, d, num_experts, dtype)):
+            splits = weight_splits(tiles, num_rows, num_experts, columns, d)
+            constants = weight_constants(tiles, d, columns, k, splits, width_first=first) | experts
+            out = "*fp32" if splits > 1 else half
+            found = case(weight_gradient_kernel, f"{what}{where}", constants, tiles, out_ptr=out)
+            yield replace(found, architectures=architectures)
+
+
+def by_architecture(
+    tiles_of: Callable[..., ExpertTiles],
+) -> list[tuple[ExpertTiles, str, tuple[int, ...]]]:
+    """Tiles by `capability` -> tiles, what a case's name says of them, and the architectures that take them."""
+    here, elsewhere = tiles_of(capability=(9, 0)), tiles_of(capability=(10, 0))
+    if here == elsewhere:
+        return [(here, "", ARCHITECTURES)]
+    return [(here, "", (90,)), (elsewhere, " not on sm_90", tuple(a for a in ARCHITECTURES if a != 90))]

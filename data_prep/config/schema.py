@@ -42,6 +42,10 @@ class IngestConfig(Section):
     unless it is the only one."""
 
 
+ENGLISH = "en"
+"""Code of the language of the stop words of `gopher_quality`."""
+
+
 class FilterConfig(Section):
     """Rules that drop documents. Off as a whole without this section; every rule has its switch."""
 
@@ -57,7 +61,8 @@ class FilterConfig(Section):
     gopher_quality: bool = True
     """The quality rules of Gopher (arXiv 2112.11446, table A1): mean word length 3 to 10 characters, at most 0.1
     symbols (# or ...) a word, at most 90% of lines with a bullet and 30% ending in an ellipsis, 80% of words with
-    a letter, 2 of the words the, be, to, of, and, that, have, with. The last is for English."""
+    a letter, 2 of the words the, be, to, of, and, that, have, with. With `language` the last is asked of English
+    documents alone, without it of all."""
     gopher_repetition: bool = True
     """The repetition rules of Gopher (table A1): shares of repeated lines, paragraphs and word n-grams."""
     c4: bool = True
@@ -72,6 +77,13 @@ class FilterConfig(Section):
     `dedup.exact` and `validation_fraction` go by the text as read. With it, `c4` looks at the lines as published."""
     samples: int = Field(default=5, ge=0, le=1000)
     """Dropped documents that are kept as examples for each rule, in filter_samples.jsonl."""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the output, as JSON."""
+        settings = self.model_dump(mode="json")
+        if self.gopher_quality and set(self.language) - {ENGLISH}:  # data made when it was asked of all are others
+            settings["stop_words"] = ENGLISH
+        return settings
 
     @model_validator(mode="after")
     def _check_words(self) -> "FilterConfig":
@@ -370,7 +382,7 @@ class DataConfig(Section):
         sections = {
             "ingest": self.ingest.model_dump(mode="json", exclude_defaults=True, include={"max_document_bytes"}),
             **self.reading_settings(),
-            "filter": self.filter and self.filter.model_dump(mode="json"),
+            "filter": self.filter and self.filter.settings(),
             "dedup": self.dedup and self.dedup.model_dump(mode="json", exclude={"memory_bytes"}),
         }
         return {name: settings for name, settings in sections.items() if settings}

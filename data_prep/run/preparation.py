@@ -170,7 +170,7 @@ class Preparation:
     def filter_folder(self) -> Path:
         """Verdicts of the filters."""
         assert self.resolved.config.filter is not None, "there is no filter section"
-        settings = self.resolved.config.filter.model_dump(mode="json")
+        settings = self.resolved.config.filter.settings()
         before = stage_key(self.ingest_folder())
         return stage_folder(self.resolved.work, "filter", settings, self._version("py3langid"), before)
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from common.errors import DataError
 from data_prep.run.manifest import write_data_manifest
 from data_prep.run.preparation import Preparation
 from data_prep.shards.format import dtype_name
 from data_prep.stages.dedup import find_duplicates, is_deduplicated
 from data_prep.stages.dedup_task import DedupTask
 from data_prep.stages.encode import EncodeTask, encode_part, is_encoded
-from data_prep.stages.filter import FilterTask, filter_part, is_filtered
+from data_prep.stages.filter import FilterTask, filter_part, is_filtered, summary
 from data_prep.stages.filters import check_languages
 from data_prep.stages.ingest import IngestTask, check_limits, ingest_batch, read_state
 from data_prep.stages.model_file import TOKENIZER_RECORD, ModelTask, has_model, make_models
@@ -86,6 +87,19 @@ def _check_languages(preparation: Preparation) -> None:
         check_languages(config.language)  # loads a model, so only if something is to be read
 
 
+def _need_unfiltered(preparation: Preparation) -> None:
+    """Raises DataError, with the rules, where the filters dropped every document."""
+    tasks = filter_tasks(preparation, True)
+    counts = summary(tasks).counts if tasks else {}
+    total = sum(task.part.documents for task in tasks)
+    if 0 < total <= sum(counts.values()):
+        rules = ", ".join(f"{rule} {count:,}" for rule, count in sorted(counts.items(), key=lambda one: -one[1]))
+        raise DataError(
+            f"filter: every document was dropped ({rules}); its rules are for English prose as crawled: name the "
+            f"language in filter.language, turn rules off, or set filter to null"
+        )
+
+
 # sign: part -> MinHash signatures
 
 
@@ -134,6 +148,7 @@ def _model_tasks(preparation: Preparation, all_slices: bool) -> Sequence[ModelTa
     if resolved.external_model is not None:
         return [preparation.given_model()]
     parts = preparation.parts(all_slices=True)
+    _need_unfiltered(preparation)
     preparation.need_train([part.split for part in parts])
     task = ModelTask(
         folder=preparation.tokenizer_folder(),
@@ -215,6 +230,8 @@ def _shard_tasks(preparation: Preparation, all_slices: bool) -> Sequence[ShardTa
         for split in preparation.resolved.splits
         for number, (pieces, tokens) in enumerate(cut_shards(parts, encoded, split, settings.tokens_per_shard))
     ]
+    if not tasks:
+        _need_unfiltered(preparation)
     preparation.need_train([task.split for task in tasks])
     return tasks
 

@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from common.errors import DataError
-from data_prep.config.schema import FilterConfig
+from data_prep.config.schema import ENGLISH, FilterConfig
 from data_prep.stages.c4_rules import Page, clean_page
 
 # (rule, what was measured and the limit), or None for a document that passes.
@@ -64,12 +64,13 @@ class Filters:
         if len(words) > config.max_words:
             return "too many words", f"{len(words)} words, more than {config.max_words}"
         found = c4_page(text, page, config.c4_min_sentences) if config.c4 else None
-        if found is None and self._language is not None:  # before Gopher, whose stop words are English
+        language = ENGLISH  # unless it is known, for the stop words of Gopher
+        if found is None and self._language is not None:
             language = self._language(text)
             if language not in config.language:
                 found = "language", f"{language}, not {', '.join(config.language)}"
         if found is None and config.gopher_quality:
-            found = gopher_quality(text, words)
+            found = gopher_quality(text, words, is_english=language == ENGLISH)
         if found is None and config.gopher_repetition:
             found = gopher_repetition(text, words)
         return found
@@ -121,8 +122,8 @@ def plain_newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def gopher_quality(text: str, words: list[str]) -> Verdict:
-    """The quality rules of Gopher, length apart."""
+def gopher_quality(text: str, words: list[str], *, is_english: bool = True) -> Verdict:
+    """The quality rules of Gopher, length apart; the stop words are asked of English alone."""
     num_words = max(1, len(words))
     length = sum(map(len, words)) / num_words
     if not WORD_LENGTH[0] <= length <= WORD_LENGTH[1]:
@@ -141,7 +142,7 @@ def gopher_quality(text: str, words: list[str]) -> Verdict:
     if letters < MIN_WORDS_WITH_LETTER:
         return "words without letters", f"{letters:.0%} of words have a letter, fewer than {MIN_WORDS_WITH_LETTER:.0%}"
     stop_words = len(STOP_WORDS.intersection(text.lower().split()))
-    if stop_words < MIN_STOP_WORDS:
+    if is_english and stop_words < MIN_STOP_WORDS:
         return "stop words", f"{stop_words} of {len(STOP_WORDS)} stop words, fewer than {MIN_STOP_WORDS}"
     return None
 

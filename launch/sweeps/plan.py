@@ -18,7 +18,7 @@ MOST_LETTERS = 40
 DIGITS = 6
 """Of the digest that ends a value which is cut."""
 LONGEST_NAME = 200
-"""Bytes; file systems take 255, and a log has a few more than its run folder."""
+"""Letters, all of them ASCII; file systems take 255, and a log has a few more than its run folder."""
 
 
 def configurations(given: Sequence[str]) -> dict[str, Path]:
@@ -110,7 +110,7 @@ def combinations(configs: Sequence[str], values: dict[str, list[str]]) -> list[S
                     f"--vary: {_words(of_run)} and {_words(runs[name].values)} would share the run folder {name}; put "
                     f"one of them into a configuration of its own"
                 )
-            if len(name.encode()) > LONGEST_NAME:
+            if len(name) > LONGEST_NAME:
                 raise UserError(f"--vary: {name} is too long for the name of a folder; vary fewer keys")
             runs[name] = SweepRun(name=name, config=config, values=of_run)
     return list(runs.values())

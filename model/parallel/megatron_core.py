@@ -19,6 +19,7 @@ This file makes three things right, so that no layer has to:
 
 from __future__ import annotations
 
+import logging
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,14 @@ def _left_alone(function: Any = None, **options: Any) -> Any:
     """torch.compile as a decorator that changes nothing, with options or without."""
     return _left_alone if function is None else function
 
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what torch says of a CUDA toolkit on a machine without a GPU, such as a login node: megatron-core imports its
+    builder of extensions, which nothing here needs."""
+    return not str(record.msg).startswith("No CUDA runtime is found")
+
+
+logging.getLogger("torch.utils.cpp_extension").addFilter(_is_news)
 
 # Its fused functions, none of which is used here, are handed to torch.compile where they are defined, which imports all
 # of TorchInductor.

@@ -14,11 +14,7 @@ folder.py knows the folders on the disk, saver.py decides when to save.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from pretrain.checkpoint.folder import (
-    FORMAT_VERSION,
-    STATE_FILE,
     Checkpoint,
     DamagedCheckpoint,
     Retention,
@@ -27,42 +23,11 @@ from pretrain.checkpoint.folder import (
     step_of,
 )
 
-if TYPE_CHECKING:
-    from pretrain.checkpoint.loading import load_training_state, load_weights, load_weights_together
-    from pretrain.checkpoint.saver import Saver
-    from pretrain.checkpoint.state import layout, owned_state, versions
-
 __all__ = [
-    "FORMAT_VERSION",
-    "STATE_FILE",
     "Checkpoint",
     "DamagedCheckpoint",
     "Retention",
-    "Saver",
-    "layout",
     "list_checkpoints",
-    "load_training_state",
-    "load_weights",
-    "load_weights_together",
-    "owned_state",
     "set_aside_newer",
     "step_of",
-    "versions",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports what needs an engine, or DCP, at its first use: a dry run needs neither, and a start no DCP."""
-    if name == "Saver":
-        from pretrain.checkpoint import saver
-
-        return saver.Saver
-    if name in ("load_training_state", "load_weights", "load_weights_together"):
-        from pretrain.checkpoint import loading
-
-        return getattr(loading, name)
-    if name in ("layout", "owned_state", "versions"):
-        from pretrain.checkpoint import state
-
-        return getattr(state, name)
-    raise AttributeError(name)

@@ -60,8 +60,8 @@ def initial_checkpoint(
 
 def load_initial(config: Config, tokenizer_sha256: str | None, model: Any, parallel: ParallelContext) -> None:
     """Fills a model that ZeRO has not yet sharded with this rank's part of those weights, after all ranks together have
-    checked the files; does nothing without train.init_from. The first rank says where the weights come from, and which
-    settings of the model differ. Collective; raises UserError, agreed."""
+    checked the files. The first rank says where the weights come from, and which settings of the model differ.
+    Collective; raises UserError, agreed."""
 
     def check() -> Checkpoint:
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -71,8 +71,6 @@ def load_initial(config: Config, tokenizer_sha256: str | None, model: Any, paral
             raise DamagedCheckpoint(f"{KEY}: checkpoint {checkpoint.path}: {problem}; name another")
         return checkpoint
 
-    if config.train.init_from is None:
-        return
     from pretrain.checkpoint.loading import load_weights_together  # imports DCP, which a new start does without
 
     checkpoint = agreed(check)

@@ -210,12 +210,6 @@ class Writer(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the coordinator, when every rank has written: index, state, commit marker, in this order, each on the disk
         before the next."""
-        try:
-            self._finish(metadata, results)
-        except OSError as error:
-            raise UserError(f"{self.partial}: {error.strerror}{_room(error, self.partial)}") from None
-
-    def _finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files = {r.storage_data["name"]: r.storage_data for rank in results for r in rank}
         places = {r.index: r.storage_data["name"] for rank in results for r in rank}
         numbers = {name: number for number, name in enumerate(sorted(files))}
@@ -228,7 +222,10 @@ class Writer(StorageWriter):
             tensors[name] = {"dtype": NAMES[saved.properties.dtype], "shape": list(saved.size), "chunks": chunks}
         entries = {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in files.items()}
         index = {"files": list(numbers), "tensors": tensors}
-        self.bytes = commit(self.partial, self.final, state=self._state, tensors=index, files=entries)
+        try:
+            self.bytes = commit(self.partial, self.final, state=self._state, tensors=index, files=entries)
+        except OSError as error:
+            raise UserError(f"{self.partial}: {error.strerror}{_room(error, self.partial)}") from None
 
 
 class Reader(StorageReader):

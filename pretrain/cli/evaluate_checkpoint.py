@@ -121,7 +121,7 @@ def _evaluate_one(opened: OpenedModel, name: str, place: str | None, choices: Ch
     if name == "validation":
         content = _validate(opened, choices, place)
         of = content.get("data", "")
-        file += "" if place is None else f"-{of}"
+        file = content["split"] + ("" if place is None else f"-{of}")  # of the two splits none replaces the other
         rows: list[tuple[str, ...]] = [
             (name, of, key, results.number(content[key]), "") for key in VALIDATION_KEYS if key in content
         ]

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     from pretrain.saved_model import find_checkpoint
 
     if args.verify:
-        check_transformers("--verify")
+        check_transformers()
     options = ExportOptions(
         dtype=args.dtype,
         most_bytes=most_bytes,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.arguments import Parser, a_path
 from common.errors import UserError
-from common.terminal import visible
+from common.terminal import json_line, visible
 from pretrain.cli.options import add_data, add_device, add_ema
 from pretrain.cli.refusals import INTERRUPTED, device_named, exit_code_of
 
@@ -221,7 +220,7 @@ class _Printer:
 
     def end(self, text: Generated) -> None:
         if self._as_json:
-            print(json.dumps(_as_dict(text)), flush=True)  # ASCII alone: nothing that steers
+            print(json_line(_as_dict(text), sys.stdout), flush=True)
         else:
             print(flush=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from common.arguments import Parser, a_path, add_overrides
 from common.errors import UserError
@@ -13,9 +13,6 @@ from common.progress_bar import count_bytes
 from common.tables import listed
 from pretrain.cli.refusals import exit_code_of
 from pretrain.config.loading import load_config
-
-if TYPE_CHECKING:
-    from pretrain.imports.imported import Imported
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,16 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Raises UserError and OSError."""
-    imported = READERS[_kind(args)](args)
+    origin, tensors, ignored = READERS[_kind(args)](args)
     from pretrain.checkpoint.shapes import full_shapes
     from pretrain.checkpoint.weights import write_weights
 
-    shapes = full_shapes(imported.origin.config.model)
+    shapes = full_shapes(origin.config.model)
     count = sum(math.prod(shape) for shape in shapes.values())
-    checkpoint = write_weights(args.to, imported.origin, imported.tensors, wrote=count_bytes(args.to.name, 4 * count))
-    if imported.ignored:
-        print(f"left out, for no output depends on it: {listed(imported.ignored, 1)}", flush=True)
-    print(f"{checkpoint.path}: {len(shapes)} tensors, {count:,} parameters, {imported.origin.source}", flush=True)
+    checkpoint = write_weights(args.to, origin, tensors, wrote=count_bytes(args.to.name, 4 * count))
+    if ignored:
+        print(f"left out, for no output depends on it: {listed(ignored, 1)}", flush=True)
+    print(f"{checkpoint.path}: {len(shapes)} tensors, {count:,} parameters, {origin.source}", flush=True)
 
 
 def _kind(args: argparse.Namespace) -> str:
@@ -89,7 +86,7 @@ def _kind(args: argparse.Namespace) -> str:
     return "huggingface" if args.source.is_dir() else "authors"
 
 
-def _authors(args: argparse.Namespace) -> Imported:
+def _authors(args: argparse.Namespace) -> tuple[Any, Any, list[str]]:
     from pretrain.imports.authors import read_authors  # here: torch, for which --help need not wait
     from pretrain.imports.names import parse_rename
 
@@ -100,9 +97,8 @@ def _authors(args: argparse.Namespace) -> Imported:
     return read_authors(args.source, config, renames=renames, tokenizer=args.tokenizer)
 
 
-def _huggingface(args: argparse.Namespace) -> Imported:
+def _huggingface(args: argparse.Namespace) -> tuple[Any, Any, list[str]]:
     from pretrain.export.reading import open_export  # here: torch, for which --help need not wait
-    from pretrain.imports.imported import Imported
 
     for option, given in (
         ("--config", args.config),
@@ -115,11 +111,11 @@ def _huggingface(args: argparse.Namespace) -> Imported:
                 f"{option}: an exported folder has its own configuration, tokenizer and names; leave it out"
             )
     exported = open_export(args.source)
-    return Imported(origin=exported.weights_origin(), tensors=exported.tensors)
+    return exported.weights_origin(), exported.tensors, []
 
 
-READERS: dict[str, Callable[[argparse.Namespace], Imported]] = {
+READERS: dict[str, Callable[[argparse.Namespace], tuple[Any, Any, list[str]]]] = {
     "authors": _authors,
     "huggingface": _huggingface,
 }
-"""--from -> what reads such a source."""
+"""--from -> what reads such a source, see `read_authors`."""

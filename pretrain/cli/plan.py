@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from common.arguments import Parser, a_path, add_overrides, at_least
+from common.arguments import Parser, a_path, above_zero, add_overrides, at_least
 from common.errors import UserError
 from pretrain.cli.plan_machine import add_fit, add_search, wanted_of
 from pretrain.cli.plan_models import models_of_costs, models_of_match
@@ -13,6 +13,7 @@ from pretrain.cli.refusals import exit_code_of
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks, smallest_world
 from pretrain.planning.layout_file import check_target
+from pretrain.planning.machine import GIB
 from pretrain.report.run_paths import config_file
 
 
@@ -112,6 +113,12 @@ def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
         help="rehearse the step of this rank too (default: those that stand for all)",
     )
     check.add_argument("--no-step", action="store_true", help="leave out the rehearsal of a training step")
+    check.add_argument(
+        "--device-memory",
+        type=above_zero(1e6),
+        metavar="GIB",
+        help="warn where the step needs more than a device of so many GiB has (default: this machine's GPU)",
+    )
     check.add_argument("--json", action="store_true", help="print all results as JSON")
     add_overrides(check, "override one dotted key of CONFIG; repeatable")
 
@@ -138,6 +145,10 @@ def run(args: argparse.Namespace) -> int:
     elif args.command == "check":
         if args.no_step and args.rank is not None:
             raise UserError("--rank: a step of it is to be rehearsed, but --no-step rehearses none; drop one of them")
+        if args.no_step and args.device_memory is not None:
+            raise UserError(
+                "--device-memory: is for the memory of a step, but --no-step rehearses none; drop one of them"
+            )
         from pretrain.cli.plan_check import print_check
         from pretrain.preflight.whole import Wanted
 
@@ -148,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
             run_dir=args.run_dir,
             num_ranks=args.ranks,
             device=args.device,
+            device_memory=None if args.device_memory is None else int(args.device_memory * GIB),
         )
         return print_check(run, as_json=args.json, rank=args.rank, with_step=not args.no_step)
     elif args.command == "fit":

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.strict_json import dumps
 from common.tables import counted, text_table
+from pretrain.checkpoint import list_checkpoints, step_of
 from pretrain.cli.plan_costs import short
 from pretrain.cli.plan_machine import WantedPlan
 from pretrain.config.loading import to_json
@@ -21,6 +22,7 @@ from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.machine import GIB, Machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
+from pretrain.report.run_paths import SAVED_CONFIG, is_run
 
 WIDTH = 120
 
@@ -29,19 +31,27 @@ def print_fit(args: argparse.Namespace, wanted: WantedPlan) -> None:
     """Raises UserError."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds no GPU, which none needs here
     report = fit(wanted.config, wanted.machine, results=args.results or RESULTS, tell=tell)
+    done = steps_done(wanted.path)
     if args.json:
-        print(dumps(as_json(report), indent=1))
+        print(dumps(as_json(report, done), indent=1))
     else:
-        print("\n".join(lines_of(wanted.path, report)))
+        print("\n".join(lines_of(wanted.path, report, done)))
+
+
+def steps_done(path: Path) -> int:
+    """Up to the newest checkpoint of the run whose own configuration `path` is; 0 where there is none."""
+    if path.name != SAVED_CONFIG or not is_run(path.parent):
+        return 0
+    return max(map(step_of, list_checkpoints(path.parent / "checkpoints")), default=0)
 
 
 def tell(line: str) -> None:
     print(f"{line} ...", file=sys.stderr, flush=True)
 
 
-def lines_of(path: Path, report: FitReport) -> Iterator[str]:
-    """The report for a terminal: the verdict first, what it rests on last."""
-    yield from _verdict(path, report)
+def lines_of(path: Path, report: FitReport, done: int = 0) -> Iterator[str]:
+    """The report for a terminal: the verdict first, what it rests on last. done: steps of the run."""
+    yield from _verdict(path, report, done)
     yield from _memory(report)
     yield from _traffic(report)
     yield from _time(report)
@@ -58,7 +68,7 @@ def machine_text(found: Machine) -> str:
     return text
 
 
-def _verdict(path: Path, report: FitReport) -> Iterator[str]:
+def _verdict(path: Path, report: FitReport, done: int) -> Iterator[str]:
     config, parallel = report.config, report.config.parallel
     yield f"{path} on {machine_text(report.machine)}"
     yield (
@@ -73,20 +83,20 @@ def _verdict(path: Path, report: FitReport) -> Iterator[str]:
     if report.fits is False:
         yield f"change:     {change_text(report)}"
     if report.time is not None:
-        yield f"time:       {whole_run(report, report.time)}"
+        yield f"time:       {whole_run(report, report.time, done)}"
     else:
         yield f"time:       unknown: {report.why_no_time}"
 
 
 def verdict(report: FitReport) -> str:
     """One sentence."""
-    needed = f"{report.needed / GIB:.2f} GiB"
+    needed, unit = f"{report.needed / GIB:.2f} GiB", report.machine.device.unit
     if report.usable is None or report.machine.capacity is None:
-        return f"unknown: a GPU needs {needed}, but how much it has is not known (--memory GIB)"
+        return f"unknown: a {unit} needs {needed}, but how much it has is not known (--memory GIB)"
     has = f"{report.usable / GIB:.2f} GiB ({USABLE:.0%} of {report.machine.capacity / GIB:.1f})"
     if report.fits:
-        return f"fits: the fullest GPU needs {needed} of {has}"
-    return f"does not fit: the fullest GPU needs {needed}, it has {has}"
+        return f"fits: the fullest {unit} needs {needed} of {has}"
+    return f"does not fit: the fullest {unit} needs {needed}, it has {has}"
 
 
 def change_text(report: FitReport) -> str:
@@ -114,16 +124,23 @@ def hours_text(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
-def whole_run(report: FitReport, time: StepTime) -> str:
-    """Step, tokens a second and the run, in hours and GPU-hours."""
-    config = report.config
+def whole_run(report: FitReport, time: StepTime, done: int = 0) -> str:
+    """Step, tokens a second and what is left of the run after `done` steps, in hours and GPU-hours."""
+    config, steps = report.config, report.config.train.steps
     tokens = config.batch.global_sequences * config.model.sequence_length
-    hours = [config.train.steps * terms.total / 3600 for terms in time]
-    gpu_hours = [value * report.machine.num_gpus for value in hours]
-    return (
+    left = max(0, steps - done)
+    hours = [left * terms.total / 3600 for terms in time]
+    unit_hours = [value * report.machine.num_gpus for value in hours]
+    step = (
         f"{range_text(time)} a step, {short(int(tokens / time.slow.total))} to {short(int(tokens / time.fast.total))} "
-        f"tokens a second; {config.train.steps:,} steps take {hours_text(hours[0])} to {hours_text(hours[1])} h, "
-        f"{hours_text(gpu_hours[0])} to {hours_text(gpu_hours[1])} GPU-hours, without validation and start-up"
+        f"tokens a second"
+    )
+    if not left:
+        return f"{step}; all {steps:,} steps are done"
+    which = f"the {left:,} of {steps:,} steps that are left" if done else f"{steps:,} steps"
+    return (
+        f"{step}; {which} take {hours_text(hours[0])} to {hours_text(hours[1])} h, {hours_text(unit_hours[0])} to "
+        f"{hours_text(unit_hours[1])} {report.machine.device.unit}-hours, without validation and start-up"
     )
 
 
@@ -170,7 +187,7 @@ def _traffic(report: FitReport) -> Iterator[str]:
         if row.ranks > 1
     ]
     if not rows:
-        yield "\nno GPU sends anything to another one"
+        yield f"\nno {report.machine.device.unit} sends anything to another one"
         return
     yield "\ncommunication of a rank in a step, GB of tensors and GB that it sends by rings"
     yield text_table(
@@ -213,8 +230,8 @@ def _assumptions(report: FitReport) -> Iterator[str]:
     memory = report.machine.device.memory
     if memory is not None:
         machine_lines.append(
-            f"memory of a GPU: {memory.value / 1e9:.4g} GB = {memory.value / GIB:.1f} GiB, of which an estimate may "
-            f"fill {USABLE:.0%} (--memory gives your own) [{memory.source}]"
+            f"memory of a {report.machine.device.unit}: {memory.value / 1e9:.4g} GB = {memory.value / GIB:.1f} GiB, "
+            f"of which an estimate may fill {USABLE:.0%} (--memory gives your own) [{memory.source}]"
         )
     if report.machine.device.note:
         machine_lines.append(f"{report.machine.device.name}: {report.machine.device.note}")
@@ -223,14 +240,18 @@ def _assumptions(report: FitReport) -> Iterator[str]:
         yield textwrap.fill(
             line, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
         )
-    yield (
-        "  not counted: CUDA context, NCCL's buffers, memory that the allocator cannot use, uneven choices of experts, "
-        "input,\n    validation, checkpoints, stragglers"
+    of_gpus = "CUDA context, NCCL's buffers, " * (report.machine.device.device_type != "cpu")
+    yield textwrap.fill(
+        f"  not counted: {of_gpus}memory that the allocator cannot use, uneven choices of experts, input, validation, "
+        f"checkpoints, stragglers",
+        WIDTH,
+        subsequent_indent="    ",
     )
 
 
-def as_json(report: FitReport) -> dict[str, Any]:
-    """Exact numbers: bytes and seconds."""
+def as_json(report: FitReport, done: int = 0) -> dict[str, Any]:
+    """Exact numbers: bytes and seconds; `run_hours` are of the whole run. done: steps of it."""
+    left = max(0, report.config.train.steps - done)
     tokens = report.config.batch.global_sequences * report.config.model.sequence_length
     time: dict[str, Any] | None = None
     if report.time is not None:
@@ -241,6 +262,7 @@ def as_json(report: FitReport) -> dict[str, Any]:
                 "tokens_per_second": tokens / terms.total,
                 "run_hours": report.config.train.steps * terms.total / 3600,
                 "run_gpu_hours": report.config.train.steps * terms.total / 3600 * report.machine.num_gpus,
+                "hours_left": left * terms.total / 3600,
             }
             for end, terms in zip(("fast", "slow"), report.time, strict=True)
         }
@@ -276,6 +298,8 @@ def as_json(report: FitReport) -> dict[str, Any]:
         "executed_flops": report.executed_flops,
         "pipeline_bubble": report.bubble,
         "why_no_time": report.why_no_time,
+        "steps_done": done,
+        "steps_left": left,
         "seconds": time,
         "assumptions": [line._asdict() for line in report.assumptions],
         "assumed": list(report.machine.assumed),

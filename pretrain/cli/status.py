@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.arguments import Parser, a_path, above_zero
 from common.errors import UserError
+from common.slurm import jobs_in_queue
 from common.strict_json import dumps
 from common.tables import listed
 from common.terminal import columns_of, follows_escapes, visible
@@ -19,6 +21,8 @@ from pretrain.views.reading import NotYet, RunView
 from pretrain.views.status import runs_table, screen, summary
 
 CLEAR = "\x1b[H\x1b[2J"
+QUEUE_SECONDS = 30.0
+"""Between two questions to SLURM, whose controller serves everybody."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="show it again and again, until all runs have ended; wait for those that have not begun",
+        help="show it again and again, until all runs have ended; wait for those that have not begun, and for those "
+        "whose SLURM job is back in the queue",
     )
     parser.add_argument(
         "--every", type=above_zero(86400), default=5.0, metavar="SECONDS", help="of --watch (default: 5)"
@@ -49,23 +54,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def look(args: argparse.Namespace) -> None:
     """Shows the runs once, or with --watch until all have ended or the user has seen enough; with it waits for those
-    that have not begun. Raises UserError."""
+    that have not begun, and for those whose SLURM job has not ended with them. Raises UserError."""
     views, awaited = open_all(args.runs, may_wait=args.watch, alone=len(args.runs) == 1)
     if not views and not awaited:
         raise UserError("RUN: none of these is a run folder")
-    clears, gone, said = False, list[UserError](), list[Path]()
+    clears, gone, said, queue = False, list[UserError](), "", Queue()
     try:
         while True:
             if views:
                 show(views, as_json=args.json, clear=clears)
             for error in gone:  # after the screen, which the next one clears
                 print(passed_over(error), file=sys.stderr, flush=True)
-            if awaited and (clears or awaited != said):
-                print(waiting_text(awaited), file=sys.stderr, flush=True)
-            if not args.watch or not (awaited or any(view.state.goes_on for view in views)):
+            queued = queue.jobs_of(views) if args.watch else {}
+            text = waiting_text(awaited, queued)
+            if text and (clears or text != said):
+                print(text, file=sys.stderr, flush=True)
+            if not args.watch or not (awaited or queued or any(view.state.goes_on for view in views)):
                 return
             time.sleep(args.every)
-            clears, said = bool(views) and follows_escapes(sys.stdout), awaited
+            clears, said = bool(views) and follows_escapes(sys.stdout), text
             views, gone = updated(views, may_be_none=bool(awaited))
             begun, awaited = open_all(awaited, may_wait=True, alone=len(args.runs) == 1)
             views = sorted([*views, *begun], key=lambda view: args.runs.index(view.path))
@@ -90,10 +97,31 @@ def open_all(paths: Sequence[Path], *, may_wait: bool, alone: bool) -> tuple[lis
     return views, awaited
 
 
-def waiting_text(awaited: Sequence[Path]) -> str:
-    """That no run has begun in these folders."""
+def waiting_text(awaited: Sequence[Path], queued: Mapping[Path, str]) -> str:
+    """That no run has begun in the folders `awaited`, and which job trains on in those of `queued`; empty if in
+    none."""
     it = "it" if len(awaited) == 1 else "them"
-    return visible(f"waiting for {listed([str(path) for path in awaited], 3)}: no run has begun in {it} yet")
+    lines = [f"waiting for {listed([str(path) for path in awaited], 3)}: no run has begun in {it} yet"] * bool(awaited)
+    lines += [f"waiting for {path}: its job {job} has not ended (squeue --job {job})" for path, job in queued.items()]
+    return "\n".join(map(visible, lines))
+
+
+class Queue:
+    """What SLURM says of the jobs of runs that do not go on."""
+
+    def __init__(self) -> None:
+        self._asked, self._jobs, self._waiting = -math.inf, set[str](), set[str]()
+
+    def jobs_of(self, views: Sequence[RunView]) -> dict[Path, str]:
+        """Folder of a run -> its job, which will start it again: it waits in the queue, or its script is about to put
+        it there. Where SLURM cannot be asked, what it said before."""
+        jobs = {view.path: job for view in views if (job := view.job_that_may_return) is not None}
+        is_due = not self._jobs >= set(jobs.values()) or time.monotonic() - self._asked >= QUEUE_SECONDS
+        if jobs and is_due:
+            found = jobs_in_queue(set(jobs.values()))
+            self._waiting = self._waiting if found is None else found
+            self._asked, self._jobs = time.monotonic(), set(jobs.values())
+        return {path: job for path, job in jobs.items() if job in self._waiting}
 
 
 def updated(views: list[RunView], *, may_be_none: bool = False) -> tuple[list[RunView], list[UserError]]:

@@ -114,8 +114,9 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
                 overrides=args.overrides,
                 run_dir=args.run_dir,
                 num_ranks=args.ranks,
+                device_memory=None if args.device_memory is None else int(args.device_memory * 2**30),
             )
-            return dry_run(wanted, device_gib=args.device_memory, with_step=not args.no_step)
+            return dry_run(wanted, with_step=not args.no_step)
         path = config_file(args.config)
         config = load_config(path, args.overrides)
         run_dir = run_folder(path, args.run_dir)
@@ -137,11 +138,11 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         return code_of(type(error))
 
 
-def dry_run(wanted: Wanted, *, device_gib: float | None = None, with_step: bool = True) -> int:
+def dry_run(wanted: Wanted, *, with_step: bool = True) -> int:
     """Prints configuration and parameters, then makes all checks of `plan.py check` (`with_step`: of a step too), and
-    prints what follows from the configuration. Then it estimates the memory of a rank, for a device of
-    `device_gib` GiB or the GPU that is here. The last lines say what is wrong, or that all checks passed: theirs may
-    have left the screen by then. Returns the exit code."""
+    prints what follows from the configuration. Then it estimates the memory of a rank, for the device that `wanted`
+    names or the GPU that is here. The last lines say what is wrong, or that all checks passed: theirs may have left the
+    screen by then. Returns the exit code."""
     from pretrain.cli.plan_check import print_errors, print_line, print_warnings, summary
 
     examination = Examination(wanted)
@@ -168,16 +169,16 @@ def dry_run(wanted: Wanted, *, device_gib: float | None = None, with_step: bool 
     assert planned.sources is not None and planned.data_size is not None
     print_warnings([*planned.passed_over, *examination.not_rehearsed])
     print_derived(config, planned.data_size, planned.sources, planned.run_dir, planned.newest)
-    _print_memory(planned, device_gib)
+    _print_memory(planned, wanted.device_memory)
     print(summary(examination), flush=True)
     return 0
 
 
-def _print_memory(planned: PlannedRun, device_gib: float | None) -> None:
+def _print_memory(planned: PlannedRun, device_memory: int | None) -> None:
     from pretrain.gpus import gpu_memory
 
     assert planned.data_size is not None
-    capacity = gpu_memory() if device_gib is None else int(device_gib * 2**30)
+    capacity = gpu_memory() if device_memory is None else device_memory
     if capacity is not None:
         from pretrain.report.memory_text import memory_rows
 

@@ -1,13 +1,18 @@
-"""Rules of the data section, and the names of its sources."""
+"""Rules of the data section, and the names and weights of its sources."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import PurePosixPath
 
 from common.errors import ConfigError
 from common.urls import URL, may_hold_secret, without_secrets
 from pretrain.config.schema import Config
-from pretrain.config.source_weights import LARGEST_PERIOD, whole_weights
+
+LARGEST_PERIOD = 10_000
+"""The longest period of a schedule, in positions; it takes about 0.1 s to compute."""
 
 
 def check_data(config: Config) -> None:
@@ -55,6 +60,15 @@ def check_data(config: Config) -> None:
             f"parallel.pipeline to 1 (it is {config.parallel.pipeline})"
         )
     _check_order(config)
+
+
+def whole_weights(weights: Sequence[float]) -> list[int]:
+    """The smallest whole numbers in the ratio of the weights as written in decimal, e.g. [0.7, 0.3] -> [7, 3]."""
+    fractions = [Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(fraction.denominator for fraction in fractions))
+    whole = [int(fraction * scale) for fraction in fractions]
+    common = math.gcd(*whole)
+    return [weight // common for weight in whole]
 
 
 def _check_order(config: Config) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.config.source_weights import LARGEST_PERIOD
+from pretrain.config.data_rules import LARGEST_PERIOD
 
 
 class MixtureSchedule:

@@ -19,9 +19,8 @@ from common.urls import URL
 from data_prep.shards.cache import ShardCache
 from data_prep.shards.format import WHOLE, Manifest, Part, TokenizerEntry, unreadable
 from data_prep.shards.reader import Stamp
-from pretrain.config.data_rules import folder_name, source_names
+from pretrain.config.data_rules import folder_name, source_names, whole_weights
 from pretrain.config.schema import Config
-from pretrain.config.source_weights import whole_weights
 from pretrain.data.patience import Patience
 from pretrain.data.stages import Stage, first_stage
 from pretrain.data.verified import VerifiedShard
@@ -56,10 +55,10 @@ class Sources:
     """Makes every read of them."""
 
     @classmethod
-    def load(cls, config: Config, *, follow_links: bool = True, patience: Patience | None = None) -> Sources:
-        """Loads every manifest. Raises UserError or DataError; reads no shard. `follow_links`: see `Manifest.load`.
-        `patience`: for this and all later reads; None: an error is raised at once."""
-        sources = cls.find(config, refuse, follow_links=follow_links, patience=patience)
+    def load(cls, config: Config, *, patience: Patience | None = None) -> Sources:
+        """Loads every manifest. Raises UserError or DataError; reads no shard. `patience`: for this and later reads;
+        None: an error is raised at once."""
+        sources = cls.find(config, refuse, patience=patience)
         assert sources is not None
         return sources
 
@@ -67,7 +66,7 @@ class Sources:
     def find(
         cls, config: Config, problem: Problem, *, follow_links: bool = True, patience: Patience | None = None
     ) -> Sources | None:
-        """As `load`; None if `problem` took that a manifest cannot be loaded."""
+        """As `load`; None if `problem` took that a manifest cannot be loaded. `follow_links`: see `Manifest.load`."""
         data, patience = config.data, patience or Patience()
         keys = [f"data.sources.{index}.manifest" for index in range(len(data.sources))] or ["data.manifest"]
         names = source_names(config) or [folder_name(data.manifest)]
@@ -144,9 +143,9 @@ class Sources:
         return readers[0] if len(readers) == 1 else MixedReader(readers)
 
 
-def open_sources(config: Config, *, follow_links: bool = True) -> Sources:
+def open_sources(config: Config) -> Sources:
     """Loads the manifests and checks what needs no shard to be read: the splits are there and fit the model."""
-    sources = Sources.load(config, follow_links=follow_links)
+    sources = Sources.load(config)
     check_vocabulary(sources, config)
     for source in sources.sources:
         check_text(source, config)

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import Hold, SplitReader, Stamp
-from pretrain.config.data_rules import source_names
+from pretrain.config.data_rules import source_names, whole_weights
 from pretrain.config.schema import Config
-from pretrain.config.source_weights import whole_weights
 from pretrain.data.order import window_order
 from pretrain.data.patience import Patience
 from pretrain.data.progress import Range, data_positions

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around the plain model: optimizer, ZeRO and precision."""
+"""A rank's model, the DeepSpeed engine around it (optimizer, ZeRO and precision), and what trains with both."""
 
 from __future__ import annotations
 
@@ -12,16 +12,36 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model.language_model import routing_statistics
+from model.kernels.choice import Backends
+from model.language_model import LanguageModel, routing_statistics
 from model.parallel.context import ParallelContext
 from model.parameters import parameter_specs
 from pretrain.config.schema import Config
 from pretrain.engine import zero_1
 from pretrain.engine.deepspeed_json import deepspeed_json
-from pretrain.engine.gradient_norm import ask_once, sum_as_we_do
+from pretrain.engine.gradient_norm import GradientNorm, ask_once, sum_as_we_do
+from pretrain.engine.micro_steps import Executor, PlainExecutor
 from pretrain.engine.optimizer import build_optimizer
 from pretrain.parallel.experts import declare_experts
 from pretrain.parallel.groups import ModelParallelUnit
+
+
+def build_module(config: Config, parallel: ParallelContext, backends: Backends) -> Any:
+    """The model, or this rank's pipeline stage of it, on the CPU. The parameters have no values yet."""
+    if parallel.pipeline_size == 1:
+        seed, recompute = config.train.seed, config.train.recompute
+        return LanguageModel(config.model, parallel, backends, seed=seed, recompute=recompute)
+    from pretrain.engine.pipeline import PipelineStage  # imports DeepSpeed, which device.start must prepare before
+
+    return PipelineStage(config, parallel, backends)
+
+
+def build_executor(engine: Any, config: Config, parallel: ParallelContext) -> Executor:
+    if parallel.pipeline_size == 1:
+        return PlainExecutor(engine, GradientNorm(engine, config.optimizer.clip_norm, parallel))
+    from pretrain.engine.pipeline import PipelineExecutor  # see build_module
+
+    return PipelineExecutor(engine)
 
 
 def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, device: torch.device) -> Any:
@@ -58,8 +78,8 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
         ask_once(engine.optimizer)
         sum_as_we_do(engine.optimizer)
         _keep_until_reduced(engine.optimizer)
-    if config.parallel.offload_optimizer and config.parallel.zero < 3:
-        _drop_skipped_gradients(engine.optimizer)
+        if config.parallel.offload_optimizer:
+            _drop_skipped_gradients(engine.optimizer)
     if zero_1.is_used(config):
         zero_1.add_without_a_copy(engine.optimizer)
     _average_only_over_others(engine)

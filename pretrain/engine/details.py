@@ -127,7 +127,8 @@ class Survey:
         split = len(KINDS) * len(GROUPS)
         self._squares = self._flat[:split].view(len(KINDS), len(GROUPS))
         self._counts = self._flat[split:].view(-1, BINS)
-        self._listening: list[tuple[RoutingStatistics, Any]] = []
+        self._listening: list[tuple[RoutingStatistics, Choices | None]] = []
+        """What counts scores now, or did in the last step that was surveyed, and its choices before and after."""
 
     def is_due(self, step: int) -> bool:
         every = self._config.monitor.details_every_steps
@@ -142,9 +143,9 @@ class Survey:
         module = self._engine.module
         if isinstance(vars(module).get("forward"), GraphedForward) or is_compiled(module):
             return self._take_gradients
-        for name, router in routing_statistics(self._engine.module):
+        self._listening = [(router, router.choices) for _, router in routing_statistics(module)]
+        for name, router in routing_statistics(module):
             counts, softmax = self._counts[self._names.index(name)], is_softmax(model, name)
-            self._listening.append((router, router.choices))
             router.choices = ScoreCounter(router.choices, counts, softmax=softmax)
         return self._take_gradients
 
@@ -152,7 +153,6 @@ class Survey:
         """After the update, made with this learning rate."""
         for router, before in self._listening:
             router.choices = before
-        self._listening = []
         for group, piece, decayed in self._own_pieces():
             self._add(1, group, piece.master)
             self._add(2, group, self._update(piece, learning_rate, decayed=decayed))

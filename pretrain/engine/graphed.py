@@ -148,8 +148,7 @@ class GraphedForward:
         result = recorded.pieces[0].result  # before the first piece nothing needs a gradient
         for piece in recorded.pieces:
             result = _Node.apply(piece, self._taken_at_once, result, *piece.parameters)
-        _, sequence_loss, auxiliary_loss = recorded.outputs
-        return result, sequence_loss.detach(), auxiliary_loss.detach()
+        return result, *recorded.outputs[1:]
 
     def _record(self, inputs: tuple[Tensor, ...]) -> _Recorded:
         static = tuple(torch.empty_like(t).copy_(t) for t in inputs)
@@ -224,7 +223,7 @@ def _other_leaves(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]
     parameter. Autograd orders a gradient after the stream on which its leaf was first used; DeepSpeed's hooks keep that
     of a parameter, the default stream, which must not be waited for in a recording."""
     places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
-    leaves = {p: nn.Parameter(p.detach(), p.requires_grad) for _, _, p in places}
+    leaves = {p: nn.Parameter(p.detach()) for _, _, p in places}
     for module, name, parameter in places:
         module._parameters[name] = leaves[parameter]
     try:

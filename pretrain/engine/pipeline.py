@@ -20,7 +20,6 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
-from model.initialization import initialize
 from model.kernels.choice import Backends
 from model.language_model import routing_statistics
 from model.layers import Head, LayerFactory, State, layer_factories
@@ -47,7 +46,7 @@ class _Layer(LayerSpec):
 
 
 class PipelineStage(PipelineModule):
-    """The layers of this rank's pipeline stage, under their canonical names, initialised."""
+    """The layers of this rank's pipeline stage, under their canonical names."""
 
     def __init__(self, config: Config, parallel: ParallelContext, backends: Backends) -> None:
         factories = layer_factories(
@@ -89,7 +88,6 @@ class PipelineStage(PipelineModule):
                 self.head.weight.ds_pipe_replicated = True  # the gradient norm counts the first stage's copy
         held = self._layer_names[self._bounds[parallel.pipeline_rank] : self._bounds[parallel.pipeline_rank + 1]]
         check_declarations(self, config.model, parallel, layers=held)
-        initialize(self, config.model, parallel, seed=config.train.seed)
         self._routers = [statistics for _, statistics in routing_statistics(self)]
 
     def add_module(self, name: str, module: nn.Module | None) -> None:

@@ -93,13 +93,12 @@ def refresh_weights(engine: Any) -> None:
 
 
 def optimizer_steps(engine: Any) -> int:
-    """Updates that Adam has applied (the exponent of its bias correction)."""
-    states = [s for s in _torch_optimizer(engine).state.values() if "step" in s]
-    return int(states[0]["step"]) if states else 0
+    """Updates that Adam has applied (the exponent of its bias correction); see `step_counter`."""
+    return int(step_counter(engine))
 
 
 def step_counter(engine: Any) -> Tensor:
-    """Adam's own counter of its updates, a scalar; after the first one."""
+    """Adam's own counter of its updates, a scalar; after the first one, or once `pieces` was walked."""
     counter: Tensor = next(s["step"] for s in _torch_optimizer(engine).state.values() if "step" in s)
     return counter
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from common.errors import UserError
-from model.language_model import LanguageModel, routing_statistics
+from model.language_model import prepare_to_answer
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.folder import Checkpoint
 from pretrain.checkpoint.prepared_data import find_data, moved_data
 from pretrain.config.loading import apply_override, parse_config, to_json
 from pretrain.config.rules import check_ranks, choose_backends
 from pretrain.config.schema import Config
+from pretrain.engine.build import build_module
 from pretrain.engine.micro_steps import Evaluator
 from pretrain.engine.without_engine import ModelEvaluator
 from pretrain.evaluation.likelihood import Place
@@ -84,19 +84,10 @@ def open_model(
     agreed(lambda: checkpoint.check_files(rank=rank, world_size=world_size))
     parallel = parallel_context(config) if has_group else ParallelContext()
     backends = agreed(lambda: choose_backends(config, device.type))
-    in_stages = parallel.pipeline_size > 1
-    module: Any
-    if in_stages:
-        from pretrain.engine.pipeline import PipelineStage  # imports DeepSpeed, which device.start must prepare before
-
-        module = PipelineStage(config, parallel, backends)
-    else:
-        module = LanguageModel(config.model, parallel, backends, seed=config.train.seed)
+    module = build_module(config, parallel, backends)
     from pretrain.checkpoint.loading import load_weights_together  # imports DCP, which a start of training does without
 
     load_weights_together(checkpoint, module, parallel, kind="ema" if ema else "master")
-    module.requires_grad_(False).eval().to(device)
-    for _, statistics in routing_statistics(module):
-        statistics.to(device)
-    evaluator = ModelEvaluator(module, in_stages=in_stages)
+    prepare_to_answer(module, device)
+    evaluator = ModelEvaluator(module, in_stages=parallel.pipeline_size > 1)
     return OpenedModel(checkpoint, config, tokenizer, evaluator, Place(parallel, device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,14 +29,27 @@ def results_folder(checkpoint: Checkpoint, *, ema: bool = False) -> Path:
 
 
 def write_result(folder: Path, name: str, content: dict[str, Any]) -> Path:
-    """Writes NAME.json, whole or not at all, in place of an earlier one of the same task. Raises UserError."""
+    """Writes NAME.json, whole or not at all, in place of an earlier one of the same task; NAME-DIGEST.json where the
+    earlier one is of other data, whose folder has the same name. Raises UserError."""
     path = folder / f"{name}.json"
+    digest = content.get("digest")
+    if digest is not None and _digest(path) not in (None, digest):
+        path = folder / f"{name}-{digest[:12]}.json"
     try:
         with making(folder):
             write_json(path, {**content, "time": time.time()})
     except OSError as error:
         raise UserError(f"--out: {error.filename or path} cannot be written: {error.strerror}") from None
     return path
+
+
+def _digest(path: Path) -> str | None:
+    """Of the data that an earlier result is of; None without one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found.get("digest") if isinstance(found, dict) else None
 
 
 def described(result: TaskResult) -> dict[str, Any]:

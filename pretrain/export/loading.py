@@ -10,7 +10,7 @@ import torch
 from common.errors import UserError
 from model.decoding import prefer_single_tokens
 from model.kernels.choice import Backends
-from model.language_model import LanguageModel, routing_statistics
+from model.language_model import LanguageModel, prepare_to_answer
 from pretrain.checkpoint.folder import Checkpoint
 from pretrain.data.progress import Progress
 from pretrain.export.reading import is_export, open_export, progress_of
@@ -42,9 +42,7 @@ def load_export(folder: Path, *, device: str = "cpu") -> SavedModel:
     model = LanguageModel(config.model, backends=backends, seed=config.train.seed).requires_grad_(False)
     for name, read in exported.tensors.items():  # a tied output layer is the embedding's
         model.get_parameter(name).copy_(read())
-    model.eval().to(place)
-    for _, statistics in routing_statistics(model):
-        statistics.to(place)
+    prepare_to_answer(model, place)
     progress = Progress(0, 0) if origin is None else progress_of(origin, config)
     checkpoint = Checkpoint(folder, {"progress": progress.to_json()})
     return SavedModel(model, Tokenizer(exported.tokenizer), config, checkpoint)

@@ -26,13 +26,13 @@ CHUNKS = 3
 """Windows of the model that are compared: with memory the later ones see it."""
 
 
-def check_transformers(option: str) -> None:
+def check_transformers() -> None:
     """Raises UserError where transformers is missing."""
     try:
         import transformers  # noqa: F401
     except ImportError:
         raise UserError(
-            f"{option}: needs the package transformers; install it with `pip install -e .[export]`, or leave it out"
+            "--verify: needs the package transformers; install it with `pip install -e .[export]`, or leave it out"
         ) from None
 
 

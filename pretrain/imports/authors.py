@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from common.errors import UserError
 from common.hashing import sha256_file
@@ -12,7 +14,6 @@ from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
-from pretrain.imports.imported import Imported
 from pretrain.imports.layers import convert
 from pretrain.imports.names import AUTHORS, State
 from pretrain.imports.reading import read_state
@@ -20,9 +21,11 @@ from pretrain.imports.reading import read_state
 
 def read_authors(
     source: Path, config: Config, *, renames: Sequence[tuple[str, str]] = (), tokenizer: Path | None = None
-) -> Imported:
-    """`source`: a file of torch.save (a state dict, or a training checkpoint) or safetensors. `config`: of the model
-    that it holds, and of data with its tokenizer, unless `tokenizer` names a SentencePiece model. Raises UserError."""
+) -> tuple[WeightsOrigin, dict[str, Callable[[], Tensor]], list[str]]:
+    """Weights under our names, as functions that give the whole parameter in fp32, and the keys of the source that no
+    output depends on. `source`: a file of torch.save (a state dict, or a training checkpoint) or safetensors. `config`:
+    of the model that it holds, and of data with its tokenizer, unless `tokenizer` names a SentencePiece model. Raises
+    UserError."""
     state = State(source.name, read_state(source), [*renames, *AUTHORS])
     tensors, ignored = convert(state, config.model)
     stored, digest = (_of_file(tokenizer), "") if tokenizer is not None else _of_data(config)
@@ -34,7 +37,7 @@ def read_authors(
     origin = WeightsOrigin(
         config=config, source=f"imported from {source.name}", tokenizer=stored, manifest_digest=digest
     )
-    return Imported(origin=origin, tensors=tensors, ignored=ignored)
+    return origin, tensors, ignored
 
 
 def _of_data(config: Config) -> tuple[StoredTokenizer, str]:

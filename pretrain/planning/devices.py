@@ -64,6 +64,11 @@ class Device:
     ports_per_node: Figure | None = None
     note: str = ""
 
+    @property
+    def unit(self) -> str:
+        """What a person calls the device of one rank."""
+        return "rank" if self.device_type == "cpu" else "GPU"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Interconnect:

@@ -76,8 +76,6 @@ def _patches(config: Config, routed: Routed) -> list[Any]:
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
-    from pretrain.engine import pipeline
-
     rows = _Rows(routed)
     return [
         mock.patch.object(nn.Module, "_apply", _apply),
@@ -85,7 +83,6 @@ def _patches(config: Config, routed: Routed) -> list[Any]:
         # DeepSpeed asks this machine's device, where no GPU needs to be; check_device has refused fp16 on CPUs.
         mock.patch.object(get_accelerator(), "is_fp16_supported", _yes),
         mock.patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", _nothing),
-        mock.patch.object(pipeline, "initialize", _nothing),
         mock.patch.object(PipelineEngine, "_recv_tensor_meta", _receive_shapes(config)),
         mock.patch.object(dist, "all_gather_object", _AllParts(config)),
         *(mock.patch.object(module, "implementation", _late) for module in (expert_linear, sigma_moe, switchhead)),
@@ -96,7 +93,7 @@ def _patches(config: Config, routed: Routed) -> list[Any]:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """What no other rank hears, or no data is needed for."""
+    """What no other rank hears."""
 
 
 def _yes() -> bool:

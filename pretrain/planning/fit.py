@@ -125,15 +125,15 @@ def _told(config: Config) -> str:
 def constraint(machine: Machine, does_fit: bool | None, time: StepTime | None) -> str:
     """What binds the run, in words."""
     if does_fit is False:
-        return "memory of the GPU"
+        return f"memory of the {machine.device.unit}"
     if time is None:
         return "not known, because the time of a step is not"
     mean = time.mean
     between = machine.interconnect.what if machine.interconnect else "none"
     words = {
         "compute": "computing",
-        "host": "the host, which launches kernels more slowly than the GPU computes them",
-        "memory": "bandwidth of the GPU's memory",
+        "host": f"the host, which launches kernels more slowly than the {machine.device.unit} computes them",
+        "memory": f"bandwidth of the {machine.device.unit}'s memory",
         "inside": f"the link inside a node ({machine.device.link})",
         "between": f"the link between nodes ({between})",
         "bubble": "pipeline stages that wait for others (more micro-steps or fewer stages)",

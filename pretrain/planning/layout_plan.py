@@ -13,9 +13,8 @@ from typing import NamedTuple
 from model.kernels.ops.linear_cross_entropy import working_bytes
 from pretrain.config.schema import Config
 from pretrain.parallel.layout import state_bytes
-from pretrain.planning.communication import Collective
 from pretrain.planning.gradients import fullest_rank
-from pretrain.planning.links import sent_bytes, spreads
+from pretrain.planning.links import Collective, sent_bytes, spreads
 from pretrain.planning.machine import Machine
 from pretrain.planning.measured import Measurements
 from pretrain.planning.memory import DTYPES, USABLE, MemoryEstimate, estimate, why_unknown

@@ -15,15 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.language_model import LanguageModel
 from model.memory import layer_memories
 from pretrain.config.rules import check_ranks, choose_backends
 from pretrain.config.schema import Config
 from pretrain.data.windows import Batch
-from pretrain.engine.build import build_engine
+from pretrain.engine.build import build_engine, build_executor, build_module
 from pretrain.engine.deepspeed_json import deepspeed_json
-from pretrain.engine.gradient_norm import GradientNorm
-from pretrain.engine.micro_steps import Executor, PlainExecutor
 from pretrain.engine.moving_average import MovingAverage
 from pretrain.engine.step_sums import StepReducer
 from pretrain.parallel.context import parallel_context
@@ -80,7 +77,8 @@ class _Rank:
         self._config, self._ledger = config, ledger
         self._parallel = parallel_context(config)
         self._is_offloaded = config.parallel.offload_optimizer and device_type == "cuda"
-        device, model = torch.device("cpu"), self._model(device_type)
+        device = torch.device("cpu")
+        model = build_module(config, self._parallel, choose_backends(config, device_type))
         settings = deepspeed_json(config, self._parallel.data_size)["zero_optimization"]
         ledger.bucket = int(settings.get("reduce_bucket_size", 0))
         self._engine: Any = build_engine(model, config, self._parallel, device)
@@ -89,29 +87,11 @@ class _Rank:
         own = torch.arange(first, streams, self._parallel.data_size)
         for _, memory in layer_memories(self._engine.module):
             memory.assign(own, streams)
-        self._executor = self._make_executor()
+        self._executor = build_executor(self._engine, config, self._parallel)
         self._average = MovingAverage(self._engine, config.train.ema_decay) if config.train.ema_decay else None
         self._reduce = StepReducer(self._engine.module, self._parallel, device)
         self._watch = _Watch(ledger, self._engine.module)
         self.settle()
-
-    def _model(self, device_type: str) -> nn.Module:
-        config, backends = self._config, choose_backends(self._config, device_type)
-        if self._parallel.pipeline_size > 1:
-            from pretrain.engine.pipeline import PipelineStage
-
-            return PipelineStage(config, self._parallel, backends)
-        recompute, seed = config.train.recompute, config.train.seed
-        return LanguageModel(config.model, self._parallel, backends, seed=seed, recompute=recompute)
-
-    def _make_executor(self) -> Executor:
-        if self._parallel.pipeline_size == 1:
-            return PlainExecutor(
-                self._engine, GradientNorm(self._engine, self._config.optimizer.clip_norm, self._parallel)
-            )
-        from pretrain.engine.pipeline import PipelineExecutor
-
-        return PipelineExecutor(self._engine)
 
     def step(self) -> tuple[int, dict[str, int], list[int]]:
         """-> `between`, `kept` and `starts` of a Rehearsal."""

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 
 from pretrain.config.schema import Config
 from pretrain.planning import layout_plan
-from pretrain.planning.communication import Collective
-from pretrain.planning.links import groups_of_ranks
+from pretrain.planning.links import Collective, groups_of_ranks
 from pretrain.planning.record import Call, Rehearsal
 from pretrain.planning.same_calls import MESSAGE
 

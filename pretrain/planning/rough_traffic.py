@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from model.config import SigmaMoEConfig
 from pretrain.config.schema import Config
-from pretrain.planning.communication import Collective
+from pretrain.planning.links import Collective
 from pretrain.planning.step_time import blocks_of_stages, held_by_stages
 
 FP32 = 4

@@ -20,8 +20,7 @@ from pretrain.config.schema import Config
 from pretrain.engine.deepspeed_json import deepspeed_json
 from pretrain.parallel.layout import RankBytes, rank_bytes
 from pretrain.parallel.stages import stage_bounds
-from pretrain.planning.communication import Collective
-from pretrain.planning.links import INSIDE, Rates, Spread, seconds, spreads
+from pretrain.planning.links import INSIDE, Collective, Rates, Spread, seconds, spreads
 from pretrain.planning.machine import Machine
 
 BACKWARD = 2 / 3
@@ -258,7 +257,8 @@ def _gradient_bytes(config: Config) -> int:
 
 
 def _reduces_in_the_backward_pass(config: Config, data_size: int) -> bool:
-    """Whether DeepSpeed sums gradients while the last backward pass goes on (docs/parallelism.md)."""
+    """Whether DeepSpeed sums gradients while the last backward pass goes on (docs/parallelism.md). Pipelines, which
+    cannot, may not have the key."""
     settings = deepspeed_json(config, data_size)["zero_optimization"]
     default = config.parallel.zero == 3  # DeepSpeed's own
-    return config.parallel.pipeline == 1 and bool(settings.get("overlap_comm", default))
+    return bool(settings.get("overlap_comm", default))

@@ -234,8 +234,17 @@ class PlannedRun:
         return checkpoint_space(self.config, folder)
 
     def _evaluation(self, found: Outcome, *, thorough: bool) -> str:
-        tasks = self.config.evaluate.tasks
+        settings, tasks = self.config.evaluate, self.config.evaluate.tasks
         if not tasks:
+            # No rule of configurations: checkpoints of runs that had it would no longer open.
+            for key in ("tasks_every_steps", "tasks_limit"):
+                if value := getattr(settings, key):
+                    found.problem(
+                        UserError(
+                            f"evaluate.{key}: is {value}, but evaluate.tasks names no task; name some, --set "
+                            f'\'evaluate.tasks={{"lambada": "raw/lambada"}}\', or set it to 0'
+                        )
+                    )
             return "no evaluate.tasks"
         from pretrain.evaluation.training import RunTasks, check_places
         from pretrain.saved_model.tokenizer import TASK_IS_TEXT
@@ -275,18 +284,16 @@ def preflight(
     config: Config,
     world_size: int,
     run_dir: Path,
-    device: str | None = None,
     *,
     alone: bool = True,
     patience: Patience | None = None,
 ) -> tuple[Sources, int, Checkpoint | None]:
     """Checks everything that can be refused without a process group or an allocation, and raises UserError at the first
-    fault. Returns the data sets, the DP size and the checkpoint that the run seems to continue from. `device`: the
-    ranks' (cuda or cpu); None: that of train.device on this machine. `alone`, `patience`: see PlannedRun."""
+    fault. Returns the data sets, the DP size and the checkpoint that the run seems to continue from. `alone`,
+    `patience`: see PlannedRun."""
     from pretrain.gpus import device_type
 
-    device = device or device_type(config.train.device)
-    run = PlannedRun(config, world_size, run_dir, device, alone=alone, patience=patience)
+    run = PlannedRun(config, world_size, run_dir, device_type(config.train.device), alone=alone, patience=patience)
     run.check(Checklist(stops=True), thorough=False)
     assert run.sources is not None and run.data_size is not None
     return run.sources, run.data_size, run.newest

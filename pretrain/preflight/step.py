@@ -35,9 +35,10 @@ SPLITS: dict[Routed, str] = {
 class StepRehearsal:
     """Of a planned run. A rank is rehearsed once for each number of blocks."""
 
-    def __init__(self, run: PlannedRun, rank: int | None = None) -> None:
-        """`rank`: is rehearsed beside those that stand for all."""
-        self._run, self._rank = run, rank
+    def __init__(self, run: PlannedRun, rank: int | None = None, device_memory: int | None = None) -> None:
+        """`rank`: is rehearsed beside those that stand for all. `device_memory`: bytes of a rank's device; None: those
+        of the GPU that is here, if the run is for GPUs."""
+        self._run, self._rank, self._device_memory = run, rank, device_memory
         self._found: dict[tuple[int, int, Routed], Rehearsal] = {}
         """By blocks, rank and split of tokens."""
 
@@ -45,7 +46,7 @@ class StepRehearsal:
         """Makes two checks, collectives and memory."""
         failed = next((o.name for o in checks.outcomes if o.name in NEEDED and not o.passed), None)
         checks.do("collectives", lambda found: self._warned(found, lambda: self._collectives(found, failed)))
-        checks.do("memory", lambda found: self._warned(found, lambda: self._memory(failed)))
+        checks.do("memory", lambda found: self._warned(found, lambda: self._memory(found, failed)))
 
     def _warned(self, found: Outcome, check: Callable[[], str]) -> str:
         """Makes a check. What a rehearsal cannot do is no fault of the run, but nobody may think it was checked."""
@@ -57,27 +58,51 @@ class StepRehearsal:
             found.warnings.append(f"{found.name}: not checked; {error}")
             raise Blocked(str(error)) from error
 
-    def _memory(self, failed: str | None) -> str:
+    def _memory(self, found: Outcome, failed: str | None) -> str:
         self._need(failed)
-        ends, said, many = self._ends(), [], len(self._routings()) > 1
+        ends, said, most, many = self._ends(), [], 0, len(self._routings()) > 1
         for routed in self._routings():
             peak, rank = max((self._peak(rank, routed), rank) for rank in ends)
             said.append(f"{peak / GIB:.2f} GiB on rank {rank:,}" + f", {SPLITS[routed]}" * many)
+            most = max(most, peak)
         how = ", as many blocks add what the third one adds" if self._is_extrapolated else ""
+        graphs = ""
+        if (with_graphs := self._with_graphs()) is not None:
+            most = max(most, with_graphs)
+            words = "with what CUDA graphs keep (train.cuda_graph), which plan.py fit adds up"
+            graphs = f"; {with_graphs / GIB:.2f} GiB {words}"
         return (
-            f"at the highest point of a step {'; '.join(said)} (rehearsed: rank {_listed(ends)}{how}){self._graphs()}"
+            f"at the highest point of a step {'; '.join(said)} (rehearsed: rank {_listed(ends)}{how}){graphs}"
+            f"{self._compared(found, most)}"
         )
 
-    def _graphs(self) -> str:
-        """What CUDA graphs, which no rehearsal records, make of it."""
+    def _compared(self, found: Outcome, needed: int) -> str:
+        """What a rank's device has. An estimate may err to both sides: one that does not fit is a warning."""
+        from pretrain.gpus import gpu_memory
+        from pretrain.planning.memory import USABLE
+
+        has = self._device_memory
+        if has is None and self._run.device == "cuda":
+            has = gpu_memory()
+        if has is None:
+            return ""
+        text = f"an estimate may fill {USABLE * has / GIB:.2f} GiB of the device ({USABLE:.0%} of {has / GIB:.1f})"
+        if needed > USABLE * has:
+            found.warnings.append(
+                f"memory: a step needs about {needed / GIB:.2f} GiB, and {text}: lower batch.micro_sequences, set "
+                f"train.recompute or divide the model (plan.py fit names one change)"
+            )
+        return f"; {text}"
+
+    def _with_graphs(self) -> int | None:
+        """Bytes with what CUDA graphs keep, which no rehearsal records; None where there are none."""
         from pretrain.config.graph_rules import takes_graphs
         from pretrain.planning.memory import estimate, why_unknown
 
         config, size, kind = self._run.config, self._data_size, self._run.device
         if why_unknown(config) is not None or not takes_graphs(config, data_size=size, device_type=kind):
-            return ""
-        total = estimate(config, size, kind).total
-        return f"; {total / GIB:.2f} GiB with what CUDA graphs keep (train.cuda_graph), which plan.py fit adds up"
+            return None
+        return estimate(config, size, kind).total
 
     def _ends(self) -> list[int]:
         """Of a pipeline: the first stage keeps the activations of most micro-steps, the last has the output layer."""

@@ -33,6 +33,8 @@ class Wanted:
     """None: the fewest that the layout allows."""
     device: str | None = None
     """cuda or cpu; None: train.device, and where that is auto what this machine has."""
+    device_memory: int | None = None
+    """Bytes of a rank's device; None: those of the GPU that is here, if there is one."""
 
 
 class Examination:
@@ -70,7 +72,7 @@ class Examination:
     def check_step(self, rank: int | None = None) -> None:
         """A training step, rehearsed, if the run was checked. `rank`: one more that is rehearsed."""
         if self.run is not None:
-            StepRehearsal(self.run, rank).check(self.checks)
+            StepRehearsal(self.run, rank, self.wanted.device_memory).check(self.checks)
 
     @property
     def not_rehearsed(self) -> list[str]:

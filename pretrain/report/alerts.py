@@ -23,6 +23,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.line_log import Row
 from common.strict_json import dumps
+from common.tables import shortened
 from common.terminal import visible
 from pretrain.config.alert_kinds import command_words
 from pretrain.config.schema import MonitorConfig
@@ -33,7 +34,7 @@ LIMIT_SECONDS = 30.0
 END_SECONDS = 5.0
 """Longest time that the end of a run waits for commands; shorter than what signals.py grants to one that must leave."""
 LONGEST = 500
-"""Characters of a sentence."""
+"""Characters of a sentence. What is longer loses its middle: it begins with what happened, and ends with what to do."""
 OUTLIVES = ("/bin/sh", "-c", "trap '' TERM; exec \"$@\"", "sh")
 """What starts a command. A launcher sends SIGTERM to all that a rank has started as soon as another rank has failed,
 and the alert of that must outlive it. And the start of a program from a file system that hangs holds sh, not Python."""
@@ -58,7 +59,7 @@ class Alert:
         what = describe(self.event) if self.text is None else f"{self.event['event'].replace('_', ' ')}: {self.text}"
         text = " ".join(visible(f"run {self.run_dir.name}: {what}").split())
         room = max(LONGEST - len(ending), LONGEST // 2)
-        return (text if len(text) <= room else f"{text[: room - 3]}...") + ending
+        return shortened(text, room) + ending
 
     def line(self) -> str:
         """One line of JSON."""

@@ -55,6 +55,8 @@ class Curves:
         self._choices = choices(config.model)
         self._load: dict[str, Tensor] = {}
         """Choices per expert, summed since the last details."""
+        self._counted_from = 0
+        """The first step of those sums."""
         self._artist = ThreadPoolExecutor(1, thread_name_prefix="pictures")
         self._can_draw = True
         self._drawn: list[tuple[int, str, Future[bytes]]] = []
@@ -89,8 +91,10 @@ class Curves:
         """One more fact about this start."""
         self._facts = {**self._facts, title: text}
 
-    def count(self, load: dict[str, Tensor]) -> None:
+    def count(self, step: int, load: dict[str, Tensor]) -> None:
         """Adds the choices of a step to those that the next pictures show."""
+        if not self._load:
+            self._counted_from = step
         for name, counts in load.items():
             self._load[name] = self._load[name] + counts if name in self._load else counts
 
@@ -153,8 +157,8 @@ class Curves:
             writer.close()
 
     def _draw(self, step: int) -> None:
-        every = self._config.monitor.details_every_steps
-        since = f"step {step}" if step == 1 else f"steps {max(2, step - every + 1)} to {step}"
+        first = self._counted_from
+        since = f"step {step}" if step == first else f"steps {first} to {step}"
         for kind, rows in tags.load_by_block(self._load).items():
             choice, heads = self._choices[_layer(kind)], len(rows) // self._config.model.num_layers
             title = f"{kind}, {since}"

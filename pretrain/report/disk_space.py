@@ -26,7 +26,7 @@ class CheckpointSpace:
     """Bytes of one checkpoint: `per_parameter`, and the memory of all streams."""
     per_parameter: int
     kept: int
-    """Checkpoints that the run keeps at its end: no more than it saves."""
+    """Checkpoints that the run keeps at its end, one or more: no more than it saves."""
     there: int
     """Checkpoints in the run folder already, which count towards `kept`."""
     free: int
@@ -40,7 +40,7 @@ class CheckpointSpace:
     @property
     def least(self) -> int:
         """With fewer free bytes the run cannot replace its first checkpoint by a second one, or cannot save at all."""
-        return max(1, min(2, self.kept + 1) - self.there) * self.size
+        return max(1, 2 - self.there) * self.size
 
     def row(self) -> DerivedValue:
         memory = " + memory" if self.size % self.per_parameter else ""

@@ -97,6 +97,8 @@ TEXTS = {
         f"{_number(e.get('stall_seconds'), '.1f')} s"
     ),
     "checkpoint_failed": lambda e: f"checkpoint of {_step(e)} failed: {e.get('reason', '?')}",
+    "checkpoint_passed_over": lambda e: f"passed over: {e.get('reason', '?')}",
+    "checkpoint_set_aside": lambda e: f"set aside a checkpoint of a later step: {e.get('path', '?')}",
     "validation": _validation,
     "evaluation": lambda e: f"{e.get('task', '?')} after {_step(e)}: accuracy {_number(e.get('accuracy'))}",
     "log_not_written": lambda e: f"{e.get('file', '?')} cannot be written: {e.get('reason', '?')}",

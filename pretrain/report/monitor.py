@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.tables import listed
 from model.costs import training_flops_per_token
-from pretrain.checkpoint import versions
+from pretrain.checkpoint.state import versions
 from pretrain.config.schema import Config, MonitorConfig
 from pretrain.engine.details import Details
 from pretrain.report.curves import Curves
@@ -89,7 +89,7 @@ class Monitor:
         self._folder.metrics(values)
         self._at = self._position(step, int(values.get("tokens", 0)))
         if self._curves is not None:
-            self._curves.count(load)
+            self._curves.count(step, load)
             if step % self._config.tensorboard_every_steps == 0 or step == self._last:
                 self._curves.step(self._at, values, phase_seconds or {})
             if details is not None and values["grad_norm"] is not None:  # a skipped update has no norm of its own

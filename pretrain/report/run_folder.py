@@ -29,7 +29,9 @@ LEFTOVERS = (
 )
 """Files of its own that a killed start leaves; none that another program may have put here."""
 ENDS = {ExitCode.FINISHED: "finished", ExitCode.STOPPED: "stopped", ExitCode.INTERRUPTED: "stopped"}
-"""Kinds of alerts about the end of a start; every other code is "failed"."""
+"""Kinds of events about the end of a start by its code."""
+FAILED = "failed"
+"""The kind of every other code."""
 
 
 class RunFolder:
@@ -89,9 +91,9 @@ class RunFolder:
             hang.rename(self.path / f"hang-{when}-{secrets.token_hex(2)}")
 
     def end(self, code: ExitCode, reason: str, *, step: int | None = None, node: str | None = None) -> None:
-        """Writes outcome.json: how this start ended, also for scripts whose launcher lost the exit code. `node`: the
-        one that is to blame. Releases the folder. May be called from another thread, and more than once: the first call
-        counts."""
+        """Writes outcome.json: how this start ended, also for scripts whose launcher lost the exit code; and an event,
+        where it failed. `node`: the one that is to blame. Releases the folder. May be called from another thread, and
+        more than once: the first call counts."""
         if not self._writes or self._has_ended:
             return
         self._has_ended = True
@@ -100,10 +102,13 @@ class RunFolder:
             outcome["node"] = node
         if self._alerts is not None:
             known = {key: value for key, value in outcome.items() if value is not None}
-            self._alerts.hear({"event": ENDS.get(code, "failed"), **known}, is_end=True)
+            self._alerts.hear({"event": ENDS.get(code, FAILED), **known}, is_end=True)
         if code is ExitCode.FOLDER_LOST:  # from now on the folder is another run's
             return
         console.forget(self._stream_failed)
+        if code not in ENDS:  # the next start replaces outcome.json; a board, which may hang too, hears nothing
+            kept = {key: value for key, value in outcome.items() if value is not None}
+            self._events.append({"event": FAILED, **kept})
         try:
             self._try_at_the_end(self._events.flush)
             self._try_at_the_end(lambda: write_json(self.path / "outcome.json", outcome))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from pretrain.checkpoint import versions
+from pretrain.checkpoint.state import versions
 from pretrain.config.schema import Config
 from pretrain.device import device_name
 from pretrain.report.layout_text import stage_text

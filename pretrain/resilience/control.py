@@ -60,9 +60,7 @@ class Control:
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' values."""
-        values = torch.tensor([value], dtype=torch.int64)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
-        return int(values)
+        return int(maximum(torch.tensor([value]), self.group))
 
     def table(self, values: Tensor) -> Tensor:
         """[n] int64 >= 0 of this rank -> [ranks, n], those of every rank."""

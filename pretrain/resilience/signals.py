@@ -167,7 +167,7 @@ class Stop:
             os.write(2, f"{message}\n".encode() if message else b"")
         for function in self.before_leaving:
             with contextlib.suppress(Exception):
-                function(code, reason or message)
+                function(code, reason or message.removeprefix("error: "))
         os._exit(code)
 
     def _serve(self, pipe: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from common.errors import ConfigError, UserError
 from data_prep.shards.format import Manifest
 from model.kernels.choice import Backends
-from model.language_model import LanguageModel, routing_statistics
+from model.language_model import LanguageModel, prepare_to_answer
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.folder import (
     CHECKPOINT_NAME,
@@ -55,26 +55,18 @@ def load_model(
     weights (train.ema_decay) instead of the weights. Raises UserError: no checkpoint yet, a damaged one, one of another
     version, no tokenizer, no moving average.
     """
-    checkpoint = find_checkpoint(Path(run_or_checkpoint))
+    checkpoint, place = find_checkpoint(Path(run_or_checkpoint)), torch.device(device)
     with while_they_are_there([checkpoint.path], "RUN"):
-        return _loaded(checkpoint, torch.device(device), data, verify=verify, kind="ema" if ema else "master")
+        config = config_of(checkpoint)
+        tokenizer = tokenizer_of(checkpoint, data)
+        if verify:
+            checkpoint.check_files()
+        backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
+        model = LanguageModel(config.model, backends=backends, seed=config.train.seed)
+        from pretrain.checkpoint.loading import load_weights  # imports DCP, which a start of training does without
 
-
-def _loaded(
-    checkpoint: Checkpoint, place: torch.device, data: Sequence[str | Path], *, verify: bool, kind: str
-) -> SavedModel:
-    config = config_of(checkpoint)
-    tokenizer = tokenizer_of(checkpoint, data)
-    if verify:
-        checkpoint.check_files()
-    backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
-    model = LanguageModel(config.model, backends=backends, seed=config.train.seed)
-    from pretrain.checkpoint.loading import load_weights  # imports DCP, which a start of training does without
-
-    load_weights(checkpoint, model, ParallelContext(), kind=kind)
-    model.requires_grad_(False).eval().to(place)
-    for _, statistics in routing_statistics(model):
-        statistics.to(place)
+        load_weights(checkpoint, model, ParallelContext(), kind="ema" if ema else "master")
+    prepare_to_answer(model, place)
     return SavedModel(model, tokenizer, config, checkpoint)
 
 

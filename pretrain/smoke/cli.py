@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
 def smoke_config(path: Path, overrides: Sequence[str], steps: int, resume: Path | None = None) -> Config:
     """The run's configuration for 2 x `steps` steps with a checkpoint in the middle, and nothing that costs time.
     Deterministic: fused attention on a GPU does not repeat its bits otherwise, and a sound machine would fail."""
-    own = {
+    own: dict[str, Any] = {
         "train.deterministic": True,
         "train.steps": max(2 * steps, load_config(path, overrides).train.steps),
         "train.stop_after_steps": 2 * steps,
@@ -100,6 +100,9 @@ def smoke_config(path: Path, overrides: Sequence[str], steps: int, resume: Path 
         "checkpoint.resume": "auto" if resume is None else str(resume),
         "evaluate.every_steps": 0,
         "evaluate.sequences": 0,
+        "evaluate.tasks": {},  # of 100,000 texts the test would take hours
+        "evaluate.tasks_every_steps": 0,
+        "evaluate.tasks_limit": 0,
         "monitor.tensorboard": False,
         "monitor.print_every_steps": 1,
         "monitor.alert_command": None,

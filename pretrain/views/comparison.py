@@ -19,6 +19,7 @@ from common.tables import counted
 from common.terminal import visible
 from common.urls import URL
 from pretrain.views.reading import RunView
+from pretrain.views.windows import has_effect
 
 AXES = {"step": "steps", "tokens": "tokens", "flops": "training FLOPs"}
 """Key -> what a person calls it."""
@@ -36,6 +37,8 @@ SAME_RATE = 1e-9
 """Relative difference of two quotients of floats that stand for the same FLOPs per token."""
 DIGEST = "data digest"
 """What differs where data do, wherever they lie."""
+MADE_OF_SETTINGS = " with other values of "
+"""In the description of a run whose `--set` changed what the one in its file describes."""
 VALIDATIONS = 8
 """Most validations that are listed."""
 
@@ -160,7 +163,15 @@ def differing_facts(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     keys = dict.fromkeys(key for found in every for key in found)
     rows = [(key, [found.get(key) for found in every]) for key in keys]
     meant = [(key, values, [as_meant(key, value) for value in values]) for key, values in rows]
-    return [(key, values) for key, values, these in meant if any(value != these[0] for value in these)]
+    differing = [(key, values) for key, values, these in meant if any(value != these[0] for value in these)]
+    return [(key, values) for key, values in differing if _says_something(key, values, runs)]
+
+
+def _says_something(key: str, values: Sequence[Any], runs: Sequence[Run]) -> bool:
+    """Not a description that was made of the settings which differ, nor a setting that has no effect in any run."""
+    if key == "description":
+        return not any(isinstance(value, str) and MADE_OF_SETTINGS in value for value in values)
+    return any(has_effect(key, run.view.config) for run in runs)
 
 
 def as_meant(key: str, value: Any) -> Any:

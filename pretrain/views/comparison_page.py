@@ -185,12 +185,14 @@ def page(runs: Sequence[Run], tolerance: float, png: bytes) -> str:
         )
     )
     parts.append(html_page.image(png, "curves of all runs"))
+    noted = [f"<p>Note: {escape(note)}.</p>" for note in notes(runs)]
+    parts += noted if len(runs) == 1 else []  # nothing differs of one
     for title, header, rows in tables(runs, tolerance):
         parts.append(f"<h2>{escape(title)}</h2>")
         cells = [tuple(map(escape, row)) for row in rows]
         numbers = range(1, len(header)) if not title.startswith("What") else ()
         parts.append(html_page.table(tuple(map(escape, header)), cells, numbers=numbers) if rows else "<p>nothing</p>")
         if title == DIFFERS:
-            parts += [f"<p>Note: {escape(note)}.</p>" for note in notes(runs)]
+            parts += noted
     what = "Curves of " if len(runs) == 1 else "Comparison of "
     return html_page.page(what + ", ".join(run.label for run in runs), parts)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from common.splits import SplitName
 from common.tables import DOTS, counted, folded_table
 from common.terminal import visible
 from pretrain.views.comparison import (
@@ -23,13 +25,12 @@ from pretrain.views.comparison import (
     task_accuracies_at_end,
     validation_losses,
 )
-from pretrain.views.reading import setting
+from pretrain.views.windows import WINDOWS, same_sources, setting
 
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """Title, header, rows."""
 DIFFERS = "What differs"
-WINDOWS = ("evaluate.sequences", "evaluate.placement", "evaluate.streams", "model.sequence_length")
-"""Settings that decide what a validation reads of its split."""
+LIMIT = "evaluate.tasks_limit"
 LONGEST = 60
 """Characters of a setting."""
 CONTEXT = 20
@@ -68,7 +69,24 @@ def notes(runs: Sequence[Run]) -> list[str]:
     keys = {key for key, _ in differing_facts(runs)}
     other = [key for key in WINDOWS if key in keys]
     of_windows = f"{' and '.join(other)} differ: validation losses are of other windows of the text"
-    return [*_notes_on_text(runs, keys), *([of_windows] if other and splits_of(runs) else [])]
+    of_tasks = LIMIT in keys and bool(task_accuracies_at_end(runs))
+    return [
+        *_notes_on_text(runs, keys),
+        *([of_windows] if other and splits_of(runs) else []),
+        *([f"{LIMIT} differ: accuracies of tasks are of other examples"] if of_tasks else []),
+        *(note for run in runs for split in run.view.splits for note in _notes_on_resumes(run, split)),
+    ]
+
+
+def _notes_on_resumes(run: Run, split: SplitName) -> list[str]:
+    """From which step on a resume changed what the validations of a run read."""
+    reads = list(run.view.reads(split).items())
+    return [
+        f"{run.label}: {' and '.join(key for key in now if now[key] != before[key])} changed: {split} losses from step "
+        f"{step:,} on are of other windows of the text than those before"
+        for (_, before), (step, now) in itertools.pairwise(reads)
+        if now != before
+    ]
 
 
 def _notes_on_text(runs: Sequence[Run], keys: Collection[str]) -> list[str]:
@@ -91,8 +109,7 @@ def _same_sources(runs: Sequence[Run]) -> bool:
     """Whether all read several data sets, the same in the same order: then validations read the same windows, whatever
     the weights."""
     every = [as_meant("data.sources", setting(run.view.config, "data.sources")) for run in runs]
-    found = [[(row.get("manifest"), row.get("name")) for row in rows or () if isinstance(row, dict)] for rows in every]
-    return len(found[0]) > 1 and all(rows == found[0] for rows in found)
+    return all(same_sources(every[0], rows) for rows in every)
 
 
 def _places(rows: Sequence[tuple[float, Sequence[float]]]) -> list[tuple[str, ...]]:
@@ -106,14 +123,15 @@ def _losses(values: Sequence[float]) -> list[str]:
 
 def text(runs: Sequence[Run], tolerance: float, *, width: int | None = None) -> str:
     """All tables for a terminal of that width, or for a file."""
-    parts = []
+    noted = [line for note in notes(runs) for line in (f"note: {note}", "")]
+    parts = noted if len(runs) == 1 else []  # nothing differs of one
     longest = LONGEST if width is None else min(LONGEST, width // 2)
     for title, header, rows in tables(runs, tolerance, longest=longest):
         parts.append(title)
         parts.append(folded_table(header, rows, width=width) if rows else "  nothing")
         parts.append("")
         if title == DIFFERS:
-            parts += [line for note in notes(runs) for line in (f"note: {note}", "")]
+            parts += noted
     return visible("\n".join(parts[:-1]))
 
 

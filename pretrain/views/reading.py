@@ -25,6 +25,7 @@ from common.splits import SPLITS, SplitName
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.report.source_losses import source_losses
+from pretrain.views.windows import Reads, reads_by_step, setting
 
 LOGS = ("metrics.jsonl", "events.jsonl", "config.json")
 """A folder that has one of these is a run folder."""
@@ -34,10 +35,11 @@ TAIL_BYTES = 1000
 """A line of metrics.jsonl or more: its times tell two courses of a run apart."""
 NOT_FOLLOWED = {"superseded_metrics"}
 """Events that repeat what metrics.jsonl once held: of a long run they would be most of what is kept."""
-
-
-BEFORE_A_RUN = re.compile(r"slurm|checkpoints|lock-\d+\.json|\..*")
-"""What its folder may hold before a run has begun: what submitting it and the first moments of a start leave there."""
+ENDS_ITS_JOB = (ExitCode.FINISHED, ExitCode.REFUSED, ExitCode.DIVERGED, ExitCode.FOLDER_LOST)
+"""Exit codes after which no job is requeued."""
+BEFORE_A_RUN = re.compile(r"slurm|smoke-\d+|checkpoints|lock-\d+\.json|\..*")
+"""What its folder may hold before a run has begun: what submitting it, a smoke test and the first moments of a start
+leave there."""
 
 
 class NotYet(UserError):
@@ -213,6 +215,18 @@ class RunView:
             return State.STOPPED
         return State.DEAD if code is None else State.FAILED
 
+    @property
+    def job_that_may_return(self) -> str | None:
+        """The number of the SLURM job that trained here last, if the run has ended in a way for which its job goes back
+        into the queue, or starts it again (docs/operations.md); None if not."""
+        if self.state.goes_on or self.outcome.get("exit_code") in ENDS_ITS_JOB:
+            return None
+        try:
+            started = [(path.stat().st_mtime, path.stem) for path in (self.path / "slurm").glob("*.started")]
+        except OSError:
+            return None
+        return max(started)[1] if started else None
+
     def last(self, kind: str) -> Row:
         """The newest event of a kind; empty if there is none."""
         index = self._last_index(kind)
@@ -236,6 +250,17 @@ class RunView:
         """Step and loss of those on a split that still count: a start from before a step computes its validation
         again."""
         return [(step, _loss(event.get("loss"))) for step, event in self._validation_events(split)]
+
+    def reads(self, split: str = "validation") -> dict[int, Reads]:
+        """Step -> what its validation on a split has read, as far as that changed in the life of the run."""
+        return reads_by_step(self.events, split, self.config)
+
+    def best_validation(self, split: str = "validation") -> tuple[int, float] | None:
+        """Step and loss of the lowest among those that read the windows of the newest one; None without a finite
+        one."""
+        reads, validations = self.reads(split), self.validations(split)
+        alike = [(step, loss) for step, loss in validations if reads[step] == reads[validations[-1][0]]]
+        return min((one for one in alike if math.isfinite(one[1])), key=lambda one: one[1], default=None)
 
     @property
     def splits(self) -> list[SplitName]:
@@ -306,14 +331,6 @@ def _may_become_one(folder: Path) -> bool:
 
 def _loss(value: Any) -> float:
     return value if isinstance(value, int | float) else math.nan
-
-
-def setting(config: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key of config.json; None if it is not there."""
-    found: Any = config
-    for name in key.split("."):
-        found = found.get(name) if isinstance(found, dict) else None
-    return found
 
 
 def parsed(line: bytes) -> Any:

@@ -18,8 +18,9 @@ from common.terminal import visible
 from pretrain.report.event_text import event_text
 from pretrain.report.exit_codes import ExitCode, meaning_of
 from pretrain.report.source_losses import sources_text
-from pretrain.views.reading import RunView, State, setting
+from pretrain.views.reading import RunView, State
 from pretrain.views.text_plot import text_plot
+from pretrain.views.windows import setting
 
 RECENT_STEPS = 50
 """Steps whose mean time gives the throughput and the time left."""
@@ -136,11 +137,9 @@ def loss_text(view: RunView) -> str:
 
 def validation_text(view: RunView, split: SplitName) -> str:
     """The newest validation on a split that has one, also of each source of a mixture and of the moving average, and
-    the best."""
-    validations = view.validations(split)
-    step, loss = validations[-1]
-    finite = [pair for pair in validations if math.isfinite(pair[1])]
-    best, lowest = min(finite, key=lambda pair: pair[1]) if finite else (step, loss)
+    the best of those on the same windows."""
+    step, loss = view.validations(split)[-1]
+    best, lowest = view.best_validation(split) or (step, loss)
     of_sources = dict(view.source_validations(split))[step]
     text = f"{_finite(loss)} after step {step:,}" + (f" ({sources_text(of_sources)})" if of_sources else "")
     text += "" if best == step else f", best {lowest:.4f} after step {best:,}"
@@ -334,6 +333,7 @@ def _validations(view: RunView, split: SplitName, prefix: str) -> dict[str, Any]
     """Of a split, for another program."""
     return {
         f"{prefix}validations": [[step, finite(loss)] for step, loss in view.validations(split)],
+        f"{prefix}best_validation": view.best_validation(split),
         f"{prefix}validations_by_source": [
             [step, {name: finite(loss) for name, loss in losses.items()}]
             for step, losses in view.source_validations(split)
@@ -356,15 +356,10 @@ def duration(seconds: float) -> str:
 
 def wrapped(line: str, width: int, *, indent: int) -> list[str]:
     """The line in lines of at most `width` characters, those after the first indented. What takes more than MOST_LINES
-    ends in dots."""
-    return textwrap.wrap(
-        visible(line),
-        max(width, indent + 5),
-        subsequent_indent=" " * indent,
-        break_on_hyphens=False,
-        max_lines=MOST_LINES,
-        placeholder=" ...",
-    )
+    loses its middle: it begins with what happened, and ends with what to do."""
+    lines = textwrap.wrap(visible(line), max(width, indent + 5), subsequent_indent=" " * indent, break_on_hyphens=False)
+    last = (MOST_LINES - 1) // 2
+    return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1 - last], " " * indent + DOTS, *lines[-last:]]
 
 
 def beginning(line: str, width: int) -> str:

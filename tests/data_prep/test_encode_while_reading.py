@@ -16,9 +16,9 @@ from data_prep.cli import main
 from data_prep.shards.format import Manifest
 from data_prep.work import folder as work
 from data_prep.work.parallel import _start_method
+from tests.data_prep.kills import run_with_kills
 from tests.data_prep.raw_corpus import write_config, write_corpus
 from tests.data_prep.test_prepare import outputs
-from tests.data_prep.test_stages import Killed
 
 
 @pytest.fixture(scope="module")
@@ -67,29 +67,9 @@ def test_validation_by_hash_goes_the_same_way(raw: tuple[Path, dict[str, Any]]) 
 def test_killed_again_and_again(
     raw: tuple[Path, dict[str, Any]], apart: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every finished file is a step; the run dies after 14 of them, each time further on."""
-    config = str(write_config(raw, "killed"))
-    real, budget = work.os.replace, 0
-
-    def replace(source: Any, target: Any) -> None:
-        nonlocal budget
-        if ".work" in Path(target).parts:
-            if budget == 0:
-                raise Killed
-            budget -= 1
-        real(source, target)
-
     monkeypatch.setattr("data_prep.stages.ingest.PART_BYTES", 60_000)
     monkeypatch.setattr("data_prep.stages.ingest.BATCH_BYTES", 0)  # a batch must not need more than 14
-    monkeypatch.setattr(work.os, "replace", replace)
-    for _attempt in range(30):
-        budget = 14
-        try:
-            assert main(["run", "--config", config]) == 0
-        except Killed:
-            continue
-        break
-    assert _attempt > 1
+    run_with_kills(["run", "--config", str(write_config(raw, "killed"))], files=14, kills=2)
     assert outputs(raw[0] / "killed") == apart
 
 

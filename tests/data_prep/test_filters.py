@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
-from data_prep.config.schema import FilterConfig
+from data_prep.config.schema import FilterConfig, TokenizerConfig
 from data_prep.shards.format import Manifest
 from data_prep.stages.c4_rules import clean_page
 from data_prep.stages.filters import (
@@ -22,12 +22,17 @@ from data_prep.stages.filters import (
     gopher_repetition,
     plain_newlines,
 )
+from data_prep.stages.tokenizer import train_tokenizer
 from tests.data_prep.conftest import c4_line, write_dump
 from tests.data_prep.raw_corpus import GERMAN, SAMPLE, sample_texts
 from tests.data_prep.test_prepare import decoded
 
 GOOD = sample_texts(1)[0]
 SENTENCES = [sentence.strip() + "." for text in sample_texts(8) for sentence in text.replace("\n", " ").split(". ")]
+NO_STOP_WORDS = (
+    "Many people walk along this river every morning because birds sing there. Some bring bread, others only sit on a "
+    "bench under old trees, where it is quiet. Nobody knows how long it will stay so. "
+) * 2
 
 
 def verdict(text: str, **settings: object) -> str | None:
@@ -81,6 +86,38 @@ def test_good_text_passes_and_every_switch_works() -> None:
     assert verdict(mixed, language="en", language_characters=5000) is None
     assert verdict(mixed, language="en", language_characters=100) == "language"
     assert verdict("", c4=False, gopher_quality=False, min_words=0) == "too few words"  # c4_lines left nothing
+
+
+def test_stop_words_are_asked_of_english_alone() -> None:
+    """Of every document where no language is named, as published; the preparation of other languages lost them all."""
+    without = [(text, {"c4": False, "gopher_repetition": False}) for text in (GERMAN * 3, NO_STOP_WORDS)]
+    assert [verdict(text, **keys) for text, keys in without] == ["stop words", "stop words"]
+    assert [verdict(text, language=["de", "en"], **keys) for text, keys in without] == [None, "stop words"]
+    assert verdict(GERMAN * 3 + "# " * 20, language="de", c4=False) == "symbols", "the other rules stay"
+    # What was made when they were asked of all is made again; nothing else is.
+    recorded = {language: FilterConfig(language=(language,)).settings().get("stop_words") for language in ("en", "de")}
+    assert recorded == {"en": None, "de": "en"} and "stop_words" not in FilterConfig().settings()
+    assert "stop_words" not in FilterConfig(language=("de",), gopher_quality=False).settings()
+
+
+def test_filters_that_leave_nothing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dump(tmp_path / "a.json.gz", [c4_line(GERMAN * 3), c4_line(GERMAN * 4), c4_line("short")])
+    body = {
+        "input": str(tmp_path / "a.json.gz"),
+        "output": str(tmp_path / "out"),
+        "filter": {"c4": False},
+        "dedup": None,
+        "workers": 1,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    model = tmp_path / "m.model"
+    for more in ([], ["--set", f"tokenizer.model={model}"]):
+        if more:
+            texts = iter([GOOD, GERMAN])
+            model.write_bytes(train_tokenizer(texts, TokenizerConfig(vocab_size=340)))
+        assert main(["run", "--config", str(tmp_path / "config.json"), *more]) == 2
+        said = "error: filter: every document was dropped (stop words 2, too few words 1); its rules are for English"
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from data_prep.shards.format import Manifest
 from data_prep.work import folder as work
 from launch.slurm import preparation
 from tests.data_prep.conftest import Corpus, c4_line, write_dump
+from tests.data_prep.kills import Killed
 from tests.data_prep.test_prepare import one_error, outputs
 
 FOREIGN = (
@@ -170,10 +171,6 @@ def test_a_folder_in_the_way_is_refused_whatever_is_asked(
     for force in ([], ["--force"]):
         assert main(["run", "--config", str(config), *force]) == 2
         assert "holds the folder train-00000.tar, where a file must go" in one_error(capsys)
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.parametrize("after", [1, 2, 6, 11, 16, 20, 10**6])

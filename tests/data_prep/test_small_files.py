@@ -11,10 +11,9 @@ import pytest
 from data_prep.cli import main
 from data_prep.shards.format import Manifest
 from data_prep.stages.ingest import BATCH_FILES, cut_batches
-from data_prep.work import folder as work
+from tests.data_prep.kills import run_with_kills
 from tests.data_prep.raw_corpus import sample_texts
 from tests.data_prep.test_prepare import outputs
-from tests.data_prep.test_stages import Killed
 
 FILES = 80
 
@@ -100,34 +99,11 @@ def test_files_together_alone_and_on_two_processes_give_the_same_bytes(
     ]
 
 
-def test_stopped_after_every_few_files_and_continued(
-    raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_after_every_few_files_and_continued(raw: tuple[Path, dict[str, Any]]) -> None:
     assert main(["run", "--config", write_config(raw, "whole")]) == 0
-    config = write_config(raw, "stopped")
-    real, written = work.os.replace, Counter[str]()
-    budget = 0
-
-    def replace(source: Any, target: Any) -> None:
-        nonlocal budget
-        if ".work" in Path(target).parts:
-            if budget == 0:
-                raise Killed
-            budget -= 1
-        written[Path(target).name] += 1
-        real(source, target)
-
-    monkeypatch.setattr(work.os, "replace", replace)
-    for _attempt in range(100):
-        budget = 40
-        try:
-            assert main(["run", "--config", config]) == 0
-        except Killed:
-            continue
-        break
-    assert _attempt > 2
+    finished = run_with_kills(["run", "--config", write_config(raw, "stopped")], files=40, kills=3)
     assert outputs(raw[0] / "stopped") == outputs(raw[0] / "whole")
-    assert max(count for name, count in written.items() if name.endswith(".quarantine.jsonl")) == 1
+    assert max(Counter(file.name for file in finished if file.name.endswith(".quarantine.jsonl")).values()) == 1
 
 
 def test_a_file_is_taken_back_from_the_parts_that_it_shares(raw: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

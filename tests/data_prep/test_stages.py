@@ -22,7 +22,7 @@ from data_prep.config.resolved import resolve
 from data_prep.run import output_files
 from data_prep.shards.format import Manifest, manifest_digest
 from data_prep.shards.reader import ShardReader
-from data_prep.work import folder as work
+from tests.data_prep.kills import Killed, run_with_kills
 from tests.data_prep.raw_corpus import GERMAN, near_copy, sample_texts, write_config, write_corpus
 from tests.data_prep.test_prepare import decoded, one_error, outputs
 
@@ -173,40 +173,12 @@ def test_array_tasks_and_one_merge_give_the_same_bytes(
         assert message in one_error(capsys)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: no handler of the program catches it."""
-
-
-def test_stopped_after_every_few_files_and_continued(
-    raw: tuple[Path, dict[str, Any]], clean: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every finished file is one step; the run dies after 15 of them, again and again, each time a bit later in the
-    writing of the next. No finished part is made twice."""
-    config = str(write_config(raw, "stopped"))
-    real, written = work.os.replace, Counter[str]()
-    budget = 0
-
-    def replace(source: Any, target: Any) -> None:
-        nonlocal budget
-        if ".work" in Path(target).parts:  # putting the data in place has its own test, in test_prepare.py
-            if budget == 0:
-                raise Killed
-            budget -= 1
-        written[str(target)] += 1
-        real(source, target)
-
-    monkeypatch.setattr(work.os, "replace", replace)
-    for _attempt in range(200):
-        budget = 15
-        try:
-            assert main(["run", "--config", config]) == 0
-        except Killed:
-            continue
-        break
-    assert _attempt > 5
+def test_stopped_after_every_few_files_and_continued(raw: tuple[Path, dict[str, Any]], clean: Path) -> None:
+    """No finished part is made twice."""
+    finished = run_with_kills(["run", "--config", str(write_config(raw, "stopped"))], files=15, kills=6)
     assert outputs(raw[0] / "stopped") == outputs(clean)
-    stages = [name for name in written if "/ingest-" in name or "/filter-" in name or "/encode-" in name]
-    assert max(written[name] for name in stages if name.endswith(".json")) == 1
+    stages = [file for file in finished if file.parent.name.startswith(("ingest-", "filter-", "encode-"))]
+    assert max(Counter(file for file in stages if file.suffix == ".json").values()) == 1
 
 
 @pytest.mark.slow  # test_stopped_after_every_few_files_and_continued is killed elsewhere

@@ -24,7 +24,6 @@ from data_prep.raw.megatron_index import MegatronIndex
 from data_prep.report.show import verify
 from data_prep.shards.format import Manifest
 from data_prep.stages.tokenizer import TextTokenizer
-from data_prep.work import folder as work
 from tests.data_prep.conftest import Corpus
 from tests.data_prep.id_files import (
     EOS,
@@ -35,8 +34,8 @@ from tests.data_prep.id_files import (
     write_megatron,
     write_plain,
 )
+from tests.data_prep.kills import run_with_kills
 from tests.data_prep.test_prepare import one_error, outputs
-from tests.data_prep.test_stages import Killed
 
 WRITE_AND_READ = """
 import json, sys
@@ -240,26 +239,8 @@ def test_a_killed_preparation_of_ids_goes_on_and_ends_with_the_same_bytes(
     settings = {"format": "megatron", "input": f"{megatron}/part_*"}
     assert main(["run", "--config", str(id_config(**settings, output=str(tmp_path / "clean")))]) == 0
     command = ["run", "--config", str(id_config(**settings, output=str(tmp_path / "stopped")))]
-    real, states, budget = work.os.replace, list[str](), 0
-
-    def replace(source: Any, target: Any) -> None:
-        nonlocal budget
-        if budget == 0:
-            raise Killed
-        budget -= 1
-        real(source, target)
-        if Path(target).parent.name.startswith("ingest-") and Path(target).suffix == ".json":
-            states.append(Path(target).name)
-
-    monkeypatch.setattr(work.os, "replace", replace)
-    for _attempt in range(100):
-        budget = 15
-        try:
-            assert main(command) == 0
-            break
-        except Killed:
-            continue
-    assert _attempt >= 3
+    finished = run_with_kills(command, files=10, kills=3)
+    states = [file for file in finished if file.parent.name.startswith("ingest-") and file.suffix == ".json"]
     assert len(states) == len(set(states)) == 6, "each of the files was read to its end once"
     assert outputs(tmp_path / "stopped") == outputs(tmp_path / "clean")
 

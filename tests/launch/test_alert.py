@@ -29,6 +29,7 @@ class Chat(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.posts: list[tuple[str, str | None, Any]] = []
+        self.agents: set[str | None] = set()
         self.status = 200
 
     @property
@@ -41,6 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.server.agents.add(self.headers["User-Agent"])
         self.server.posts.append((self.path, self.headers["Content-Type"], json.loads(body or "null")))
         self.send_response(self.server.status)
         if 300 <= self.server.status < 400:
@@ -84,6 +86,7 @@ def test_a_test_of_the_alerts_of_a_run_reaches_the_chat(
     texts = ["run night: test: a test of its alerts", "run night: requeued: job 7: back in the queue"]
     assert chat.posts == [("/services/secret", "application/json", {"text": text}) for text in texts]
     assert capfd.readouterr() == ("".join(f"sent: {text}\n" for text in texts), "")
+    assert chat.agents == {"switchall-alert"}, "some servers refuse urllib's own name"
     chat.status = 404
     assert main([given]) == 2
     said = capfd.readouterr().err

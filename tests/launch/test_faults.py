@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.launch.launcher import command, environment, lines, members, ranks_of, run, session
-from tests.pretrain.runs import assert_bit_identical, metrics
+from tests.pretrain.runs import assert_bit_identical, events, metrics
 
 pytestmark = pytest.mark.slow
 KEYS = (
@@ -153,6 +153,5 @@ def test_no_rank_survives_its_launcher_and_a_second_start_is_refused(prepared: P
     assert len(lines(run_dir)) < 300
     assert list(run_dir.glob("lock-*"))
     run(*command(2, prepared, run_dir, *KEYS, "train.stop_after_steps=1"), cwd=tmp_path)  # taken over at once
-    taken = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    assert next(e["owner"] for e in taken if e["event"] == "lock_taken_over").startswith(f"process {ranks[0].pid} on")
+    assert events(run_dir, "lock_taken_over")[0]["owner"].startswith(f"process {ranks[0].pid} on")
     assert not list(run_dir.glob("lock-*"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -16,7 +15,7 @@ import pytest
 from pretrain.config.loading import load_config
 from tests.launch.launcher import command, environment, lines, ranks_of, run, session
 from tests.pretrain.report.boards import read, steps_of
-from tests.pretrain.runs import assert_bit_identical, metrics, plain_trace
+from tests.pretrain.runs import assert_bit_identical, events, metrics, plain_trace
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
 pytestmark = pytest.mark.slow
@@ -122,8 +121,7 @@ def test_sigkill_at_a_random_step_and_resume_is_bit_identical(
     run(*command(2, prepared, run_dir, *keys), cwd=tmp_path)
     assert kills == 2
     assert_bit_identical(run_dir, tmp_path / "unbroken")
-    events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    assert events.count("resumed") >= 1 and "superseded_metrics" in events
+    assert events(run_dir, "resumed") and events(run_dir, "superseded_metrics")
     board = read(run_dir / "tensorboard")
     assert steps_of(board, "loss/train") == list(range(1, 25))
     assert steps_of(board, "gradient norm by group/experts") == [1, 4, 8, 12, 16, 20, 24]

@@ -22,7 +22,9 @@ from tests.pretrain.runs import small_config
 
 def small_file(prepared: Path, folder: Path) -> Path:
     path = folder / "small.json"
-    config = small_config(prepared, "model.dropout=0.1", "parallel.zero=2", "train.replay_routing=unused here")
+    tasks = ('evaluate.tasks={"lambada": "unused too"}', "evaluate.tasks_every_steps=1", "evaluate.tasks_limit=1")
+    unused = ("train.replay_routing=unused here", *tasks)
+    config = small_config(prepared, "model.dropout=0.1", "parallel.zero=2", *unused)
     path.write_text(json.dumps(to_json(config)))
     return path
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from launch.sweeps.plan import combinations, configurations, run_name, values_of, varied
+from launch.sweeps.plan import LONGEST_NAME, combinations, configurations, run_name, values_of, varied
 
 RATE = "optimizer.learning_rate"
 
@@ -88,6 +88,15 @@ def test_what_is_no_list_of_values_is_refused_with_its_key(given: list[str], wor
     with pytest.raises(UserError) as refused:
         combinations(["x"], varied(given, ["train.steps=3"]))
     assert words in str(refused.value)
+
+
+def test_a_name_that_no_file_system_takes_is_refused() -> None:
+    keys = {f"model.key_of_section_{n}": ["x" * 30] for n in range(4)}
+    name = run_name("c", {key: of[0] for key, of in keys.items()})
+    config = "c" * (LONGEST_NAME - len(name) + 1)
+    assert [len(run.name) for run in combinations([config], keys)] == [LONGEST_NAME]
+    with pytest.raises(UserError, match="is too long for the name of a folder; vary fewer keys"):
+        combinations([config + "c"], keys)
 
 
 def test_a_value_too_deep_for_json_is_kept_for_the_check_of_its_key() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -351,3 +354,18 @@ def printed(value: float, *, like: str) -> str:
     number, unit = like[:-1], like[-1]
     digits = len(number.partition(".")[2])
     return f"{value / {'M': 1e6, 'G': 1e9}[unit]:.{digits}f}{unit}"
+
+
+@pytest.mark.parametrize("section", ["attention", "feedforward"])
+def test_a_layer_without_a_formula_is_an_error_and_no_number(section: str) -> None:
+    """Where it passed for another type, plans and FLOPs were silently wrong."""
+    layer = SimpleNamespace(
+        type="new", hidden_size=8, expert_size=4, up_width=8, num_experts=4, active_experts=2, num_heads=2, head_dim=4
+    )
+    config = ModelConfig(d_model=8, num_layers=1, vocab_size=16, sequence_length=4).model_copy(update={section: layer})
+    formulas: list[Callable[[ModelConfig], Any]] = [formula_parameters, training_flops_per_token]
+    formulas += [attention_macs, attention_memory, cache_floats] if section == "attention" else []
+    formulas += [feedforward_macs, feedforward_memory] if section == "feedforward" else []
+    for formula in formulas:
+        with pytest.raises(AssertionError, match=r"unreachable.*type='new'"):
+            formula(config)

@@ -10,15 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import run_ranks
-from tests.pretrain.runs import (
-    MOA,
-    TOLERANCE,
-    Trace,
-    assert_same,
-    engine_trace,
-    plain_trace,
-    small_config,
-)
+from tests.pretrain.runs import MOA, TOLERANCE, Trace, assert_near, assert_same, engine_trace, plain_trace, small_config
 
 STEPS, GRADIENT_STEPS = 4, (0, 3)
 
@@ -150,10 +142,8 @@ def test_bf16_stays_near_fp32(prepared: Path) -> None:
         for zero, micro in ((1, 2), (3, 2))  # the two ways in which we run bf16
     ]
     for config, trace in zip(configs, run_ranks(engine_trace, 2, configs, steps, ())[0], strict=True):
-        assert trace.losses != reference.losses
-        assert trace.losses == pytest.approx(reference.losses, rel=2e-2), f"ZeRO {config.parallel.zero}"
+        assert_near(trace, reference, f"ZeRO {config.parallel.zero}")
         assert sum(trace.losses) == pytest.approx(sum(reference.losses), rel=5e-3), f"ZeRO {config.parallel.zero}"
-        assert trace.grad_norms[:3] == pytest.approx(reference.grad_norms[:3], rel=0.05), f"ZeRO {config.parallel.zero}"
 
 
 def test_adamw_has_its_keys_in_every_layout(prepared: Path) -> None:

@@ -17,8 +17,8 @@ from pretrain.resilience.rollback import Rollback, record
 from pretrain.saving import SaveTimer
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import events, spike_on_position, train_with
-from tests.pretrain.runs import assert_bit_identical, light_config, train_runs
+from tests.pretrain.resilience.faults import spike_on_position, train_with
+from tests.pretrain.runs import assert_bit_identical, events, light_config, train_runs
 from tests.pretrain.test_steps_in_flight import logged_run
 
 NEVER = ("checkpoint.every_steps=100", "checkpoint.keep_last=99", "evaluate.sequences=0")

@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 import data_prep.shards.format
 import pretrain.together
-from common.errors import DataError, UserError
+from common.errors import DataError, UserError, refuse
 from data_prep.shards.format import Manifest
 from pretrain.config.schema import Config
-from pretrain.data.sources import open_sources
+from pretrain.data.sources import Sources, open_sources
 from pretrain.data.verified import as_it_is, recall, remember
 from pretrain.loop import train
 from pretrain.parallel.agreement import PeerFailed
@@ -53,6 +53,13 @@ def test_the_parts_of_a_check_are_the_whole(prepared: Path, tmp_path: Path) -> N
         assert len(found) == 2, (name, found)
 
 
+def unfollowed(config: Config) -> Sources:
+    """The data as one of several ranks opens them."""
+    sources = Sources.find(config, refuse, follow_links=False)
+    assert sources is not None
+    return sources
+
+
 def test_a_link_that_leads_out_is_refused_when_it_is_followed(prepared: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
@@ -62,7 +69,7 @@ def test_a_link_that_leads_out_is_refused_when_it_is_followed(prepared: Path, tm
     with pytest.raises(DataError, match="leads out of the manifest's folder"):
         Manifest.load(copy)
     config = small_config(copy)
-    sources = open_sources(config, follow_links=False)
+    sources = unfollowed(config)
     with pytest.raises(DataError, match="leads out of the manifest's folder"):
         sources.check("size")
     with pytest.raises(DataError, match="leads out of the manifest's folder"):
@@ -91,7 +98,7 @@ def _parts(rank: int, configs: list[Config]) -> tuple[list[object], list[object]
     pretrain.together.MANY_RANKS = 2
     for config in configs:
         try:
-            sources = check_data(open_sources(config, follow_links=False), config, Path("nowhere"))
+            sources = check_data(unfollowed(config), config, Path("nowhere"))
             reader = sources.reader("train", config)
             hashed = len(reader._split._hashed)  # type: ignore[attr-defined]
             if rank == 0:  # after the start's hash, before the first read of rank 1
@@ -176,7 +183,7 @@ def _starts(rank: int, folder: Path) -> list[tuple[str, int]]:
             patch.setenv("LOCAL_SIZE", "2")
             patch.setattr(data_prep.shards.format, "sha256_file", counted)
             try:
-                sources = check_data(open_sources(config, follow_links=False), config, run_dir)
+                sources = check_data(unfollowed(config), config, run_dir)
                 assert sources.hashed
                 remember_data(run_dir, sources)
             except (UserError, PeerFailed) as error:

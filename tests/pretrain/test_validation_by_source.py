@@ -24,7 +24,8 @@ from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
 from model.language_model import build_model
 from model.parallel.context import ParallelContext
-from pretrain.checkpoint import Checkpoint, list_checkpoints, load_weights
+from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.checkpoint.loading import load_weights
 from pretrain.cli.checkpoint import main as convert
 from pretrain.cli.compare import main as compare
 from pretrain.cli.evaluate import main as evaluate_checkpoint
@@ -45,7 +46,7 @@ from tests.corpus import write_dump
 from tests.harness import run_ranks
 from tests.pretrain.report.boards import read, steps_of
 from tests.pretrain.report.test_bits_per_byte import train_and_keep_output
-from tests.pretrain.runs import small_config, train_runs
+from tests.pretrain.runs import events, small_config, train_runs
 from tests.pretrain.saved import rewrite_state
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -79,8 +80,7 @@ def mixture(sources: dict[str, Path], *overrides: str) -> Config:
 
 
 def validation(run: Path) -> dict[str, Any]:
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return next(event for event in events if event["event"] == "validation")
+    return events(run, "validation")[0]
 
 
 def by_hand(config: Config, sources: dict[str, Path], run: Path) -> dict[str, list[float]]:
@@ -326,6 +326,14 @@ def test_the_held_out_split_of_other_data_is_a_task_of_its_own(
     before = sorted((run / "evaluation" / checkpoint.name).iterdir())
     assert evaluate_checkpoint([str(run), "--tasks", "validation=.", "--limit", "2"]) == 0
     assert sorted((run / "evaluation" / checkpoint.name).iterdir()) == before, "not the file of the run's own data"
+    # Other data whose folder has the same name replace no result of these.
+    monkeypatch.chdir(shutil.copytree(sources["c4"], tmp_path / "others" / "pes2o"))
+    for _ in range(2):
+        assert evaluate_checkpoint([str(run), "--tasks", "validation=.", "--limit", "2"]) == 0
+    digests = [Manifest.load(sources[name]).digest for name in ("c4", "pes2o")]
+    written = {path.name: path for path in (run / "evaluation" / checkpoint.name).iterdir()}
+    assert set(written) == {*(path.name for path in before), f"validation-pes2o-{digests[0][:12]}.json"}
+    assert json.loads(written["validation-pes2o.json"].read_text())["digest"] == digests[1]
     capsys.readouterr()
 
     def refused(words: str, *arguments: str) -> None:

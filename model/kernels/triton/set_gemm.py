@@ -225,7 +225,8 @@ def gradient_tiles(
     columns = column_tile(h)
     many = pairs * triton.cdiv(h, columns) * triton.cdiv(d, 256) >= 128
     is_wide = many and (capability or cuda_capability()) in WIDE_TILES_ON
-    return GemmTiles(256 if is_wide else 128, columns, 64, 8, 4)
+    # Tokens are loaded before their rows, so a tile in flight takes two stages: of 5, three are.
+    return GemmTiles(256 if is_wide else 128, columns, 64, 8, 5 if is_wide else 4)
 
 
 @on_its_device

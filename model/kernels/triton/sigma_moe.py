@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 
 from model.kernels.activation import is_swiglu
-from model.kernels.backend import triton_limit
+from model.kernels.backend import cuda_capability, triton_limit
 from model.kernels.ops.sigma_moe import Inputs
 from model.kernels.triton.launch import on_its_device
 from model.kernels.triton.sigma_moe_kernels import (
@@ -56,14 +56,24 @@ class ExpertTiles:
     """Columns of x or of the gradient per iteration of the first product."""
     out: int
     """Columns of the model width per iteration of the second product, or per program."""
+    piece: int = 16
+    """Columns of the hidden layer that backward_kernel takes through the gate at a time."""
     warps: int
     stages: int
+    registers: int = 0
+    """Of a thread, at most; 0: as the compiler likes."""
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Options of a launch."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 def mlp_tiles(num_rows: int, num_experts: int, expert_size: int, dtype: torch.dtype, *, swiglu: bool) -> ExpertTiles:
-    """Of forward_kernel and backward_kernel. Half a tile per expert is padding: 64 rows until experts have 512 of them
-    on average (12% padding with 128), where weights are read half as often. SwiGLU holds two hidden layers: 128 rows
-    of them spill."""
+    """Of forward_kernel, and of backward_kernel but for what `backward_tiles` changes. Half a tile per expert is
+    padding: 64 rows until experts have 512 of them on average (12% padding with 128), where weights are read half as
+    often. SwiGLU holds two hidden layers: 128 rows of them spill."""
     if dtype == torch.float32:
         # No tensor cores: operands live in registers, so little of them at a time. A row of the slot tensor for 16
         # columns of the hidden layer makes this a path for checks, not for training.
@@ -76,34 +86,68 @@ def mlp_tiles(num_rows: int, num_experts: int, expert_size: int, dtype: torch.dt
     return ExpertTiles(rows=64, hidden=hidden, reduce=64, out=64, warps=4, stages=3)
 
 
+FEW_REGISTERS_ON = ((9, 0),)
+"""Compute capabilities on which backward_kernel fits `BACKWARD_REGISTERS`, with every Triton that torch brings
+(benchmarks/compiled.py)."""
+BACKWARD_REGISTERS = {64: 168, 128: 128}
+"""Rows of a tile -> registers of a thread. With so few a multiprocessor takes three programs of 64 rows, or two of 128,
+as it does forward: one multiplies while another waits for its rows or stores them."""
+
+
+def backward_tiles(
+    tiles: ExpertTiles, d_model: int, *, swiglu: bool, capability: tuple[int, int] | None = None
+) -> ExpertTiles:
+    """`tiles` as backward_kernel takes them. Masks of columns, where d_model needs them, take registers too.
+    `capability`: this GPU's if None."""
+    if d_model % tiles.reduce != 0:
+        return dataclasses.replace(tiles, piece=32)
+    is_few = not swiglu and (capability or cuda_capability()) in FEW_REGISTERS_ON
+    return dataclasses.replace(tiles, registers=BACKWARD_REGISTERS.get(tiles.rows, 0) if is_few else 0)
+
+
 def launch_tiles(phase: str, inputs: Inputs) -> ExpertTiles:
-    """Of a launch of forward_kernel or backward_kernel: what was measured, else `mlp_tiles`."""
+    """Of a launch of forward_kernel or backward_kernel: what was measured, else those that the shape decides."""
     x, scores, order, load, up, down, _ = inputs
     num_rows, total, (_, G, d), swiglu = order.shape[0], load.shape[0], down.shape, is_swiglu(up, down)
     own = mlp_tiles(num_rows, total, G, x.dtype, swiglu=swiglu)
+    if phase == "backward":
+        own = backward_tiles(own, d, swiglu=swiglu)
     shape = {"d": d, "E": total, "k": scores.shape[1], "G": G, "swiglu": int(swiglu)}
     found = measured(f"sigma_moe {phase}", x.dtype, at=num_rows, **shape)
     return own if found is None else dataclasses.replace(own, **found)
 
 
-def weight_tiles(width: int, dtype: torch.dtype) -> ExpertTiles:
-    """Of weight_gradient_kernel."""
+WIDE_TILES_ON = ((9, 0),)
+"""Compute capabilities on which weight_gradient_kernel takes 256 columns of d_model: 128 sums a thread."""
+
+
+def weight_tiles(
+    width: int, d_model: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int] | None = None
+) -> ExpertTiles:
+    """Of weight_gradient_kernel for `num_experts` here. With 256 columns of d_model it reads the narrow rows half as
+    often: where there are as many programs as multiprocessors nevertheless. `capability`: this GPU's if None."""
     if dtype == torch.float32:
         return ExpertTiles(rows=16, hidden=32, out=32, warps=4, stages=2)
-    return ExpertTiles(rows=64, hidden=128 if width > 64 else 64, out=128, warps=8, stages=3)
+    hidden = 128 if width > 64 else 64
+    programs = num_experts * triton.cdiv(width, hidden) * triton.cdiv(d_model, 256)
+    is_wide = hidden == 128 and programs >= MIN_WIDE_PROGRAMS and (capability or cuda_capability()) in WIDE_TILES_ON
+    # The order of the rows is loaded before the rows: of 5 stages each takes two, so 3 tiles are in flight.
+    return ExpertTiles(rows=64, hidden=hidden, out=256 if is_wide else 128, warps=8, stages=5 if is_wide else 3)
 
 
 def launch_weight_tiles(narrow: Tensor, source: Tensor, inputs: Inputs) -> ExpertTiles:
     """Of a launch of weight_gradient_kernel, as `launch_tiles`."""
     width, total, k = narrow.shape[1], inputs.load.shape[0], inputs.scores.shape[1]
-    own, shape = weight_tiles(width, source.dtype), {"d": source.shape[1], "E": total, "k": k, "width": width}
+    d, here = source.shape[1], inputs.down_experts.shape[0]
+    own, shape = weight_tiles(width, d, here, source.dtype), {"d": d, "E": total, "k": k, "width": width}
     found = measured("sigma_moe weight gradient", source.dtype, at=narrow.shape[0], **shape)
     return own if found is None else dataclasses.replace(own, **found)
 
 
 SUM_TILES: Tiles = {"tokens": 2, "columns": 512, "warps": 4}
-MIN_PROGRAMS = 256
-"""About two for each of the 132 (H100) or 108 (A100) multiprocessors: segments are split until there are so many."""
+MIN_WIDE_PROGRAMS, MIN_PROGRAMS = 128, 256
+"""About one and two for each of the 132 (H100) or 108 (A100) multiprocessors: of wide tiles it takes one at a time.
+Segments are split until there are so many."""
 MAX_SPLITS = 16
 
 
@@ -116,7 +160,8 @@ def sum_tiles(source: Tensor, rows_each: int) -> Tiles:
 def weight_splits(tiles: ExpertTiles, num_rows: int, num_experts: int, width: int, d_model: int) -> int:
     """Programs that share the rows of one expert: a power of two, with four iterations or more for each on average."""
     programs = num_experts * triton.cdiv(width, tiles.hidden) * triton.cdiv(d_model, tiles.out)
-    wanted = min(MAX_SPLITS, MIN_PROGRAMS // programs, num_rows // (4 * tiles.rows * num_experts))
+    enough = MIN_WIDE_PROGRAMS if tiles.out == 256 else MIN_PROGRAMS
+    wanted = min(MAX_SPLITS, enough // programs, num_rows // (4 * tiles.rows * num_experts))
     return 1 << max(1, wanted).bit_length() - 1
 
 
@@ -228,10 +273,9 @@ def _launch(phase: str, inputs: Inputs, residual: Tensor | None, **own: Tensor) 
         rows_ptr=rows,
         present_ptr=present,
         **own,
-        **mlp_constants(tiles, d, G, k, row_stride, swiglu=swiglu),
+        **mlp_constants(phase, tiles, d, G, k, row_stride, swiglu=swiglu),
         **expert_constants(first_expert, num_experts, total),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **tiles.launch,
     )
     if k * chunks == 1:
         return rows if residual is None else residual + rows
@@ -268,8 +312,7 @@ def expert_weight_gradient(narrow: Tensor, source: Tensor, inputs: Inputs, *, wi
         out_ptr=out,
         **weight_constants(tiles, d, width, k, splits, width_first=width_first),
         **expert_constants(inputs.first_expert, num_experts, total),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **tiles.launch,
     )
     return out[0] if splits == 1 else out.sum(0).to(source.dtype)
 
@@ -282,10 +325,11 @@ def expert_constants(first_expert: int, num_experts: int, total: int) -> dict[st
 
 
 def mlp_constants(
-    tiles: ExpertTiles, d: int, G: int, k: int, row_stride: int, *, swiglu: bool
+    phase: str, tiles: ExpertTiles, d: int, G: int, k: int, row_stride: int, *, swiglu: bool
 ) -> dict[str, int | bool]:
-    """Constants of the two expert kernels. Widths are among them: d = 412 gets 8-byte loads, not 2-byte ones."""
-    return {
+    """Constants of the kernel of a phase. Widths are among them: d = 412 gets 8-byte loads, not 2-byte ones."""
+    piece = {"BLOCK_PIECE": tiles.piece} if phase == "backward" else {}
+    return piece | {
         "D": d,
         "G": G,
         "K": k,

@@ -115,12 +115,68 @@ def forward_kernel(
 
 
 @triton.jit
+def through_gate(
+    grad_gated, gate, hidden_ptr, grad_hidden_ptr, gated_ptr, start, valid, G: tl.constexpr, WIDTH: tl.constexpr,
+    SWIGLU: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_PIECE: tl.constexpr,
+    COLUMNS: tl.constexpr
+):  # fmt: skip
+    """From the gradient of the gated hidden layer [BLOCK_ROWS, COLUMNS] to those of the gate [BLOCK_ROWS], of the
+    product and of SwiGLU's linear half. Stores the latter two and the gated hidden layer, from column `start` on.
+
+    At most BLOCK_PIECE columns at a time: what is loaded for them takes registers beside the whole gradient."""
+    if COLUMNS > BLOCK_PIECE:
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = tl.split(tl.permute(tl.reshape(grad_gated, (BLOCK_ROWS, 2, HALF)), (0, 2, 1)))
+        left_gate, left_product, left_linear = through_gate(
+            left, gate, hidden_ptr, grad_hidden_ptr, gated_ptr, start, valid, G, WIDTH, SWIGLU, BLOCK_ROWS,
+            BLOCK_HIDDEN, BLOCK_PIECE, HALF
+        )  # fmt: skip
+        right_gate, right_product, right_linear = through_gate(
+            right, gate, hidden_ptr, grad_hidden_ptr, gated_ptr, start + HALF, valid, G, WIDTH, SWIGLU, BLOCK_ROWS,
+            BLOCK_HIDDEN, BLOCK_PIECE, HALF
+        )  # fmt: skip
+        grad_product = side_by_side(left_product, right_product, BLOCK_ROWS, COLUMNS)
+        grad_linear = side_by_side(left_linear, right_linear, BLOCK_ROWS, COLUMNS)
+        return left_gate + right_gate, grad_product, grad_linear
+    else:
+        columns = start + tl.arange(0, COLUMNS)
+        mask = tile_mask(valid, columns, G, BLOCK_HIDDEN)
+        local, gate = tl.arange(0, BLOCK_ROWS)[:, None], gate[:, None]
+        offsets = local * WIDTH + columns[None, :]
+        dtype: tl.constexpr = gated_ptr.dtype.element_ty
+        product = tl.load(hidden_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if SWIGLU:
+            linear = tl.load(hidden_ptr + G + offsets, mask=mask, other=0.0).to(tl.float32)
+            sigmoid = tl.sigmoid(product)
+            hidden = product * sigmoid * linear
+            grad_gate = tl.sum(grad_gated * hidden, 1)
+            grad_linear = (grad_gated * gate * product * sigmoid).to(dtype)
+            grad_product = (grad_gated * gate * linear * sigmoid * (1.0 + product * (1.0 - sigmoid))).to(dtype)
+            tl.store(grad_hidden_ptr + G + offsets, grad_linear, mask=mask)
+        else:
+            hidden = product
+            grad_gate = tl.sum(grad_gated * hidden, 1)
+            grad_product = tl.where(product > 0.0, grad_gated * gate, 0.0).to(dtype)
+            grad_linear = grad_product
+        tl.store(grad_hidden_ptr + offsets, grad_product, mask=mask)
+        tl.store(gated_ptr + (local * G + columns[None, :]), (hidden * gate).to(dtype), mask=mask)
+        return grad_gate, grad_product, grad_linear
+
+
+@triton.jit
+def side_by_side(left, right, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Two [ROWS, COLUMNS / 2] as one [ROWS, COLUMNS]."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (ROWS, COLUMNS))
+
+
+@triton.jit
 def backward_kernel(
     grad_ptr, scores_ptr, order_ptr, load_ptr, up_ptr, down_ptr, hidden_ptr, grad_hidden_ptr, gated_ptr,
     grad_scores_ptr, rows_ptr, present_ptr,
     D: tl.constexpr, G: tl.constexpr, K: tl.constexpr, ROW_STRIDE: tl.constexpr, FIRST_EXPERT: tl.constexpr,
     NUM_EXPERTS: tl.constexpr, TOTAL_EXPERTS: tl.constexpr, EXPERTS_POWER: tl.constexpr, SWIGLU: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_REDUCE: tl.constexpr, BLOCK_OUT: tl.constexpr
+    BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_REDUCE: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_PIECE: tl.constexpr
 ):  # fmt: skip
     """The way back through one expert: gradients of hidden layer and gates, the gated hidden layer again, and rows."""
     WIDTH: tl.constexpr = 2 * G if SWIGLU else G
@@ -145,31 +201,15 @@ def backward_kernel(
         weight = load_weight(down_ptr, columns, hidden_columns, D, G, 1, D, BLOCK_REDUCE, BLOCK_HIDDEN)
         grad_gated = tl.dot(grad, weight, grad_gated, input_precision="ieee")
 
-    local = tl.arange(0, BLOCK_ROWS)[:, None]
-    hidden_mask = tile_mask(valid, hidden_columns, G, BLOCK_HIDDEN)
-    dtype: tl.constexpr = grad_ptr.dtype.element_ty
-    gate = tl.load(scores_ptr + slots, mask=valid, other=0.0).to(tl.float32)[:, None]
-    hidden_ptr += first_row.to(tl.int64) * WIDTH
-    grad_hidden_ptr += first_row.to(tl.int64) * WIDTH
-    offsets = local * WIDTH + hidden_columns[None, :]
-    product = tl.load(hidden_ptr + offsets, mask=hidden_mask, other=0.0).to(tl.float32)
-    if SWIGLU:
-        linear = tl.load(hidden_ptr + G + offsets, mask=hidden_mask, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(product)
-        hidden = product * sigmoid * linear
-    else:
-        hidden = product
-    gated_ptrs = gated_ptr + first_row.to(tl.int64) * G + (local * G + hidden_columns[None, :])
-    tl.store(gated_ptrs, (hidden * gate).to(dtype), mask=hidden_mask)
-    grad_gate = tl.sum(grad_gated * hidden, 1)
+    gate = tl.load(scores_ptr + slots, mask=valid, other=0.0).to(tl.float32)
+    first = first_row.to(tl.int64)
+    grad_gate, grad_product, grad_linear = through_gate(
+        grad_gated, gate, hidden_ptr + first * WIDTH, grad_hidden_ptr + first * WIDTH, gated_ptr + first * G,
+        chunk * BLOCK_HIDDEN, valid, G, WIDTH, SWIGLU, BLOCK_ROWS, BLOCK_HIDDEN, BLOCK_PIECE, BLOCK_HIDDEN
+    )  # fmt: skip
+    # Loaded again: kept across the loop, they would take registers of it.
+    slots = tl.load(order_ptr + rows, mask=valid, other=0)
     tl.store(grad_scores_ptr + slots * CHUNKS + chunk, grad_gate.to(grad_scores_ptr.dtype.element_ty), mask=valid)
-    if SWIGLU:
-        grad_linear = (grad_gated * gate * product * sigmoid).to(dtype)
-        grad_product = (grad_gated * gate * linear * sigmoid * (1.0 + product * (1.0 - sigmoid))).to(dtype)
-        tl.store(grad_hidden_ptr + G + offsets, grad_linear, mask=hidden_mask)
-    else:
-        grad_product = tl.where(product > 0.0, grad_gated * gate, 0.0).to(dtype)
-    tl.store(grad_hidden_ptr + offsets, grad_product, mask=hidden_mask)
     if present_ptr is not None:
         tl.store(present_ptr + slots, tl.full((BLOCK_ROWS,), 1, tl.int8), mask=valid & (chunk == 0))
 

@@ -29,7 +29,7 @@ ATTENTION = ("queries", "keys", "warps", "stages")
 MLP = ("rows", "hidden", "reduce", "out", "warps", "stages")
 KERNELS: dict[str, tuple[str, ...]] = {
     "sigma_moe forward": MLP,
-    "sigma_moe backward": MLP,
+    "sigma_moe backward": (*MLP, "piece", "registers"),
     "sigma_moe weight gradient": ("rows", "hidden", "out", "warps", "stages"),
     "sigma_moe sum": ("tokens", "columns", "warps"),
     "set_gemm project": GEMM,
@@ -47,7 +47,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     **{f"relative_attention {what}": ATTENTION for what in ("forward", "queries", "k and v", "k", "v")},
 }
 """Kernel -> the numbers that its tiles have, as its module counts them."""
-MOST_WARPS, MOST_STAGES = 32, 8
+MOST_WARPS, MOST_STAGES, MIN_REGISTERS = 32, 8, 24
 
 Tiles = Mapping[str, int]
 Key = tuple[str, tuple[int, int], str, frozenset[tuple[str, int]]]
@@ -146,8 +146,7 @@ def checked(entry: Entry) -> Entry:
     if entry.tiles.keys() != set(names):
         raise ValueError(f"{said}: its tiles are {', '.join(names)}")
     for name, value in entry.tiles.items():
-        fits = value in range(1, MOST_STAGES + 1) if name == "stages" else is_power_of_two(value)
-        if not fits or (name == "warps" and value > MOST_WARPS):
+        if not fits(name, value):
             raise ValueError(f"{said}: {name} {value!r}")
     if entry.dtype not in DTYPES.values():
         raise ValueError(f"{said}: dtype {entry.dtype!r} is not among {', '.join(DTYPES.values())}")
@@ -156,9 +155,15 @@ def checked(entry: Entry) -> Entry:
     return entry
 
 
-def is_power_of_two(value: Any) -> bool:
-    """Which Triton's blocks and warps are."""
-    return isinstance(value, int) and value > 0 and value & (value - 1) == 0
+def fits(name: str, value: Any) -> bool:
+    """Whether Triton takes it: blocks and warps are powers of two."""
+    if not isinstance(value, int):
+        return False
+    if name == "stages":
+        return 1 <= value <= MOST_STAGES
+    if name == "registers":  # of a thread; 0: as the compiler likes
+        return value == 0 or (value in range(MIN_REGISTERS, 256, 8))
+    return value > 0 and value & (value - 1) == 0 and not (name == "warps" and value > MOST_WARPS)
 
 
 _table = load()

@@ -3,6 +3,7 @@ code, and that arguments arrive as they were given. A real SLURM runs them in te
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shlex
@@ -347,11 +348,16 @@ def test_the_port_is_the_jobs_and_free(bench: Bench) -> None:
     bench.train(SLURM_CPUS_PER_TASK="3")
     [(_, port, threads)] = bench.calls("srun")
     assert port == str(10000 + 7 * 131) and threads == "3"
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", int(port)))
-        other.listen()
+    # Of whatever address of the node another program has it, as the server of another job beside this one.
+    places = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.2")]
+    places += [(socket.AF_INET6, "::1")] if Path("/proc/net/if_inet6").exists() else []
+    with contextlib.ExitStack() as stack:
+        for more, (family, address) in enumerate(places):
+            other = stack.enter_context(socket.socket(family))
+            other.bind((address, int(port) + more))
+            other.listen()
         bench.train()
-    assert bench.calls("srun")[1][1] == str(int(port) + 1)
+    assert bench.calls("srun")[1][1] == str(int(port) + len(places))
 
 
 def test_data_preparation_takes_its_slice_and_requeues_its_task_alone(bench: Bench) -> None:

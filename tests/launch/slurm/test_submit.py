@@ -271,6 +271,22 @@ def test_which_folders_the_nodes_share(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    "value, written",
+    [("a+b,c[1-3]", "a+b,c[1-3]"), ("two words", '"two words"'), (r'a "b\c', r'"a \"b\\c"')],
+)
+def test_values_are_quoted_for_sbatchs_own_parser(value: str, written: str) -> None:
+    template = job.Template(options={"comment": "none"}, body="")
+    text = job.script(template, options={"comment": value}, more_options=[], settings={}, setup=[], arguments=["x"])
+    assert text.splitlines()[1] == f"#SBATCH --comment={written}"
+
+
+def test_a_percent_sign_in_a_folder_begins_no_pattern() -> None:
+    assert job.output_pattern(Path("/runs/90%/a")) == "/runs/90%%/a"
+    with pytest.raises(UserError, match="holds a backslash"):
+        job.output_pattern(Path(r"/runs/a\b"))
+
+
+@pytest.mark.parametrize(
     "text, seconds",
     [("90", 5400), ("1:30", 90), ("2:00:01", 7201), ("1-2", 93600), ("1-2:03", 93780), ("1-02:03:04", 93784)],
 )

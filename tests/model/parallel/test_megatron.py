@@ -3,9 +3,11 @@ layers give, forward and backward; its silent fault is there and cannot pass; wh
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,19 @@ def test_megatron_core_allocates_where_ranks_speak_whatever_gpus_the_machine_has
 
 
 @pytest.mark.slow
+def test_a_cuda_toolkit_without_a_gpu_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    """Which torch says once a rank; what else it says of extensions is heard."""
+    import_module("model.parallel.megatron_core")
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    logger.addHandler(caplog.handler)  # torch's loggers hand nothing on to the root
+    try:
+        logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local/cuda")
+        logger.warning("another fault")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert {record.getMessage() for record in caplog.records} == {"another fault"}
+
+
 def test_groups_are_those_of_parallel_state() -> None:
     for pairs in run_ranks(groups, 8):
         for ours, theirs in pairs:

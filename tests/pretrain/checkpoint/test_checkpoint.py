@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,17 @@ from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.runs import (
-    COMPARED,
     MOA,
     assert_bit_identical,
+    assert_same_metrics,
     curve,
+    events,
     light_config,
     metrics,
     small_config,
     state_tensors,
     train_runs,
+    with_a_stop,
 )
 from tests.pretrain.saved import rewrite_state, whole_tensors
 
@@ -59,10 +60,7 @@ def test_resumed_run_is_bit_identical(
             f"parallel.zero={zero}",
             f"train.precision={precision}",
         )
-        folder = tmp_path / f"{precision}-{zero}"
-        runs.append((small_config(prepared, *keys), folder / "unbroken"))
-        runs.append((small_config(prepared, *keys, "train.stop_after_steps=3"), folder / "resumed"))
-        runs.append((small_config(prepared, *keys), folder / "resumed"))
+        runs += with_a_stop(small_config(prepared, *keys), tmp_path / f"{precision}-{zero}")
     run_ranks(train_runs, ranks, runs)
     for precision, zero in layouts:
         folder = tmp_path / f"{precision}-{zero}"
@@ -72,16 +70,7 @@ def test_resumed_run_is_bit_identical(
 def test_resumed_moa_is_bit_identical_and_its_statistics_are_kept(prepared: Path, tmp_path: Path) -> None:
     """The losses of scope global_batch would notice a lost statistic."""
     keys = (MOA, "train.steps=5", "evaluate.sequences=0", "checkpoint.every_steps=2")
-    stop = "train.stop_after_steps=3"
-    run_ranks(
-        train_runs,
-        2,
-        [
-            (small_config(prepared, *keys), tmp_path / "unbroken"),
-            (small_config(prepared, *keys, stop), tmp_path / "resumed"),
-            (small_config(prepared, *keys), tmp_path / "resumed"),
-        ],
-    )
+    run_ranks(train_runs, 2, with_a_stop(small_config(prepared, *keys), tmp_path))
     assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
     tensors = state_tensors(tmp_path / "resumed")
     for layer in (0, 1):
@@ -110,17 +99,8 @@ def test_resuming_in_another_layout_gives_the_same_losses(
         target = tmp_path / f"resumed-{ranks}-{zero}"
         shutil.copytree(tmp_path / "saved", target)
         run_ranks(train_runs, ranks, [(small_config(prepared, *keys, f"parallel.zero={zero}"), target)])
-        for ours, theirs in zip(metrics(target), metrics(tmp_path / "unbroken"), strict=True):
-            for key in COMPARED:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (
-                    f"{ranks} ranks, ZeRO {zero}: {key} of {ours['step']}"
-                )
-        changed = [
-            json.loads(line)["key"]
-            for line in (target / "events.jsonl").read_text().splitlines()
-            if json.loads(line)["event"] == "changed_setting"
-        ]
-        assert set(changed) >= {"train.stop_after_steps"}
+        assert_same_metrics(target, tmp_path / "unbroken")
+        assert {event["key"] for event in events(target, "changed_setting")} >= {"train.stop_after_steps"}
 
 
 def test_a_checkpoint_holds_every_element_once_and_knows_its_run(prepared: Path, tmp_path: Path) -> None:
@@ -152,8 +132,7 @@ def test_old_checkpoints_are_removed_and_metrics_have_every_step_once(prepared: 
         file.write('{"step": 7, "lo')
     run_ranks(train_runs, 1, [(light_config(prepared, *keys), tmp_path)])
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
-    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    superseded = [e["metrics"] for e in events if e["event"] == "superseded_metrics"]
+    superseded = [event["metrics"] for event in events(tmp_path, "superseded_metrics")]
     assert [line["step"] for line in superseded] == [5, 6]
     assert superseded[0]["loss"] == metrics(tmp_path)[4]["loss"]
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
@@ -169,7 +148,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(prepared: Path, tmp_pat
     damaged.write_bytes(content)
     run_ranks(train_runs, 2, [(light_config(prepared, *keys, ranks=2), tmp_path)])
     assert curve(tmp_path) == expected
-    reasons = [json.loads(line).get("reason", "") for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    reasons = [event.get("reason", "") for event in events(tmp_path)]
     assert any("step-00000006" in r and "sha256" in r for r in reasons)
 
 
@@ -195,12 +174,7 @@ def test_a_path_starts_a_branch_and_newer_steps_are_set_aside(prepared: Path, tm
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[:4] == before[:4]
     assert rows[5]["lr"] == pytest.approx(before[5]["lr"] / 2)
-    starts = [
-        json.loads(line)["step"]
-        for line in (tmp_path / "events.jsonl").read_text().splitlines()
-        if json.loads(line)["event"] == "started"
-    ]
-    assert starts == [0, 4, 6, 7]
+    assert [event["step"] for event in events(tmp_path, "started")] == [0, 4, 6, 7]
 
 
 def test_checkpoints_that_cannot_be_used_never_mean_starting_over(prepared: Path, tmp_path: Path) -> None:
@@ -233,11 +207,7 @@ def test_fp16_skips_overflows_and_resumes_with_its_loss_scale(prepared: Path, tm
     """fp16 is refused on the CPU by the command line; its machinery is tested here all the same."""
     # From 2^28 (DeepSpeed starts at 2^16) gradients overflow: skipped steps must halve the scale, not end the run.
     keys = ("train.steps=14", "evaluate.sequences=0", "train.precision=fp16", "parallel.zero=1", *DROPOUTS)
-    runs = [
-        (small_config(prepared, *keys), tmp_path / "unbroken"),
-        (small_config(prepared, *keys, "train.stop_after_steps=6"), tmp_path / "resumed"),
-        (small_config(prepared, *keys), tmp_path / "resumed"),
-    ]
+    runs = with_a_stop(small_config(prepared, *keys), tmp_path, after=6)
     run_ranks(_train_runs_at_a_high_loss_scale, ranks, runs)
     assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
     rows = metrics(tmp_path / "resumed")
@@ -263,18 +233,3 @@ def _train_runs_at_a_high_loss_scale(rank: int, runs: list[tuple[Config, Path]])
 
     pretrain.engine.build.deepspeed_json = derive_with_high_scale
     train_runs(rank, runs)
-
-
-@pytest.mark.slow  # the fast runs of test_resumed_run_is_bit_identical decay weights, too
-def test_weight_decay_groups_survive_a_resume(prepared: Path, tmp_path: Path) -> None:
-    runs, folders = [], [tmp_path / str(zero) for zero in (0, 1, 3)]
-    for folder in folders:
-        keys = ("train.steps=5", "evaluate.sequences=0", "optimizer.weight_decay=0.1", f"parallel.zero={folder.name}")
-        runs += [
-            (small_config(prepared, *keys), folder / "unbroken"),
-            (small_config(prepared, *keys, "train.stop_after_steps=2"), folder / "resumed"),
-            (small_config(prepared, *keys), folder / "resumed"),
-        ]
-    run_ranks(train_runs, 2, runs)
-    for folder in folders:
-        assert_bit_identical(folder / "resumed", folder / "unbroken")

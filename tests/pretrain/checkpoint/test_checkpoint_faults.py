@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -23,7 +22,7 @@ from pretrain.parallel.agreement import PeerFailed
 from pretrain.resume import newest_valid
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.checkpoint.test_checkpoint import DROPOUTS
-from tests.pretrain.runs import assert_bit_identical, curve, light_config, train_runs
+from tests.pretrain.runs import assert_bit_identical, curve, events, light_config, train_runs
 
 
 @pytest.fixture
@@ -73,8 +72,7 @@ def test_a_full_disk(prepared: Path, tmp_path: Path, small_disk: Callable[[int],
     )
     for words in ("step-00000006.partial", "bytes are free there", "newest checkpoint is", "step-00000002"):
         assert words in message, message
-    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    assert [(e["event"], e["step"]) for e in events if e["event"].startswith("checkpoint")] == [
+    assert [(e["event"], e["step"]) for e in events(run_dir) if e["event"].startswith("checkpoint")] == [
         ("checkpoint", 2),
         ("checkpoint_failed", 4),
         ("checkpoint_failed", 6),
@@ -91,10 +89,9 @@ def test_a_disk_that_is_cleared_in_time(prepared: Path, tmp_path: Path) -> None:
     config = light_config(prepared, *keys, ranks=2)
     run_ranks(train_with_one_full_disk, 2, config, tmp_path)
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002", "step-00000006"]
-    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    failed = [e for e in events if e["event"] == "checkpoint_failed"]
+    failed = events(tmp_path, "checkpoint_failed")
     assert [e["step"] for e in failed] == [4] and "rank 1 could not save" in failed[0]["reason"]
-    assert "finished" in [e["event"] for e in events]
+    assert events(tmp_path, "finished")
 
 
 def train_with_one_full_disk(rank: int, config: Config, run_dir: Path) -> None:

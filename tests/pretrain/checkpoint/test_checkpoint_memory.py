@@ -14,15 +14,16 @@ from tests.corpus import prepare_corpus
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.report.test_bits_per_byte import train_and_keep_output
 from tests.pretrain.runs import (
-    COMPARED,
     assert_bit_identical,
     assert_same,
+    assert_same_metrics,
     engine_trace,
     light_config,
     metrics,
     plain_trace,
     small_config,
     train_runs,
+    with_a_stop,
 )
 from tests.pretrain.saved import whole_tensors
 
@@ -57,10 +58,7 @@ def test_resumed_xl_run_is_bit_identical_memory_included(
             f"parallel.zero={zero}",
             f"train.precision={precision}",
         )
-        folder = tmp_path / f"{precision}-{zero}"
-        runs.append((small_config(prepared, *keys), folder / "unbroken"))
-        runs.append((small_config(prepared, *keys, "train.stop_after_steps=3"), folder / "resumed"))
-        runs.append((small_config(prepared, *keys), folder / "resumed"))
+        runs += with_a_stop(small_config(prepared, *keys), tmp_path / f"{precision}-{zero}")
     run_ranks(train_runs, ranks, runs)
     for precision, zero, _, _ in layouts:
         folder = tmp_path / f"{precision}-{zero}"
@@ -82,9 +80,7 @@ def test_xl_memory_moves_to_another_layout_and_refuses_another_number_of_streams
         layout = (f"parallel.zero={zero}", f"batch.micro_sequences={8 // ranks}")
         shutil.copytree(tmp_path / "saved", target)
         run_ranks(train_runs, ranks, [(small_config(prepared, *keys, *layout), target)])
-        for ours, theirs in zip(metrics(target), metrics(tmp_path / "unbroken"), strict=True):
-            for key in COMPARED:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{ranks} ranks: {key} of {ours['step']}"
+        assert_same_metrics(target, tmp_path / "unbroken")
     more = small_config(
         prepared, *keys, "batch.global_sequences=16", 'checkpoint.allow_changes=["batch.global_sequences"]'
     )

@@ -26,7 +26,7 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.runs import light_config, one_step, small_config, train_runs, trainer_of
+from tests.pretrain.runs import events, light_config, one_step, small_config, train_runs, trainer_of
 from tests.pretrain.saved import whole_tensors
 
 
@@ -295,8 +295,7 @@ def test_a_run_keeps_what_its_configuration_says(prepared: Path, tmp_path: Path)
     )
     keep = ("checkpoint.keep_every_steps=3", "checkpoint.keep_best=2", "optimizer.learning_rate=1.0")
     run_ranks(train_runs, 2, [(light_config(prepared, *keys, *keep, ranks=2), tmp_path)])
-    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    losses = {e["step"]: e["loss"] for e in events if e["event"] == "validation"}
+    losses = {event["step"]: event["loss"] for event in events(tmp_path, "validation")}
     assert sorted(losses) == [2, 4, 6, 8]
     best = sorted(losses, key=lambda step: losses[step])[:2]
     assert not set(best) <= {3, 6, 8}, "all of them are kept for another reason"
@@ -305,6 +304,6 @@ def test_a_run_keeps_what_its_configuration_says(prepared: Path, tmp_path: Path)
     for path in paths:
         checkpoint = Checkpoint.open(path)
         assert checkpoint.state["validation_loss"] == losses.get(checkpoint.progress.step)
-    written = [e for e in events if e["event"] == "checkpoint"]
+    written = events(tmp_path, "checkpoint")
     assert [e["step"] for e in written] == list(range(1, 9))
     assert all(0 < e["stall_seconds"] <= e["seconds"] for e in written)

@@ -26,7 +26,7 @@ from pretrain.data.sources import Sources
 from pretrain.resume import changed_settings
 from pretrain.saved_model import load_model
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config, train_runs
+from tests.pretrain.runs import events, small_config, train_runs
 from tests.pretrain.saved import rewrite_state, whole_tensors
 
 TIED = "model.tied_embedding=true"
@@ -133,8 +133,7 @@ def test_a_run_begins_with_them_and_continues_from_its_own(prepared: Path, tmp_p
     assert any(bool(tensors[f"exp_avg/{name}"].any()) for name in weights)
     state = json.loads((end / "state.json").read_text())
     assert (state["progress"]["step"], state["optimizer_steps"]) == (2, 2)
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    assert [e["path"] for e in events if e["event"] == "initial_weights"] == [str(place)]
+    assert [event["path"] for event in events(run, "initial_weights")] == [str(place)]
 
     def refused(words: str, where: str, digest: str | None, *more: str) -> None:
         with pytest.raises(UserError, match=words):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from model.kernels.choice import Backends
 from model.language_model import build_model
 from model.parallel.sharding import shard_place
 from model.parameters import parameter_specs
@@ -17,9 +18,8 @@ from pretrain.checkpoint.loading import load_weights, load_weights_together
 from pretrain.checkpoint.storage import Reader
 from pretrain.checkpoint.weights import WeightsOrigin, write_weights
 from pretrain.config.schema import Config
-from pretrain.data.sources import Sources
+from pretrain.engine.build import build_module
 from pretrain.parallel.context import parallel_context
-from pretrain.trainer import RunSetup, _build_model
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
 
@@ -37,7 +37,7 @@ def _load(rank: int, configs: list[Config], folder: Path) -> list[tuple[bool, li
     found, read_data = [], Reader.read_data
     for config in configs:
         parallel = parallel_context(config)
-        model = _build_model(RunSetup(config, Sources.load(config), parallel, torch.device("cpu")))
+        model = build_module(config, parallel, Backends())
         checkpoint, specs = Checkpoint.open(folder), parameter_specs(config.model)
         load_weights(checkpoint, model, parallel)
         expected = {name: value.detach().clone() for name, value in model.named_parameters()}

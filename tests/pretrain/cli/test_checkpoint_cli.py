@@ -23,7 +23,7 @@ from pretrain.cli.compare import main as compare
 from pretrain.cli.export import main as export
 from tests.harness import run_ranks
 from tests.pretrain.matrix import Layout, config_of
-from tests.pretrain.runs import gradient_error, metrics, small_config, train_runs
+from tests.pretrain.runs import events, gradient_error, metrics, small_config, train_runs
 from tests.pretrain.saved import add_moving_average, rewrite_state, whole_tensors
 
 
@@ -48,8 +48,7 @@ def test_list(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["list", str(copy)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["checkpoint", "saved", "bytes", "layout", "state", "loss", "validation"]
-    events = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
-    validation = next(e["loss"] for e in events if e["event"] == "validation" and e["step"] == 2)
+    validation = next(event["loss"] for event in events(copy, "validation") if event["step"] == 2)
     size = sum(
         f.stat().st_size for f in (place / "step-00000002").iterdir() if f.name not in ("state.json", "commit.json")
     )

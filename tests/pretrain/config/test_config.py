@@ -182,11 +182,10 @@ def test_fp16_is_refused_on_the_cpu_with_the_reason() -> None:
 
 
 MOA_LOSSES = 'model.attention={"type": "moa", "cv_loss_weight": 0.1, "loss_scope": "micro_batch"}'
-NO_GRAPHS = {
-    # Where a micro-step cannot be recorded: what the message names, and what it offers.
-    "parallel.pipeline=2": (r"parallel\.pipeline = 2 \(DeepSpeed", r"parallel\.pipeline to 1"),
-    "parallel.expert=2": (r"parallel\.expert = 2 \(how many", r"parallel\.expert to 1"),
+NEITHER = {
+    # What neither graphs nor compiled blocks go with: what the message names, and what it offers.
     "parallel.tensor=2": (r"parallel\.tensor = 2 \(collectives", r"parallel\.tensor to 1"),
+    "parallel.expert=2": (r"parallel\.expert = 2 \(how many", r"parallel\.expert to 1"),
     "parallel.zero=3": (r"parallel\.zero = 3 \(parameters", r"parallel\.zero to 2"),
     "train.record_routing=true": (r"train\.record_routing \(the host", r"remove train\.record_routing"),
     "train.replay_routing=run": (r"train\.replay_routing \(the host", r"remove train\.replay_routing"),
@@ -195,41 +194,29 @@ NO_GRAPHS = {
         r"remove deepspeed\.flops_profiler",
     ),
 }
+NO_GRAPHS = {**NEITHER, "parallel.pipeline=2": (r"parallel\.pipeline = 2 \(DeepSpeed", r"parallel\.pipeline to 1")}
+NOT_COMPILED = {
+    **NEITHER,
+    "train.recompute=selective": (r"train\.recompute = selective \(torch", r"train\.recompute to none or full"),
+}
+
+
+def check_refused(key: str, override: str, what: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: on does not go with .*{what}.*; set it to auto, or {fix}$"):
+        load_config(TINY, [f"{key}=on", override])
 
 
 @pytest.mark.parametrize("override", NO_GRAPHS)
 def test_graphs_are_refused_where_they_are_impossible(override: str) -> None:
     what, fix = NO_GRAPHS[override]
-    with pytest.raises(
-        ConfigError, match=rf"^train\.cuda_graph: on does not go with .*{what}.*; set it to auto, or {fix}$"
-    ):
-        load_config(TINY, ["train.cuda_graph=on", override])
-    config = load_config(TINY, [override])
-    wanted, why = graph_decision(config, data_size=2, device_type="cuda")
+    check_refused("train.cuda_graph", override, what, fix)
+    wanted, why = graph_decision(load_config(TINY, [override]), data_size=2, device_type="cuda")
     assert not wanted and re.search(what.split(r" \(")[0], why)
-
-
-NOT_COMPILED = {
-    "parallel.tensor=2": (r"parallel\.tensor = 2 \(collectives", r"parallel\.tensor to 1"),
-    "parallel.expert=2": (r"parallel\.expert = 2 \(how many", r"parallel\.expert to 1"),
-    "parallel.zero=3": (r"parallel\.zero = 3 \(parameters", r"parallel\.zero to 2"),
-    "train.recompute=selective": (r"train\.recompute = selective \(torch", r"train\.recompute to none or full"),
-    "train.record_routing=true": (r"train\.record_routing \(the host", r"remove train\.record_routing"),
-    "train.replay_routing=run": (r"train\.replay_routing \(the host", r"remove train\.replay_routing"),
-    'deepspeed={"flops_profiler": {"enabled": true}}': (
-        r"flops_profiler\.enabled",
-        r"remove deepspeed\.flops_profiler",
-    ),
-}
 
 
 @pytest.mark.parametrize("override", NOT_COMPILED)
 def test_blocks_are_compiled_where_it_is_asked_for_and_possible(override: str) -> None:
-    what, fix = NOT_COMPILED[override]
-    with pytest.raises(
-        ConfigError, match=rf"^train\.compile: on does not go with .*{what}.*; set it to auto, or {fix}$"
-    ):
-        load_config(TINY, ["train.compile=on", override])
+    check_refused("train.compile", override, *NOT_COMPILED[override])
     for key, override_of_key in (("auto", override), ("auto", "train.seed=0"), ("off", "train.seed=0")):
         wanted, why = compile_decision(load_config(TINY, [f"train.compile={key}", override_of_key]), data_size=2)
         assert not wanted and why.startswith(f"operator by operator (train.compile = {key}")

@@ -15,6 +15,7 @@ from pretrain.config.deepspeed_keys import BREAKS, EXTRA, LEAVES, NO_EFFECT, OWN
 from pretrain.config.keys import flatten
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_device
+from pretrain.engine import zero_1
 from pretrain.engine.deepspeed_json import deepspeed_json
 
 TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
@@ -268,3 +269,31 @@ def test_clipping_and_sums_of_gradients_by_stage_and_precision() -> None:
     assert (bf16["communication_data_type"], bf16["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})
     assert (fp16["communication_data_type"], fp16["fp16"]) == ("fp32", {"enabled": True, "loss_scale": 0})
     assert derived("train.precision=bf16", "parallel.reduce_dtype=bf16")["communication_data_type"] == "bf16"
+
+
+def test_what_a_pipeline_is_told() -> None:
+    """Nothing that travels is divided: under sequence parallelism each rank has its own part already. And bf16
+    gradients join their fp32 sum at once, else all of them are kept besides."""
+    derived = deepspeed_json(load_config(TINY, ["parallel.pipeline=2", "train.precision=bf16"]), 2)
+    assert derived["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False}
+    assert derived["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert not derived["zero_optimization"].keys() & zero_1.settings(2).keys()
+
+
+@pytest.mark.parametrize(
+    "keys, expected",
+    [
+        ((), True),
+        (("parallel.zero=2",), False),
+        (("parallel.zero=3",), False),
+        (("train.precision=fp32",), False),
+        (("train.precision=fp16",), False),
+        (("parallel.pipeline=2",), False),  # DeepSpeed's engine of pipelines knows BF16_Optimizer by its type
+        (("parallel.offload_optimizer=true",), False),  # DeepSpeed itself takes the ZeRO optimizer, by other settings
+    ],
+)
+def test_where_the_zero_optimizer_stands_in_for_bf16s(keys: tuple[str, ...], expected: bool) -> None:
+    config = load_config(TINY, ["train.precision=bf16", "parallel.zero=1", *keys])
+    assert zero_1.is_used(config) == expected
+    overlap = [deepspeed_json(config, size)["zero_optimization"].get("overlap_comm") for size in (1, 2)]
+    assert overlap == ([False, True] if expected else [None, None]), "a rank alone needs no second buffer"

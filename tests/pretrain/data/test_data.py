@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -13,12 +13,26 @@ import torch
 from common.errors import DataError, UserError
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
-from pretrain.config.schedule import learning_rate
 from pretrain.config.schema import Config
 from pretrain.data.order import permute, window_order
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.windows import TrainingStream, WindowReader, num_windows
 from tests.pretrain.runs import small_config
+
+
+def test_the_limit_of_tokens_is_of_training_alone(prepared: Path) -> None:
+    config, whole = small_config(prepared, "data.max_tokens=160"), small_config(prepared)
+    sources = Sources.load(config)
+    assert sources.reader("train", config).num_windows == 10
+    held_out = sources.reader("validation", config).num_windows
+    assert held_out == sources.reader("validation", whole).num_windows > 10
+
+
+def test_each_stream_needs_a_window(prepared: Path) -> None:
+    for windows, is_enough in ((8, True), (7, False)):
+        config = small_config(prepared, "model.position.type=xl", f"data.max_tokens={16 * windows}")
+        with contextlib.nullcontext() if is_enough else pytest.raises(UserError, match="8 streams with memory need"):
+            open_sources(config)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1000, 4097])
@@ -166,19 +180,6 @@ def test_data_that_does_not_fit_the_model(copy: Path) -> None:
     )
     assert "model.sequence_length" in refusal(copy, "model.sequence_length=100000")
     assert "data_prep run" in refusal(copy / "nowhere")
-
-
-def test_learning_rate_by_hand(prepared: Path) -> None:
-    config = small_config(
-        prepared, "train.steps=10", "schedule.warmup_steps=4", "optimizer.learning_rate=1.0", "schedule.final_ratio=0.1"
-    )
-    rates = [learning_rate(config, step) for step in range(10)]
-    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert rates[4] == 1.0
-    assert rates[4:] == pytest.approx([0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
-    assert rates[-1] > 0.1
-    clipped = small_config(prepared, "train.steps=1", "schedule.warmup_steps=100", "optimizer.learning_rate=1.0")
-    assert learning_rate(clipped, 0) == 1.0
 
 
 class _Steps(torch.utils.data.Dataset[torch.Tensor]):

@@ -17,8 +17,7 @@ from pretrain.resume import reads_by_end, stages_of
 from tests.harness import run_ranks
 from tests.pretrain.data.test_stages import FIRST, base, mixed
 from tests.pretrain.report.boards import read, steps_of
-from tests.pretrain.resilience.faults import events
-from tests.pretrain.runs import light_config, metrics, train_runs
+from tests.pretrain.runs import events, light_config, metrics, train_runs
 
 __all__ = ["base"]
 """The fixture of the data sets."""

@@ -13,8 +13,8 @@ import torch
 
 from common.errors import ConfigError, DataError, UserError
 from pretrain.cli.train import print_derived
+from pretrain.config.data_rules import whole_weights
 from pretrain.config.schema import Config
-from pretrain.config.source_weights import whole_weights
 from pretrain.data.mixture import MixtureSchedule
 from pretrain.data.order import permute_in_blocks, window_order
 from pretrain.data.sources import Sources, open_sources

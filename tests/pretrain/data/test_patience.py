@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from pretrain.phases import read
 from pretrain.report.exit_codes import ExitCode, code_of
 from pretrain.report.run_folder import RunFolder
 from tests.harness import run_ranks
-from tests.pretrain.runs import assert_bit_identical, light_config, small_config
+from tests.pretrain.runs import assert_bit_identical, events, light_config, small_config
 
 KEYS = ("train.steps=4", "evaluate.sequences=8", "evaluate.every_steps=2", "checkpoint.every_steps=2")
 
@@ -129,6 +130,68 @@ def test_a_folder_that_does_not_answer_is_not_called_missing(prepared: Path, mon
         Faults(prepared.name, errno.EIO, 10**6).install(patch, "Path.stat")
         with pytest.raises(UnreadableError, match=rf"^{prepared} cannot be read: .*\(errno 5, EIO\)$"):
             Sources.load(small_config(prepared))
+
+
+class Clock:
+    """Stands still but in a pause."""
+
+    def __init__(self, patience: Patience, patch: pytest.MonkeyPatch) -> None:
+        self.now = 50.0
+        patch.setattr(pretrain.data.patience, "time", SimpleNamespace(monotonic=lambda: self.now))
+        patch.setattr(patience, "_ended", SimpleNamespace(wait=self.pause))
+
+    def pause(self, seconds: float) -> bool:
+        self.now += seconds
+        return False
+
+
+def test_pauses_grow_to_a_limit_and_none_is_longer_than_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    patience = Patience(100.0)
+    clock, attempts = Clock(patience, monkeypatch), []
+
+    def never() -> None:
+        attempts.append(clock.now - 50.0)
+        raise OSError(errno.EIO, "")
+
+    with pytest.raises(PassingError, match=r"tried 10 times in 92 s\."):
+        patience(never)
+    assert attempts == [0.0, 0.5, 1.5, 3.5, 7.5, 15.5, 31.5, 51.5, 71.5, 91.5]
+
+
+def test_faults_soon_after_another_share_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else many files with short faults would keep the other ranks waiting for ever."""
+    patience = Patience(10.0)
+    clock, begun = Clock(patience, monkeypatch), []
+
+    def until(end: float) -> None:
+        begun.append(clock.now)
+        if clock.now < end:
+            raise TimeoutError("no answer")  # without a number
+
+    patience(lambda: until(57.0))
+    assert clock.now == 57.5
+    with pytest.raises(PassingError):
+        patience(lambda: until(1000.0))
+    assert begun[-1] < 60.0, "ten seconds after the first fault"
+    clock.now = 61.0
+    patience(lambda: until(68.0))
+    assert [wait["attempts"] for wait in patience.taken_waits()] == [4, 3, 4]
+
+
+def test_what_has_ended_may_begin_again(quick: None) -> None:
+    patience, left = Patience(60.0), [2]
+
+    def faulty() -> int:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EIO, "")
+        return 5
+
+    patience.end()
+    with pytest.raises(PassingError, match="tried 1 times"):
+        patience(faulty)
+    patience.begin()
+    assert patience(faulty) == 5 and left == [-1]
 
 
 def test_a_missing_file_is_waited_for_only_after_it_was_seen(
@@ -293,7 +356,7 @@ def test_two_ranks_of_which_one_cannot_read(prepared: Path, tmp_path: Path) -> N
     first, second = run_ranks(_train, 2, light_config(prepared, *KEYS, ranks=2), tmp_path)
     assert first[:2] == ["FINISHED, 0 faults"] * 2 and second[:2] == ["FINISHED, 0 faults", "FINISHED, 2 faults"]
     assert_bit_identical(tmp_path / "passes", tmp_path / "plain")
-    (wait,) = [event for event in _events(tmp_path / "passes") if event["event"] == "data_waited"]
+    (wait,) = [event for event in events(tmp_path / "passes") if event["event"] == "data_waited"]
     assert (wait["rank"], wait["attempts"]) == (1, 2) and "ESTALE" in wait["reason"] and wait["file"].endswith(".tar")
     for number, (name, words) in enumerate((("stays", "(errno 5, EIO)"), ("missing", "(errno 2, ENOENT)")), start=2):
         assert first[number] == "PeerFailed CUT_OFF" and second[number].startswith(f"CUT_OFF: {prepared}/")
@@ -304,16 +367,12 @@ def test_two_ranks_of_which_one_cannot_read(prepared: Path, tmp_path: Path) -> N
         assert outcome["exit_code"] == ExitCode.CUT_OFF == 7
         assert outcome["reason"] == second[number].replace("CUT_OFF: ", "rank 1: ")
         assert not (tmp_path / name / "metrics.jsonl").exists() and any(
-            e["event"] == "data_waited" for e in _events(tmp_path / name)
+            e["event"] == "data_waited" for e in events(tmp_path / name)
         )
     # At the start the first rank says what any rank has met.
     assert second[4] == "PeerFailed CUT_OFF" and first[4].startswith(f"CUT_OFF: {prepared}/")
     assert "ETIMEDOUT" in first[4] and "rank 1 tried" in first[4]
     assert second[5] == "PeerFailed REFUSED" and first[5].startswith("REFUSED: missing file ")
-
-
-def _events(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
 
 
 def test_a_manifest_that_cannot_be_read_before_the_ranks_meet_ends_with_the_code_of_a_fault_that_passes(

@@ -16,8 +16,8 @@ from pretrain.resilience.rollback import Rollback, record
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.data.test_stages import ALLOWED, FIRST, SECOND, Expected, G, alone, base, mixed, note_reads, read_at
-from tests.pretrain.resilience.faults import events, spike_on_position, train_with
-from tests.pretrain.runs import assert_bit_identical, metrics
+from tests.pretrain.resilience.faults import spike_on_position, train_with
+from tests.pretrain.runs import assert_bit_identical, events, metrics
 
 __all__ = ["base"]
 

@@ -27,8 +27,8 @@ from pretrain.routing.record import Record, begin_record, description
 from pretrain.trainer import LaunchedStep, StepInput, Trainer
 from tests.data_prep.test_shards import random_documents, write_data
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import events, train_with
-from tests.pretrain.runs import assert_bit_identical, light_config, metrics, small_config
+from tests.pretrain.resilience.faults import train_with
+from tests.pretrain.runs import assert_bit_identical, events, light_config, metrics, small_config
 from tests.pretrain.saved import rewrite_state
 
 G, T = 8, 16

@@ -14,6 +14,8 @@ import torch
 from common.errors import ConfigError, UserError
 from data_prep.shards.format import Manifest
 from model.language_model import build_model
+from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.cli.evaluate import main as evaluate_checkpoint
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import open_sources
@@ -22,11 +24,12 @@ from pretrain.data.windows import TrainingStream, WindowReader
 from pretrain.engine.gradient_norm import GradientNorm
 from pretrain.engine.micro_steps import PlainExecutor
 from pretrain.evaluate import evaluate, evaluation_windows
+from pretrain.export.origin import evaluations_of
 from pretrain.parallel.context import parallel_context
 from pretrain.resume import stages_of
 from tests.corpus import prepare_corpus
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config
+from tests.pretrain.runs import light_config, small_config, train_runs
 
 XL = ("model.position.type=xl",)
 
@@ -246,6 +249,17 @@ def test_the_test_split_from_its_start_as_published(with_test_split: Path, ranks
         assert [values["loss"] for values in results] == pytest.approx(expected, rel=1e-6)
     of_validation = reader_of(memory, "validation").read(np.arange(12))
     assert not torch.equal(of_validation[0], text[0])
+
+
+def test_the_evaluation_of_one_split_replaces_none_of_the_other(with_test_split: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_ranks(train_runs, 1, [(light_config(with_test_split, "train.steps=1", "evaluate.sequences=4"), run)])
+    for split in ("validation", "test"):
+        assert evaluate_checkpoint([str(run), "--set", f"evaluate.split={split}"]) == 0
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    folder = run / "evaluation" / checkpoint.name
+    assert sorted(path.name for path in folder.iterdir()) == ["test.json", "validation.json"]
+    assert [one["split"] for one in evaluations_of(Checkpoint.open(checkpoint))] == ["test", "validation"]
 
 
 def test_a_split_that_is_not_there_is_named(prepared: Path) -> None:

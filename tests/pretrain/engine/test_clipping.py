@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoint import owned_state
+from pretrain.checkpoint.state import owned_state
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources

@@ -4,6 +4,7 @@ half a minute, so it runs in the slow tier."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +121,33 @@ def test_in_every_kind_of_block(prepared: Path, name: str) -> None:
 def test_inductor_computes_what_operators_do(prepared: Path, name: str) -> None:
     """Its fast form: test_compiled_blocks_compute_what_their_operators_do."""
     check_passes(config(prepared, name), "inductor")
+
+
+@pytest.mark.parametrize(
+    "keys, programs",
+    [
+        ((), 1),
+        (("train.recompute=full",), 1),
+        (("model.dropout=0.1",), 3),
+        (("model.attention.expert_dropout=0.1", "train.recompute=full"), 3),
+        (("model.feedforward.expert_dropout=0.1",), 3),
+    ],
+)
+def test_blocks_without_dropout_share_a_program(prepared: Path, keys: tuple[str, ...], programs: int) -> None:
+    """With dropout, of any kind, each has one of its own, and none has two: of one code torch keeps few."""
+    given, compiled = config_of(prepared, "switchall", Layout(), "model.num_layers=3", *keys), []
+    model = model_of(given)
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(module)
+        return module.forward
+
+    compile_blocks(model, given.model, backend=backend)  # type: ignore[arg-type]
+    tokens = torch.zeros(1, given.model.sequence_length, dtype=torch.int64)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for _ in range(2):
+            model(tokens, tokens, torch.arange(1))[0].backward()
+    assert len(compiled) == programs
 
 
 def test_what_cannot_be_compiled_is_one_sentence(prepared: Path) -> None:

@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,18 @@ def test_every_private_name_that_is_used_is_in_the_table() -> None:
     others = {"_asdict", "_replace", "_fields", "_version", "_cdata", "_schema", "_written", "_attn_implementation"}
     unlisted = {name: str(path) for name, path in used.items() if name not in listed | ours | others}
     assert not unlisted, f"whose are these? If DeepSpeed's, add them to DEEPSPEED: {unlisted}"
+
+
+def test_gradients_are_averaged_unless_a_rank_holds_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of which this rank alone has its share are still divided by the number of all ranks' sequences, as they
+    are in a pipeline with bf16 (test_pipeline.py::test_bf16_stays_near_fp32_on_eight_ranks)."""
+    averaged: list[dict[str, object]] = []
+    engine = SimpleNamespace(allreduce_no_retain=lambda bucket, dp_group, **options: averaged.append(options))
+    build._average_only_over_others(engine)
+    monkeypatch.setattr(build.dist, "get_world_size", int)  # in place of a group stands its size
+    for size, options in ((1, {}), (1, {"dp_world_size": 1}), (1, {"dp_world_size": 2}), (2, {})):
+        engine.allreduce_no_retain([torch.ones(3)], size, numel_per_bucket=7, **options)
+    assert averaged == [{"numel_per_bucket": 7, "dp_world_size": 2}, {"numel_per_bucket": 7}]
 
 
 def test_muon_is_imported_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

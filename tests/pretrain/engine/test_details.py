@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.choices import Recorder, Replayer
 from model.language_model import routing_statistics
+from model.parallel.context import ParallelContext
 from model.parameters import parameter_specs
 from model.routing import Place
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
-from pretrain.engine.details import BINS, GROUPS, KINDS, Details, ScoreCounter, group_of, is_softmax
+from pretrain.engine import zero_1
+from pretrain.engine.compiled import compile_blocks
+from pretrain.engine.details import BINS, GROUPS, KINDS, Details, ScoreCounter, Survey, group_of, is_softmax
+from pretrain.engine.graphed import GraphedForward
 from tests.harness import run_ranks
+from tests.pretrain.engine.recorded import Pool
 from tests.pretrain.export.models import model_of
 from tests.pretrain.matrix import Layout, config_of
 from tests.pretrain.runs import one_step, plain_trace, trainer_of
@@ -231,6 +237,42 @@ def test_the_groups_make_up_the_norm_of_the_step(
             assert ours == pytest.approx(theirs, rel=1e-5), f"{layout} {more}"
 
 
+def details_otherwise(rank: int, config: Config) -> list[list[Details]]:
+    """Of the micro-steps as they are, replayed from a recording, and by compiled blocks."""
+    ways: list[Callable[[Any], object]] = [
+        lambda module: None,
+        lambda module: vars(module).update(
+            forward=GraphedForward(module, Pool().make_graph, taken_at_once=zero_1.is_used(config))
+        ),
+        lambda module: compile_blocks(module, config.model, backend="aot_eager"),
+    ]
+    found = []
+    for change in ways:
+        trainer = trainer_of(config)
+        change(trainer.engine.module)
+        found.append([one_step(trainer, Progress(step, step * 8)).details for step in range(STEPS)])
+        trainer.close()
+    return found  # type: ignore[return-value]
+
+
+def test_norms_are_the_same_and_scores_left_out_where_no_python_runs(prepared: Path) -> None:
+    config = configured(prepared, "switchall", ONE, "model.num_layers=1")
+    [(plain, graphed, compiled)] = run_ranks(details_otherwise, 1, config)
+    for expected, *others in zip(plain, graphed, compiled, strict=True):
+        assert len(expected.scores) == 3
+        for found in others:
+            assert not found.scores
+            for what, ours, theirs in pairs(found, expected):
+                assert ours == pytest.approx(theirs, rel=1e-2 if "update" in what else 1e-5), what
+
+
+@pytest.mark.parametrize("every, due", [(0, []), (1, [1, 2, 3, 4, 5, 6]), (3, [1, 3, 6]), (9, [1])])
+def test_the_first_step_is_due_and_every_so_many(prepared: Path, every: int, due: list[int]) -> None:
+    config = configured(prepared, "dense", ONE, f"monitor.details_every_steps={every}")
+    survey = Survey(None, config, ParallelContext(), torch.device("cpu"), [])
+    assert [step for step in range(1, 7) if survey.is_due(step)] == due
+
+
 class Operators(TorchDispatchMode):
     """The names of those that are called."""
 
@@ -254,10 +296,31 @@ def test_scores_are_counted_with_deterministic_algorithms_too() -> None:
     place = Place(torch.arange(3), slice(0, 2), 0)
     with Operators() as operators:
         assert ScoreCounter(None, counts, softmax=False).settle(own, logits, place, is_repeated=False) is own
+        ScoreCounter(None, counts, softmax=False).settle(own, logits, place, is_repeated=True)  # was counted
     assert not operators.called & refused
     scores = logits.sigmoid().numpy()
     expected, _ = np.histogram(scores[~np.isnan(scores)], BINS, (0, 1))
     assert counts.tolist() == expected.tolist() and counts.sum() == logits.numel() - 1
+
+
+def test_choices_that_are_replaced_stay_so_while_scores_are_counted() -> None:
+    network, tokens = model_of("switchall").train(), torch.arange(14).view(2, 7)
+    routers = [router for _, router in routing_statistics(network)]
+
+    def loss() -> float:
+        return network(tokens, tokens + 1, torch.arange(2))[0].item()
+
+    recorders, replayers, counts = [Recorder() for _ in routers], [Replayer() for _ in routers], torch.zeros(BINS)
+    for router, recorder in zip(routers, recorders, strict=True):
+        router.choices = recorder
+    own = loss()
+    for router, recorder, replayer in zip(routers, recorders, replayers, strict=True):
+        replayer.recorded = (recorder.pieces[0].index + 1) % router.shape[-1]
+        router.choices = replayer
+    others = loss()
+    for router, replayer in zip(routers, replayers, strict=True):
+        router.choices = ScoreCounter(replayer, counts, softmax=False)
+    assert loss() == others != own
 
 
 @pytest.mark.parametrize("model, attention", [("moa", True), ("moa xl, sigmoid", False), ("switchall", False)])

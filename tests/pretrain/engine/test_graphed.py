@@ -122,7 +122,7 @@ class Refusing(RecordedGraph):
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
-NOT_PERMITTED = RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+NOT_PERMITTED = RuntimeError("CUDA error: operation not permitted when stream is capturing.\nand more")
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
@@ -139,12 +139,27 @@ def test_what_cannot_be_recorded_is_one_sentence(prepared: Path, error: RuntimeE
     loss.backward()
     with torch.no_grad():
         assert forward(*inputs)[0].item() == loss.item()
+    model.eval()
+    assert forward(*inputs)[0].item() == loss.item()
+    model.train()
     words = (
         r"^train\.cuda_graph: the micro-step cannot be recorded as CUDA graphs \(CUDA .* capturing\); set it to off$"
     )
     full = pytest.raises(torch.OutOfMemoryError, match="Tried to allocate")
     with full if error is FULL else pytest.raises(UserError, match=words):
         forward(*inputs)
+
+
+def test_a_parameter_that_was_moved_is_not_replayed(prepared: Path) -> None:
+    config = config_of(prepared, "dense", Layout(), "model.num_layers=1")
+    model = build_model(config.model, seed=0)
+    forward = GraphedForward(model, Pool().make_graph, taken_at_once=False)
+    tokens = torch.zeros(2, config.model.sequence_length, dtype=torch.int64)
+    for _ in range(3):
+        forward(tokens, tokens, torch.arange(2))
+    model.head.weight.data = model.head.weight.data.clone()
+    with pytest.raises(AssertionError, match="a parameter was moved"):
+        forward(tokens, tokens, torch.arange(2))
 
 
 def test_a_recording_touches_no_parameter_of_autograd(prepared: Path) -> None:

@@ -114,6 +114,26 @@ def test_a_question_leaves_the_model_as_it_was(make: Callable[[Network], Any], e
         assert network(text) == ("a loss" if own is None else "a loss of a recording")
 
 
+@pytest.mark.parametrize("is_last", [True, False])
+def test_an_evaluation_in_stages_leaves_the_model_in_training(is_last: bool) -> None:
+    """DeepSpeed's eval_batch leaves it in evaluation. A stage that is not the last knows no losses."""
+    network = Network()
+    network.parallel = SimpleNamespace(is_last_stage=is_last)  # type: ignore[assignment]
+    executor = in_stages(network)
+
+    def eval_batch(inputs: Any, **options: Any) -> None:
+        network.eval()
+        if is_last:
+            executor._stage.sequence_losses = [torch.full((3,), 2.5) for _ in inputs]
+
+    executor._engine.eval_batch = eval_batch
+    text = torch.zeros(3, 2, dtype=torch.int64)
+    for _ in range(2):
+        losses = executor.evaluate([Batch(text, text, torch.arange(3))] * 2)
+        assert [loss.tolist() for loss in losses] == [[2.5 if is_last else 0.0] * 3] * 2
+        assert network.training
+
+
 def test_gradients_of_all_micro_steps_are_there_when_the_norm_is_taken_and_before_the_update() -> None:
     """And the loss is the mean over sequences of each micro-step, added up, without the auxiliary loss."""
     told: list[str] = []

@@ -23,8 +23,8 @@ from pretrain.export.writing import ExportOptions, export
 from pretrain.report.disk_space import checkpoint_space
 from pretrain.saved_model import find_checkpoint, load_model
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import events, spike_on_position, spoil_losses_of_steps, train_with
-from tests.pretrain.runs import assert_bit_identical, small_config, trainer_of
+from tests.pretrain.resilience.faults import spike_on_position, spoil_losses_of_steps, train_with
+from tests.pretrain.runs import assert_bit_identical, events, small_config, trainer_of
 from tests.pretrain.saved import whole_tensors
 
 DECAY, STEPS, SKIPPED, STOP = 0.7, 4, 3, 2

@@ -8,6 +8,7 @@ import re
 import shutil
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from common.errors import ConfigError
 from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
+from model.language_model import routing_statistics
 from model.parameters import DeclarationError
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
@@ -75,17 +77,25 @@ def test_layers_weigh_three_forward_passes_and_blocks_four_if_they_are_computed_
         assert layer_costs(config) == [0, *[passes * block] * 3, 0, 3 * T * d * V]
 
 
-def kept_times(rank: int, config: Config) -> int:
-    """Of how many steps DeepSpeed's timers keep the time, on a GPU two events."""
-    trainer = trainer_of(config)
+def kept(rank: int, config: Config) -> tuple[int, list[int]]:
+    """Of how many steps DeepSpeed's timers keep the time, on a GPU two events; and how many counts of routers wait to
+    be added up after the micro-steps of each step."""
+    trainer, waiting = trainer_of(config), []  # type: Any, list[int]
+    take_step = trainer.engine._take_model_step
+
+    def counting(*args: Any) -> None:
+        waiting.append(sum(len(router.waiting) for _, router in routing_statistics(trainer.engine.module)))
+        take_step(*args)
+
+    trainer.engine._take_model_step = counting
     for step in range(3):
         one_step(trainer, Progress(step, step * config.batch.global_sequences))
-    return sum(len(timer.event_timers) for timer in trainer.engine.timers.get_timers().values())
+    return sum(len(timer.event_timers) for timer in trainer.engine.timers.get_timers().values()), waiting
 
 
 def test_nothing_is_kept_of_a_step(prepared: Path) -> None:
     config = config_of(prepared, "switchall", Layout(pipeline=2, micro=4))
-    assert run_ranks(kept_times, 2, config) == [0, 0]
+    assert run_ranks(kept, 2, config) == [(0, [0, 0, 0])] * 2
 
 
 def groups_of_two_builds(rank: int, config: Config) -> list[list[list[int]]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from pretrain.checkpoint import owned_state
+from pretrain.checkpoint.state import owned_state
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.parallel.context import parallel_context

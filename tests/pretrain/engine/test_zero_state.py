@@ -11,9 +11,10 @@ import torch
 from model.language_model import build_model
 from pretrain.config.deepspeed_keys import EXTRA
 from pretrain.config.schema import Config
-from pretrain.engine.zero_state import pieces
+from pretrain.data.progress import Progress
+from pretrain.engine.zero_state import pieces, refresh_weights
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config, trainer_of
+from tests.pretrain.runs import one_step, small_config, trainer_of
 
 ON_GPUS_ALONE = ("zero_optimization.zero_quantized_weights",)
 
@@ -29,7 +30,8 @@ def switches(zero: int) -> dict[str, bool]:
 
 
 def misplaced(rank: int, configs: list[Config]) -> list[tuple[list[str], int]]:
-    """Of each configuration the parameters whose pieces hold other elements, and the elements of all pieces."""
+    """Of each configuration the parameters whose pieces hold other elements, or that are others, or not as whole, once
+    the model has got its weights from the pieces after a step; and the elements of all pieces."""
     found = []
     for config in configs:
         expected = dict(build_model(config.model, seed=config.train.seed).named_parameters())
@@ -40,7 +42,12 @@ def misplaced(rank: int, configs: list[Config]) -> list[tuple[list[str], int]]:
             for piece in own
             if not torch.equal(piece.master, expected[piece.name].flatten()[piece.start :][: piece.master.numel()])
         ]
-        found.append((wrong, sum(piece.master.numel() for piece in own)))
+        module, elements = trainer.engine.module, sum(piece.master.numel() for piece in own)
+        one_step(trainer, Progress(0, 0))
+        before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        refresh_weights(trainer.engine)
+        wrong += [name for name, value in module.named_parameters() if not torch.equal(value, before[name])]
+        found.append((wrong, elements))
         trainer.engine.destroy()
     return found
 

@@ -11,7 +11,7 @@ import pytest
 from pretrain.config.schema import Config
 from tests.harness import run_ranks
 from tests.pretrain.evaluation import published
-from tests.pretrain.runs import metrics, small_config, train_runs
+from tests.pretrain.runs import events, metrics, small_config, train_runs
 
 SIZES = (
     "model.sequence_length=64",
@@ -43,9 +43,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def events(run: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in event.items() if k != "time"} for event in found if event["event"] == "evaluation"]
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in event.items() if k != "time"} for event in events(run, "evaluation")]
 
 
 def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]], label: str) -> None:
@@ -62,11 +61,11 @@ def test_a_run_that_goes_on_evaluates_what_a_stop_prevented(files: Path, prepare
     whole = config_of(prepared, files, *every)
     without = config_of(prepared, files, *every, "train.stop_after_steps=2", "evaluate.tasks={}")
     run_ranks(train_runs, 1, [(whole, tmp_path / "whole"), (without, tmp_path / "parts"), (whole, tmp_path / "parts")])
-    expected = events(tmp_path / "whole")
+    expected = evaluations(tmp_path / "whole")
     assert [e["step"] for e in expected] == [2, 2, 3, 3]
-    assert_same(events(tmp_path / "parts"), expected, "goes on")
+    assert_same(evaluations(tmp_path / "parts"), expected, "goes on")
     run_ranks(train_runs, 1, [(whole, tmp_path / "parts")])
-    assert len(events(tmp_path / "parts")) == 4, "a finished run evaluates nothing again"
+    assert len(evaluations(tmp_path / "parts")) == 4, "a finished run evaluates nothing again"
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("parts", "whole")]
     assert losses[0] == losses[1]
 
@@ -82,4 +81,4 @@ def test_every_layout(files: Path, prepared: Path, tmp_path: Path, position: str
     for label, (ranks, layout) in LAYOUTS.items():
         run_ranks(train_runs, ranks, [(config_of(prepared, files, *steps, *layout), tmp_path / label)])
         tied = "model.tied_embedding=true" in layout
-        assert_same(events(tmp_path / label), events(tmp_path / f"one {tied}"), label)
+        assert_same(evaluations(tmp_path / label), evaluations(tmp_path / f"one {tied}"), label)

@@ -37,7 +37,7 @@ from pretrain.views.reading import RunView
 from pretrain.views.status import screen, summary
 from tests.harness import run_ranks
 from tests.pretrain.evaluation import published
-from tests.pretrain.runs import small_config, train_runs
+from tests.pretrain.runs import events, small_config, train_runs
 from tests.pretrain.saved import rewrite_state
 
 STEPS = ("train.steps=1", "evaluate.sequences=24", "model.sequence_length=64", "model.dropout=0.5")
@@ -65,8 +65,7 @@ def tasks_of_a_run(paths: dict[str, Path]) -> str:
 
 def evaluations(run: Path) -> dict[str, dict[str, Any]]:
     """What a run recorded while it trained, by task."""
-    found = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return {event["task"]: event for event in found if event["event"] == "evaluation"}
+    return {event["task"]: event for event in events(run, "evaluation")}
 
 
 def evaluated(run: Path, *arguments: str) -> dict[str, dict[str, Any]]:
@@ -170,8 +169,7 @@ def test_the_numbers_are_those_of_a_loop_over_single_texts(runs: Path, name: str
         "npi_present_1": 7,
         "wh_island": 6,
     }
-    events = [json.loads(line) for line in (runs / name / "events.jsonl").read_text().splitlines()]
-    validation = next(event for event in events if event["event"] == "validation")
+    validation = events(runs / name, "validation")[0]
     assert found["validation"]["loss"] == pytest.approx(validation["loss"], rel=1e-5)
     of_run = evaluations(runs / name)
     assert set(of_run) == ({"lambada", "blimp", "cbt"} if name == "xl" else set())

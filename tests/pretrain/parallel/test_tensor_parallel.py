@@ -1,5 +1,6 @@
-"""Tensor parallelism: every model of the family, alone and with data parallelism and ZeRO 0 to 3, gives the losses,
-gradient norms and gradients of plain PyTorch in one process; checkpoints move between sizes."""
+"""Tensor parallelism, and sequence parallelism inside its group: every model of the family, alone and with data
+parallelism and ZeRO 0 to 3, gives the losses, gradient norms and gradients of plain PyTorch in one process; checkpoints
+move between layouts."""
 
 from __future__ import annotations
 
@@ -10,41 +11,60 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
+from pretrain.config.schema import Config
 from tests.harness import run_ranks
 from tests.pretrain.family import MODELS, config_of
 from tests.pretrain.runs import (
-    COMPARED,
     assert_bit_identical,
+    assert_near,
     assert_same,
+    assert_same_metrics,
     engine_trace,
-    metrics,
     plain_trace,
     train_runs,
 )
 
 STEPS, GRADIENT_STEPS = 8, (0, 3, 7)
+FEW_STEPS, FEW_GRADIENT_STEPS = 4, (0, 3)
+"""Of what every commit runs."""
+TENSOR = ("parallel.tensor=2",)
+SEQUENCE = (*TENSOR, "parallel.sequence=true")
+FAST = {("switchall xl", 4): (3,), ("moa xl", 2): (0,)}
+"""What every commit runs with sequence parallelism, with its ZeRO stages. All others are as long and go to the slow
+tier; without sequence parallelism the fast tier has the layouts in test_matrix.py."""
 
 
-@pytest.mark.slow  # the fast tier has its layouts in test_matrix.py
+def check_numbers(
+    prepared: Path, model: str, keys: tuple[str, ...], zeros: dict[int, tuple[int, ...]], steps: int
+) -> None:
+    """In groups of 2: `zeros` has the ZeRO stages for each number of ranks."""
+    gradient_steps = GRADIENT_STEPS if steps == STEPS else FEW_GRADIENT_STEPS
+    # micro_batch scope: 4 sequences per micro-step in every layout.
+    reference = plain_trace(config_of(prepared, model, "batch.micro_sequences=4"), steps, gradient_steps)
+    assert max(reference.grad_norms) > 0.5, "clipping was never active"
+    for ranks, stages in zeros.items():
+        micro = f"batch.micro_sequences={4 * 2 // ranks}"
+        configs = [config_of(prepared, model, *keys, micro, f"parallel.zero={zero}") for zero in stages]
+        for zero, trace in zip(stages, run_ranks(engine_trace, ranks, configs, steps, gradient_steps)[0], strict=True):
+            assert_same(trace, reference, f"{keys}, DP {ranks // 2}, ZeRO {zero}, {model}")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_gives_the_same_numbers(prepared: Path, model: str) -> None:
-    # micro_batch scope: 4 sequences per micro-step in every layout.
-    reference = plain_trace(config_of(prepared, model, "batch.micro_sequences=4"), STEPS, GRADIENT_STEPS)
-    assert max(reference.grad_norms) > 0.5, "clipping was never active"
-    layouts = [(2, zero, 4) for zero in (0, 1)] if "switchall" in model else [(2, 2, 4)]
-    configs = [
-        config_of(prepared, model, "parallel.tensor=2", f"parallel.zero={zero}", f"batch.micro_sequences={micro}")
-        for _, zero, micro in layouts
-    ]
-    for (_, zero, _), trace in zip(layouts, run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0], strict=True):
-        assert_same(trace, reference, f"TP 2, ZeRO {zero}, {model}")
-    zeros = (0, 1, 2, 3) if model == "switchall" else (3,)
-    configs = [
-        config_of(prepared, model, "parallel.tensor=2", f"parallel.zero={zero}", "batch.micro_sequences=2")
-        for zero in zeros
-    ]
-    for zero, trace in zip(zeros, run_ranks(engine_trace, 4, configs, STEPS, GRADIENT_STEPS)[0], strict=True):
-        assert_same(trace, reference, f"TP 2 x DP 2, ZeRO {zero}, {model}")
+    of_4 = (0, 1, 2, 3) if model == "switchall" else (3,)
+    check_numbers(prepared, model, TENSOR, {2: (0, 1) if "switchall" in model else (2,), 4: of_4}, STEPS)
+
+
+@pytest.mark.parametrize("model, ranks", FAST)
+def test_some_models_with_sequence_parallelism(prepared: Path, model: str, ranks: int) -> None:
+    check_numbers(prepared, model, SEQUENCE, {ranks: FAST[model, ranks]}, FEW_STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_with_sequence_parallelism(prepared: Path, model: str) -> None:
+    check_numbers(prepared, model, SEQUENCE, {2: (0, 1), 4: (0, 1, 2, 3)}, STEPS)
 
 
 @pytest.mark.slow
@@ -52,72 +72,95 @@ def test_a_head_per_rank_by_the_gemms_of_all_experts_and_of_sets(prepared: Path)
     """The backends of SwitchHead's projections that are asked for by name, whose gradients overlap with the sum over
     ranks as those of the others do. One rank's are held by test_switchhead.py, the division by test_matrix.py."""
     reference = plain_trace(config_of(prepared, "switchall", "batch.micro_sequences=8"), 3, (0, 2))
-    keys = ("batch.micro_sequences=8", "parallel.tensor=2")
+    keys = ("batch.micro_sequences=8", *TENSOR)
     configs = [config_of(prepared, "switchall", *keys, f"kernels.backend={backend}") for backend in ("dense", "sets")]
     for backend, trace in zip(("dense", "sets"), run_ranks(engine_trace, 2, configs, 3, (0, 2))[0], strict=True):
         assert_same(trace, reference, f"TP 2, {backend}")
 
 
 @pytest.mark.slow
-def test_reference_kernels_and_four_way_division(prepared: Path) -> None:
-    model, sizes = "switchall", ("model.feedforward.num_experts=8", "model.vocab_size=404")
-    reference = plain_trace(config_of(prepared, model, *sizes, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
-    keys = (*sizes, "batch.micro_sequences=8", "parallel.tensor=4")
-    configs = [config_of(prepared, model, *keys, f"kernels.backend={backend}") for backend in ("reference", "cpu")]
+@pytest.mark.parametrize(
+    "layout, sizes",
+    [
+        (("parallel.tensor=4",), ()),
+        (("parallel.tensor=4", "parallel.sequence=true"), ("model.dropout=0.1", "train.seed=8")),
+    ],
+    ids=["alone", "with sequence parallelism"],
+)
+def test_reference_kernels_and_four_way_division(
+    prepared: Path, layout: tuple[str, ...], sizes: tuple[str, ...]
+) -> None:
+    keys = (*sizes, "model.feedforward.num_experts=8", "model.vocab_size=404", "batch.micro_sequences=8")
+    reference = plain_trace(config_of(prepared, "switchall", *keys), STEPS, GRADIENT_STEPS)
+    configs = [
+        config_of(prepared, "switchall", *keys, *layout, f"kernels.backend={backend}")
+        for backend in ("reference", "cpu")
+    ]
     for trace in run_ranks(engine_trace, 4, configs, STEPS, GRADIENT_STEPS)[0]:
-        assert_same(trace, reference, "TP 4")
+        assert_same(trace, reference, f"{layout}")
 
 
 @pytest.mark.slow
-def test_bf16_stays_near_fp32_under_tensor_parallelism(prepared: Path) -> None:
+@pytest.mark.parametrize("layout, zeros", [(TENSOR, (1, 3)), (SEQUENCE, (1, 2, 3))], ids=["TP", "TP with SP"])
+def test_bf16_stays_near_fp32(prepared: Path, layout: tuple[str, ...], zeros: tuple[int, ...]) -> None:
     reference = plain_trace(config_of(prepared, "switchall", "batch.micro_sequences=8"), STEPS, ())
-    keys = ("parallel.tensor=2", "train.precision=bf16", "batch.micro_sequences=4")
-    configs = [config_of(prepared, "switchall", *keys, f"parallel.zero={zero}") for zero in (1, 3)]
-    for trace in run_ranks(engine_trace, 4, configs, STEPS, ())[0]:
-        assert trace.losses != reference.losses
-        assert trace.losses == pytest.approx(reference.losses, rel=2e-2)
-        assert trace.grad_norms[:3] == pytest.approx(reference.grad_norms[:3], rel=0.05)
+    keys = (*layout, "train.precision=bf16", "batch.micro_sequences=4")
+    configs = [config_of(prepared, "switchall", *keys, f"parallel.zero={zero}") for zero in zeros]
+    for zero, trace in zip(zeros, run_ranks(engine_trace, 4, configs, STEPS, ())[0], strict=True):
+        assert_near(trace, reference, f"ZeRO {zero}")
 
 
 @pytest.mark.slow  # test_checkpoint_resharding.py has the fast one
-def test_resume_is_bit_identical_and_moves_between_tensor_sizes(prepared: Path, tmp_path: Path) -> None:
-    model = "switchall xl"
+@pytest.mark.parametrize("layout", [TENSOR, SEQUENCE], ids=["TP", "TP with SP"])
+def test_resume_is_bit_identical_and_moves_between_layouts(
+    prepared: Path, tmp_path: Path, layout: tuple[str, ...]
+) -> None:
+    """With memory, of which every rank keeps its tokens, and validation over streams of uneven length."""
     keys = ("train.steps=8", "evaluate.every_steps=4", "evaluate.streams=5", "batch.micro_sequences=2")
-    run_ranks(train_runs, 1, [(config_of(prepared, model, *keys, "parallel.zero=0"), tmp_path / "one")])
-    divided = ("parallel.tensor=2", "parallel.zero=1")
-    run_ranks(
-        train_runs,
-        4,
-        [
-            (config_of(prepared, model, *keys, *divided), tmp_path / "unbroken"),
-            (config_of(prepared, model, *keys, *divided, "train.stop_after_steps=5"), tmp_path / "resumed"),
-        ],
-    )
-    shutil.copytree(tmp_path / "resumed", tmp_path / "to-one")
-    run_ranks(train_runs, 4, [(config_of(prepared, model, *keys, *divided), tmp_path / "resumed")])
+
+    def config(*more: str) -> Config:
+        return config_of(prepared, "switchall xl", *keys, *more)
+
+    stop, plain = "train.stop_after_steps=5", "parallel.zero=0"
+    divided = (*layout, "parallel.zero=1")
+    run_ranks(train_runs, 1, [(config(plain), tmp_path / "one")])
+    run_ranks(train_runs, 2, [(config("parallel.zero=2", stop), tmp_path / "from-two")])
+    whole = [(config(*divided), tmp_path / "unbroken"), (config(*divided, stop), tmp_path / "resumed")]
+    run_ranks(train_runs, 4, whole)
+    for copy in ("to-one", "to-tensor"):
+        shutil.copytree(tmp_path / "resumed", tmp_path / copy)
+    moved = [
+        (config(*divided), tmp_path / "resumed"),
+        (config(*TENSOR, "parallel.zero=2"), tmp_path / "to-tensor"),
+        (config(*layout, "parallel.zero=3"), tmp_path / "from-two"),
+    ]
+    run_ranks(train_runs, 4, moved)
+    run_ranks(train_runs, 1, [(config(plain), tmp_path / "to-one")])
     assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
-    run_ranks(train_runs, 1, [(config_of(prepared, model, *keys, "parallel.zero=0"), tmp_path / "to-one")])
-    back = config_of(prepared, model, *keys, "train.stop_after_steps=5", "parallel.zero=2")
-    run_ranks(train_runs, 2, [(back, tmp_path / "to-two")])
-    run_ranks(
-        train_runs,
-        2,
-        [(config_of(prepared, model, *keys, "parallel.tensor=2", "parallel.zero=3"), tmp_path / "to-two")],
-    )
-    for name in ("unbroken", "to-one", "to-two"):
-        for ours, theirs in zip(metrics(tmp_path / name), metrics(tmp_path / "one"), strict=True):
-            for key in (*COMPARED, "attention_load_max", "feedforward_load_max"):
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{name}: {key} of {ours['step']}"
+    for name in ("unbroken", "to-one", "to-tensor", "from-two"):
+        assert_same_metrics(tmp_path / name, tmp_path / "one")
 
 
 @pytest.mark.parametrize(
-    "override, message",
+    "overrides, message",
     [
-        ("parallel.tensor=3", "3 does not divide model.attention.num_heads = 4; set parallel.tensor to 2"),
-        ("model.vocab_size=401", "2 does not divide model.vocab_size = 401; set parallel.tensor to 1, or"),
-        ("model.feedforward.num_experts=5", "2 does not divide model.feedforward.num_experts = 5; set"),
+        (("parallel.tensor=3",), "tensor: 3 does not divide model.attention.num_heads = 4; set parallel.tensor to 2"),
+        ((*TENSOR, "model.vocab_size=401"), "tensor: 2 does not divide model.vocab_size = 401; set parallel.tensor to"),
+        (
+            (*TENSOR, "model.feedforward.num_experts=5"),
+            "tensor: 2 does not divide model.feedforward.num_experts = 5; set",
+        ),
+        (
+            ("parallel.sequence=true",),
+            "sequence: divides the tokens over tensor-parallel ranks, but parallel.tensor is 1; set",
+        ),
+        (
+            (*SEQUENCE, "model.sequence_length=15"),
+            "sequence: parallel.tensor = 2 does not divide model.sequence_length = 15; set parallel.sequence to false "
+            "or model.sequence_length to 16",
+        ),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused(prepared: Path, override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"parallel.tensor: {message}")):
-        config_of(prepared, "switchall", "parallel.tensor=2", override)
+def test_what_cannot_be_divided_is_refused(prepared: Path, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"parallel.{message}")):
+        config_of(prepared, "switchall", *overrides)

@@ -77,6 +77,7 @@ def test_units_are_bytes_and_seconds() -> None:
         (MachineOptions(gpu="h100-80gb", gpus=12), "--gpus: 12 do not fill nodes of 8; give 8 or 16"),
         (MachineOptions(gpu="h100-80gb", gpus=0), "--gpus: 0 is impossible"),
         (MachineOptions(gpu="h100-80gb", gpus=8, memory_gib=-1.0), "--memory: -1 is impossible"),
+        (MachineOptions(gpu="h100-80gb", gpus=8, memory_gib=float("inf")), "--memory: inf is impossible"),
         (MachineOptions(gpu="l40s", gpus=8), "--gpus-per-node: how many l40s"),
         (MachineOptions(gpu="h100-80gb", gpus=8, interconnect="ib-ndr"), "--interconnect: 'ib-ndr'"),
     ],

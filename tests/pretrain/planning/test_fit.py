@@ -11,13 +11,14 @@ import pytest
 
 from common.errors import ConfigError
 from pretrain.cli.plan import main
+from pretrain.cli.plan_fit import steps_done, verdict, whole_run
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.planning import fit as planning
 from pretrain.planning import layout_plan
-from pretrain.planning.communication import Collective
 from pretrain.planning.fit import fit, with_overrides
 from pretrain.planning.layout_plan import traffic
+from pretrain.planning.links import Collective
 from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
 from pretrain.planning.record import Call, Rehearsal
 
@@ -171,6 +172,36 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert found["fits"] and found["stages"][0]["needed_bytes"] > found["stages"][0]["weights"] > 0
     assert 0 < found["seconds"]["fast"]["total"] < found["seconds"]["slow"]["total"]
     assert {row["source"] for row in found["assumptions"]} and found["machine"]["gpus_per_node"] == 2
+
+
+@pytest.mark.parametrize(
+    "done, said",
+    [
+        (0, "; 200 steps take "),
+        (150, "; the 50 of 200 steps that are left take "),
+        (200, "; all 200 steps are done"),
+    ],
+)
+def test_what_is_left_of_a_run_is_priced(tmp_path: Path, by_hand: ByHand, done: int, said: str) -> None:
+    by_hand(lambda config: 1.0)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_bytes(TINY.read_bytes())
+    for step in range(50, done + 1, 50):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir()
+        (tmp_path / "checkpoints" / f"step-{step:08d}" / "commit.json").touch()
+    report = fit(load_config(TINY), h100(2), results=NOWHERE)
+    assert steps_done(tmp_path / "config.json") == done and steps_done(TINY) == 0 and report.time is not None
+    assert said in whole_run(report, report.time, done)
+
+
+def test_a_cpu_is_called_no_gpu(by_hand: ByHand) -> None:
+    by_hand(lambda config: 2.0)
+    for memory, said in ((None, "a rank needs 2.00 GiB"), (4.0, "the fullest rank needs"), (1.0, "the fullest rank")):
+        found = machine(MachineOptions(gpu="cpu", gpus=2, memory_gib=memory, peak_tflops=0.1, link_gb_per_second=1.0))
+        config = load_config(TINY, ["parallel.offload_optimizer=true", "batch.micro_sequences=1"])
+        report = fit(config, found, results=NOWHERE)
+        text = verdict(report)
+        assert said in text and "GPU" not in text + report.constraint
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from pretrain.config.loading import load_config
-from pretrain.planning.communication import Collective
-from pretrain.planning.links import BETWEEN, INSIDE, Rates, Spread, seconds, sent_bytes, spreads
+from pretrain.planning.links import BETWEEN, INSIDE, Collective, Rates, Spread, seconds, sent_bytes, spreads
 
 ONE_BILLION = Path(__file__).resolve().parents[3] / "configs" / "switchall_1b.json"
 
@@ -91,6 +90,8 @@ def test_how_groups_lie_over_nodes_of_eight(
 def test_the_node_with_fewest_ranks_of_a_group_counts() -> None:
     found = spreads(load_config(ONE_BILLION, ["batch.global_sequences=48"]), 6, 4)
     assert found["data"] == Spread(6, 2)  # four on the first node, two on the second
+    worst = spreads(load_config(ONE_BILLION, ["parallel.tensor=4", "batch.global_sequences=48"]), 3, 6)
+    assert worst["tensor"] == Spread(4, 2)  # the first group is on one node, the second on two
 
 
 RATES = Rates(inside=10.0, between=1.0, start_inside=0.25, start_between=0.5)

@@ -125,6 +125,18 @@ def test_without_measurements_data_sheets_and_assumptions() -> None:
     assert all(line.source for line in ends.assumptions)
     ceiling = paces(CONFIG, H100, Measurements(product=200e12, ceilings_source="made up"))
     assert ceiling.fast.flops == pytest.approx(200e12)  # no more than the largest product
+    for product, ends in ((100e12, (100e12, 100e12)), (900e12, (0.12 * 989e12, 0.39 * 989e12))):
+        found = paces(CONFIG, H100, Measurements(product=product, ceilings_source="made up"))
+        assert (found.slow.flops, found.fast.flops) == pytest.approx(ends)
+
+
+def test_cards_on_pcie_reach_a_smaller_share_of_their_link() -> None:
+    for gpu, shares in (("h100-pcie", (0.55, 0.7)), ("h100-80gb", (0.7, 0.78))):
+        two = machine(MachineOptions(gpu=gpu, gpus=2, gpus_per_node=2))
+        found = paces(CONFIG, two, Measurements())
+        assert two.device.link_bandwidth is not None
+        rates = (found.slow.rates.inside, found.fast.rates.inside)
+        assert rates == pytest.approx([two.device.link_bandwidth.value * share for share in shares])
 
 
 def test_collectives_inside_a_micro_step_leave_several_ranks_without_graphs(tmp_path: Path) -> None:

@@ -228,6 +228,31 @@ def test_gradients_wait_for_the_second_micro_step() -> None:
     assert given(1, 10, 4).total == 150 and given(2, 10, 4).total == 190
 
 
+@pytest.mark.parametrize(
+    "changed, highest",
+    [
+        ({}, 40 + (45 + 10) - 2 * 7),  # a bucket is reduced, when two blocks have given back what they kept
+        ({"passed": 0}, 40 + (45 + 10)),
+        ({"joined": 2}, 40 + 50 - 2 * 7),
+        ({"coming": 1}, 3 + 50),  # the first gradients come
+        ({"at_loss": 90}, 90 + 30),  # none is there yet
+        ({"afterwards": 200}, 200),
+        ({"coming": 0, "stay": 30}, 60),  # nothing is reduced before the end: while they come
+        ({"coming": 0, "stay": 45}, 45 + 20),  # at the end
+    ],
+)
+def test_the_highest_point_of_a_step(changed: dict[str, int], highest: int) -> None:
+    activations = Activations(
+        kept=28, of_a_layer=7, at_loss=30, later=50, at_a_gradient=45, with_gradients=60, at_the_end=20
+    )
+    held = {"between": 0, "at_loss": 5, "first": 3, "coming": 40, "passed": 2, "joined": 10, "stay": 0, "buckets": 0}
+    of_step = Gradients(**{**held, "afterwards": 0, **changed})
+    found = MemoryEstimate(
+        weights=100, optimizer=200, memory=300, activations=activations, gradients=of_step, micro_steps=2
+    )
+    assert found.total == 600 + highest
+
+
 def test_the_1b_model_on_its_eight_gpus() -> None:
     """The sum of docs/parallelism.md, and activations that fit 80 GiB with the file's micro-batch or recomputation."""
     config = load_config(ONE_BILLION, ["train.recompute=full"])
@@ -255,6 +280,8 @@ def test_graphs_keep_activations_and_a_copy_of_the_gradients_for_each_kind() -> 
     found = held + 4 * parameters  # in a micro-step; in the update the tensors inside the graphs were not counted
     assert 29.4 < found / 2**30 < 1.1 * 29.4
     assert estimate(load_config(ONE_BILLION, keys), 1, "cpu").graphs == 0
+    memory = 'model.position={"type": "rope", "memory_chunks": 2}'  # of 0, 1 and 2 chunks: three kinds
+    assert estimate(load_config(ONE_BILLION, [*keys, memory]), 1, "cuda").graphs == 3 * 2 * parameters
 
 
 @pytest.mark.parametrize("key", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2", "parallel.zero=3"])

@@ -53,6 +53,13 @@ def test_one_rank_sends_nothing() -> None:
                 ("all_gather", "data", 8, 2 * PARAMETERS, "micro-step", 16),
             },
         ),
+        (
+            ("parallel.zero=1", "parallel.reduce_dtype=bf16"),
+            {
+                ("all_reduce", "data", 8, 2 * PARAMETERS, "update", 1),
+                ("all_gather", "data", 8, 2 * PARAMETERS, "update", 1),
+            },
+        ),
         (("parallel.zero=0", "train.precision=fp32"), {("all_reduce", "data", 8, 4 * PARAMETERS, "update", 1)}),
     ],
 )
@@ -74,9 +81,21 @@ def test_expert_ranks_send_eight_choices_of_each_token() -> None:
     assert ("all_to_all", "expert", 4, 8 * HIDDEN, "micro-step", 4 * 18 * 8) in found
     assert ("all_reduce", "expert data", 2, 4 * EXPERTS // 4, "update", 1) in found
     assert ("all_reduce", "data", 8, 4 * (PARAMETERS - EXPERTS), "update", 1) in found
+    gated = load_config(ONE_BILLION, ["parallel.expert=4", "model.feedforward.activation=swiglu"])
+    assert expert_parameters(gated, 0) == 3 * EXPERTS // 2 // 4  # a third projection, the gate
+    again = lines(8, "parallel.expert=4", "train.recompute=full")
+    assert ("all_to_all", "expert", 4, 8 * HIDDEN, "micro-step", 6 * 18 * 8) in again
+
+
+def test_experts_of_tensor_ranks_that_divide_tokens_are_the_same_on_all_of_them() -> None:
+    found = lines(8, "parallel.expert=4", "parallel.tensor=2", "parallel.sequence=true")
+    assert ("all_to_all", "expert", 4, 8 * HIDDEN // 2, "micro-step", 4 * 18 * 16) in found
+    assert ("all_reduce", "expert data", 2, 4 * EXPERTS // 4, "update", 1) in found
 
 
 def test_stages_send_one_hidden_state_over_each_border() -> None:
     for stage, borders in enumerate((1, 2, 2, 1)):
         found = lines(8, "parallel.pipeline=4", stage=stage)
         assert ("send", "pipeline", 4, HIDDEN, "micro-step", borders * 32) in found
+    divided = lines(8, "parallel.pipeline=2", "parallel.tensor=2", "parallel.sequence=true")
+    assert ("send", "pipeline", 2, HIDDEN // 2, "micro-step", 32) in divided

@@ -21,9 +21,9 @@ from pretrain.config.rules import check_ranks
 from pretrain.config.schema import Config
 from pretrain.planning import fit as planning
 from pretrain.planning import layout_plan, search
-from pretrain.planning.communication import Collective
 from pretrain.planning.layout_file import chosen_tree, write_config
 from pretrain.planning.layout_plan import StepTime
+from pretrain.planning.links import Collective
 from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS, Measurements, measurements
 from pretrain.planning.paces import paces, why_no_time

@@ -13,9 +13,8 @@ from pretrain.cli.plan_fit import hours_text, seconds_text
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.planning import layout_plan
-from pretrain.planning.communication import Collective
 from pretrain.planning.devices import Device
-from pretrain.planning.links import Rates
+from pretrain.planning.links import Collective, Rates
 from pretrain.planning.machine import Machine, MachineOptions
 from pretrain.planning.machine import machine as machine_of
 from pretrain.planning.measured import measurements
@@ -24,6 +23,7 @@ from pretrain.planning.step_time import (
     StageWork,
     Terms,
     blocks_of_stages,
+    held_by_stages,
     model_flops,
     stage_flops,
     stage_works,
@@ -61,6 +61,17 @@ def test_data_parallel() -> None:
     fast = step_terms(config, machine, [work(GRADIENTS, WEIGHTS)], FAST)
     assert slow.total - fast.total == pytest.approx(2 / 3 * 0.5)  # behind the last backward pass
     assert fast.total == pytest.approx(25.1375 - 1 / 3)
+
+
+def test_at_zero_0_autograd_adds_gradients_in_fp32() -> None:
+    config, machine = sixteen("parallel.zero=0", "train.precision=fp32")
+    assert step_terms(config, machine, [work()], SLOW).memory == pytest.approx(2 * 12 * 20 / 1000 + 0.1)
+
+
+def test_a_moving_average_is_among_what_a_rank_holds() -> None:
+    """Also where the same layout was asked for without one before: a search keeps what ranks hold."""
+    plain, kept = (held_by_stages(sixteen(*keys)[0], 16)[0] for keys in ((), ("train.ema_decay=0.9",)))
+    assert kept.optimizer > plain.optimizer and kept.parameters == plain.parameters
 
 
 def test_a_short_reduction_is_hidden_whole_and_no_more() -> None:

@@ -180,6 +180,15 @@ def test_one_mistake_is_one_sentence(
     assert "not checked" in printed.out or "WRONG" in printed.out
 
 
+def test_settings_of_tasks_without_a_task_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ("--set", "evaluate.tasks_every_steps=100", "--set", "evaluate.tasks_limit=5")
+    code, _, wrong = checked(capsys, *sets, "--run-dir", "run", "--no-step")
+    assert code == 2 and [line.partition(",")[0] for line in wrong] == [
+        "error: evaluate.tasks_every_steps: is 100",
+        "error: evaluate.tasks_limit: is 5",
+    ]
+
+
 def test_files_of_tasks_are_read_as_a_start_reads_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the targets that are longer than the model's context, for which a start has no option."""
     (place / "lambada.jsonl").write_text(json.dumps({"text": "the sea is " + "q" * 30}) + "\n")

@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from model.layers import Block
 from pretrain.config.rules import check_ranks
+from pretrain.config.schema import Config
 from pretrain.planning import rehearsal
 from pretrain.planning.memory import estimate
+from pretrain.planning.record import Rehearsal
 from pretrain.preflight.checklist import Checklist
 from pretrain.preflight.run import PlannedRun
 from pretrain.preflight.step import StepRehearsal
@@ -26,13 +28,18 @@ SHORT = ("model.num_layers=1", "batch.global_sequences=2", "batch.micro_sequence
 
 
 def rehearsed(
-    prepared: Path, num_ranks: int, *overrides: str, rank: int | None = None, device: str = "cpu"
+    prepared: Path,
+    num_ranks: int,
+    *overrides: str,
+    rank: int | None = None,
+    device: str = "cpu",
+    memory: int | None = None,
 ) -> Checklist:
     """The two checks of a step."""
     config = small_config(prepared, *overrides)
     run = PlannedRun(config, num_ranks, None, device, data_size=check_ranks(config, num_ranks))
     checks = Checklist()
-    StepRehearsal(run, rank).check(checks)
+    StepRehearsal(run, rank, memory).check(checks)
     return checks
 
 
@@ -103,6 +110,25 @@ def test_cuda_graphs_which_no_rehearsal_has_are_added_up(prepared: Path, graphs:
     _, memory = rehearsed(prepared, 1, *keys, device="cuda").outcomes
     total = f"; {estimate(config, 1, 'cuda').total / 2**30:.2f} GiB with what CUDA graphs keep (train.cuda_graph)"
     assert memory.passed and (total in memory.said) is (graphs == "auto"), memory.said
+
+
+def test_the_memory_of_a_step_is_compared_with_that_of_the_device(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rehearse(config: Config, *others: Any, **options: Any) -> Rehearsal:
+        return Rehearsal(1, {}, 0, 0, {}, 9 * 2**30, {}, [], [])
+
+    monkeypatch.setattr(rehearsal, "rehearse", rehearse)
+    graphs = "train.cuda_graph=off"
+    assert "of the device" not in rehearsed(prepared, 1, *SHORT, graphs).outcomes[1].said
+    for gib, fits in ((10, True), (9.9, False)):
+        memory = rehearsed(prepared, 1, *SHORT, graphs, memory=int(gib * 2**30)).outcomes[1]
+        assert memory.passed and f"may fill {0.9 * gib:.2f} GiB of the device (90% of {gib:.1f})" in memory.said
+        warned = [text.partition(",")[0] for text in memory.warnings]
+        assert warned == ([] if fits else ["memory: a step needs about 9.00 GiB"])
+    monkeypatch.setattr("pretrain.gpus.gpu_memory", lambda: 8 * 2**30)
+    assert rehearsed(prepared, 1, *SHORT, graphs, device="cuda").outcomes[1].warnings, "the GPU that is here"
+    assert not rehearsed(prepared, 1, *SHORT, graphs).outcomes[1].warnings, "a run on CPUs"
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

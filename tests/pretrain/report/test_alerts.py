@@ -117,6 +117,10 @@ def test_every_end_of_a_start_is_told_once_with_its_code(
     ((sentence, told),) = calls(tmp_path / "got")
     assert (told["event"]["event"], told["event"]["exit_code"], told["event"]["step"]) == (kind, code, 4)
     assert kind in sentence and (f"exit code {int(code)}: why" in sentence or kind != "failed")
+    # The next start replaces outcome.json, not this event; there is none in a folder that is another run's by then.
+    rows = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    ends = [(row["event"], row.get("exit_code")) for row in rows if row["event"] in ("finished", "stopped", "failed")]
+    assert ends == ([] if code is ExitCode.FOLDER_LOST else [(kind, int(code) if kind == "failed" else None)])
 
 
 def test_of_a_flood_one_is_told_and_the_end_says_how_many_were_left_out(tmp_path: Path) -> None:
@@ -265,8 +269,13 @@ alerts.finish()
 
 
 def test_a_sentence_is_short_whatever_the_event_holds(tmp_path: Path) -> None:
-    alert = Alert(tmp_path / "run", {"event": "failed", "reason": "x" * 9999}, {"loss_spike": 2})
-    assert len(alert.sentence) == LONGEST and alert.sentence.endswith("x... (left out before: 2 x loss_spike)")
+    """And keeps its end, where a message says what to do."""
+    reason = f"rank 3 {'x' * 9999}; set batch.micro_sequences to 4"
+    alert = Alert(tmp_path / "run", {"event": "failed", "exit_code": 1, "reason": reason}, {"loss_spike": 2})
+    told = alert.sentence
+    assert len(told) == LONGEST and told.startswith("run run: failed with exit code 1: rank 3 xxx") and "x...x" in told
+    assert told.endswith("x; set batch.micro_sequences to 4 (left out before: 2 x loss_spike)")
+    assert json.loads(alert.line())["event"]["reason"] == reason, "the JSON has it whole"
 
 
 def test_a_full_disk_of_the_run_folder_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from data_prep.cli import main as data_prep
 from pretrain.config.schema import Config
 from pretrain.evaluate import target_counts, unigram_perplexity
 from tests.harness import run_ranks
-from tests.pretrain.runs import light_config, train_runs
+from tests.pretrain.runs import events, light_config, train_runs
 
 
 def prepare_bytes(folder: Path, type: str = "bytes") -> Path:
@@ -56,8 +56,7 @@ def test_bits_per_byte_is_the_loss_over_ln_2_and_only_for_bytes(prepared: Path, 
     printed = (tmp_path / "out").read_text().splitlines()
 
     def validation(run: str) -> dict[str, float]:
-        events = [json.loads(line) for line in (tmp_path / run / "events.jsonl").read_text().splitlines()]
-        return next(event for event in events if event["event"] == "validation")
+        return events(tmp_path / run, "validation")[0]
 
     values = validation("run")
     assert values["bits_per_byte"] == pytest.approx(values["loss"] / math.log(2), rel=1e-12)

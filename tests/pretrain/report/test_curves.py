@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import re
 import shutil
 import struct
@@ -285,6 +286,9 @@ def test_router_points_count_by_hand() -> None:
     assert points["routing/feed-forward/load max/block 11"] == 2.0
     assert points["routing/feed-forward/entropy, 1 is even/block 11"] == pytest.approx(0.75)
     assert points["routing/feed-forward/dead experts/block 11"] == 1.0
+    empty = {name: torch.zeros_like(counts) for name, counts in load.items()}
+    assert all(math.isfinite(value) for value in tags.router_points(empty).values())
+    assert all(rows.isfinite().all() for rows in tags.load_by_block(empty).values())
 
 
 def test_a_picture_shows_each_block_and_expert() -> None:

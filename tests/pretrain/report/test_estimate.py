@@ -31,7 +31,7 @@ from pretrain.report.event_text import event_text
 from pretrain.report.forecast import COMMAND, Forecast
 from pretrain.report.memory_text import run_estimate
 from tests.harness import LIMIT_SECONDS, run_ranks
-from tests.pretrain.runs import light_config, metrics, small_config
+from tests.pretrain.runs import events, light_config, metrics, small_config
 
 GIB = 1 << 30
 PIPELINE = ("parallel.tensor=2", "parallel.pipeline=2", "model.feedforward.num_experts=6")
@@ -52,6 +52,8 @@ def compared(
         # A process on a CPU gains code too, which is not the model's.
         (compared((GIB, GIB + LIBRARIES), device="cpu"), []),
         (compared((GIB, GIB + LIBRARIES + GIB // 5), device="cpu"), ["memory is "]),
+        (compared((GIB, GIB + GIB // 5)), ["memory is 20% above the estimate"]),  # less than LIBRARIES
+        (compared((100 << 20, 110 << 20), device="cpu"), []),
         (compared((GIB, GIB // 2), device="cpu"), ["memory is 50% below the estimate"]),
         (compared((None, 5)), []),
         (compared((None, 5), step=((1.0, 2.0), 2.29)), []),
@@ -111,6 +113,14 @@ def test_each_is_said_once_whichever_comes_first(is_late: bool) -> None:
     assert said == [("estimated", None), ("estimate_compared", 20)]
 
 
+def test_nothing_is_compared_where_nothing_was_estimated(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    both = SideBySide(lambda: RunEstimate(None, "cpu", "not estimated"))
+    both.measure(20, GIB, [1.0])
+    both.look(lambda kind, **values: said.append(kind))
+    assert said == ["estimated"] and capsys.readouterr().out == "memory of a rank: not estimated\n"
+
+
 def run_of(rank: int, config: Config, run_dir: Path) -> None:
     """With the comparison after 3 steps, and memory that is told and not measured."""
     pretrain.segment.COMPARED_AFTER = 3
@@ -132,9 +142,8 @@ def test_a_run_compares_the_rank_that_takes_most_and_a_shorter_one_says_nothing(
     lengths[4] = light_config(prepared, keys, "train.steps=4", "monitor.tensorboard=true", ranks=2)
     run_ranks(runs_of, 2, [(config, tmp_path / str(steps)) for steps, config in lengths.items()])
     for steps in lengths:
-        rows = [json.loads(line) for line in (tmp_path / str(steps) / "events.jsonl").read_text().splitlines()]
-        assert [row["text"] for row in rows if row["event"] == "estimated"] == ["2,500 bytes"]
-        both = [row for row in rows if row["event"] == "estimate_compared"]
+        assert [row["text"] for row in events(tmp_path / str(steps), "estimated")] == ["2,500 bytes"]
+        both = events(tmp_path / str(steps), "estimate_compared")
         assert len(both) == (steps >= 3)
         for row in both:
             assert (row["step"], row["measured"]["memory_bytes"]) == (3, 3000 - 200), "of rank 1"

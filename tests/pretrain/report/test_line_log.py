@@ -140,7 +140,7 @@ def test_one_file_that_cannot_be_written_at_the_end_keeps_no_other_from_it(
     folder.event("finished", step=3)
     folder.end(ExitCode.DIVERGED, "step 3: loss nan", step=3)
     last = json.loads((tmp_path / other).read_text().splitlines()[-1]) if other == "events.jsonl" else None
-    assert last is None or last["event"] == "finished"
+    assert last is None or (last["event"], last["exit_code"]) == ("failed", ExitCode.DIVERGED)
     assert other == "events.jsonl" or json.loads((tmp_path / other).read_text())["exit_code"] == ExitCode.DIVERGED
     said = [line for line in capsys.readouterr().err.splitlines() if "at the end" in line]
     assert said == [f"warning: {tmp_path / name} cannot be written at the end: Is a directory"]

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from pretrain.report.monitor import Monitor, Origin
-from pretrain.report.router_load import Collapsed, CollapseWatch, choices, load_summary, load_text
+from pretrain.report.router_load import Collapsed, CollapseWatch, advice, choices, load_summary, load_text
 from pretrain.report.run_folder import RunFolder
-from tests.pretrain.resilience.faults import events
-from tests.pretrain.runs import MOA, small_config
+from tests.pretrain.runs import MOA, events, small_config
 
 LOAD = {
     "blocks.0.feedforward.statistics": torch.tensor([6.0, 5.0, 1.0, 0.0, 0.0], dtype=torch.float64),
@@ -79,9 +78,39 @@ def test_off_and_routers_that_choose_all_experts_are_silent(prepared: Path) -> N
 
 def test_a_share_that_an_even_router_reaches_watches_nothing(prepared: Path) -> None:
     even = {name: torch.ones_like(counts) for name, counts in LOAD.items()}
-    config = small_config(prepared, "monitor.collapse_after_steps=1", "monitor.collapse_share=0.3")
+    config = small_config(prepared, "monitor.collapse_after_steps=1", "monitor.collapse_share=0.4")
     watch = CollapseWatch(config.monitor, config.model)  # 2 of 3 experts in attention, 2 of 5 in the feed-forward
     assert not watch.step(even) and not watch.step(LOAD)
+
+
+def test_a_router_at_the_limit_itself_is_not_collapsed(prepared: Path) -> None:
+    config = small_config(prepared, "monitor.collapse_after_steps=1", "monitor.collapse_share=0.75")
+    watch = CollapseWatch(config.monitor, config.model)
+    at, above = (
+        torch.tensor([half, half, rest, 0.0, 0.0], dtype=torch.float64) for half, rest in ((3.0, 2.0), (4.0, 2.0))
+    )
+    even = {name: torch.ones_like(counts) for name, counts in LOAD.items()}
+    assert not watch.step({**even, "blocks.0.feedforward.statistics": at})
+    (due,) = watch.step({**even, "blocks.0.feedforward.statistics": above})
+    assert due.share == 0.8
+
+
+def test_a_router_without_a_choice_is_even_and_finite(prepared: Path) -> None:
+    """As in a step whose every token was dropped."""
+    nothing = {name: torch.zeros_like(counts) for name, counts in LOAD.items()}
+    summary = load_summary(nothing, small_config(prepared).model)
+    assert summary["feedforward_load_max"] == summary["attention_busiest_share"] == 0.0
+    assert summary["feedforward_unused_share"] == 1.0
+
+
+def test_what_may_help_depends_on_the_layer(prepared: Path) -> None:
+    of_attention, of_experts = (Collapsed(f"blocks.0.{kind}", None, 1.0, 9) for kind in ("attention", "feedforward"))
+    switchhead, moa = (small_config(prepared, *keys).model for keys in ((), (MOA,)))
+    rate = "or lower optimizer.learning_rate"
+    assert advice(switchhead, [of_attention]) == f"raise model.attention.expert_dropout, {rate}"
+    assert advice(moa, [of_attention]) == f"raise model.attention.switch_loss_weight, {rate}"
+    both = "model.feedforward.entropy_weight and model.attention.expert_dropout"
+    assert advice(switchhead, [of_attention, of_experts]) == f"raise {both}, {rate}"
 
 
 def values(step: int, loss: float | None, norm: float | None, seconds: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from pretrain.cli.train import print_derived
 from pretrain.config.loading import load_config, to_json
 from pretrain.data.sources import Sources
-from pretrain.data.warnings import data_warnings
+from pretrain.data.warnings import data_warnings, epoch_warnings
 from pretrain.report.model_text import model_family, model_text
 from tests.corpus import VOCAB_SIZE
 from tests.pretrain.runs import MOA, small_config
@@ -71,13 +71,27 @@ def test_more_than_four_epochs_are_warned_of_with_the_tokens_needed(prepared: Pa
     assert "prepare 3,200 tokens and raise data.max_tokens, or set train.steps to at most 50" in warning
 
 
+def test_the_steps_that_are_few_enough_count_what_was_read_before(prepared: Path) -> None:
+    """Of a run that goes on after 1,283 of 5,130 steps, in which it has read 10,264 of 5,130 windows."""
+    config = small_config(prepared, "train.steps=5130")
+    (warning,) = epoch_warnings(config, Sources.load(config), [41_040], [10_264])
+    assert "set train.steps to at most 2565" in warning
+    (warning,) = epoch_warnings(config, Sources.load(config), [41_040], [20_528])  # four epochs are over
+    assert "train.steps" not in warning
+
+
 def test_vocabulary_that_is_never_trained_is_warned_of(prepared: Path) -> None:
     fits = small_config(prepared, f"model.vocab_size={VOCAB_SIZE + 112}")  # the next multiple of 128
     assert not data_warnings(fits, Sources.load(fits))
+    for rows, warned in ((VOCAB_SIZE + 127, False), (VOCAB_SIZE + 128, True)):
+        config = small_config(prepared, f"model.vocab_size={rows}")
+        assert len(data_warnings(config, Sources.load(config))) == warned
     config = small_config(prepared, "model.vocab_size=2000")
     (warning,) = data_warnings(config, Sources.load(config))
     assert "1,600 of 2,000 rows are no piece of the tokenizer" in warning
     assert "cost 76,800 parameters; set it to 400, or to 512" in warning  # 2 x 1600 x d_model 24
+    (warning,) = data_warnings(config.replaced("model", tied_embedding=True), Sources.load(config))
+    assert "cost 38,400 parameters" in warning
 
 
 def test_pieces_that_are_never_met_are_warned_of(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +102,12 @@ def test_pieces_that_are_never_met_are_warned_of(prepared: Path, monkeypatch: py
     (warning,) = data_warnings(config, sources)
     assert warning.startswith("data.manifest: in its 26,279 tokens the rarest of the tokenizer's 400 pieces are met")
     assert "prepare 26,280 tokens" in warning
+    monkeypatch.setattr(type(sources.tokenizer), "tokens_are_bytes", True)  # all of them are there, used or not
+    assert not data_warnings(config, sources)
+    monkeypatch.undo()
+    few = small_config(prepared, "data.max_tokens=26000", "train.steps=100")
+    (warning,) = data_warnings(few, Sources.load(few))
+    assert "in its 26,000 tokens the rarest" in warning
 
 
 def test_a_validation_longer_than_its_split_is_warned_of(prepared: Path) -> None:

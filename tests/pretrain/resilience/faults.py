@@ -119,10 +119,5 @@ def spike_on_position(trainer: Trainer, position: int) -> None:
     spike_in_steps(trainer, (read.index(position) // 8 + 1,) if position in read else ())
 
 
-def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["event"] == kind]
-
-
 def outcome(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "outcome.json").read_text())

@@ -21,8 +21,8 @@ from pretrain.report.exit_codes import ExitCode
 from pretrain.resilience.signals import Stop
 from pretrain.resilience.watchdog import LISTED, Peers, Report, Watchdog, describe, read_reports
 from pretrain.trainer import Trainer
-from tests.pretrain.resilience.faults import events, outcome, train_with
-from tests.pretrain.runs import small_config
+from tests.pretrain.resilience.faults import outcome, train_with
+from tests.pretrain.runs import events, small_config
 
 LIMIT = "resilience.hang_timeout_seconds = 30"
 """That a message names."""

@@ -12,8 +12,8 @@ from pretrain.config.schema import Config
 from pretrain.parallel.lost_ranks import lost_connection
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
-from tests.pretrain.runs import light_config
+from tests.pretrain.resilience.faults import before_steps, outcome, train_with
+from tests.pretrain.runs import events, light_config
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] {}. This is typically caused by a remote worker."
 

@@ -17,8 +17,8 @@ from pretrain.parallel.agreement import PeerFailed
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.report.test_line_log import strict
-from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
-from tests.pretrain.runs import light_config, metrics
+from tests.pretrain.resilience.faults import before_steps, outcome, train_with
+from tests.pretrain.runs import events, light_config, metrics
 
 
 def nothing(trainer: Trainer) -> None:

@@ -18,9 +18,10 @@ from pretrain.resilience import replicas
 from pretrain.resilience.replicas import Difference, ReplicaCheck, both_ways, checksum, suspect_node
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import before_steps, events, outcome, train_with
+from tests.pretrain.resilience.faults import before_steps, outcome, train_with
 from tests.pretrain.runs import (
     assert_bit_identical,
+    events,
     light_config,
     metrics,
     one_step,

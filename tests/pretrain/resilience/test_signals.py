@@ -22,8 +22,8 @@ from pretrain.data.sources import Sources
 from pretrain.phases import Phases
 from pretrain.resilience.signals import ProcessState, Stop
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import events, outcome
-from tests.pretrain.runs import assert_bit_identical, light_config, metrics, train_runs
+from tests.pretrain.resilience.faults import outcome
+from tests.pretrain.runs import assert_bit_identical, events, light_config, metrics, train_runs
 
 KEYS = (
     "train.steps=5",
@@ -173,6 +173,18 @@ def test_a_second_signal_counts_after_a_while_and_works_although_the_main_thread
     assert done.stdout.split("\n")[:2] == ["sent", "sent"]
     assert "left with 86" in done.stdout
     assert "SIGTERM after SIGTERM: leaving at once. Nothing was trained\n" in done.stderr
+
+
+def test_the_outcome_repeats_no_word_of_the_terminal() -> None:
+    done = run_process(
+        """
+        from pretrain.report.exit_codes import ExitCode
+        stop.before_leaving.append(lambda code, message: print(int(code), message, flush=True))
+        stop.leave(ExitCode.FOLDER_LOST, "error: this run folder is gone")
+        """
+    )
+    assert (done.returncode, done.stdout) == (6, "6 this run folder is gone\n")
+    assert done.stderr.endswith("error: this run folder is gone\n")
 
 
 @pytest.mark.parametrize("kind", ["second signal", "dead neighbour"])

@@ -14,15 +14,8 @@ from pretrain.data.progress import Progress
 from pretrain.engine.zero_state import optimizer_steps, pieces
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import (
-    events,
-    outcome,
-    spoil_gradient,
-    spoil_loss,
-    spoil_losses_of_steps,
-    train_with,
-)
-from tests.pretrain.runs import light_config, metrics, one_step, small_config, trainer_of
+from tests.pretrain.resilience.faults import outcome, spoil_gradient, spoil_loss, spoil_losses_of_steps, train_with
+from tests.pretrain.runs import events, light_config, metrics, one_step, small_config, trainer_of
 
 QUICK = [
     ("train.precision=fp32", "parallel.zero=0"),

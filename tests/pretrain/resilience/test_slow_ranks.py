@@ -18,6 +18,8 @@ from pretrain.report.event_text import event_text
 from pretrain.resilience.slow_ranks import (
     AFTER,
     FEWEST_STEPS,
+    LISTED,
+    MOST_STEPS,
     OwnWork,
     RankComparison,
     SlowRank,
@@ -26,8 +28,8 @@ from pretrain.resilience.slow_ranks import (
 )
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import events, train_with
-from tests.pretrain.runs import light_config, metrics
+from tests.pretrain.resilience.faults import train_with
+from tests.pretrain.runs import events, light_config, metrics
 
 MODEL = {"d_model": 8, "num_layers": 1, "vocab_size": 16, "sequence_length": 4}
 HOSTS = [f"node{rank // 2}" for rank in range(8)]
@@ -61,6 +63,21 @@ def test_own_work_is_the_median_of_each_phase_over_the_steps_since_the_last_comp
     for _ in range(FEWEST_STEPS - 1):
         own.add({})
     assert own.is_due(28) and not own.is_due(29)
+
+
+def test_of_many_steps_the_newest_are_compared() -> None:
+    own = OwnWork(every=9)
+    for step in range(2 * MOST_STEPS):
+        own.add({"forward": float(step >= MOST_STEPS)})
+    assert own.take().tolist() == [0, 1_000_000, 0, 1_000_000]
+
+
+@pytest.mark.parametrize("count, more", [(1, ""), (3, ""), (4, " and 1 more"), (20, " and 17 more")])
+def test_an_event_names_three_ranks_and_how_many_more(count: int, more: str) -> None:
+    ranks = [{"rank": rank, "host": "node0", "phase": "forward"} for rank in range(min(count, LISTED))]
+    named = ", ".join(f"rank {rank} on node0 (forward)" for rank in range(min(count, 3)))
+    event = {"event": "slow_ranks", "time": 0.0, "step": 7, "count": count, "ranks": ranks}
+    assert event_text(event, 0.0).partition("  ")[2] == f"step 7: slow: {named}{more}"
 
 
 def test_without_details_nothing_is_compared() -> None:

@@ -25,15 +25,8 @@ from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pretrain.resilience.faults import (
-    before_steps,
-    events,
-    outcome,
-    spike_in_steps,
-    spike_on_position,
-    train_with,
-)
-from tests.pretrain.runs import assert_bit_identical, light_config, metrics, train_runs
+from tests.pretrain.resilience.faults import before_steps, outcome, spike_in_steps, spike_on_position, train_with
+from tests.pretrain.runs import assert_bit_identical, events, light_config, metrics, train_runs
 
 
 def test_a_spike_stands_out_from_the_median() -> None:
@@ -235,7 +228,7 @@ def stopped_then_started(rank: int, config: Config, run_dir: Path) -> tuple[str,
     stop.state = ProcessState.TRAINING
     first = train_with(rank, config, run_dir, spike_and_stop, 60, stop, stop=stop)
     (row,) = json.loads((run_dir / "rollbacks.json").read_text())
-    _, _, checkpoint = preflight(config, 1, run_dir, "cpu")
+    _, _, checkpoint = preflight(config, 1, run_dir)
     assert checkpoint is not None
     return first, row, checkpoint.progress.step, train_with(rank, config, run_dir, spike_on_position, 60)
 

@@ -11,12 +11,30 @@ import pytest
 import pretrain.segment
 from pretrain.config.schema import ResilienceConfig
 from pretrain.data.progress import Progress
-from pretrain.phases import Phases
+from pretrain.phases import Phases, read
 from pretrain.resilience.step_limit import StepLimit
 from pretrain.trainer import LaunchedStep, StepInput, Trainer
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import before_steps, train_with
 from tests.pretrain.runs import light_config
+
+
+def test_a_phase_that_is_alive_began_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 2.0, 5.0])
+    monkeypatch.setattr("pretrain.phases.time.monotonic", lambda: next(clock))
+    phases = Phases()
+    phases.enter("validation", quick=True)
+    assert phases.since == 2.0 and phases.is_quick
+    phases.alive()
+    assert phases.since == 5.0
+    phases.keep_in(tmp_path / "phase")
+    record = read(tmp_path / "phase")
+    assert record is not None and (record.name, record.count) == ("validation", 1)
+    monkeypatch.undo()
+    phases.enter("a" * 70)  # there is room for 64
+    record = read(tmp_path / "phase")
+    assert record is not None and (record.name, record.count) == ("a" * 64, 2)
+    phases.close()
 
 
 def limit_after(seconds: list[float], config: ResilienceConfig | None = None, **options: bool) -> float | None:

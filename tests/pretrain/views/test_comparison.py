@@ -346,16 +346,16 @@ def test_a_folder_that_cannot_be_written_is_named_with_its_option_after_the_tabl
 
 
 def test_long_settings_are_shown_where_they_differ(tmp_path: Path) -> None:
-    long = "a configuration with other values of batch.global_sequences, batch.micro_sequences, "
+    long = "a configuration whose batch and rates are those of a larger one, and which varies "
     texts = [long + "train.seed", long + "train.steps", None]
     configs = [{"description": text} if text else {} for text in texts]
     runs = [write(tmp_path / str(n), [row(1, 5.0)], config) for n, config in enumerate(configs)]
     (line,) = (line for line in text(runs_of(*runs), 0.0).splitlines() if line.startswith("description"))
-    assert line.split()[1:] == ["...o_sequences,", "train.seed", "...o_sequences,", "train.steps", "-"]
+    assert line.split()[1:] == ["...which", "varies", "train.seed", "...which", "varies", "train.steps", "-"]
     # What differs within the first letters is cut at its end, as before.
     other = write(tmp_path / "other", [row(1, 5.0)], {"description": "b" + long})
     (line,) = (line for line in text(runs_of(runs[0], other), 0.0).splitlines() if line.startswith("description"))
-    assert line.count("a configuration with") == 2 and line.count("...") == 2
+    assert line.count("a configuration whose") == 2 and line.count("...") == 2
 
 
 def test_a_name_that_is_no_text_is_drawn_with_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

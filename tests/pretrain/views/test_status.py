@@ -90,8 +90,11 @@ def test_an_explanation_is_wrapped_and_no_word_lost(tmp_path: Path) -> None:
     start = next(n for n, line in enumerate(lines) if line.startswith("state "))
     end = next(n for n, line in enumerate(lines) if line.startswith("step "))
     assert " ".join(line[11:] for line in lines[start:end]) == f"failed: {words}"
-    endless = shown(write(tmp_path / "endless", exit_code=2, reason=words * 99), width=60).splitlines()
-    assert endless[6].endswith(" ...") and endless[7].startswith("step ")
+    long = f"{words * 99}; set batch.micro_sequences to 4"
+    endless = shown(write(tmp_path / "endless", exit_code=2, reason=long), width=60).splitlines()
+    assert endless[1].startswith("state      failed: word0 ") and endless[4] == " " * 11 + "..."
+    ending = " ".join(line.strip() for line in endless[5:7])
+    assert ending.endswith("; set batch.micro_sequences to 4") and endless[7].startswith("step ")
 
 
 @pytest.mark.parametrize("age, alive", [(0.0, True), (DEAD_SECONDS + 5.0, False)])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +54,9 @@ def test_a_run_that_is_removed_ends_no_watch_of_the_others(
         (tmp_path / "removed").rename(tmp_path / "away")
         locks[1].release()  # so that the watch ends
 
-    monkeypatch.setattr("pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time))
+    monkeypatch.setattr(
+        "pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time, monotonic=time.monotonic)
+    )
     monkeypatch.delenv("COLUMNS", raising=False)  # which pytest's workers have; tables are then as wide as they are
     try:
         assert main([str(ended), str(tmp_path / "removed"), str(other), "--watch"]) == 0
@@ -65,7 +69,7 @@ def test_a_run_that_is_removed_ends_no_watch_of_the_others(
     assert said.err == f"passed over: {tmp_path / 'removed'} cannot be read: No such file or directory\n"
 
 
-@pytest.mark.parametrize("left", [None, "slurm", ".hidden", "checkpoints"])
+@pytest.mark.parametrize("left", [None, "slurm", ".hidden", "checkpoints", "smoke-1"])
 def test_a_watch_waits_for_a_run_that_is_in_the_queue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], left: str | None
 ) -> None:
@@ -81,7 +85,9 @@ def test_a_watch_waits_for_a_run_that_is_in_the_queue(
             (folder / "config.json").write_text(json.dumps(CONFIG))
             (folder / "outcome.json").write_text('{"exit_code": 2, "reason": "no data"}')
 
-    monkeypatch.setattr("pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time))
+    monkeypatch.setattr(
+        "pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time, monotonic=time.monotonic)
+    )
     assert main([str(folder), "--watch"]) == 0
     said = capsys.readouterr()
     assert len(looks) == 2 and said.err == f"waiting for {folder}: no run has begun in it yet\n"
@@ -99,7 +105,9 @@ def test_one_that_is_waited_for_keeps_its_place_among_others(
         neither.mkdir()
         (neither / "notes").write_text("mine")
 
-    monkeypatch.setattr("pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time))
+    monkeypatch.setattr(
+        "pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time, monotonic=time.monotonic)
+    )
     monkeypatch.delenv("COLUMNS", raising=False)
     assert main([*map(str, (later, ended, neither)), "--watch"]) == 0
     said = capsys.readouterr()
@@ -107,3 +115,86 @@ def test_one_that_is_waited_for_keeps_its_place_among_others(
         f"waiting for {later}, {neither}: no run has begun in them yet\npassed over: {neither} is"
     )
     assert [line.split()[0] for line in said.out.split("run ")[-1].splitlines()[1:]] == [str(later), str(ended)]
+
+
+class Slurm:
+    """A squeue that lists `jobs`, and a clock that only sleeping moves."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, then: list[Callable[[], object]]) -> None:
+        self.answer, self.calls, self.now, self._then = folder / "answer", folder / "calls", 0.0, then
+        squeue = folder / "squeue"
+        squeue.write_text(f'#!/bin/sh\necho "$*" >> {self.calls}\n. {self.answer}\n')
+        squeue.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        monkeypatch.setattr("pretrain.cli.status.time", self)
+
+    def time(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self._then.pop(0)()
+
+    def says(self, line: str) -> None:
+        self.answer.write_text(line + "\n")
+
+
+UNKNOWN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+DOWN = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+
+
+def test_a_watch_waits_for_a_job_that_is_back_in_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And asks SLURM seldom; a controller that is down for a while ends nothing."""
+    folder = write(tmp_path / "run", exit_code=85, reason="SIGUSR1")
+    (folder / "slurm").mkdir()
+    (folder / "slurm" / "11.started").touch()
+    os.utime(folder / "slurm" / "11.started", (1, 1))
+    (folder / "slurm" / "12.started").touch()
+    (tmp_path / "bin").mkdir()
+
+    def start_again() -> None:
+        lock.append(FolderLock(folder))
+
+    def finish() -> None:
+        (folder / "outcome.json").write_text('{"exit_code": 0, "reason": "finished"}')
+        lock.pop().release()
+
+    lock, then = list[FolderLock](), list[Callable[[], object]]()
+    slurm = Slurm(tmp_path / "bin", monkeypatch, then)
+    slurm.says("echo 12")
+    then += [lambda: None, lambda: None, lambda: slurm.says(DOWN), lambda: slurm.says("echo 12"), start_again, finish]
+    assert main([str(folder), "--watch", "--every", "20"]) == 0
+    said = capsys.readouterr()
+    assert not then and said.out.count("stopped: SIGUSR1") == 5 and said.out.count("running: ") == 1
+    assert said.err == f"waiting for {folder}: its job 12 has not ended (squeue --job 12)\n"
+    assert slurm.calls.read_text() == "--noheader --format=%A --jobs=12\n" * 3, "after 0, 40 and 80 s"
+
+
+@pytest.mark.parametrize("answer", [UNKNOWN, DOWN, "exit 0"])
+def test_a_watch_ends_where_the_job_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: str
+) -> None:
+    folder = write(tmp_path / "run", exit_code=1, reason="x")
+    (folder / "slurm").mkdir()
+    (folder / "slurm" / "12.started").touch()
+    (tmp_path / "bin").mkdir()
+    Slurm(tmp_path / "bin", monkeypatch, []).says(answer)
+    assert main([str(folder), "--watch"]) == 0 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 6])
+def test_nobody_waits_for_a_job_that_is_never_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    folder = write(tmp_path / "run", exit_code=code, reason="x")
+    (folder / "slurm").mkdir()
+    (folder / "slurm" / "12.started").touch()
+    (tmp_path / "bin").mkdir()
+    slurm = Slurm(tmp_path / "bin", monkeypatch, [])
+    slurm.says("echo 12")
+    assert main([str(folder), "--watch"]) == 0 and not slurm.calls.exists()

@@ -33,8 +33,8 @@ CONFIGS = Path(__file__).resolve().parents[4] / "configs"
 ADDRESSES_ALONE = {"sorted_project_kernel": ("k", "divide"), "sorted_weight_gradient_kernel": ("k", "wide_divide")}
 """Constants of MoA's kernels that the choices of a token decide: rows are slot // k, nothing else depends on them."""
 
-Launch = tuple[str, frozenset[tuple[str, Any]], frozenset[tuple[str, str]], int, int]
-"""Kernel, constants, dtypes of pointers, warps, stages."""
+Launch = tuple[str, frozenset[tuple[str, Any]], frozenset[tuple[str, str]], tuple[int, ...]]
+"""Kernel, constants, dtypes of pointers, and warps, stages and most registers."""
 OpCall = tuple[str, tuple[Any, ...]]
 
 
@@ -95,14 +95,14 @@ def launches_of(calls: set[OpCall], monkeypatch: pytest.MonkeyPatch) -> set[Laun
     found: set[Launch] = set()
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        warps, stages = kwargs.pop("num_warps", 4), kwargs.pop("num_stages", 3)
+        options = kwargs.pop("num_warps", 4), kwargs.pop("num_stages", 3), kwargs.pop("maxnreg", 0)
         parameters = inspect.signature(self.fn)
         given = parameters.bind(*args, **kwargs).arguments
         constants = {
             n: v for n, v in given.items() if v is None or "constexpr" in str(parameters.parameters[n].annotation)
         }
         dtypes = {n: f"*{TYPE_NAMES[v.dtype]}" for n, v in given.items() if isinstance(v, Tensor)}
-        found.add(launch(self.fn.__name__, constants, dtypes, warps, stages))
+        found.add(launch(self.fn.__name__, constants, dtypes, *options))
 
     monkeypatch.setattr(InterpretedFunction, "run", record)
     # Products with an output in fp32, or added to one, for which fake tensors of a CPU build have no answer.
@@ -117,10 +117,10 @@ def launches_of(calls: set[OpCall], monkeypatch: pytest.MonkeyPatch) -> set[Laun
     return found
 
 
-def launch(kernel: str, constants: dict[str, Any], dtypes: dict[str, str], warps: int, stages: int) -> Launch:
+def launch(kernel: str, constants: dict[str, Any], dtypes: dict[str, str], *options: int) -> Launch:
     ignored = ADDRESSES_ALONE.get(kernel, ()) if constants.get("PADDED_E") == 16 else ()
     decide = frozenset((n, v) for n, v in constants.items() if n not in ignored)
-    return kernel, decide, frozenset(dtypes.items()), warps, stages
+    return kernel, decide, frozenset(dtypes.items()), options
 
 
 def compiled_launches() -> set[Launch]:
@@ -132,6 +132,7 @@ def compiled_launches() -> set[Launch]:
             {n: kind for n, kind in case.signature.items() if kind.startswith("*")},
             case.num_warps,
             case.num_stages,
+            case.registers,
         )
         for case in cases
     }

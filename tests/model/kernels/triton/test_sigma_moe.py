@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import pytest
@@ -46,7 +47,7 @@ MANY = {
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "mlp_tiles", lambda *_, **__: SMALL)
-    monkeypatch.setattr(kernels, "weight_tiles", lambda *_: SMALL)
+    monkeypatch.setattr(kernels, "weight_tiles", lambda *_, **__: SMALL)
 
 
 def check(case: Case, expected: list[Tensor], dtype: torch.dtype, first_expert: int = 0) -> list[Launch]:
@@ -84,6 +85,45 @@ def test_equals_loop_in_every_way(name: str, tiles: str, dtype: torch.dtype, req
         request.getfixturevalue("small_tiles")
     case = make_case((SHAPES | MANY)[name], dtype)
     check(case, loop(case), dtype)
+
+
+@pytest.mark.parametrize("piece", [4, 32, 64])
+@pytest.mark.parametrize("swiglu", [False, True], ids=["ReLU", "SwiGLU"])
+@pytest.mark.parametrize("G", [48, 80, 67])
+def test_backward_in_pieces(G: int, swiglu: bool, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hidden layer goes through the gate a few columns at a time: also where it ends inside a piece, and where
+    pieces divide it and tiles of 64 do not."""
+    tiles = dataclasses.replace(SMALL, hidden=64, piece=piece)
+    monkeypatch.setattr(kernels, "launch_tiles", lambda phase, inputs: tiles)
+    case = make_case(Shape(N=21, d=18, E=3, G=G, k=2, swiglu=swiglu), torch.bfloat16)
+    check(case, loop(case), torch.bfloat16)
+
+
+def test_registers_of_the_backward() -> None:
+    """Two programs of 8 warps, or three of 4, share the 65,536 registers and 227 KB of a multiprocessor of an H100."""
+    for rows in (64, 512):
+        forward = kernels.mlp_tiles(rows * 8, 8, 128, torch.bfloat16, swiglu=False)
+        backward = kernels.backward_tiles(forward, 2048, swiglu=False, capability=(9, 0))
+        programs = 65536 // (backward.registers * 32 * backward.warps)
+        assert programs == {64: 3, 128: 2}[backward.rows]
+        stage = 2 * backward.reduce * (backward.rows + backward.hidden)
+        assert programs * (backward.stages * stage + 1024) <= 227 << 10
+        for d_model, swiglu, capability in ((412, False, (9, 0)), (2048, True, (9, 0)), (2048, False, (10, 0))):
+            other = kernels.backward_tiles(forward, d_model, swiglu=swiglu, capability=capability)
+            assert other.registers == 0 and "maxnreg" not in other.launch
+    assert backward.launch == {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+
+
+def test_wide_tiles_of_the_weight_gradient_where_programs_are_enough() -> None:
+    for experts, d_model, capability, columns in (
+        (64, 2048, (9, 0), 256),
+        (32, 1024, (9, 0), 256),
+        (31, 1024, (9, 0), 128),
+        (64, 2048, (8, 0), 128),
+    ):
+        tiles = kernels.weight_tiles(128, d_model, experts, torch.bfloat16, capability)
+        assert tiles.out == columns
+        assert kernels.weight_splits(tiles, 2048 * experts, experts, 128, d_model) == 1
 
 
 def test_shipped_tiles_in_fp16() -> None:
@@ -163,7 +203,7 @@ def test_split_segments(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_segments_are_split_where_programs_are_few() -> None:
-    tiles = kernels.weight_tiles(128, torch.bfloat16)
+    tiles = kernels.weight_tiles(128, 1024, 2, torch.bfloat16)
     assert kernels.weight_splits(tiles, 32768, 32, 128, 1024) == 1
     assert kernels.weight_splits(tiles, 32768, 2, 128, 1024) == 16
     assert kernels.weight_splits(tiles, 1024, 2, 128, 1024) == 2  # at least 4 iterations for each

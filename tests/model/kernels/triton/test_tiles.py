@@ -129,10 +129,8 @@ def test_an_entry_reaches_the_launch_and_results_stay() -> None:
     common = {"reduce": 16, "out": 16, "warps": 4, "stages": 2}
     entries = [
         *(
-            entry(
-                f"sigma_moe {phase}", {"rows": 16, "hidden": hidden} | common, rows=150, d=40, E=5, k=3, G=24, swiglu=0
-            )
-            for phase, hidden in (("forward", 32), ("backward", 16))
+            entry(f"sigma_moe {phase}", {"rows": 16} | common | own, rows=150, d=40, E=5, k=3, G=24, swiglu=0)
+            for phase, own in (("forward", {"hidden": 32}), ("backward", {"hidden": 16, "piece": 8, "registers": 0}))
         ),
         *(
             entry("sigma_moe sum", {"tokens": 8, "columns": 32, "warps": 1}, rows=50, d=40, rows_each=rows)

@@ -1,0 +1,26 @@
+"""What reaches a terminal or another program."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from common.terminal import json_line
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("Übung σ 数", '"Übung σ 数"'),
+        ('a "b"\n', r'"a \"b\"\n"'),
+        ("\x1b[31m\x9b\x7f\x85", r'"\u001b[31m\u009b\u007f\u0085"'),
+        ("a\u2028b\u202ec", r'"a\u2028b\u202ec"'),
+        ("\udc80", r'"\udc80"'),
+    ],
+)
+def test_json_is_readable_in_every_script_and_steers_nothing(text: str, shown: str) -> None:
+    for encoding, expected in (("utf-8", shown), ("ascii", json.dumps(text)), ("latin-1", json.dumps(text))):
+        line = json_line(text, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        assert line == expected and json.loads(line) == text and line.splitlines() == [line]
