@@ -42,9 +42,11 @@ def compute(context: Context, *, name: str, backend: str = "auto", is_tuned: boo
 def _measured(context: Context, name: str, backend: str, entries: list[Entry]) -> dict[str, Any]:
     config = models.load(name, num_layers=1, **(models.SHORT if context.tiny and entries else {}))
     B = 1 if context.tiny else SEQUENCES
-    with placed(entries):
+    with placed(entries) as table:
         model = _layers(context, config, B, backend)
     found: dict[str, Any] = {"sequences": B, "model": model}
+    if entries:
+        found["tiles"] = winners.launched(table)
     found["dense"] = _layers(context, models.dense_counterpart(config), B, "auto")
     if entries:
         found["today"] = _layers(context, config, B, backend)

@@ -26,7 +26,6 @@ from benchmarks.gpu import models, winners
 from benchmarks.gpu.command import Context, Failed, Part
 from benchmarks.gpu.equality import TOLERANCE, errors
 from benchmarks.gpu.micro_step import Step, name_of, profiled, timeline, utilisation
-from benchmarks.gpu.tile_search import text
 from model.kernels.ops import route
 from model.kernels.triton.tiles import Entry, placed
 
@@ -76,7 +75,7 @@ def _measured(context: Context, name: str, sequences: int, kind: str, entries: l
     result: dict[str, Any] = {
         "tokens": sequences * config.sequence_length,
         "parameters": sum(p.numel() for p in tuned.model.parameters()),
-        "tiles": [said(entry) for key, entry in table.items() if key in table.used],
+        "tiles": winners.launched(table),
         "not_launched": sorted({entry.kernel for key, entry in table.items() if key not in table.used}),
     }
     result["errors"], wrong = compared(found, wanted, noise)
@@ -109,12 +108,6 @@ def _measured(context: Context, name: str, sequences: int, kind: str, entries: l
 def _speed(context: Context, config: ModelConfig, tokens: int, seconds: float) -> dict[str, float]:
     found = {"wall_ms": round(1e3 * seconds, 3), "tokens_per_second": round(tokens / seconds, 1)}
     return found | utilisation(config, tokens / seconds, context)
-
-
-def said(entry: Entry) -> str:
-    """As the record names the tiles that were in place."""
-    shape = " ".join(f"{name}={value}" for name, value in entry.shape.items())
-    return f"{entry.kernel} {shape}: {text(dict(entry.tiles))}"
 
 
 @contextlib.contextmanager

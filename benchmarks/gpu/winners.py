@@ -21,7 +21,7 @@ from benchmarks.gpu.record import PASSED, Record
 from benchmarks.gpu.tile_search import text
 from common.files import write_json
 from model.kernels.triton import tiles
-from model.kernels.triton.tiles import Entry
+from model.kernels.triton.tiles import Entry, Table
 
 LEAST_GAIN = 1.0
 """Percent; less is within what rounds differ by."""
@@ -42,6 +42,16 @@ def _source(one: record.Entry) -> dict[str, Any]:
     on, result = one.identity, one.result
     times = {"ms": result["best"]["ms"], "before": text(result["today"]["tiles"]), "before_ms": result["today"]["ms"]}
     return {"card": on["card"], "triton": on["triton"], "date": one.date[:10], "part": one.part} | times
+
+
+def launched(table: Table) -> list[str]:
+    """The tiles that a launch took, as a record names them."""
+    found = []
+    for key, entry in table.items():
+        if key in table.used:
+            shape = " ".join(f"{name}={value}" for name, value in entry.shape.items())
+            found.append(f"{entry.kernel} {shape}: {text(dict(entry.tiles))}")
+    return found
 
 
 def of_here(context: Context) -> list[Entry]:

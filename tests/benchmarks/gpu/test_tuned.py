@@ -91,13 +91,24 @@ def test_without_winners_there_is_nothing_to_time(tmp_path: Path) -> None:
         tuned_step.compute(context(tmp_path), **step)
 
 
-def test_a_micro_step_with_the_winners_beside_todays(tmp_path: Path) -> None:
+def test_a_micro_step_with_the_winners_beside_todays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The winners are in place for one of the two in every call, the first, the recorded, the timed, the profiled."""
     recorded(tmp_path, FASTER, result(SOFTMAX, {"block": 128, "warps": 4}, 5.0))
+    calls: dict[int, list[bool]] = {}
+
+    class Seen(tuned_step.Step):
+        def __call__(self) -> None:
+            tuned = tiles.measured("norm forward", torch.bfloat16, d=WIDTH) is not None
+            calls.setdefault(id(self), []).append(tuned)
+            super().__call__()
+
+    monkeypatch.setattr(tuned_step, "Step", Seen)
     found = tuned_step.compute(context(tmp_path), name="tiny", sequences=1, kind="tuned")
     assert found["tiles"] == [f"norm forward d={WIDTH}: warps 2"] and found["not_launched"] == ["softmax"]
     assert found["errors"]["error"] <= found["errors"]["limit"] and found["errors"]["limit"] >= 2e-2
     assert found["ratio"] == pytest.approx(found["wall_ms"] / found["today"]["wall_ms"], rel=1e-3)
     assert found["tokens"] == 8 and found["launches"] > 10
+    assert sorted(calls.values()) == [[False], [False] * 5, [True] * 6]
     entry = Entry(
         part="micro-step tiny tuned 1", status="passed", seconds=1.0, result=found, identity={}, revision="", date="",
         command="",
@@ -177,10 +188,21 @@ def test_a_nudged_embedding_differs_in_the_last_bit() -> None:
     assert sum(p.numel() for p in after.values()) == sum(p.numel() for p in build_on_meta(config).parameters())
 
 
-def test_a_block_with_the_winners_beside_todays(tmp_path: Path, without_interpreter: None) -> None:
+def test_a_block_with_the_winners_beside_todays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_interpreter: None
+) -> None:
     recorded(tmp_path, FASTER)
+    timed, seen = block.timed, []  # type: Any, list[bool]
+
+    def noting(*args: Any) -> Any:
+        seen.append(tiles.measured("norm forward", torch.bfloat16, d=WIDTH) is not None)
+        return timed(*args)
+
+    monkeypatch.setattr(block, "timed", noting)
     found = block.compute(context(tmp_path), name="tiny", backend="triton", is_tuned=True)
     assert found["model"]["parameters"] == found["today"]["parameters"] and found["today"]["block"]["ms"] > 0
+    assert seen == [True, True, False, False, False, False]  # block and attention of the model, of dense, of today
+    assert found["tiles"] == [f"norm forward d={WIDTH}: warps 2"]
     entry = Entry(
         part="block tuned tiny", status="passed", seconds=1.0, result=found, identity={}, revision="", date="",
         command="",

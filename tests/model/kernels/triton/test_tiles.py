@@ -123,15 +123,19 @@ def test_without_entries_a_launch_asks_for_nothing(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_entry_reaches_the_launch_and_results_stay() -> None:
-    """σ-MoE forward and backward, in 16 rows instead of 64: right, the same again bit for bit, no races."""
+    """σ-MoE forward and backward, in 16 rows instead of 64, the hidden layer whole and in two parts: right, the same
+    again bit for bit, no races."""
     shape = Shape(N=50, d=40, E=5, G=24, k=3)
-    common = {"hidden": 32, "reduce": 16, "out": 16, "warps": 4, "stages": 2}
+    common = {"reduce": 16, "out": 16, "warps": 4, "stages": 2}
     entries = [
         *(
-            entry(f"sigma_moe {phase}", {"rows": 16} | common | more, rows=150, d=40, E=5, k=3, G=24, swiglu=0)
-            for phase, more in (("forward", {}), ("backward", {"piece": 8, "registers": 0}))
+            entry(f"sigma_moe {phase}", {"rows": 16} | common | own, rows=150, d=40, E=5, k=3, G=24, swiglu=0)
+            for phase, own in (("forward", {"hidden": 32}), ("backward", {"hidden": 16, "piece": 8, "registers": 0}))
         ),
-        entry("sigma_moe sum", {"tokens": 8, "columns": 32, "warps": 1}, rows=50, d=40, rows_each=3),
+        *(
+            entry("sigma_moe sum", {"tokens": 8, "columns": 32, "warps": 1}, rows=50, d=40, rows_each=rows)
+            for rows in (3, 6)  # forward, and backward in two parts of the hidden layer
+        ),
         entry(
             "sigma_moe weight gradient",
             {"rows": 16, "hidden": 16, "out": 16, "warps": 4, "stages": 2},
