@@ -14,7 +14,7 @@ import pytest
 from common.run_lock import DEAD_SECONDS, FolderLock, process_identity
 from pretrain.cli.status import main
 from pretrain.views.reading import Metrics, RunView, State
-from pretrain.views.status import duration, next_text, resume_text, screen, speed_text, summary
+from pretrain.views.status import duration, next_text, resume_text, runs_table, screen, speed_text, summary
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
 from tests.pretrain.views.status_case import row, shown, write
@@ -35,6 +35,14 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert "attention 1.50 of 2; feed-forward 3.00 of 4, 2 unused (busiest; 1 is even)" in text
     assert "started after step 0 on 2 ranks" in text
     assert max(map(len, text.splitlines()[:-1])) <= 100
+
+
+def test_runs_of_one_name_are_told_apart_in_a_narrow_table(tmp_path: Path) -> None:
+    views = [RunView.open(write(tmp_path / f"sweep of rate {n}" / "run")) for n in (1, 2)]
+    title, *rows = runs_table(views, time.time(), width=60).splitlines()
+    assert title.startswith("run ") and max(map(len, rows)) <= 60
+    names = [row.split("  ")[0] for row in rows if "sweep" in row or "run" in row]
+    assert len(names) == 2 == len(set(names)), names
 
 
 @pytest.mark.parametrize(
