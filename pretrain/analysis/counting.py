@@ -47,7 +47,7 @@ class Counts:
     def entropy(self) -> float:
         """Of the shares of the load, over its maximum log E: 1 is even, 0 is one expert; the mean over heads."""
         share = self.load / np.maximum(self.load.sum(1, keepdims=True), 1)
-        terms = np.where(share > 0, -share * np.log(np.maximum(share, 1e-300)), 0.0)
+        terms = -share * np.log(np.maximum(share, 1e-300))
         return float(terms.sum(1).mean() / np.log(share.shape[1])) if share.shape[1] > 1 else 1.0
 
     def given(self) -> np.ndarray:

@@ -126,8 +126,7 @@ class PipelineStage(PipelineModule):
             state = layer(state, next(self.targets)) if isinstance(layer, Head) else layer(state)
         add_up(self._routers)
         first, second, auxiliary_loss = state
-        if self.training:
-            self.auxiliary_losses.append(auxiliary_loss.detach())
+        self.auxiliary_losses.append(auxiliary_loss.detach())
         if self.parallel.is_last_stage:
             self.sequence_losses.append(second)
             objective = first + auxiliary_loss

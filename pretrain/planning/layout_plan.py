@@ -165,10 +165,10 @@ def _rehearsed_parts(found: Rehearsal) -> dict[str, int]:
 
 
 def _loss_bytes(config: Config, device_type: str) -> int:
+    """Of a model in one piece."""
     tokens = config.batch.micro_sequences * config.model.sequence_length
-    classes = -(-config.model.vocab_size // config.parallel.tensor)
     dtype = DTYPES[config.train.precision]
-    return working_bytes(tokens, classes, config.model.d_model, dtype, dtype, device_type)
+    return working_bytes(tokens, config.model.vocab_size, config.model.d_model, dtype, dtype, device_type)
 
 
 def staging_bytes(config: Config, parameters: int, data_size: int) -> int:

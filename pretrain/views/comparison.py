@@ -123,7 +123,7 @@ def open_runs(views: Sequence[RunView]) -> list[Run]:
             raise UserError(f"RUN: {view.path} has no step in metrics.jsonl yet; wait for its first one")
     parts = [view.path.absolute().parts for view in views]
     depth = 1
-    while len({p[-depth:] for p in parts}) < len(set(parts)) and depth < max(map(len, parts)):
+    while len({p[-depth:] for p in parts}) < len(set(parts)):
         depth += 1
     labels = [visible("/".join(p[-depth:])) for p in parts]  # a page and a picture take no half of a character
     return [
@@ -262,8 +262,8 @@ def differences(first: Run, other: Run, tolerance: float) -> tuple[int, list[Dif
         if is_same.all():
             continue
         scale = np.maximum(np.abs(a), np.abs(b))
-        with np.errstate(invalid="ignore"):  # inf / inf of a loss that is not finite
-            relative = np.where(is_same, 0.0, np.abs(a - b) / np.where(scale > 0, scale, 1.0))
+        with np.errstate(invalid="ignore"):  # inf / inf of a loss that is not finite; 0 / 0 of what is the same
+            relative = np.where(is_same, 0.0, np.abs(a - b) / scale)
         relative = np.where(np.isnan(relative), math.inf, relative)  # one has a value and the other has none
         at, most = int(np.argmin(is_same)), int(np.argmax(relative))
         beyond = np.flatnonzero(relative > tolerance)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from launch.sweeps import queue
 from launch.sweeps.command import main
 from pretrain.views.reading import State
-from pretrain.views.sweep import Result
+from pretrain.views.sweep import Result, SweepRun
 from tests.launch.slurm.conftest import sbatch
 from tests.launch.slurm.test_submit import calls
 from tests.launch.sweep_case import RATE, VARY, Case
@@ -46,6 +49,30 @@ def test_every_run_is_submitted_as_a_job_none_twice_and_what_is_in_the_queue_cou
     assert submitted("42", "44") == [["3e-3", "44"]], "44 was submitted last, though of the first run"
     assert main(["--sweep-dir", str(case.dir), "--table"]) == 0
     assert "not begun (job 44)" in capsys.readouterr().out
+
+
+def test_of_two_at_once_each_job_waits_for_the_last_but_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of those in the queue, in the order of their numbers, of which one may have a digit more."""
+    in_queue, submitted = {"a": "101", "b": "99", "c": "", "d": ""}, []
+
+    def submit(line: list[str]) -> tuple[int, str, str]:
+        submitted.append(line)
+        return 0, f"submitted job {101 + len(submitted)}: 1 node", ""
+
+    sweep: Any = SimpleNamespace(
+        result=lambda run: SimpleNamespace(job=in_queue[run.name], state=None),
+        arguments=lambda run, config: [run.name],
+        note=lambda run, job: None,
+    )
+    monkeypatch.setattr(queue, "is_queued", bool)
+    monkeypatch.setattr(queue, "_submit", submit)
+    runs = [SweepRun(name=name, config="x", values={}) for name in in_queue]
+    queue.Queue(sweep, [], at_once=2).submit_all(runs)
+    wait = "--sbatch=--dependency=afterany:"
+    assert submitted == [["c", f"{wait}99"], ["d", f"{wait}101"]]
+    assert "cancel  scancel 99 101 102 103" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

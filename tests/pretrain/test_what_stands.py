@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from common.errors import UserError
+from pretrain.data.sources import Sources
 from pretrain.loop import report_end
 from pretrain.report.exit_codes import MEANING
 from pretrain.report.run_folder import RunFolder
-from pretrain.resume import what_stands
+from pretrain.resume import candidates, check_tokenizer, what_stands
 from pretrain.segment import SegmentEnd
 from tests.pretrain.runs import small_config
 from tests.pretrain.saved import rewrite_state
@@ -50,6 +55,28 @@ def test_the_step_of_the_newest_whole_one_is_named_or_that_there_is_none(prepare
     (save(run / "checkpoints" / "step-00000006") / "commit.json").unlink()
     assert said(prepared, run) == STEP_4.format("")
     assert said(prepared, run, "never") == STEP_4.format(" with checkpoint.resume=auto")
+
+
+def test_a_start_that_is_gone_may_be_the_one_that_is_named_and_one_that_is_there_is_another(
+    prepared: Path, run: Path, tmp_path: Path
+) -> None:
+    """A run whose folder was renamed looks like a branch of another; what it saved must not be set aside."""
+    start, other = (save(tmp_path / name / "checkpoints" / "step-00000003") for name in ("trunk", "other"))
+    own = save(run / "checkpoints" / "step-00000005", branch=str(other))
+    config = small_config(prepared, f"checkpoint.resume={start}")
+    assert candidates(config, run) == [start], "a branch that begins elsewhere takes the folder"
+    shutil.rmtree(other)
+    with pytest.raises(UserError, match=f"{own} is of a branch that began at {other}, which is not there any more"):
+        candidates(config, run)
+
+
+def test_a_checkpoint_from_before_tokenizers_were_recorded_fits_any(prepared: Path, tmp_path: Path) -> None:
+    sources = Sources.load(small_config(prepared))
+    for sha256, fits in ((None, True), (sources.tokenizer.sha256, True), ("0" * 64, False)):
+        state = {} if sha256 is None else {"tokenizer_sha256": sha256}
+        checkpoint: Any = SimpleNamespace(state=state, path=tmp_path)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="made with another tokenizer"):
+            check_tokenizer(checkpoint, sources)
 
 
 def test_a_branch_that_saved_nothing_goes_on_from_its_start_and_not_from_what_lies_in_its_folder(

@@ -3,11 +3,15 @@ cluster's own sbatch."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch.slurm.test_submit import calls, submit
+from launch.slurm import training
+from pretrain.config.loading import load_config
+from tests.launch.slurm.test_submit import TINY, calls, submit
 
 
 def test_a_job_inherits_nothing_of_the_job_around_it(
@@ -47,6 +51,29 @@ def test_an_interpreter_may_be_in_the_ranks_container_alone(
     assert submit(prepared, tmp_path / "run", *line, "--srun=--container-image=/shared/torch.sqsh") == 0
     assert "export PYTHON=/nowhere/bin/python\n" in capsys.readouterr().out
     assert submit(prepared, tmp_path / "run", *line, "--srun=--cpu-bind=none") == 2
+
+
+def test_the_submitting_interpreter_is_taken_where_none_is_named(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(prepared, tmp_path / "run", "--dry-run", "--srun=--container-image=/shared/torch.sqsh") == 0
+    assert f"export PYTHON={shlex.quote(sys.executable)}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("time, seconds", [("2:00:00", 300), ("0:08:00", 240), ("0:00:01", 1)])
+def test_the_signal_comes_in_time_also_to_a_short_job(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], time: str, seconds: int
+) -> None:
+    """Five minutes before the limit, as docs/training.md says, or when half of the time is over."""
+    assert submit(prepared, tmp_path / "run", "--dry-run", "--time", time) == 0
+    printed = capsys.readouterr().out
+    assert f"#SBATCH --signal=USR1@{seconds}\n" in printed and f"export SIGNAL_SECONDS={seconds}\n" in printed
+
+
+def test_data_behind_urls_lie_in_no_folder_that_nodes_must_share() -> None:
+    keys = ["data.manifest=https://example.org/c4", "data.cache_dir=/cache"]
+    assert training._future_data(load_config(Path(TINY), keys)) == []
+    assert training._future_data(load_config(Path(TINY), ["data.manifest=/shared/c4"])) == [Path("/shared/c4")]
 
 
 @pytest.mark.parametrize("where, device", [(("--cpu",), "cpu"), (("--gpus-per-node", "2"), "cuda")])

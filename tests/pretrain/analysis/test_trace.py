@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from model.attention.switchhead import SwitchHeadAttention
 from model.config import DenseAttentionConfig, MoAConfig, RopeConfig, SigmaMoEConfig, SwitchHeadConfig, XLConfig
 from model.feedforward.sigma_moe import SigmaMoE
 from model.kernels.ops.route import route_handing_on
-from pretrain.analysis.counting import Counts, favourites, gate_matrix
+from pretrain.analysis.counting import Counts, Favourite, favourites, gate_matrix
+from pretrain.analysis.findings import Findings, shown
 from pretrain.analysis.trace import Request, RouterTrace, trace_text
 from tests.model.options import left_out
 from tests.pretrain.analysis.models import CASES, some_tokens, tiny
@@ -153,6 +155,12 @@ def test_counts_by_brute_force() -> None:
     assert counts.entropy == pytest.approx(expected)
 
 
+def test_the_only_expert_is_chosen_evenly() -> None:
+    alone = RouterTrace(0, "r", "r", 1, np.zeros((4, 1, 1), np.int64), np.ones((4, 1, 1)))
+    counts = Counts.of(alone)
+    assert (counts.entropy, counts.load_max, counts.dead) == (1.0, 1.0, 0)
+
+
 def test_gates_stand_at_their_experts() -> None:
     trace = router_trace()
     matrix = gate_matrix(trace, slice(3, 9))
@@ -162,6 +170,22 @@ def test_gates_stand_at_their_experts() -> None:
             for expert in range(5):
                 value = matrix[n, head, expert]
                 assert value == pytest.approx(chosen[expert]) if expert in chosen else np.isnan(value)
+
+
+def test_of_favourites_with_the_same_excess_the_more_frequent_comes_first() -> None:
+    """Half of all tokens choose expert 1; 3 does once of once, 7 twice of three times: each half a token more."""
+    tokens, takes = np.array([3, 7, 7, 7, 9, 9]), np.array([1, 1, 1, 0, 0, 0])
+    trace = RouterTrace(0, "r", "r", 2, takes[:, None, None], np.ones((6, 1, 1)))
+    assert favourites(trace, tokens, 0)[1] == [Favourite(7, 2, 3), Favourite(3, 1, 1)]
+
+
+def test_the_tokens_that_are_drawn_begin_with_the_maps_and_end_with_the_text() -> None:
+    of_ten: Any = SimpleNamespace(trace=SimpleNamespace(first_query=3), tokens=np.arange(10))
+    assert [Findings.drawn(of_ten, count) for count in (4, 20)] == [slice(3, 7), slice(3, 10)]
+
+
+def test_a_label_shows_what_cannot_be_seen() -> None:
+    assert [shown(piece) for piece in (" a", "\n", "\x07", "", "ä")] == ["\u2581a", "\u23ce", "<07>", "<empty>", "ä"]
 
 
 def test_favourites_are_the_tokens_with_the_largest_excess() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from model.language_model import build_model, routing_statistics
 from pretrain.data.windows import Batch
+from pretrain.engine import pipeline
 from pretrain.engine.micro_steps import PlainExecutor, Queries
 from pretrain.engine.pipeline import PipelineExecutor, PipelineStage, _AttachLoss
 from tests.corpus import VOCAB_SIZE
@@ -132,6 +133,29 @@ def test_an_evaluation_in_stages_leaves_the_model_in_training(is_last: bool) -> 
         losses = executor.evaluate([Batch(text, text, torch.arange(3))] * 2)
         assert [loss.tolist() for loss in losses] == [[2.5 if is_last else 0.0] * 3] * 2
         assert network.training
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_stage_gets_the_tokens_of_its_rank_from_the_stage_before(
+    monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    """Under sequence parallelism each rank has its part of a sequence between the blocks."""
+    received: list[tuple[tuple[int, ...], int]] = []
+    sent = SimpleNamespace(
+        get_global_rank=lambda group, rank: 10 + rank,
+        recv=lambda hidden, source, group: received.append((tuple(hidden.shape), source)),
+    )
+    monkeypatch.setattr(pipeline, "dist", sent)
+    stage: Any = SimpleNamespace(
+        parallel=SimpleNamespace(pipeline_group="group", pipeline_rank=1, token_shards=shards, is_last_stage=True),
+        parameters=lambda: iter([torch.zeros(2)]),
+        config=SimpleNamespace(d_model=5),
+        forward_funcs=[lambda state: state],
+    )
+    tokens = torch.zeros(3, 8, dtype=torch.int64)
+    state = PipelineStage.through_stages(stage, tokens, torch.arange(3), lambda head, state: state)
+    assert received == [((3, 8 // shards, 5), 10)]
+    assert state is not None and state[0].shape == (3, 8 // shards, 5)
 
 
 def test_gradients_of_all_micro_steps_are_there_when_the_norm_is_taken_and_before_the_update() -> None:

@@ -16,11 +16,13 @@ from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.planning import fit as planning
 from pretrain.planning import layout_plan
-from pretrain.planning.fit import fit, with_overrides
+from pretrain.planning.fit import changes, fit, with_overrides
 from pretrain.planning.layout_plan import traffic
 from pretrain.planning.links import Collective
 from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
 from pretrain.planning.record import Call, Rehearsal
+from pretrain.planning.step_time import held_by_stages
+from pretrain.planning.stops import CannotRehearse, StepStops
 
 ONE_BILLION = Path(__file__).resolve().parents[3] / "configs" / "switchall_1b.json"
 TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
@@ -78,6 +80,7 @@ def test_what_fits(by_hand: ByHand) -> None:
     assert report.fits and report.change is None and report.needed == 60 * GIB
     assert report.constraint.startswith("computing")
     assert (report.data_size, report.micro_steps, report.bubble) == (8, 8, 0.0)
+    assert report.usable == 72 * 10**9
     by_hand(lambda config: 67.1)  # 90% of 80e9 bytes are 67.06 GiB
     assert fit(load_config(ONE_BILLION), h100(8), results=NOWHERE).fits is False
 
@@ -116,6 +119,81 @@ def test_every_kind_of_change_is_found(
     report = fit(config, h100(8), results=NOWHERE)
     assert report.change is not None and report.change.overrides == expected
     assert fit(with_overrides(config, expected), h100(8), results=NOWHERE).fits
+
+
+def test_what_is_executed_is_what_the_model_needs_and_what_is_repeated(by_hand: ByHand) -> None:
+    by_hand(lambda config: 60.0)
+    for keys in ([], ["parallel.tensor=2", "parallel.pipeline=2"]):
+        report, full = (
+            fit(load_config(ONE_BILLION, [*keys, f"train.recompute={kind}"]), h100(8), results=NOWHERE)
+            for kind in ("none", "full")
+        )
+        assert report.executed_flops == pytest.approx(report.model_flops)
+        assert 1.2 < full.executed_flops / report.executed_flops < 4 / 3  # blocks a third more, and the head once
+
+
+def test_a_change_brings_what_it_needs() -> None:
+    """Expert parallelism does not go with ZeRO 0 and 3, stages go with ZeRO 1 alone, and both with sequences that
+    tensor-parallel ranks divide."""
+
+    def found(*keys: str) -> set[tuple[str, ...]]:
+        return set(changes(load_config(ONE_BILLION, keys), h100(8)))
+
+    stage_3 = found("parallel.zero=3")
+    assert {("parallel.expert=2", "parallel.zero=1"), ("parallel.pipeline=2", "parallel.zero=1")} <= stage_3
+    assert not any(change[0].startswith("parallel.zero") for change in stage_3)
+    stage_2 = found("parallel.zero=2")
+    assert {("parallel.zero=3",), ("parallel.expert=2",), ("parallel.pipeline=2", "parallel.zero=1")} <= stage_2
+    assert not {("parallel.zero=1",), ("parallel.zero=2",)} & stage_2
+    divided = found("parallel.tensor=2")
+    assert {("parallel.sequence=true",), ("parallel.expert=2", "parallel.sequence=true")} <= divided
+
+
+def test_what_is_too_large_by_its_weights_alone_is_not_tried(by_hand: ByHand) -> None:
+    by_hand(lambda config: 1000.0)
+    report = fit(load_config(ONE_BILLION), h100(8, memory_gib=0.1), results=NOWHERE)
+    assert report.fits is False and report.change is None and report.tried == 0
+
+
+@pytest.mark.parametrize("error", [StepStops, CannotRehearse])
+def test_a_change_whose_step_stops_is_passed_over(by_hand: ByHand, error: type[Exception]) -> None:
+    def needed(config: Config) -> float:
+        if config.batch.micro_sequences < 8:
+            raise error("step: an operator is missing")
+        return 50.0 if config.train.recompute == "full" else 70.0
+
+    by_hand(needed)
+    report = fit(load_config(ONE_BILLION), h100(8), results=NOWHERE)
+    assert report.change is not None and report.change.overrides == ("train.recompute=full",)
+    assert report.tried > 2
+
+
+@pytest.mark.parametrize(
+    "keys, begun, share",
+    [
+        (("parallel.pipeline=2",), 2, 1),  # the first stage has begun two micro-steps
+        (("parallel.pipeline=2", "batch.global_sequences=32"), 1, 1),  # there is but one
+        (("parallel.tensor=2", "parallel.sequence=true"), 1, 2),
+        (("parallel.offload_optimizer=true",), 1, 1),
+    ],
+)
+def test_what_is_there_in_any_case(keys: tuple[str, ...], begun: int, share: int) -> None:
+    """By hand: 18 blocks, of two stages 11 and 7, keep their inputs, [8, 2048, 2048] in bf16."""
+    config, on = load_config(ONE_BILLION, keys), h100(8)
+    held = held_by_stages(config, config.data_size(8))
+    blocks = (11 * begun, 7) if config.parallel.pipeline == 2 else (18,)
+    inputs = [2 * 8 * 2048 * 2048 // share * number for number in blocks]
+    stages = [
+        part.weights + part.optimizer * (not config.parallel.offload_optimizer) + kept
+        for part, kept in zip(held, inputs, strict=True)
+    ]
+    assert layout_plan.at_least(config, on) == max(stages)
+
+
+def test_the_buffer_of_a_checkpoint_holds_a_ranks_share_of_the_state() -> None:
+    """12 bytes a parameter, and 4 of a moving average; nothing where training waits for the files."""
+    for keys, size in (((), 152), (("train.ema_decay=0.9",), 202), (("checkpoint.asynchronous=false",), 0)):
+        assert layout_plan.staging_bytes(load_config(ONE_BILLION, keys), 101, 8) == size
 
 
 def test_no_single_change_is_enough(by_hand: ByHand) -> None:

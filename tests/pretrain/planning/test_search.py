@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -199,6 +200,32 @@ def test_a_layout_whose_step_stops_is_none_to_choose(error: type[Exception], mon
     run = config.replaced("parallel", zero=0).replaced("train", precision="fp32")
     change, tried = planning.cheapest_change(run, h100(2), Measurements())
     assert tried > 0 and change is not None and "parallel.zero=1" not in change.overrides
+
+
+def test_ranks_are_divided_in_every_way_that_can_be() -> None:
+    """Tensor groups stay on a node, each stage has a block, and sequences are divided by tensor groups alone."""
+    config, sixteen = load_config(ONE_BILLION, ["model.num_layers=3"]), h100(16)
+    found = list(search._divisions(config, sixteen))
+    assert len(set(found)) == len(found)
+    assert {(tensor, pipeline) for tensor, pipeline, *_ in found} == {(t, s) for t in (1, 2, 4, 8) for s in (1, 2)}
+    assert {expert for tensor, pipeline, expert, *_ in found if (tensor, pipeline) == (4, 2)} == {1, 2}
+    assert {(tensor > 1, sequence) for tensor, *_, sequence in found} == {(False, False), (True, False), (True, True)}
+    assert search._micro_batches(config.replaced("batch", global_sequences=24), sixteen, 4) == [1, 2, 3, 6]
+    assert search._micro_batches(config.replaced("batch", global_sequences=24), sixteen, 1) == []  # 1.5 for each
+
+
+def test_no_more_are_tried_than_are_shown_but_for_those_as_fast() -> None:
+    trials = search.Trials(load_config(ONE_BILLION), h100(8), Measurements(), Counter())
+    layouts = [search.Layout(1, 1, 1, 1, False, "none", size) for size in range(1, 16)]
+    trials._try = trials.fitting.append  # type: ignore[method-assign, assignment]
+    trials.run([(float(max(n, 9)), layout) for n, layout in enumerate(layouts, 1)], lambda *_: None)
+    assert trials.fitting == layouts[:10]  # nine take equally long, then one by one
+    assert trials._excluded == {search.SLOWER: 5}
+
+
+def test_times_are_told_apart_by_three_digits() -> None:
+    values = {123.456: 123.0, 1.23456: 1.23, 0.00123456: 0.00123, 9.999: 10.0, 0.0: 0.0}
+    assert {seconds: layout_plan.rounded(seconds) for seconds in values} == pytest.approx(values)
 
 
 def test_reasons() -> None:

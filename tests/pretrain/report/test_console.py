@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from pretrain.report import console
 
 ROOT = Path(__file__).resolve().parents[3]
 HEAD = """
@@ -106,6 +110,60 @@ sys.exit(4)
     assert process.wait(timeout=300) == 4
     assert lines[-1] == "after the gap" and "bytes could not be written here]" in lines[-2]
     assert lines[0].startswith("00000 ") and len(lines) < 102
+
+
+class Descriptor:
+    """In place of a stream: writes that fit, and whether it says that one would."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_ready, self.error = True, None  # type: bool, OSError | None
+        self.written: list[bytes] = []
+        self.waits: list[float] = []
+        self.problems: list[tuple[str, str]] = []
+        poll = SimpleNamespace(register=lambda *_: None, poll=self.poll)
+        monkeypatch.setattr(console, "select", SimpleNamespace(poll=lambda: poll, POLLOUT=4))
+        monkeypatch.setattr(console, "os", SimpleNamespace(write=self.write))
+        monkeypatch.setattr(console, "_report", lambda name, reason: self.problems.append((name, reason)))
+        self.stream = console._Stream(7, "stdout")
+
+    def poll(self, milliseconds: float) -> bool:
+        self.waits.append(milliseconds)
+        return self.is_ready
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        if self.error is not None:
+            raise self.error
+        self.written.append(bytes(data))
+        return len(data)
+
+
+def test_only_the_first_write_waits_and_all_that_was_lost_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that says it can be written to takes 4096 bytes without waiting."""
+    descriptor = Descriptor(monkeypatch)
+    assert descriptor.stream.write(b"x" * 10_000) == 10_000
+    assert [len(part) for part in descriptor.written] == [4096, 4096, 1808]
+    assert descriptor.waits == [5000.0] * 3 and not descriptor.problems
+    descriptor.is_ready = False
+    descriptor.waits.clear()
+    for size in (5, 7):
+        assert descriptor.stream.write(b"x" * size) == size
+    assert descriptor.waits == [5000.0, 0] and descriptor.problems == [("stdout", "its reader does not read")] * 2
+    descriptor.is_ready = True
+    descriptor.written.clear()
+    descriptor.stream.write(b"now")
+    assert descriptor.written == [b"[12 bytes could not be written here]\n", b"now"]
+
+
+@pytest.mark.parametrize("is_run", [True, False])
+def test_a_reader_that_leaves_is_a_problem_of_a_run_alone(monkeypatch: pytest.MonkeyPatch, is_run: bool) -> None:
+    descriptor = Descriptor(monkeypatch)
+    monkeypatch.setattr(console, "_is_run", is_run)
+    descriptor.error = BrokenPipeError(errno.EPIPE, "Broken pipe")
+    descriptor.stream.write(b"help")
+    assert descriptor.problems == [("stdout", "Broken pipe")] * is_run
+    descriptor.error = OSError(errno.ENOSPC, "No space")
+    descriptor.stream.write(b"help")
+    assert descriptor.problems[-1] == ("stdout", "No space")
 
 
 def test_what_the_encoding_does_not_have_is_escaped() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.resilience.collectives import NEWEST, TOLD, Call, Group, explain, read, record, recorded
+from pretrain.resilience.collectives import NEWEST, TOLD, Call, Group, _call, explain, read, record, recorded, write
 from tests.harness import run_ranks
 
 
@@ -97,6 +97,26 @@ def test_many_ranks_are_one_short_sentence() -> None:
         "all_reduce of float [3], call 8 of the group of 998 ranks 16, 24, 32, 40, 48, 56, ..., 7992: 499 ranks 24, "
         "40, 56, 72, 88, 104, ..., 7992 did not call it, 499 ranks 16, 32, 48, 64, 80, 96, ..., 7984 did"
     )
+
+
+def test_the_first_two_ranks_of_a_group_write_which_ranks_it_has(tmp_path: Path) -> None:
+    """So that one of them may be the one without a record; whoever is read first."""
+    for rank in (2, 1):
+        write(tmp_path, rank, [group(BEFORE, WAITS)])
+    found = read(tmp_path)
+    assert [found[rank][0].ranks for rank in (1, 2)] == [[0, 1, 2], []]
+    sentence = f"all_reduce of float [3], call 8 of {OF}: ranks 1-2 called it, of rank 0 there is no record"
+    assert explain(found) == explain(dict(reversed(found.items()))) == [sentence]
+
+
+def test_what_a_recorder_calls_completed_has_ended() -> None:
+    """NCCL's, before it has retired a call."""
+    entry = {
+        "input_dtypes": ["Float", "Float"], "input_sizes": [[3], [4]], "profiling_name": "nccl:_all_gather_base",
+        "retired": False, "state": "completed", "collective_seq_id": 5, "time_created_ns": 2_500_000_000,
+    }  # fmt: skip
+    assert _call(entry) == Call(5, "_all_gather_base of float [3] and 1 more", True, 2.5)
+    assert not _call({**entry, "state": "started"}).ended and _call({**entry, "retired": True}).ended
 
 
 def test_a_record_that_is_damaged_is_left_out(tmp_path: Path) -> None:

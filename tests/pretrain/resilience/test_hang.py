@@ -16,8 +16,10 @@ import torch
 
 import pretrain.resilience.step_limit
 import tests.harness as harness
+from pretrain.config.schema import ResilienceConfig
 from pretrain.phases import Phases, Record, read
 from pretrain.report.exit_codes import ExitCode
+from pretrain.resilience.guard import collective_timeout
 from pretrain.resilience.signals import Stop
 from pretrain.resilience.watchdog import LISTED, Peers, Report, Watchdog, describe, read_reports
 from pretrain.trainer import Trainer
@@ -142,6 +144,13 @@ def test_a_hung_step_is_ended_by_its_own_limit(prepared: Path, tmp_path: Path, p
     message = (run_dir / "hang" / "message.txt").read_text()
     assert f"Did not arrive: rank 1: still in phase '{phase}' of step 25" in message
     assert "Waiting: ranks 0, 2," in message and "(a step's limit of " in message
+
+
+def test_a_collective_waits_longer_than_the_watchdog_which_can_say_why() -> None:
+    """It ends a run when the time is over and reports, for which it waits 30 s at most, were read."""
+    for seconds in (60.0, 600.0, 3600.0):
+        assert collective_timeout(ResilienceConfig(hang_timeout_seconds=seconds)) > 1.5 * seconds + 30.0
+    assert collective_timeout(ResilienceConfig(hang_timeout_seconds=0.0)) == 1800.0
 
 
 def test_phases_can_be_read_from_outside(tmp_path: Path) -> None:

@@ -60,6 +60,29 @@ def test_a_branch_is_compared_with_the_same_steps_of_its_origin(tmp_path: Path) 
         assert len(found) >= 5
         assert [ours for _, (ours, _) in found] == [theirs for _, (_, theirs) in found]
     assert losses(runs, "step")[0] == (41.0, [10.0 - 4.1] * 2)
+    assert math.isnan(runs[1].loss_at("step", 40.0)) and math.isnan(runs[1].window_at("step", 40.0))
+    assert runs[1].loss_at("step", 41.0) == pytest.approx(10.0 - 4.1)
+
+
+def test_a_run_that_is_given_twice_is_told_from_itself(tmp_path: Path) -> None:
+    one, other = (write(tmp_path / folder / "run", [row(1, 5.0)]) for folder in "ab")
+    assert [run.label for run in runs_of(one, other, one)] == ["a/run (1)", "b/run", "a/run (3)"]
+    assert [run.label for run in runs_of(one, one)] == ["run (1)", "run (2)"]
+
+
+def test_places_leave_the_first_hundredth_out(tmp_path: Path) -> None:
+    """Losses of the first steps fall so fast that they say nothing of the runs."""
+    run = write(tmp_path / "long", [row(n, 5.0) for n in range(1, 2001)])
+    assert [place for place, _ in losses(runs_of(run), "step")] == [20.0, 50.0, 126.0, 317.0, 796.0, 2000.0]
+
+
+def test_a_run_of_long_steps_has_the_loss_of_its_last_one_before_a_place(tmp_path: Path) -> None:
+    """It has no point in the stretch that the other's window covers."""
+    often = write(tmp_path / "often", [row(n, 5.0) for n in range(1, 31)])
+    seldom = write(tmp_path / "seldom", [row(n, 5.0 - n, 1000 * n) for n in range(1, 4)])
+    found = dict(losses(runs_of(often, seldom), "tokens"))
+    between = [place for place in found if 1000 < place < 2000]
+    assert between and all(found[place][1] == 4.0 for place in between)
 
 
 def test_flops_of_a_run_whose_model_changed_are_those_of_its_steps(tmp_path: Path) -> None:
@@ -83,6 +106,14 @@ def test_the_first_step_that_differs(tmp_path: Path) -> None:
     assert loss.largest == pytest.approx(0.5 / 5.5)
     assert (norm.key, norm.step, norm.largest) == ("grad_norm", 7, math.inf) and math.isnan(norm.values[1])
     assert differences(a, a, 0.0) == (8, [])
+
+
+def test_values_that_both_lack_or_that_are_both_infinite_are_no_difference(tmp_path: Path) -> None:
+    ours = [row(1, None, odd=math.inf), row(2, 0.0, odd=1.0), row(3, 2.0, odd=2.0)]
+    theirs = [row(1, None, odd=math.inf), row(2, 0.0, odd=1.0), row(3, 2.5, odd=4.0)]
+    _, (loss, odd) = differences(*runs_of(write(tmp_path / "a", ours), write(tmp_path / "b", theirs)), 0.3)
+    assert (loss.key, loss.step, loss.largest, loss.largest_step, loss.beyond) == ("loss", 3, 0.2, 3, None)
+    assert (odd.key, odd.step, odd.largest, odd.largest_step, odd.beyond) == ("odd", 3, 0.5, 3, 3)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from common.run_lock import DEAD_SECONDS, FolderLock, process_identity
 from pretrain.cli.status import main
 from pretrain.views.reading import Metrics, RunView, State
-from pretrain.views.status import duration, next_text, resume_text, screen, speed_text, summary
+from pretrain.views.status import duration, next_text, resume_text, runs_table, screen, speed_text, summary
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
 from tests.pretrain.views.status_case import row, shown, write
@@ -35,6 +35,35 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert "attention 1.50 of 2; feed-forward 3.00 of 4, 2 unused (busiest; 1 is even)" in text
     assert "started after step 0 on 2 ranks" in text
     assert max(map(len, text.splitlines()[:-1])) <= 100
+
+
+def test_what_a_start_goes_on_from_still_counts(tmp_path: Path) -> None:
+    """Evaluations after the step that it begins at, and none of later ones; of two splits after one step the one that
+    the configuration names; lines that are empty, or repeat what metrics.jsonl held, tell nothing."""
+    evaluated = [{"event": "evaluation", "task": "cbt", "step": step, "accuracy": step / 10} for step in (4, 6, 8)]
+    validated = [
+        {"event": "validation", "split": split, "step": 6, "loss": loss}
+        for split, loss in (("validation", 3.0), ("test", 4.0))
+    ]
+    events = [*evaluated, *validated, {"event": "superseded_metrics", "metrics": {"step": 7}}]
+    folder = write(tmp_path / "run", events=[*events, {"event": "started", "step": 6, "time": 2.0}])
+    with (folder / "events.jsonl").open("a") as file:
+        file.write("\n  \n{torn\n")
+    view = RunView.open(folder)
+    assert view.task_accuracies() == {"cbt": {4: 0.4, 6: 0.6}} and view.tasks()["cbt"]["step"] == 6
+    assert view.damaged_events == 1 and not view.last("superseded_metrics")
+    assert view.newest_validation == ("validation", 6, 3.0)
+    for split, loss in (("test", 4.0), ("validation", 3.0)):
+        (folder / "config.json").write_text(json.dumps({"evaluate": {"split": split}}))
+        assert RunView.open(folder).newest_validation == (split, 6, loss)
+
+
+def test_runs_of_one_name_are_told_apart_in_a_narrow_table(tmp_path: Path) -> None:
+    views = [RunView.open(write(tmp_path / f"sweep of rate {n}" / "run")) for n in (1, 2)]
+    title, *rows = runs_table(views, time.time(), width=60).splitlines()
+    assert title.startswith("run ") and max(map(len, rows)) <= 60
+    names = [row.split("  ")[0] for row in rows if "sweep" in row or "run" in row]
+    assert len(names) == 2 == len(set(names)), names
 
 
 @pytest.mark.parametrize(

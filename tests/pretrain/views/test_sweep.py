@@ -96,6 +96,28 @@ def test_the_lowest_validation_loss_is_first_and_what_has_not_finished_is_last(t
     assert "2.1000" in " ".join(first) and "finished" in first[0]  # the run's name stands in each part
 
 
+def test_a_finished_run_without_a_loss_comes_before_one_that_has_not_finished(tmp_path: Path) -> None:
+    """Of the finished ones it is the last; its loss is no number, or it was not validated."""
+    results = [
+        result(tmp_path, "1e-3", [5.0, 1.0], 85),
+        result(tmp_path, "2e-3", [5.0, 3.0, 2.0], validated=False),
+        result(tmp_path, "3e-3", [5.0, 4.0, 3.0]),
+    ]
+    assert [one.run.values[RATE] for one in ranked(results)] == ["3e-3", "2e-3", "1e-3"]
+
+
+def test_the_speed_of_a_run_is_that_of_its_usual_step(tmp_path: Path) -> None:
+    speeds = [10.0, 20.0, 21.0, 22.0, 500.0]
+    rows = [row(n, 5.0) | {"tokens_per_second": speed} for n, speed in enumerate(speeds, 1)]
+    path = write(tmp_path / "x", rows)
+    assert Result.read(SweepRun(name="x", config="x", values={}), path.parent, None, "").tokens_per_second == 21.0
+
+
+def test_runs_that_all_failed_have_no_best_value(tmp_path: Path) -> None:
+    results = [result(tmp_path, value, [5.0 - number], 3) for number, value in enumerate(("1e-3", "2e-3"))]
+    assert all(one.has_ended for one in results) and not edges(results, [RATE])
+
+
 def test_in_a_narrow_terminal_every_run_can_be_told_from_the_others(tmp_path: Path) -> None:
     """The names of two keys differ in their middle, which is cut where there is no room for it."""
     keys = ["optimizer.learning_rate", "model.sequence_length"]
