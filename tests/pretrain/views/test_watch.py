@@ -172,7 +172,25 @@ def test_a_watch_waits_for_a_job_that_is_back_in_the_queue(
     said = capsys.readouterr()
     assert not then and said.out.count("stopped: SIGUSR1") == 5 and said.out.count("running: ") == 1
     assert said.err == f"waiting for {folder}: its job 12 has not ended (squeue --job 12)\n"
-    assert slurm.calls.read_text() == "--noheader --format=%A --jobs=12\n" * 3, "after 0, 40 and 80 s"
+    assert slurm.calls.read_text() == "--noheader --format=%A --jobs=11,12\n" * 3, "after 0, 40 and 80 s"
+
+
+def test_a_smoke_test_while_the_job_waits_ends_no_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has a job of its own, started last in the run's folder; of two in the queue the newer one is named."""
+    folder = write(tmp_path / "run", exit_code=85, reason="SIGUSR1")
+    (folder / "slurm").mkdir()
+    for place, job in enumerate(("9", "12", "13"), start=1):
+        (folder / "slurm" / f"{job}.started").touch()
+        os.utime(folder / "slurm" / f"{job}.started", (place, place))
+    (tmp_path / "bin").mkdir()
+    then = list[Callable[[], object]]()
+    slurm = Slurm(tmp_path / "bin", monkeypatch, then)
+    slurm.says("echo 12; echo 9")
+    then.append(lambda: slurm.says("exit 0"))
+    assert main([str(folder), "--watch", "--every", "40"]) == 0 and not then
+    assert capsys.readouterr().err == f"waiting for {folder}: its job 12 has not ended (squeue --job 12)\n"
 
 
 @pytest.mark.parametrize("answer", [UNKNOWN, DOWN, "exit 0"])
