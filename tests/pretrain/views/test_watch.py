@@ -123,7 +123,7 @@ class Slurm:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, then: list[Callable[[], object]]) -> None:
         self.answer, self.calls, self.now, self._then = folder / "answer", folder / "calls", 0.0, then
         squeue = folder / "squeue"
-        squeue.write_text(f'#!/bin/sh\necho "$*" >> {self.calls}\n. {self.answer}\n')
+        squeue.write_text(f'#!/bin/sh\necho "$*$SQUEUE_USERS" >> {self.calls}\n. {self.answer}\n')
         squeue.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
         monkeypatch.setattr("pretrain.cli.status.time", self)
@@ -149,7 +149,9 @@ DOWN = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect
 def test_a_watch_waits_for_a_job_that_is_back_in_the_queue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And asks SLURM seldom; a controller that is down for a while ends nothing."""
+    """And asks SLURM seldom; a controller that is down for a while ends nothing, nor does what the user's own squeue
+    leaves out, such as the jobs of others."""
+    monkeypatch.setenv("SQUEUE_USERS", "me")
     folder = write(tmp_path / "run", exit_code=85, reason="SIGUSR1")
     (folder / "slurm").mkdir()
     (folder / "slurm" / "11.started").touch()
