@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -63,11 +64,16 @@ def job_port(env: Mapping[str, str]) -> int:
     return FIRST_PORT + (job * 131 + step * 17 + restart) % PORTS
 
 
+def squeue_environment() -> dict[str, str]:
+    """This process's, without what squeue would leave out jobs by, such as SQUEUE_USERS or SQUEUE_STATES."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+
+
 def jobs_in_queue(jobs: Collection[str]) -> set[str] | None:
     """Those of `jobs`, by number, that wait or run, as squeue says; None where it is not there or cannot ask."""
     line = ["squeue", "--noheader", "--format=%A", f"--jobs={','.join(sorted(jobs))}"]
     try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=20, check=False, env=squeue_environment())
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode and "Invalid job id" not in done.stderr:  # which says that none of them is known any more

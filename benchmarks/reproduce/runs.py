@@ -48,7 +48,7 @@ class PaperRun:
         return max([*self.view.validations(split), *self._evaluations(split)], key=lambda found: found[0], default=None)
 
     def _evaluations(self, split: str) -> Iterator[tuple[int, float]]:
-        for one in self._evaluated("validation"):
+        for one in self._evaluated("validation", "test"):  # the first had the results of both splits once
             if one.get("split") == split and isinstance(one.get("loss"), float):
                 yield one["step"], one["loss"]
 
@@ -61,12 +61,17 @@ class PaperRun:
         found = [(one["step"], 100 * one["accuracy"]) for one in every if isinstance(one.get("accuracy"), float)]
         return max(found, key=lambda one: one[0], default=None)
 
-    def _evaluated(self, task: str) -> Iterator[dict[str, Any]]:
-        """What launch/evaluate.py left: all examples, with the weights themselves."""
-        for path in sorted((self.view.path / "evaluation").glob(f"*/{task}.json")):
-            one = read_object(path)
-            if isinstance(one.get("step"), int) and one.get("limit") is None and not one.get("moving_average"):
-                yield one
+    def _evaluated(self, *files: str) -> list[dict[str, Any]]:
+        """What launch/evaluate.py left in files of these names, the newest first: all examples, with the weights
+        themselves."""
+        folder = self.view.path / "evaluation"
+        found = [read_object(path) for file in files for path in sorted(folder.glob(f"*/{file}.json"))]
+        whole = [
+            one
+            for one in found
+            if isinstance(one.get("step"), int) and one.get("limit") is None and not one.get("moving_average")
+        ]
+        return sorted(whole, key=_time, reverse=True)
 
     @property
     def progress(self) -> str:
@@ -101,6 +106,11 @@ class PaperRun:
             return []
         seen = micro * ranks // (parallel.get("tensor", 1) * parallel.get("pipeline", 1))
         return [] if seen >= batch.global_sequences else [f"entropy over {seen} of {batch.global_sequences} sequences"]
+
+
+def _time(result: dict[str, Any]) -> float:
+    time = result.get("time")
+    return time if isinstance(time, int | float) else 0.0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
+from common.slurm import squeue_environment
 from launch.slurm import training
 from launch.sweeps.record import Sweep
 from pretrain.views.sweep import SweepRun
@@ -81,7 +82,9 @@ def is_queued(job: str) -> bool:
     cannot tell: a job that is submitted twice would find the run taken."""
     line = ["squeue", "--noheader", "--jobs", job]
     try:
-        done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=SQUEUE_SECONDS)
+        done = subprocess.run(
+            line, capture_output=True, text=True, check=False, timeout=SQUEUE_SECONDS, env=squeue_environment()
+        )
         said = done.stderr.strip() if done.returncode else ""
     except subprocess.TimeoutExpired:
         said = f"no answer in {SQUEUE_SECONDS:.0f} s"

@@ -115,13 +115,15 @@ class Queue:
     def jobs_of(self, views: Sequence[RunView]) -> dict[Path, str]:
         """Folder of a run -> its job, which will start it again: it waits in the queue, or its script is about to put
         it there. Where SLURM cannot be asked, what it said before."""
-        jobs = {view.path: job for view in views if (job := view.job_that_may_return) is not None}
-        is_due = not self._jobs >= set(jobs.values()) or time.monotonic() - self._asked >= QUEUE_SECONDS
+        jobs = {view.path: found for view in views if (found := view.jobs_that_may_return)}
+        wanted = {job for found in jobs.values() for job in found}
+        is_due = not self._jobs >= wanted or time.monotonic() - self._asked >= QUEUE_SECONDS
         if jobs and is_due:
-            found = jobs_in_queue(set(jobs.values()))
-            self._waiting = self._waiting if found is None else found
-            self._asked, self._jobs = time.monotonic(), set(jobs.values())
-        return {path: job for path, job in jobs.items() if job in self._waiting}
+            answer = jobs_in_queue(wanted)
+            self._waiting = self._waiting if answer is None else answer
+            self._asked, self._jobs = time.monotonic(), wanted
+        newest = {path: next((job for job in found if job in self._waiting), None) for path, found in jobs.items()}
+        return {path: job for path, job in newest.items() if job is not None}
 
 
 def updated(views: list[RunView], *, may_be_none: bool = False) -> tuple[list[RunView], list[UserError]]:

@@ -57,19 +57,21 @@ def origin_of(
 def evaluations_of(checkpoint: Checkpoint, *, ema: bool = False) -> list[dict[str, Any]]:
     """What launch/evaluate.py found for this checkpoint, or for its moving average; of other tasks what its run found
     (evaluate.tasks). Task (of a validation the split), measures, and how many examples (tokens) they are of; `limit`
-    where those are the first of each file. A file older than the checkpoint was found for another that once had its
-    name."""
-    folder, found = results_folder(checkpoint, ema=ema), []
+    where those are the first of each file. Of two files of one task and split the newer one counts; one older than the
+    checkpoint was found for another that once had its name."""
+    folder, found = results_folder(checkpoint, ema=ema), dict[tuple[str, ...], tuple[float, dict[str, Any]]]()
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            if result.get("time", math.inf) < checkpoint.state["time"]:
-                continue
-            found.append(_evaluation(result))
+            when, one = float(result.get("time", math.inf)), _evaluation(result)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # of lm-evaluation-harness, or of the user
-    tasks = {one["task"] for one in found}
-    return found + [one for one in ([] if ema else _of_the_run(checkpoint)) if one["task"] not in tasks]
+        of = one["task"], one.get("split", "")
+        if when >= checkpoint.state["time"] and (of not in found or when > found[of][0]):
+            found[of] = when, one
+    tasks = {task for task, _ in found}
+    of_the_run = [] if ema else _of_the_run(checkpoint)
+    return [one for _, one in found.values()] + [one for one in of_the_run if one["task"] not in tasks]
 
 
 def _of_the_run(checkpoint: Checkpoint) -> list[dict[str, Any]]:

@@ -236,15 +236,18 @@ class PlannedRun:
     def _evaluation(self, found: Outcome, *, thorough: bool) -> str:
         settings, tasks = self.config.evaluate, self.config.evaluate.tasks
         if not tasks:
-            # No rule of configurations: checkpoints of runs that had it would no longer open.
+            # No rule of configurations: checkpoints of runs that had it would no longer open. And a run that goes on
+            # with it, perhaps at night by itself, is none to refuse for what does nothing.
             for key in ("tasks_every_steps", "tasks_limit"):
                 if value := getattr(settings, key):
-                    found.problem(
-                        UserError(
-                            f"evaluate.{key}: is {value}, but evaluate.tasks names no task; name some, --set "
-                            f'\'evaluate.tasks={{"lambada": "raw/lambada"}}\', or set it to 0'
-                        )
+                    words = (
+                        f"evaluate.{key}: is {value}, but evaluate.tasks names no task; name some, --set "
+                        f'\'evaluate.tasks={{"lambada": "raw/lambada"}}\', or set it to 0'
                     )
+                    if self.newest is None:
+                        found.problem(UserError(words))
+                    else:
+                        found.warnings.append(words)
             return "no evaluate.tasks"
         from pretrain.evaluation.training import RunTasks, check_places
         from pretrain.saved_model.tokenizer import TASK_IS_TEXT

@@ -81,12 +81,13 @@ class StepRehearsal:
         from pretrain.gpus import gpu_memory
         from pretrain.planning.memory import USABLE
 
-        has = self._device_memory
-        if has is None and self._run.device == "cuda":
-            has = gpu_memory()
+        has, whose, other = self._device_memory, "the device", ""
+        if has is None and self._run.device == "cuda":  # often that of a login node
+            has, whose, other = gpu_memory(), "this machine's GPU", "; --device-memory GIB is another's"
         if has is None:
             return ""
-        text = f"an estimate may fill {USABLE * has / GIB:.2f} GiB of the device ({USABLE:.0%} of {has / GIB:.1f})"
+        share = f"{USABLE:.0%} of {has / GIB:.1f}{other}"
+        text = f"an estimate may fill {USABLE * has / GIB:.2f} GiB of {whose} ({share})"
         if needed > USABLE * has:
             found.warnings.append(
                 f"memory: a step needs about {needed / GIB:.2f} GiB, and {text}: lower batch.micro_sequences, set "

@@ -48,6 +48,8 @@ class RunFolder:
         self._listener: Callable[[Row], None] | None = None
         self._unheard: collections.deque[Row] = collections.deque(maxlen=1000)
         self._has_ended = False
+        self._told_end = ""
+        """The kind of the last event about the end of this start."""
         self._writes, self._alerts = writes, alerts
         self._metrics = LineLog(path / "metrics.jsonl", is_step, self._disk_failed)
         self._events = LineLog(path / "events.jsonl", is_event, self._disk_failed)
@@ -91,25 +93,25 @@ class RunFolder:
             hang.rename(self.path / f"hang-{when}-{secrets.token_hex(2)}")
 
     def end(self, code: ExitCode, reason: str, *, step: int | None = None, node: str | None = None) -> None:
-        """Writes outcome.json: how this start ended, also for scripts whose launcher lost the exit code; and an event,
-        where it failed. `node`: the one that is to blame. Releases the folder. May be called from another thread, and
-        more than once: the first call counts."""
+        """Writes outcome.json: how this start ended, also for scripts whose launcher lost the exit code; and the event
+        of that, unless it is there. `node`: the one that is to blame. Releases the folder. May be called from another
+        thread, and more than once: the first call counts."""
         if not self._writes or self._has_ended:
             return
         self._has_ended = True
         outcome = {"exit_code": int(code), "reason": reason, "step": step, "time": time.time()}
         if node is not None:
             outcome["node"] = node
+        event = {"event": ENDS.get(code, FAILED), **{key: value for key, value in outcome.items() if value is not None}}
         if self._alerts is not None:
-            known = {key: value for key, value in outcome.items() if value is not None}
-            self._alerts.hear({"event": ENDS.get(code, FAILED), **known}, is_end=True)
+            self._alerts.hear(event, is_end=True)
         if code is ExitCode.FOLDER_LOST:  # from now on the folder is another run's
             return
         console.forget(self._stream_failed)
-        if code not in ENDS:  # the next start replaces outcome.json; a board, which may hang too, hears nothing
-            kept = {key: value for key, value in outcome.items() if value is not None}
-            self._events.append({"event": FAILED, **kept})
         try:
+            if event["event"] != self._told_end:
+                # The next start replaces outcome.json. A board, which may hang too, hears nothing.
+                self._events.append(event)
             self._try_at_the_end(self._events.flush)
             self._try_at_the_end(lambda: write_json(self.path / "outcome.json", outcome))
         finally:
@@ -170,7 +172,9 @@ class RunFolder:
         if self._writes:
             row = {"event": kind, "time": time.time(), **values}
             self._events.append(row)
-            if self._alerts is not None and kind not in ENDS.values():  # `end` tells those, with their code
+            if kind in ENDS.values():
+                self._told_end = kind  # alerts hear of it from `end`, with its code
+            elif self._alerts is not None:
                 self._alerts.hear(row)
             if self._listener is not None:
                 self._listener(row)

@@ -216,16 +216,16 @@ class RunView:
         return State.DEAD if code is None else State.FAILED
 
     @property
-    def job_that_may_return(self) -> str | None:
-        """The number of the SLURM job that trained here last, if the run has ended in a way for which its job goes back
-        into the queue, or starts it again (docs/operations.md); None if not."""
+    def jobs_that_may_return(self) -> list[str]:
+        """Numbers of the SLURM jobs that trained here, the last one first, if the run has ended in a way for which its
+        job goes back into the queue, or starts it again (docs/operations.md). Those of smoke tests are among them."""
         if self.state.goes_on or self.outcome.get("exit_code") in ENDS_ITS_JOB:
-            return None
+            return []
         try:
             started = [(path.stat().st_mtime, path.stem) for path in (self.path / "slurm").glob("*.started")]
         except OSError:
-            return None
-        return max(started)[1] if started else None
+            return []
+        return [job for _, job in sorted(started, reverse=True)]
 
     def last(self, kind: str) -> Row:
         """The newest event of a kind; empty if there is none."""

@@ -165,6 +165,23 @@ def test_a_row_of_another_split_waits_for_its_evaluation(tmp_path: Path, capsys:
     assert [row["ours"] for row in shown(capsys, run)["wt103_switchhead_47m"]] == ["12.40", "12.30", "12.30"]
 
 
+def test_the_newest_evaluation_of_a_split_counts_whatever_its_file_is_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Earlier versions wrote those of the test split to validation.json too."""
+    run = write_run(tmp_path / "a", "wt103_switchhead_47m")
+    folder = run / "evaluation" / "step-00100000"
+    folder.mkdir(parents=True)
+
+    def ours(name: str, perplexity: float, time: float) -> str:
+        result = {"split": "test", "loss": math.log(perplexity), "step": 100_000, "limit": None, "time": time}
+        (folder / f"{name}.json").write_text(json.dumps(result))
+        return shown(capsys, run)["wt103_switchhead_47m"][0]["ours"]
+
+    found = [ours("validation", 12.4, 1.0), ours("test", 12.5, 2.0), ours("test", 12.3, 3.0), ours("test", 12.5, 0.0)]
+    assert found == ["12.40", "12.50", "12.30", "12.40"]
+
+
 def test_zero_shot_tasks_are_read_from_a_run_and_from_evaluations(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

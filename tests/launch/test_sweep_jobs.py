@@ -23,12 +23,11 @@ JOB = ("--", "--nodes", "1", "--cpu", "--time", "30", "--allow-local")
 
 
 def test_every_run_is_submitted_as_a_job_none_twice_and_what_is_in_the_queue_counts_among_those_at_once(
-    case: Case,
-    sbatch: Path,
-    capsys: pytest.CaptureFixture[str],
+    case: Case, sbatch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("SQUEUE_USERS", "me")  # squeue would leave out what others have submitted of the sweep
     squeue, queue = sbatch.parent / "bin" / "squeue", sbatch.parent / "queue"
-    squeue.write_text(f'#!/bin/sh\necho "no error" >&2\ngrep -x "$3" "{queue}" || true\n')
+    squeue.write_text(f'#!/bin/sh\necho "no error" >&2\ngrep -x "$3$SQUEUE_USERS" "{queue}" || true\n')
     squeue.chmod(0o755)
     line = case.line("--vary", f"{RATE}=1e-3,2e-3,3e-3", "--submit", "--at-once", "1", *JOB)
 

@@ -59,6 +59,18 @@ def test_the_card_has_the_held_out_loss_that_evaluate_found(checkpoint: Checkpoi
     assert "| test loss | 5.2500 nats" in card and "validation loss" not in card, card
 
 
+def test_of_one_split_the_card_has_the_newest_evaluation(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Earlier versions wrote that of the test split to validation.json, where it may still be."""
+    place = shutil.copytree(checkpoint.path, tmp_path / "mean")
+    results, saved = tmp_path / "evaluation" / "mean", checkpoint.state["time"]
+    results.mkdir(parents=True)
+    of_split = {"task": "validation", "split": "test", "tokens": 1024.0}
+    for name, loss, later in (("validation", 4.5, 1), ("test", 4.25, 2)):
+        (results / f"{name}.json").write_text(json.dumps({**of_split, "loss": loss, "time": saved + later}))
+    ours = Checkpoint.open(place)
+    assert evaluations_of(ours) == [{"task": "validation", "split": "test", "tokens": 1024, "loss": 4.25}]
+
+
 def test_the_card_has_what_the_run_found_while_it_trained(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Of this step, and of the course that led to it: step 3 came twice. What launch/evaluate.py found stands instead
     of it."""

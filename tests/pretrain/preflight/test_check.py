@@ -25,7 +25,8 @@ from pretrain.config.loading import load_config, to_json
 from pretrain.preflight.checklist import Blocked, Checklist, Outcome
 from pretrain.report.disk_space import checkpoint_space
 from tests.corpus import with_another_tokenizer
-from tests.pretrain.runs import small_config
+from tests.harness import run_ranks
+from tests.pretrain.runs import light_config, small_config, train_runs
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -187,6 +188,17 @@ def test_settings_of_tasks_without_a_task_are_refused(place: Path, capsys: pytes
         "error: evaluate.tasks_every_steps: is 100",
         "error: evaluate.tasks_limit: is 5",
     ]
+
+
+def test_a_run_that_began_with_such_settings_goes_on(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under an earlier version: a job that comes back at night must not be refused for what does nothing."""
+    config = light_config(prepared, "train.device=cpu", "evaluate.tasks_limit=5", "train.stop_after_steps=1")
+    run_ranks(train_runs, 1, [(config, tmp_path / "run")])
+    assert main(["check", str(tmp_path / "run"), "--no-step"]) == 0
+    printed = capsys.readouterr()
+    assert "warning: evaluate.tasks_limit: is 5, but evaluate.tasks names no task" in printed.out and not printed.err
 
 
 def test_files_of_tasks_are_read_as_a_start_reads_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

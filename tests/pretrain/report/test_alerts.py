@@ -96,20 +96,21 @@ def test_the_command_gets_its_words_a_sentence_and_the_event_as_json(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "code, reason, kind",
+    "code, reason, kind, was_told",
     [
-        (ExitCode.FINISHED, "finished", "finished"),
-        (ExitCode.STOPPED, "SIGTERM", "stopped"),
-        (ExitCode.INTERRUPTED, "SIGTERM after SIGINT", "stopped"),
-        *((code, "why", "failed") for code in ExitCode if code not in (0, 85, 86)),
+        (ExitCode.FINISHED, "finished", "finished", True),
+        (ExitCode.STOPPED, "SIGTERM", "stopped", True),
+        (ExitCode.STOPPED, "SIGTERM during start-up", "stopped", False),
+        (ExitCode.INTERRUPTED, "SIGTERM after SIGINT", "stopped", False),
+        *((code, "why", "failed", False) for code in ExitCode if code not in (0, 85, 86)),
     ],
 )
 def test_every_end_of_a_start_is_told_once_with_its_code(
-    tmp_path: Path, code: ExitCode, reason: str, kind: str
+    tmp_path: Path, code: ExitCode, reason: str, kind: str, was_told: bool
 ) -> None:
     config = settings(command(tmp_path, WRITES, str(tmp_path / "got")), alerts=("finished", "stopped", "failed"))
     folder = RunFolder(tmp_path / "run", writes=True, alerts=Alerts(config, tmp_path / "run"))
-    if kind != "failed":
+    if was_told:
         folder.event(kind, step=4)  # written for events.jsonl
     folder.end(code, reason, step=4)
     folder.end(ExitCode.UNFORESEEN, "not the first")
@@ -120,7 +121,7 @@ def test_every_end_of_a_start_is_told_once_with_its_code(
     # The next start replaces outcome.json, not this event; there is none in a folder that is another run's by then.
     rows = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     ends = [(row["event"], row.get("exit_code")) for row in rows if row["event"] in ("finished", "stopped", "failed")]
-    assert ends == ([] if code is ExitCode.FOLDER_LOST else [(kind, int(code) if kind == "failed" else None)])
+    assert ends == ([] if code is ExitCode.FOLDER_LOST else [(kind, None if was_told else int(code))])
 
 
 def test_of_a_flood_one_is_told_and_the_end_says_how_many_were_left_out(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ class Slurm:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, then: list[Callable[[], object]]) -> None:
         self.answer, self.calls, self.now, self._then = folder / "answer", folder / "calls", 0.0, then
         squeue = folder / "squeue"
-        squeue.write_text(f'#!/bin/sh\necho "$*" >> {self.calls}\n. {self.answer}\n')
+        squeue.write_text(f'#!/bin/sh\necho "$*$SQUEUE_USERS" >> {self.calls}\n. {self.answer}\n')
         squeue.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
         monkeypatch.setattr("pretrain.cli.status.time", self)
@@ -149,7 +149,9 @@ DOWN = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect
 def test_a_watch_waits_for_a_job_that_is_back_in_the_queue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And asks SLURM seldom; a controller that is down for a while ends nothing."""
+    """And asks SLURM seldom; a controller that is down for a while ends nothing, nor does what the user's own squeue
+    leaves out, such as the jobs of others."""
+    monkeypatch.setenv("SQUEUE_USERS", "me")
     folder = write(tmp_path / "run", exit_code=85, reason="SIGUSR1")
     (folder / "slurm").mkdir()
     (folder / "slurm" / "11.started").touch()
@@ -172,7 +174,25 @@ def test_a_watch_waits_for_a_job_that_is_back_in_the_queue(
     said = capsys.readouterr()
     assert not then and said.out.count("stopped: SIGUSR1") == 5 and said.out.count("running: ") == 1
     assert said.err == f"waiting for {folder}: its job 12 has not ended (squeue --job 12)\n"
-    assert slurm.calls.read_text() == "--noheader --format=%A --jobs=12\n" * 3, "after 0, 40 and 80 s"
+    assert slurm.calls.read_text() == "--noheader --format=%A --jobs=11,12\n" * 3, "after 0, 40 and 80 s"
+
+
+def test_a_smoke_test_while_the_job_waits_ends_no_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has a job of its own, started last in the run's folder; of two in the queue the newer one is named."""
+    folder = write(tmp_path / "run", exit_code=85, reason="SIGUSR1")
+    (folder / "slurm").mkdir()
+    for place, job in enumerate(("9", "12", "13"), start=1):
+        (folder / "slurm" / f"{job}.started").touch()
+        os.utime(folder / "slurm" / f"{job}.started", (place, place))
+    (tmp_path / "bin").mkdir()
+    then = list[Callable[[], object]]()
+    slurm = Slurm(tmp_path / "bin", monkeypatch, then)
+    slurm.says("echo 12; echo 9")
+    then.append(lambda: slurm.says("exit 0"))
+    assert main([str(folder), "--watch", "--every", "40"]) == 0 and not then
+    assert capsys.readouterr().err == f"waiting for {folder}: its job 12 has not ended (squeue --job 12)\n"
 
 
 @pytest.mark.parametrize("answer", [UNKNOWN, DOWN, "exit 0"])
