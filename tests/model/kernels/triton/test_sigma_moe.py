@@ -103,13 +103,18 @@ def test_registers_of_the_backward() -> None:
     """Two programs of 8 warps, or three of 4, share the 65,536 registers and 227 KB of a multiprocessor of an H100."""
     for rows in (64, 512):
         forward = kernels.mlp_tiles(rows * 8, 8, 128, torch.bfloat16, swiglu=False)
-        backward = kernels.backward_tiles(forward, 2048, swiglu=False, capability=(9, 0))
+        backward = kernels.backward_tiles(forward, 2048, 128, swiglu=False, capability=(9, 0))
         programs = 65536 // (backward.registers * 32 * backward.warps)
         assert programs == {64: 3, 128: 2}[backward.rows]
         stage = 2 * backward.reduce * (backward.rows + backward.hidden)
         assert programs * (backward.stages * stage + 1024) <= 227 << 10
-        for d_model, swiglu, capability in ((412, False, (9, 0)), (2048, True, (9, 0)), (2048, False, (10, 0))):
-            other = kernels.backward_tiles(forward, d_model, swiglu=swiglu, capability=capability)
+        for d_model, G, swiglu, capability in (
+            (412, 128, False, (9, 0)),
+            (2048, 100, False, (9, 0)),  # they would spill
+            (2048, 128, True, (9, 0)),
+            (2048, 128, False, (10, 0)),
+        ):
+            other = kernels.backward_tiles(forward, d_model, G, swiglu=swiglu, capability=capability)
             assert other.registers == 0 and "maxnreg" not in other.launch
     assert backward.launch == {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
 
