@@ -276,6 +276,7 @@ class FakeCompiler:
         self.tried.clear()
 
 
+@pytest.mark.usefixtures("own_tiles")
 def test_candidates_that_spill_are_pruned(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

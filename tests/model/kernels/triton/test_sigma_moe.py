@@ -119,6 +119,22 @@ def test_registers_of_the_backward() -> None:
     assert backward.launch == {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
 
 
+def test_the_backward_kernel_alone_has_fewer_registers() -> None:
+    E, d, G, k, N = 8, 128, 128, 2, 4096
+    inputs = kernels.Inputs(
+        torch.empty(N, d, device="meta", dtype=torch.bfloat16),
+        torch.empty(N, k, device="meta"),
+        torch.empty(N * k, device="meta"),
+        torch.empty(E, device="meta"),
+        torch.empty(E, d, G, device="meta"),
+        torch.empty(E, G, d, device="meta"),
+        0,
+    )
+    forward, backward = (kernels.launch_tiles(phase, inputs) for phase in ("forward", "backward"))
+    assert (forward.rows, forward.launch) == (128, {"num_warps": 8, "num_stages": 3})
+    assert backward == dataclasses.replace(forward, registers=128)
+
+
 def test_wide_tiles_of_the_weight_gradient_where_programs_are_enough() -> None:
     for experts, d_model, capability, columns in (
         (64, 2048, (9, 0), 256),
@@ -127,7 +143,7 @@ def test_wide_tiles_of_the_weight_gradient_where_programs_are_enough() -> None:
         (64, 2048, (8, 0), 128),
     ):
         tiles = kernels.weight_tiles(128, d_model, experts, torch.bfloat16, capability)
-        assert tiles.out == columns
+        assert (tiles.out, tiles.stages) == (columns, 5 if columns == 256 else 3)
         assert kernels.weight_splits(tiles, 2048 * experts, experts, 128, d_model) == 1
 
 
