@@ -76,6 +76,8 @@ def test_what_is_a_winner(tmp_path: Path) -> None:
     recorded(tmp_path, FASTER, slow)
     (found,) = winners.of_here(context(tmp_path))
     assert (found.kernel, found.tiles, found.capability) == ("norm forward", {"warps": 2}, (9, 0))
+    passed = list(Record(tmp_path, "tune", identity("cpu")).done().values())
+    assert len(winners.winners(passed, 10.0)) == 1 and not winners.winners(passed, 10.1)
     assert found.measured["before"] == "warps 1" and (found.measured["ms"], found.measured["before_ms"]) == (1.8, 2.0)
 
 

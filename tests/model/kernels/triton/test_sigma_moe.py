@@ -145,6 +145,7 @@ def test_wide_tiles_of_the_weight_gradient_where_programs_are_enough() -> None:
         tiles = kernels.weight_tiles(128, d_model, experts, torch.bfloat16, capability)
         assert (tiles.out, tiles.stages) == (columns, 5 if columns == 256 else 3)
         assert kernels.weight_splits(tiles, 2048 * experts, experts, 128, d_model) == 1
+    assert kernels.weight_tiles(64, 2048, 64, torch.bfloat16, (9, 0)).out == 128  # half of a tile, and not compiled
 
 
 def test_shipped_tiles_in_fp16() -> None:
