@@ -112,6 +112,49 @@ def test_a_micro_step_with_the_winners_beside_todays(tmp_path: Path) -> None:
     assert len(head) == len(row) == len(today)
 
 
+def test_todays_tiles_are_timed_beside_the_winners(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_interpreter: None
+) -> None:
+    """Which are in the table while the tuned model is at work, and no longer; its routers choose what today's chose."""
+    recorded(tmp_path, FASTER)
+    timed: list[tuple[Any, Any]] = []
+    chosen: list[bool] = []
+    choosing = tuned_step.choosing
+
+    def now() -> Any:
+        return tiles.measured("norm forward", torch.bfloat16, d=WIDTH)
+
+    def noting(choices: list[torch.Tensor], *, again: bool = False) -> Any:
+        chosen.append(again)
+        return choosing(choices, again=again)
+
+    def times(step: Any) -> tuple[float, float]:
+        timed.append((step, now()))
+        return 1.0, 0.5
+
+    monkeypatch.setattr(tuned_step, "choosing", noting)
+    monkeypatch.setattr(tuned_step.Step, "timed", times)
+    tuned_step.compute(context(tmp_path), name="tiny", sequences=1, kind="tuned")
+    won = {"warps": 2}
+    assert [found for _, found in timed] == [
+        None,
+        None,
+        won,
+        won,
+        None,
+        won,
+        None,
+        won,
+        won,
+    ]  # the last for the profiler
+    today, tuned = timed[0][0], timed[2][0]
+    assert today is not tuned and [step for step, _ in timed[4:8]] == [today, tuned] * 2
+    assert chosen == [False, True, True]
+    monkeypatch.setattr(block, "_layers", lambda *_: {"tiles": now()})
+    found = block.compute(context(tmp_path), name="tiny", backend="triton", is_tuned=True)
+    assert [found[kind]["tiles"] for kind in ("model", "dense", "today")] == [won, None, None]
+
+
 def test_tiles_that_compute_something_else_fail_with_their_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_interpreter: None
 ) -> None:

@@ -163,12 +163,12 @@ def test_an_entry_reaches_the_launch_and_results_stay(hidden: int) -> None:
 
 
 def test_a_router_places_by_the_blocks_of_tokens_that_it_chose_in() -> None:
-    """In 16 tokens, where the kernels' own are 64; more of them than one block of either."""
+    """In 16 tokens, where the kernels' own are 64; one block a program, so that each begins at its own token."""
     N, d, R, E, k = 150, 16, 2, 4, 2
     shape = {"d": d, "R": R, "E": E, "k": k}
     entries = [
         entry("route choose and place", {"tokens": 16, "depth": 16, "warps": 4, "stages": 2}, rows=N, **shape),
-        entry("route place", {"placers": 2, "counts": 4}, rows=N, **shape),
+        entry("route place", {"placers": 16, "counts": 4}, rows=N, **shape),
     ]
     draw = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(*size, generator=draw).to(BF16) for size in ((N, d), (R, E, d)))
