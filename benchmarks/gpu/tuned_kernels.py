@@ -95,7 +95,7 @@ def sigma_moe_searches(model: Model) -> Iterator[Search]:
     build = functools.partial(sigma_moe_case, N, d, E, k, G)
     common: dict[str, Any] = {"build": build, "backend": "triton"}
     shape = f"{model.name} N={N} d={d} E={E} k={k} G={G}"
-    widths = {"d": d, "E": E, "k": k, "G": G, "swiglu": 0}
+    widths = {"d": d, "E": E, "here": E, "k": k, "G": G, "swiglu": 0}
     forward = sigma_moe.mlp_tiles(N * k, E, G, DTYPE, swiglu=False)
     values: dict[str, Any] = {"out": (32, 64, 128), "stages": STAGES}
     yield Search(
@@ -127,7 +127,7 @@ def sigma_moe_searches(model: Model) -> Iterator[Search]:
         kernels=("weight_gradient_kernel",),
         phase="backward",
         kernel="sigma_moe weight gradient",
-        shape={"d": d, "E": E, "k": k, "width": G},
+        shape={"d": d, "E": E, "here": E, "k": k, "width": G},
         rows=N * k,
         own=_named(sigma_moe.weight_tiles(G, d, E, DTYPE, capability), without=("reduce", "piece", "registers")),
         values={"rows": (32, 64, 128), "hidden": (64, 128), "out": (64, 128, 256), "warps": WARPS, "stages": STAGES},

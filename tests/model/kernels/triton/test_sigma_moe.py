@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.kernel_cases.recording import Launch, recording
 from model.kernels.backend import triton_limit
 from model.kernels.triton import sigma_moe as kernels
+from model.kernels.triton.tiles import Entry, placed
 from tests.model.kernels.test_sigma_moe import NAMES, Case, Shape, error, loop, make_case, run
 
 # Inputs are the same numbers on both sides. Half precision rounds the hidden layer and its gradient, the gated one,
@@ -133,6 +134,16 @@ def test_the_backward_kernel_alone_has_fewer_registers() -> None:
     forward, backward = (kernels.launch_tiles(phase, inputs) for phase in ("forward", "backward"))
     assert (forward.rows, forward.launch) == (128, {"num_warps": 8, "num_stages": 3})
     assert backward == dataclasses.replace(forward, registers=128)
+    # A measured tile is for as many experts as were there: of half of them a launch has half the programs.
+    other = dataclasses.asdict(forward) | {"rows": 64}
+    for name in ("piece", "registers"):
+        other.pop(name)
+    shape = {"d": d, "E": E, "here": E, "k": k, "G": G, "swiglu": 0}
+    entry = Entry(kernel="sigma_moe forward", capability=(9, 0), dtype="bf16", shape=shape, rows=N * k, tiles=other)
+    half = inputs._replace(up_experts=inputs.up_experts[:4], down_experts=inputs.down_experts[:4])
+    with placed([entry]):
+        assert kernels.launch_tiles("forward", inputs).rows == 64
+        assert kernels.launch_tiles("forward", half) == forward
 
 
 def test_wide_tiles_of_the_weight_gradient_where_programs_are_enough() -> None:

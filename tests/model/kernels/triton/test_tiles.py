@@ -140,7 +140,7 @@ def test_an_entry_reaches_the_launch_and_results_stay(hidden: int) -> None:
     common = {"hidden": 32, "reduce": 16, "out": 16, "warps": 4, "stages": 2}
     entries = [
         *(
-            entry(f"sigma_moe {phase}", {"rows": 16} | common | more, rows=150, d=40, E=5, k=3, G=24, swiglu=0)
+            entry(f"sigma_moe {phase}", {"rows": 16} | common | more, rows=150, d=40, E=5, here=5, k=3, G=24, swiglu=0)
             for phase, more in (("forward", {}), ("backward", {"hidden": hidden, "piece": 8, "registers": 0}))
         ),
         *(
@@ -150,7 +150,7 @@ def test_an_entry_reaches_the_launch_and_results_stay(hidden: int) -> None:
         entry(
             "sigma_moe weight gradient",
             {"rows": 16, "hidden": 16, "out": 16, "warps": 4, "stages": 2},
-            rows=150, d=40, E=5, k=3, width=24,
+            rows=150, d=40, E=5, here=5, k=3, width=24,
         ),
     ]  # fmt: skip
     case = make_case(shape, BF16)
