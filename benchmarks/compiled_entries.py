@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.compiled_case import SHARED_BYTES
 from benchmarks.gpu.tile_compilation import Compiler, Resources
-from benchmarks.gpu.tile_search import Search, text, warps_of
+from benchmarks.gpu.tile_search import Search, Tiles, text, warps_of
 from model.kernels.triton.tiles import Entry, load
 
 SECONDS = 600.0
@@ -33,32 +33,33 @@ def searched() -> Iterator[tuple[Entry, Search | None]]:
 def check(architectures: Sequence[int], only: str) -> tuple[int, list[str]]:
     """How many entries of these architectures there are whose search matches the expression `only`, and what is wrong
     with them, in words."""
-    count, wrong = 0, []
+    count, wrong, tried = 0, list[str](), dict[int, list[tuple[str, Search, Tiles]]]()
     for entry, search in searched():
         architecture = 10 * entry.capability[0] + entry.capability[1]
         said = f"{entry.kernel} {dict(entry.shape)}, {text(dict(entry.tiles))}"
         if architecture not in architectures or not re.search(only, search.name if search else said):
             continue
         count += 1
-        why = _why_not(search, dict(entry.tiles), architecture)
-        if why:
-            wrong.append(f"{said}: {why}")
+        if search is None:
+            wrong.append(f"{said}: no search of benchmarks/gpu/tuned_kernels.py has this kernel and shape")
+        elif architecture not in SHARED_BYTES:
+            wrong.append(f"{said}: what fits sm_{architecture} is not known")
+        else:
+            tried.setdefault(architecture, []).append((said, search, dict(entry.tiles)))
+    for architecture, ones in tried.items():
+        needs = compiled([(search, tiles) for _, search, tiles in ones], architecture)
+        for (said, _, tiles), need in zip(ones, needs, strict=True):
+            why = need.rejected(architecture, warps_of(tiles))
+            wrong += [f"{said}: {why}"] if why else []
     return count, wrong
 
 
-def _why_not(search: Search | None, tiles: dict[str, int], architecture: int) -> str:
-    if search is None:
-        return "no search of benchmarks/gpu/tuned_kernels.py has this kernel and shape"
-    if architecture not in SHARED_BYTES:
-        return f"what fits sm_{architecture} is not known"
-    return compiled(search, tiles, architecture).rejected(architecture, warps_of(tiles))
-
-
-def compiled(search: Search, tiles: dict[str, int], architecture: int) -> Resources:
-    """In a process of its own, which touches no GPU."""
-    compiler = Compiler(architecture, processes=1)
+def compiled(tried: Sequence[tuple[Search, Tiles]], architecture: int) -> list[Resources]:
+    """Of searches that differ, in processes that touch no GPU."""
+    compiler = Compiler(architecture)
     try:
-        compiler.begin(search, [tiles])
-        return compiler.resources(search, SECONDS)[0]
+        for search, tiles in tried:
+            compiler.begin(search, [tiles])
+        return [compiler.resources(search, SECONDS)[0] for search, _ in tried]
     finally:
         compiler.stop()

@@ -11,6 +11,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["TRITON_INTERPRET"] = "1"
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,17 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture
+def own_tiles() -> Iterator[None]:
+    """No entry in the table of measured tiles, whatever `apply` has written: for what counts on those of the kernels'
+    modules."""
+    from model.kernels.triton.tiles import placed
+
+    with placed([]) as table:
+        table.clear()
+        yield
 
 
 @pytest.fixture(scope="session")

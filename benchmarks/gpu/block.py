@@ -46,7 +46,7 @@ def _measured(context: Context, name: str, backend: str, entries: list[Entry]) -
         model = _layers(context, config, B, backend)
     found: dict[str, Any] = {"sequences": B, "model": model}
     if entries:
-        found["tiles"] = winners.launched(table)
+        found["tiles"] = winners.launched(entries, table)
     found["dense"] = _layers(context, models.dense_counterpart(config), B, "auto")
     if entries:
         found["today"] = _layers(context, config, B, backend)

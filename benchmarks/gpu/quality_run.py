@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import carry
+from benchmarks.gpu import carry, record
 from benchmarks.gpu.command import Context, Failed, Unavailable
 from benchmarks.gpu.processes import end_all_below
 from benchmarks.gpu.record import ROOT
@@ -20,12 +20,12 @@ JOBS, SEQUENCES = 10, 32
 
 
 def quality(context: Context) -> dict[str, Any]:
-    """The records of all runs and the table. What has ended is kept in runs/, beside the machine's records, and the
-    next call goes on with it. Unavailable without the text, and where the time is over."""
+    """The records of all runs and the table. What has ended is kept in runs/, and the next call of the same sources
+    goes on with it. Unavailable without the text, and where the time is over."""
     manifest = carry.FOLDER / "data" / carry.TEXT / "manifest.json"
     if not manifest.exists():
         raise Unavailable(f"there is no {manifest.relative_to(ROOT)}: carry a prepared text with carry --text FOLDER")
-    runs = ROOT / "runs" / "quality-gpu"
+    runs = ROOT / "runs" / "quality-gpu" / record.identity(context.device.type).sources
     kept = runs / "records"
     line = [sys.executable, "-m", "benchmarks.quality", "run", "--data", str(manifest), "--runs", str(runs / "runs")]
     line += ["--results", str(kept), "--device", context.device.type, "--jobs", str(JOBS)]

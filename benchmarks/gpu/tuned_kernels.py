@@ -91,11 +91,11 @@ def current_capability() -> tuple[int, int]:
 
 
 def sigma_moe_searches(model: Model) -> Iterator[Search]:
-    N, d, (E, k, G) = model.N, model.d, model.experts
+    N, d, (E, k, G), capability = model.N, model.d, model.experts, current_capability()
     build = functools.partial(sigma_moe_case, N, d, E, k, G)
     common: dict[str, Any] = {"build": build, "backend": "triton"}
     shape = f"{model.name} N={N} d={d} E={E} k={k} G={G}"
-    widths = {"d": d, "E": E, "k": k, "G": G, "swiglu": 0}
+    widths = {"d": d, "E": E, "here": E, "k": k, "G": G, "swiglu": 0}
     forward = sigma_moe.mlp_tiles(N * k, E, G, DTYPE, swiglu=False)
     values: dict[str, Any] = {"out": (32, 64, 128), "stages": STAGES}
     yield Search(
@@ -117,7 +117,7 @@ def sigma_moe_searches(model: Model) -> Iterator[Search]:
         kernel="sigma_moe backward",
         shape=widths,
         rows=N * k,
-        own=_named(sigma_moe.backward_tiles(forward, d, swiglu=False)),
+        own=_named(sigma_moe.backward_tiles(forward, d, G, swiglu=False, capability=capability)),
         # All columns at once, and as many registers as the compiler likes, are what an H200 ran in 2026.
         values=values | {"rows": (64, 128), "piece": (16, 128), "registers": (0, 128, 168)},
         **common,
@@ -127,9 +127,9 @@ def sigma_moe_searches(model: Model) -> Iterator[Search]:
         kernels=("weight_gradient_kernel",),
         phase="backward",
         kernel="sigma_moe weight gradient",
-        shape={"d": d, "E": E, "k": k, "width": G},
+        shape={"d": d, "E": E, "here": E, "k": k, "width": G},
         rows=N * k,
-        own=_named(sigma_moe.weight_tiles(G, d, E, DTYPE), without=("reduce", "piece", "registers")),
+        own=_named(sigma_moe.weight_tiles(G, d, E, DTYPE, capability), without=("reduce", "piece", "registers")),
         values={"rows": (32, 64, 128), "hidden": (64, 128), "out": (64, 128, 256), "warps": WARPS, "stages": STAGES},
         **common,
     )

@@ -75,8 +75,8 @@ def _measured(context: Context, name: str, sequences: int, kind: str, entries: l
     result: dict[str, Any] = {
         "tokens": sequences * config.sequence_length,
         "parameters": sum(p.numel() for p in tuned.model.parameters()),
-        "tiles": winners.launched(table),
-        "not_launched": sorted({entry.kernel for key, entry in table.items() if key not in table.used}),
+        "tiles": winners.launched(entries, table),
+        "not_launched": sorted({entry.kernel for entry in entries if entry.key not in table.used}),
     }
     result["errors"], wrong = compared(found, wanted, noise)
     del found, wanted, noise, choices

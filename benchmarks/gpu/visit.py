@@ -8,11 +8,13 @@ At its end it prints what passed, what failed and what is left, and the numbers 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 from benchmarks.gpu import command, record, visit_numbers
 from benchmarks.gpu.command import CPU_RESULTS, GRACE_SECONDS, TIME_OVER, Part
 from benchmarks.gpu.processes import end_all_below
-from benchmarks.gpu.record import FAILED, PASSED, Entry, Record
+from benchmarks.gpu.record import CUT, FAILED, PASSED, Entry, Record
 from benchmarks.gpu.tables import Rows, headline, markdown
 from benchmarks.gpu.visit_list import STOPS, Stop
 
@@ -28,6 +30,9 @@ START_SECONDS = 15.0
 """Of a process until its first part."""
 END_SECONDS = GRACE_SECONDS + 15.0
 """That a process gets beyond its own time to end itself."""
+
+MOST_DEATHS = 3
+"""Of the processes of a stop in one call: who dies as it starts dies again."""
 
 Runner = Callable[[list[str], float], int]
 """Command line and the seconds after which it is killed -> exit status."""
@@ -83,7 +88,7 @@ def shrunk(name: str) -> str:
 def visit(options: argparse.Namespace, stops: Sequence[Stop], *, run: Runner, clock: Callable[[], float]) -> int:
     """Exit status: 0 if all passed, 1 if a part failed, TIME_OVER if none did but some are left."""
     begin = clock()
-    folder = options.results or (record.RESULTS if options.device == "cuda" else CPU_RESULTS)
+    folder = (options.results or (record.RESULTS if options.device == "cuda" else CPU_RESULTS)).resolve()
     plan = planned(stops, tiny=options.tiny)
     if options.list and command.has_no_gpu(options):
         print(markdown(_rows(plan, {})))
@@ -96,22 +101,12 @@ def visit(options: argparse.Namespace, stops: Sequence[Stop], *, run: Runner, cl
     if options.list:
         print(markdown(_rows(plan, recorded())))
         return 0
-    for number, each in enumerate(plan, start=1):
-        done = Record(folder, each.stop.command, identity).done()
-        missing = [part for part in each.parts if part.name not in done]
-        left = options.seconds - (clock() - begin) - START_SECONDS - END_SECONDS
-        if not missing:
-            continue
-        if left < min(part.least_seconds for part in missing):
-            continue  # a later one may be shorter
-        seconds = min(float(each.stop.limit), left)
-        print(f"\n=== stop {number} of {len(plan)}, {left:.0f} s left: {each.stop.call}", flush=True)
-        line = [sys.executable, "-m", "benchmarks.gpu", each.stop.command, "--seconds", f"{seconds:.0f}"]
-        for name in each.only:
-            line += ["--only", name]
-        line += ["--device", options.device, "--results", str(folder), *(["--tiny"] if options.tiny else [])]
-        code = run(line, START_SECONDS + seconds + END_SECONDS)
-        print(f"=== stop {number} ended with {code}", flush=True)
+    books = {each.stop.command: Record(folder, each.stop.command, identity) for each in plan}
+    going = _Call(options, folder, books, begin + options.seconds, run, clock)
+    # What hung or died before is tried again behind all others.
+    order = sorted(enumerate(plan, start=1), key=lambda item: not going.missing(item[1], going.cut(item[1])))
+    for number, each in order:
+        going.through(f"stop {number} of {len(plan)}", each)
     entries = recorded()
     rows = _rows(plan, entries)
     print("\n" + markdown(rows) + "\n" + "\n".join(visit_numbers.lines(entries)))
@@ -125,6 +120,64 @@ def visit(options: argparse.Namespace, stops: Sequence[Stop], *, run: Runner, cl
     return 1 if any(entry.status == FAILED for entry in found) else TIME_OVER if left_out else 0
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One call of the command, which ends at `end`."""
+
+    options: argparse.Namespace
+    folder: Path
+    books: Mapping[str, Record]
+    end: float
+    run: Runner
+    clock: Callable[[], float]
+
+    def cut(self, each: Planned) -> set[str]:
+        return self.books[each.stop.command].cut()
+
+    def missing(self, each: Planned, without: Container[str] = ()) -> list[Part]:
+        done = self.books[each.stop.command].done()
+        return [part for part in each.parts if part.name not in done and part.name not in without]
+
+    def through(self, name: str, each: Planned) -> None:
+        """Starts the command of a stop; and anew in the rest of its time where a part killed it, without that one."""
+        book, end = self.books[each.stop.command], self.clock() + each.stop.limit
+        died: set[str] = set()
+        while len(died) < MOST_DEATHS and (parts := self.missing(each, died)):
+            begin = self.clock()
+            left = self.end - begin - START_SECONDS - END_SECONDS
+            seconds = min(end - begin, left)
+            if seconds < min(part.least_seconds for part in parts):
+                return  # a later stop may be shorter
+            print(f"\n=== {name}, {left:.0f} s left: {each.stop.call}", flush=True)
+            before = book.last()
+            code = self.run(self._line(each, seconds), START_SECONDS + seconds + END_SECONDS)
+            print(f"=== {name} ended with {code}", flush=True)
+            if code >= 0:
+                return
+            part = underway(each, before, book.last())
+            if part is None or part.name in died:
+                return
+            died.add(part.name)
+            book.append(part.name, CUT, self.clock() - begin, {"reason": f"its process ended with {code}"})
+
+    def _line(self, each: Planned, seconds: float) -> list[str]:
+        line = [sys.executable, "-m", "benchmarks.gpu", each.stop.command, "--seconds", f"{seconds:.0f}"]
+        for name in each.only:
+            line += ["--only", name]
+        line += ["--device", self.options.device, "--results", str(self.folder)]
+        return [*line, "--tiny"] if self.options.tiny else line
+
+
+def underway(each: Planned, before: Mapping[str, Entry], after: Mapping[str, Entry]) -> Part | None:
+    """The part of which a process died, and so recorded nothing: in the order of command.py the first one without a new
+    entry."""
+    for part in sorted(each.parts, key=lambda part: part.name in before and before[part.name].status == CUT):
+        is_done = part.name in before and before[part.name].status in (PASSED, FAILED)
+        if not is_done and after.get(part.name) == before.get(part.name):
+            return part
+    return None
+
+
 def run(line: list[str], seconds: float) -> int:
     """Ends it, and all that it started, after so many seconds."""
     process = subprocess.Popen(line, cwd=record.ROOT)
@@ -133,7 +186,9 @@ def run(line: list[str], seconds: float) -> int:
     except subprocess.TimeoutExpired:
         end_all_below(process.pid)
         process.kill()
-        return process.wait(30)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may keep what is killed
+            process.wait(5)
+        return -signal.SIGKILL
     except BaseException:  # Ctrl-C, or the end of the call
         end_all_below(process.pid)
         process.kill()

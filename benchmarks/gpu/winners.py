@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,11 @@ def _source(one: record.Entry) -> dict[str, Any]:
     return {"card": on["card"], "triton": on["triton"], "date": one.date[:10], "part": one.part} | times
 
 
-def launched(table: Table) -> list[str]:
-    """The tiles that a launch took, as a record names them."""
+def launched(entries: Iterable[Entry], table: Table) -> list[str]:
+    """The tiles of `entries` that a launch took while they were in the table, as a record names them."""
     found = []
-    for key, entry in table.items():
-        if key in table.used:
+    for entry in entries:
+        if entry.key in table.used:
             shape = " ".join(f"{name}={value}" for name, value in entry.shape.items())
             found.append(f"{entry.kernel} {shape}: {text(dict(entry.tiles))}")
     return found

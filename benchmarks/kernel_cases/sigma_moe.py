@@ -84,7 +84,7 @@ def _cases(
     for tiles in dict.fromkeys(choices):
         constants = mlp_constants("forward", tiles, d, G, k, row_stride, swiglu=swiglu) | experts
         yield case(forward_kernel, f"forward {tiles.rows} rows", constants | present, tiles)
-        for back, where, architectures in by_architecture(partial(backward_tiles, tiles, d, swiglu=swiglu)):
+        for back, where, architectures in by_architecture(partial(backward_tiles, tiles, d, G, swiglu=swiglu)):
             constants = mlp_constants("backward", back, d, G, k, row_stride, swiglu=swiglu) | experts
             found = case(backward_kernel, f"backward {back.rows} rows{where}", constants | present, back)
             yield replace(found, architectures=architectures)

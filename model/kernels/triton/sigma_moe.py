@@ -95,24 +95,25 @@ as it does forward: one multiplies while another waits for its rows or stores th
 
 
 def backward_tiles(
-    tiles: ExpertTiles, d_model: int, *, swiglu: bool, capability: tuple[int, int] | None = None
+    tiles: ExpertTiles, d_model: int, expert_size: int, *, swiglu: bool, capability: tuple[int, int] | None = None
 ) -> ExpertTiles:
-    """`tiles` as backward_kernel takes them. Masks of columns, where d_model needs them, take registers too.
-    `capability`: this GPU's if None."""
+    """`tiles` as backward_kernel takes them. Masks of columns, where d_model needs them, take registers too, and so do
+    the addresses of hidden layers that 16-byte loads cannot read: of 101 columns, 128 registers leave 624 bytes of
+    stack. `capability`: this GPU's if None."""
     if d_model % tiles.reduce != 0:
         return dataclasses.replace(tiles, piece=32)
-    is_few = not swiglu and (capability or cuda_capability()) in FEW_REGISTERS_ON
+    is_few = not swiglu and expert_size % 8 == 0 and (capability or cuda_capability()) in FEW_REGISTERS_ON
     return dataclasses.replace(tiles, registers=BACKWARD_REGISTERS.get(tiles.rows, 0) if is_few else 0)
 
 
 def launch_tiles(phase: str, inputs: Inputs) -> ExpertTiles:
     """Of a launch of forward_kernel or backward_kernel: what was measured, else those that the shape decides."""
     x, scores, order, load, up, down, _ = inputs
-    num_rows, total, (_, G, d), swiglu = order.shape[0], load.shape[0], down.shape, is_swiglu(up, down)
+    num_rows, total, (here, G, d), swiglu = order.shape[0], load.shape[0], down.shape, is_swiglu(up, down)
     own = mlp_tiles(num_rows, total, G, x.dtype, swiglu=swiglu)
     if phase == "backward":
-        own = backward_tiles(own, d, swiglu=swiglu)
-    shape = {"d": d, "E": total, "k": scores.shape[1], "G": G, "swiglu": int(swiglu)}
+        own = backward_tiles(own, d, G, swiglu=swiglu)
+    shape = {"d": d, "E": total, "here": here, "k": scores.shape[1], "G": G, "swiglu": int(swiglu)}
     found = measured(f"sigma_moe {phase}", x.dtype, at=num_rows, **shape)
     return own if found is None else dataclasses.replace(own, **found)
 
@@ -139,7 +140,8 @@ def launch_weight_tiles(narrow: Tensor, source: Tensor, inputs: Inputs) -> Exper
     """Of a launch of weight_gradient_kernel, as `launch_tiles`."""
     width, total, k = narrow.shape[1], inputs.load.shape[0], inputs.scores.shape[1]
     d, here = source.shape[1], inputs.down_experts.shape[0]
-    own, shape = weight_tiles(width, d, here, source.dtype), {"d": d, "E": total, "k": k, "width": width}
+    own = weight_tiles(width, d, here, source.dtype)
+    shape = {"d": d, "E": total, "here": here, "k": k, "width": width}
     found = measured("sigma_moe weight gradient", source.dtype, at=narrow.shape[0], **shape)
     return own if found is None else dataclasses.replace(own, **found)
 

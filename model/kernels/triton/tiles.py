@@ -2,8 +2,9 @@
 
 tiles.json is the table, a list of entries: a kernel, the shape at which a card timed it, the card's compute capability
 and the tiles. `python -m benchmarks.gpu apply` writes it from what `tune` recorded (docs/gpu.md). An entry is taken for
-its very widths, experts and dtype, and for its number of rows or more: of fewer nothing was measured. So tiles, like
-everything that decides the bits of a result, still depend on shapes and the kind of card alone.
+its very widths, experts and dtype, and where a kernel's module names the rows of a launch, for its number of rows or
+more: of fewer nothing was measured. So tiles, like everything that decides the bits of a result, still depend on shapes
+and the kind of card alone; with another table they are others.
 
 A launch looks its tiles up once for each shape, and not at all while there are no entries.
 """
@@ -138,7 +139,8 @@ def entry_of(found: Mapping[str, Any]) -> Entry:
 
 
 def checked(entry: Entry) -> Entry:
-    """`entry`, or ValueError: every kernel would launch what stands in it."""
+    """`entry`, or ValueError for numbers that no kernel takes. Whether these fit a card says
+    `python -m benchmarks.compiled`."""
     names = KERNELS.get(entry.kernel)
     if names is None:
         raise ValueError(f"no kernel is called {entry.kernel!r}; there are {', '.join(KERNELS)}")

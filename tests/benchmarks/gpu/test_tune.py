@@ -99,6 +99,15 @@ def test_todays_tiles_of_attention_are_those_of_the_card(monkeypatch: pytest.Mon
         assert search.own["queries"] == (32 if capability == (10, 0) else 16)
 
 
+def test_todays_tiles_of_sigma_moe_are_those_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before CUDA has started, when launches of a CPU would be told of an H100."""
+    for capability, registers, columns in (((9, 0), 128, 256), ((10, 0), 0, 128)):
+        monkeypatch.setattr(tuned_kernels, "current_capability", lambda now=capability: now)
+        own = {s.kernel: s.own for s in tuned_kernels.sigma_moe_searches(tuned_kernels.SWITCHALL_1B)}
+        assert own["sigma_moe backward"]["registers"] == registers
+        assert own["sigma_moe weight gradient"]["out"] == columns
+
+
 def test_a_candidate_is_in_the_table_inside_and_no_longer() -> None:
     """Of tiles that no kernel could have nothing stays either."""
     other = ROPE.today | {"tile": 512}
@@ -267,6 +276,7 @@ class FakeCompiler:
         self.tried.clear()
 
 
+@pytest.mark.usefixtures("own_tiles")
 def test_candidates_that_spill_are_pruned(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

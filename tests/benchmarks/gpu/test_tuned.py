@@ -25,6 +25,7 @@ from model.kernels.triton import tiles
 from model.language_model import build_on_meta
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("own_tiles")
 MEASURED = {ceilings.COPY: {"bytes_per_second": 1e9}, ceilings.PRODUCT: {"flops_per_second": 1e12}}
 WIDTH = models.load("tiny").d_model
 NORM = {"kernel": "norm forward", "capability": "9.0", "dtype": "bf16", "shape": {"d": WIDTH}, "rows": 0}
@@ -75,6 +76,8 @@ def test_what_is_a_winner(tmp_path: Path) -> None:
     recorded(tmp_path, FASTER, slow)
     (found,) = winners.of_here(context(tmp_path))
     assert (found.kernel, found.tiles, found.capability) == ("norm forward", {"warps": 2}, (9, 0))
+    passed = list(Record(tmp_path, "tune", identity("cpu")).done().values())
+    assert len(winners.winners(passed, 10.0)) == 1 and not winners.winners(passed, 10.1)
     assert found.measured["before"] == "warps 1" and (found.measured["ms"], found.measured["before_ms"]) == (1.8, 2.0)
 
 
@@ -103,7 +106,9 @@ def test_a_micro_step_with_the_winners_beside_todays(tmp_path: Path, monkeypatch
             super().__call__()
 
     monkeypatch.setattr(tuned_step, "Step", Seen)
-    found = tuned_step.compute(context(tmp_path), name="tiny", sequences=1, kind="tuned")
+    other = NORM | {"kernel": "norm backward", "tiles": {"warps": 2, "resident": 1024}}
+    with tiles.placed([tiles.entry_of(other)]):  # which the table has already: both micro-steps launch them
+        found = tuned_step.compute(context(tmp_path), name="tiny", sequences=1, kind="tuned")
     assert found["tiles"] == [f"norm forward d={WIDTH}: warps 2"] and found["not_launched"] == ["softmax"]
     assert found["errors"]["error"] <= found["errors"]["limit"] and found["errors"]["limit"] >= 2e-2
     assert found["ratio"] == pytest.approx(found["wall_ms"] / found["today"]["wall_ms"], rel=1e-3)
@@ -116,6 +121,49 @@ def test_a_micro_step_with_the_winners_beside_todays(tmp_path: Path, monkeypatch
     head, row, today = tables.step_rows([entry])
     assert row[0] == "tiny tuned 1" and today[0] == "tiny tuned 1: with today's tiles"
     assert len(head) == len(row) == len(today)
+
+
+def test_todays_tiles_are_timed_beside_the_winners(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_interpreter: None
+) -> None:
+    """Which are in the table while the tuned model is at work, and no longer; its routers choose what today's chose."""
+    recorded(tmp_path, FASTER)
+    timed: list[tuple[Any, Any]] = []
+    chosen: list[bool] = []
+    choosing = tuned_step.choosing
+
+    def now() -> Any:
+        return tiles.measured("norm forward", torch.bfloat16, d=WIDTH)
+
+    def noting(choices: list[torch.Tensor], *, again: bool = False) -> Any:
+        chosen.append(again)
+        return choosing(choices, again=again)
+
+    def times(step: Any) -> tuple[float, float]:
+        timed.append((step, now()))
+        return 1.0, 0.5
+
+    monkeypatch.setattr(tuned_step, "choosing", noting)
+    monkeypatch.setattr(tuned_step.Step, "timed", times)
+    tuned_step.compute(context(tmp_path), name="tiny", sequences=1, kind="tuned")
+    won = {"warps": 2}
+    assert [found for _, found in timed] == [
+        None,
+        None,
+        won,
+        won,
+        None,
+        won,
+        None,
+        won,
+        won,
+    ]  # the last for the profiler
+    today, tuned = timed[0][0], timed[2][0]
+    assert today is not tuned and [step for step, _ in timed[4:8]] == [today, tuned] * 2
+    assert chosen == [False, True, True]
+    monkeypatch.setattr(block, "_layers", lambda *_: {"tiles": now()})
+    found = block.compute(context(tmp_path), name="tiny", backend="triton", is_tuned=True)
+    assert [found[kind]["tiles"] for kind in ("model", "dense", "today")] == [won, None, None]
 
 
 def test_tiles_that_compute_something_else_fail_with_their_times(
@@ -252,19 +300,19 @@ def test_entries_of_the_table_are_compiled_for_their_card(monkeypatch: pytest.Mo
     strange = dataclasses.replace(good, shape={"d": 3, "rows_each": 3})
     asked: list[tuple[str, int, int]] = []
 
-    def needs(search: Search, tiles: dict[str, int], architecture: int) -> Resources:
-        asked.append((search.name, tiles["tokens"], architecture))
-        return Resources(registers=32, stack_bytes=16 if tiles["tokens"] == 8 else 0)
+    def needs(tried: list[tuple[Search, dict[str, int]]], architecture: int) -> list[Resources]:
+        asked.extend((search.name, tiles["tokens"], architecture) for search, tiles in tried)
+        return [Resources(registers=32, stack_bytes=16 if tiles["tokens"] == 8 else 0) for _, tiles in tried]
 
     monkeypatch.setattr(compiled_entries, "compiled", needs)
     monkeypatch.setattr(compiled_entries, "load", lambda: tiles.Table([good, spills, strange]))
     count, wrong = compiled_entries.check([90, 100], "")
     assert asked == [(search.name, 4, 90), (search.name, 8, 100)] and count == 3
     assert [why.split(": ")[-1] for why in wrong] == [
-        "16 bytes of stack per thread",
         "no search of benchmarks/gpu/tuned_kernels.py has this kernel and shape",
+        "16 bytes of stack per thread",
     ]
-    assert compiled_entries.check([90], "") == (2, wrong[1:]) and compiled_entries.check([90], "sum 1b") == (1, [])
+    assert compiled_entries.check([90], "") == (2, wrong[:1]) and compiled_entries.check([90], "sum 1b") == (1, [])
     assert compiled_entries.check([80], "") == (0, [])
 
 
@@ -272,6 +320,8 @@ def test_the_gate_of_machine_code_asks_for_the_entries(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(compiled_entries, "check", lambda architectures, only: (2, [f"{architectures} {only}"]))
+    # No kernel module is imported first here: without the interpreter it would stay compiled for all tests behind.
+    monkeypatch.setattr(compiled, "case_modules", list)
     monkeypatch.delenv("TRITON_INTERPRET")
     (version, records), *_ = read_records(compiled.RECORDS).items()
     key, one = next((key, one) for key, one in records.items() if one.architecture == 90)
@@ -283,3 +333,5 @@ def test_the_gate_of_machine_code_asks_for_the_entries(
     assert "2 measured tiles compiled, 1 not as they should be" in capsys.readouterr().err
     monkeypatch.setattr(compiled_entries, "check", lambda *_: (2, []))
     assert compile_command(["--check", *words]) == 0
+    monkeypatch.setattr(compiled_entries, "check", lambda *_: 1 / 0)
+    assert compile_command(["--check", "--representative", *words]) == 0  # a part has none of them

@@ -82,12 +82,15 @@ class Machine:
         self.begun.append((command, given, seconds))
         self.now += START_SECONDS
         book, end = Record(self.folder, command, CPU), self.now + given
-        for part in parts_of(command):
+        cut = book.cut()
+        for part in sorted(parts_of(command), key=lambda part: part.name in cut):
             if part.name.startswith(only) and part.name not in book.done() and self.now + self.part_seconds <= end:
                 status = self.statuses.get(part.name, "passed")
-                if status == "dies":
+                if status == "hangs":
                     self.now += seconds - START_SECONDS
                     return -9
+                if status == "dies":
+                    return -11
                 self.now += self.part_seconds
                 result = {} if status == "passed" else {"reason": "it said so"}
                 book.append(part.name, status, self.part_seconds, result)
@@ -130,18 +133,51 @@ def test_each_stop_has_its_own_time_and_the_next_call_goes_on(
     assert machine.visit(ROWS, TUNE, STEP, seconds=200.0) == 0 and machine.begun == []
 
 
-def test_a_stop_that_dies_or_fails_does_not_keep_the_others(
+def test_a_stop_that_hangs_or_fails_does_not_keep_the_others(
     machine: Machine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    machine.statuses = {"ceiling copy": "dies", "micro-step 1b 1": "failed"}
+    machine.statuses = {"ceiling copy": "hangs", "micro-step 1b 1": "failed"}
     assert machine.visit(ROWS, TUNE, STEP, seconds=2000.0) == 1
     assert [command for command, *_ in machine.begun] == ["speed", "tune", "speed"]
     output = capsys.readouterr().out
-    assert "=== stop 1 ended with -9" in output and "failed: micro-step 1b 1: it said so" in output
-    assert "| speed ceiling | 2 | 0 | 0 | 2 | 0 | 60 |" in output
+    assert "=== stop 1 of 3 ended with -9" in output and "cut: ceiling copy: its process ended with -9" in output
+    assert "failed: micro-step 1b 1: it said so" in output
+    assert "| speed ceiling | 2 | 0 | 0 | 2 | 170 | 60 |" in output
     machine.statuses = {}
     assert machine.visit(ROWS, TUNE, STEP, seconds=2000.0) == 1  # a recorded failure stays one
     assert len(machine.begun) == 1
+
+
+def test_a_part_that_kills_its_process_keeps_nothing_of_its_stop(machine: Machine) -> None:
+    """What follows it is computed in the same call. It is tried again behind the others, in a later call too."""
+    machine.statuses = {"ceiling copy": "dies"}
+    assert machine.visit(ROWS, STEP, seconds=2000.0) == TIME_OVER
+    assert [command for command, *_ in machine.begun] == ["speed", "speed", "speed"]
+    given = [seconds for _, seconds, _ in machine.begun]
+    assert given[:2] == [ROWS.limit, ROWS.limit - START_SECONDS]  # no more than the rest of the stop's time
+    entries = {one.part: one for one in read(machine.folder / "cpu" / "speed.jsonl")}
+    assert {name: one.status for name, one in entries.items()} == {
+        "ceiling copy": "cut",
+        "ceiling product": "passed",
+        "micro-step 1b 1": "passed",
+    }
+    assert entries["ceiling copy"].result == {"reason": "its process ended with -11"}
+    assert machine.visit(ROWS, TUNE, seconds=2000.0) == TIME_OVER
+    assert [command for command, *_ in machine.begun] == ["tune", "speed"]
+    machine.statuses = {}
+    assert machine.visit(ROWS, TUNE, STEP, seconds=2000.0) == 0 and len(machine.begun) == 1
+
+
+def test_a_command_that_dies_whenever_it_starts_is_left(machine: Machine) -> None:
+    machine.statuses = {part.name: "dies" for part in parts_of("tune")}
+    assert machine.visit(TUNE, seconds=2000.0) == TIME_OVER
+    assert len(machine.begun) == visit.MOST_DEATHS < len(visit.planned([TUNE], tiny=False)[0].parts)
+
+
+def test_records_are_where_the_call_names_them(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands start in the project's folder, wherever the call was made."""
+    monkeypatch.chdir(machine.folder)
+    assert machine.visit(ROWS, results=Path(".")) == 0
 
 
 def test_what_needs_more_time_than_is_left_is_not_begun(machine: Machine) -> None:
@@ -236,9 +272,12 @@ def test_quality_needs_its_text_and_time(monkeypatch: pytest.MonkeyPatch, tmp_pa
     source.mkdir()
     (source / "manifest.json").write_text("{}")
     carry.copy_text(source, carry.FOLDER / "data" / carry.TEXT)
-    kept = tmp_path / "runs" / "quality-gpu" / "records"
-    kept.mkdir(parents=True)
-    (kept / "dense-250-0.001-0.json").write_text(json.dumps({"name": "dense"}))
+    former = tmp_path / "runs" / "quality-gpu" / "other sources" / "records"
+    kept = tmp_path / "runs" / "quality-gpu" / CPU.sources / "records"
+    monkeypatch.setattr(record, "identity", lambda device: CPU)
+    for folder in (former, kept):
+        folder.mkdir(parents=True)
+        (folder / "dense-250-0.001-0.json").write_text(json.dumps({"name": "dense"}))
     lines: list[list[str]] = []
 
     def ended(code: int | None) -> Any:
@@ -249,7 +288,9 @@ def test_quality_needs_its_text_and_time(monkeypatch: pytest.MonkeyPatch, tmp_pa
         return within
 
     monkeypatch.setattr(quality_run, "within", ended(None))
-    with pytest.raises(Unavailable, match="the time was over after 1 runs; they are kept in runs/quality-gpu/records"):
+    with pytest.raises(
+        Unavailable, match="the time was over after 1 runs; they are kept in runs/quality-gpu/0/records"
+    ):
         quality_run.quality(context(tmp_path))
     monkeypatch.setattr(quality_run, "within", ended(2))
     with pytest.raises(Failed, match="ended with 2 after 1 runs") as failure:

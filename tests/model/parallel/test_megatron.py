@@ -150,7 +150,6 @@ def test_megatron_core_allocates_where_ranks_speak_whatever_gpus_the_machine_has
     assert mappings.torch.empty is torch.empty
 
 
-@pytest.mark.slow
 def test_a_cuda_toolkit_without_a_gpu_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
     """Which torch says once a rank; what else it says of extensions is heard."""
     import_module("model.parallel.megatron_core")
@@ -164,6 +163,7 @@ def test_a_cuda_toolkit_without_a_gpu_is_no_news(caplog: pytest.LogCaptureFixtur
     assert {record.getMessage() for record in caplog.records} == {"another fault"}
 
 
+@pytest.mark.slow
 def test_groups_are_those_of_parallel_state() -> None:
     for pairs in run_ranks(groups, 8):
         for ours, theirs in pairs:

@@ -41,7 +41,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 SEVERAL = """
 import contextlib, io, json, sys
+from benchmarks import compiled_entries
 from benchmarks.compiled import main
+compiled_entries.load = dict
 for arguments in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = main(arguments)
@@ -50,7 +52,8 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def run_several(calls: list[tuple[str, ...]]) -> list[subprocess.CompletedProcess[str]]:
-    """What `run` of each gives, in one process: torch and Triton are imported once."""
+    """What `run` of each gives, in one process: torch and Triton are imported once. Entries of the table of measured
+    tiles are compiled by a slow test."""
     without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     line = [sys.executable, "-c", SEVERAL, json.dumps(calls)]
     done = subprocess.run(line, cwd=ROOT, env=without, capture_output=True, text=True, check=False)
@@ -115,6 +118,13 @@ def test_the_triton_of_the_lock_has_records_of_its_own(checked: Checked) -> None
     assert ("are records of Triton" in result.stderr) == (version("triton") not in recorded), (
         "python -m benchmarks.compiled --check --update --representative"
     )
+
+
+@pytest.mark.slow  # test_every_shipped_configuration has the kernels' own tiles; gpu/test_tuned.py the verdicts
+def test_measured_tiles_are_what_they_should_be() -> None:
+    """Those of model/kernels/triton/tiles.json, each compiled for its card."""
+    result = run("--check")
+    assert result.returncode == 0, result.stderr
 
 
 def test_what_smaller_gpus_launch_fits_them(monkeypatch: pytest.MonkeyPatch) -> None:

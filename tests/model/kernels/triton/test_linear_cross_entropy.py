@@ -84,6 +84,7 @@ def test_chunks_whose_bias_gradients_cancel_are_added_up_in_fp32(monkeypatch: py
     torch.testing.assert_close(grad.double(), torch.tensor([1.0, -1.0]).double() / 256, rtol=2**-8, atol=0)
 
 
+@pytest.mark.usefixtures("own_tiles")
 @pytest.mark.parametrize("classes", [100, 8000])
 def test_a_logit_is_read_once(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a block holds a row: 4 bytes read and 2 written per logit; ignored rows are not read."""

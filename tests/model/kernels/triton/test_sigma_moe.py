@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.kernel_cases.recording import Launch, recording
 from model.kernels.backend import triton_limit
 from model.kernels.triton import sigma_moe as kernels
+from model.kernels.triton.tiles import Entry, placed
 from tests.model.kernels.test_sigma_moe import NAMES, Case, Shape, error, loop, make_case, run
 
 # Inputs are the same numbers on both sides. Half precision rounds the hidden layer and its gradient, the gated one,
@@ -103,15 +104,46 @@ def test_registers_of_the_backward() -> None:
     """Two programs of 8 warps, or three of 4, share the 65,536 registers and 227 KB of a multiprocessor of an H100."""
     for rows in (64, 512):
         forward = kernels.mlp_tiles(rows * 8, 8, 128, torch.bfloat16, swiglu=False)
-        backward = kernels.backward_tiles(forward, 2048, swiglu=False, capability=(9, 0))
+        backward = kernels.backward_tiles(forward, 2048, 128, swiglu=False, capability=(9, 0))
         programs = 65536 // (backward.registers * 32 * backward.warps)
         assert programs == {64: 3, 128: 2}[backward.rows]
         stage = 2 * backward.reduce * (backward.rows + backward.hidden)
         assert programs * (backward.stages * stage + 1024) <= 227 << 10
-        for d_model, swiglu, capability in ((412, False, (9, 0)), (2048, True, (9, 0)), (2048, False, (10, 0))):
-            other = kernels.backward_tiles(forward, d_model, swiglu=swiglu, capability=capability)
+        for d_model, G, swiglu, capability in (
+            (412, 128, False, (9, 0)),
+            (2048, 100, False, (9, 0)),  # they would spill
+            (2048, 128, True, (9, 0)),
+            (2048, 128, False, (10, 0)),
+        ):
+            other = kernels.backward_tiles(forward, d_model, G, swiglu=swiglu, capability=capability)
             assert other.registers == 0 and "maxnreg" not in other.launch
     assert backward.launch == {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+
+
+def test_the_backward_kernel_alone_has_fewer_registers() -> None:
+    E, d, G, k, N = 8, 128, 128, 2, 4096
+    inputs = kernels.Inputs(
+        torch.empty(N, d, device="meta", dtype=torch.bfloat16),
+        torch.empty(N, k, device="meta"),
+        torch.empty(N * k, device="meta"),
+        torch.empty(E, device="meta"),
+        torch.empty(E, d, G, device="meta"),
+        torch.empty(E, G, d, device="meta"),
+        0,
+    )
+    forward, backward = (kernels.launch_tiles(phase, inputs) for phase in ("forward", "backward"))
+    assert (forward.rows, forward.launch) == (128, {"num_warps": 8, "num_stages": 3})
+    assert backward == dataclasses.replace(forward, registers=128)
+    # A measured tile is for as many experts as were there: of half of them a launch has half the programs.
+    other = dataclasses.asdict(forward) | {"rows": 64}
+    for name in ("piece", "registers"):
+        other.pop(name)
+    shape = {"d": d, "E": E, "here": E, "k": k, "G": G, "swiglu": 0}
+    entry = Entry(kernel="sigma_moe forward", capability=(9, 0), dtype="bf16", shape=shape, rows=N * k, tiles=other)
+    half = inputs._replace(up_experts=inputs.up_experts[:4], down_experts=inputs.down_experts[:4])
+    with placed([entry]):
+        assert kernels.launch_tiles("forward", inputs).rows == 64
+        assert kernels.launch_tiles("forward", half) == forward
 
 
 def test_wide_tiles_of_the_weight_gradient_where_programs_are_enough() -> None:
@@ -122,8 +154,9 @@ def test_wide_tiles_of_the_weight_gradient_where_programs_are_enough() -> None:
         (64, 2048, (8, 0), 128),
     ):
         tiles = kernels.weight_tiles(128, d_model, experts, torch.bfloat16, capability)
-        assert tiles.out == columns
+        assert (tiles.out, tiles.stages) == (columns, 5 if columns == 256 else 3)
         assert kernels.weight_splits(tiles, 2048 * experts, experts, 128, d_model) == 1
+    assert kernels.weight_tiles(64, 2048, 64, torch.bfloat16, (9, 0)).out == 128  # half of a tile, and not compiled
 
 
 def test_shipped_tiles_in_fp16() -> None:

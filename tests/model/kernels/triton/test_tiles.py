@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from model.kernels import backend
-from model.kernels.triton.tiles import Entry, checked, load, measured, placed
+from model.kernels.triton import route
+from model.kernels.triton.tiles import Entry, checked, fits, load, measured, placed
 from tests.model.kernels.triton.test_sigma_moe import Shape, check, loop, make_case
 
 NORM = {
@@ -24,6 +25,7 @@ NORM = {
     "measured": {"card": "an H100"},
 }
 BF16 = torch.bfloat16
+pytestmark = pytest.mark.usefixtures("own_tiles")
 
 
 def written(folder: Path, *entries: dict[str, Any]) -> Path:
@@ -60,6 +62,16 @@ def test_a_file_is_what_its_entries_say(tmp_path: Path) -> None:
 def test_an_entry_that_no_kernel_could_launch_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match="tiles.json is no table of tiles: .*" + said):
         load(written(tmp_path, NORM | change))
+
+
+def test_which_numbers_fit() -> None:
+    for name, right, wrong in (
+        ("warps", (1, 32), (0, 3, 64)),
+        ("stages", (1, 3, 8), (0, 9)),
+        ("registers", (0, 24, 168, 248), (8, 16, 100, 256)),
+        ("rows", (1, 4096), (0, 48, -64, 64.0, "64")),
+    ):
+        assert [value for value in (*right, *wrong) if fits(name, value)] == list(right)
 
 
 def test_two_entries_of_one_shape_are_refused(tmp_path: Path) -> None:
@@ -117,29 +129,28 @@ def test_entries_that_are_placed_stand_before_others_and_go() -> None:
 
 def test_without_entries_a_launch_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "cuda_capability", lambda: 1 / 0)
-    with placed([]) as table:
-        table.clear()
-        assert measured("norm forward", BF16, d=48) is None
+    assert measured("norm forward", BF16, d=48) is None
 
 
-def test_an_entry_reaches_the_launch_and_results_stay() -> None:
-    """σ-MoE forward and backward, in 16 rows instead of 64, the hidden layer whole and in two parts: right, the same
-    again bit for bit, no races."""
+@pytest.mark.parametrize("hidden", [16, 32])
+def test_an_entry_reaches_the_launch_and_results_stay(hidden: int) -> None:
+    """σ-MoE forward and backward, in 16 rows instead of 64: right, the same again bit for bit, no races. Also where the
+    backward kernel alone takes the hidden layer in chunks."""
     shape = Shape(N=50, d=40, E=5, G=24, k=3)
     common = {"reduce": 16, "out": 16, "warps": 4, "stages": 2}
     entries = [
         *(
-            entry(f"sigma_moe {phase}", {"rows": 16} | common | own, rows=150, d=40, E=5, k=3, G=24, swiglu=0)
-            for phase, own in (("forward", {"hidden": 32}), ("backward", {"hidden": 16, "piece": 8, "registers": 0}))
+            entry(f"sigma_moe {phase}", {"rows": 16} | common | more, rows=150, d=40, E=5, here=5, k=3, G=24, swiglu=0)
+            for phase, more in (("forward", {}), ("backward", {"hidden": hidden, "piece": 8, "registers": 0}))
         ),
         *(
-            entry("sigma_moe sum", {"tokens": 8, "columns": 32, "warps": 1}, rows=50, d=40, rows_each=rows)
-            for rows in (3, 6)  # forward, and backward in two parts of the hidden layer
+            entry("sigma_moe sum", {"tokens": 8, "columns": 32, "warps": 1}, rows=50, d=40, rows_each=3 * chunks)
+            for chunks in {1, -(-24 // hidden)}
         ),
         entry(
             "sigma_moe weight gradient",
             {"rows": 16, "hidden": 16, "out": 16, "warps": 4, "stages": 2},
-            rows=150, d=40, E=5, k=3, width=24,
+            rows=150, d=40, E=5, here=5, k=3, width=24,
         ),
     ]  # fmt: skip
     case = make_case(shape, BF16)
@@ -149,3 +160,21 @@ def test_an_entry_reaches_the_launch_and_results_stay() -> None:
     assert table.used == set(table)
     assert [launch.kernel for launch in launches] == [launch.kernel for launch in own]
     assert all(before.grid != after.grid for before, after in zip(own, launches, strict=True))
+
+
+def test_a_router_places_by_the_blocks_of_tokens_that_it_chose_in() -> None:
+    """In 16 tokens, where the kernels' own are 64; one block a program, so that each begins at its own token."""
+    N, d, R, E, k = 150, 16, 2, 4, 2
+    shape = {"d": d, "R": R, "E": E, "k": k}
+    entries = [
+        entry("route choose and place", {"tokens": 16, "depth": 16, "warps": 4, "stages": 2}, rows=N, **shape),
+        entry("route place", {"placers": 16, "counts": 4}, rows=N, **shape),
+    ]
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*size, generator=draw).to(BF16) for size in ((N, d), (R, E, d)))
+    with placed(entries) as table:
+        _, _, index, load, order = route.forward(x, weight, None, k, False)
+        assert table.used == set(table)
+    slots = index.transpose(0, 1).reshape(R, -1)
+    assert torch.equal(order, slots.sort(dim=-1, stable=True).indices)
+    assert torch.equal(load, torch.stack([row.bincount(minlength=E) for row in slots]))
