@@ -141,7 +141,7 @@ def test_an_entry_reaches_the_launch_and_results_stay(hidden: int) -> None:
     entries = [
         *(
             entry(f"sigma_moe {phase}", {"rows": 16} | common | more, rows=150, d=40, E=5, here=5, k=3, G=24, swiglu=0)
-            for phase, more in (("forward", {}), ("backward", {"hidden": hidden, "piece": 8, "registers": 0}))
+            for phase, more in (("forward", {"hidden": 32}), ("backward", {"hidden": hidden, "piece": 8, "registers": 0}))
         ),
         *(
             entry("sigma_moe sum", {"tokens": 8, "columns": 32, "warps": 1}, rows=50, d=40, rows_each=3 * chunks)
