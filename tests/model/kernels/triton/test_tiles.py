@@ -137,11 +137,11 @@ def test_an_entry_reaches_the_launch_and_results_stay(hidden: int) -> None:
     """σ-MoE forward and backward, in 16 rows instead of 64: right, the same again bit for bit, no races. Also where the
     backward kernel alone takes the hidden layer in chunks."""
     shape = Shape(N=50, d=40, E=5, G=24, k=3)
-    common = {"reduce": 16, "out": 16, "warps": 4, "stages": 2}
+    common, in_pieces = {"reduce": 16, "out": 16, "warps": 4, "stages": 2}, {"piece": 8, "registers": 0}
     entries = [
         *(
             entry(f"sigma_moe {phase}", {"rows": 16} | common | more, rows=150, d=40, E=5, here=5, k=3, G=24, swiglu=0)
-            for phase, more in (("forward", {"hidden": 32}), ("backward", {"hidden": hidden, "piece": 8, "registers": 0}))
+            for phase, more in (("forward", {"hidden": 32}), ("backward", {"hidden": hidden} | in_pieces))
         ),
         *(
             entry("sigma_moe sum", {"tokens": 8, "columns": 32, "warps": 1}, rows=50, d=40, rows_each=3 * chunks)
