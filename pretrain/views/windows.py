@@ -10,6 +10,7 @@ from common.line_log import Row
 
 WINDOWS = ("evaluate.sequences", "evaluate.placement", "evaluate.streams", "model.sequence_length")
 """Settings that decide what a validation reads of its split."""
+MEMORY = "model.position.memory_chunks"
 DIGEST = " (digest)"
 """What the name of a change of the data themselves ends with, behind data.manifest or data.sources."""
 DIGEST_LETTERS = 12
@@ -33,7 +34,14 @@ def has_effect(key: str, config: dict[str, Any]) -> bool:
     is a stream of its own, unless `evaluate.placement` is start."""
     if key != "evaluate.streams" or setting(config, "evaluate.placement") == "start":
         return True
-    return setting(config, "model.position.memory_chunks") != 0
+    return setting(config, MEMORY) != 0
+
+
+def reads_streams(config: dict[str, Any]) -> bool:
+    """Whether validations of that configuration read on from window to window, with memory: then they read others than
+    those of a model without, unless `evaluate.placement` is start."""
+    has_memory = setting(config, MEMORY) not in (0, None)
+    return has_memory and setting(config, "evaluate.placement") != "start"
 
 
 def same_sources(one: Any, other: Any) -> bool:

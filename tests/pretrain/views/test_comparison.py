@@ -294,6 +294,18 @@ def test_validations_of_other_windows_are_said_to_be(tmp_path: Path, changed: di
     assert "note:" not in text(runs_of(*runs), 0.0), "no validation, and nothing to compare"
 
 
+def test_a_model_with_memory_is_said_to_be_validated_on_other_windows(tmp_path: Path) -> None:
+    """Its streams read on from window to window, and begin at other places than the windows of a model without."""
+    runs = [of_mixture(tmp_path / name, {4: {}}) for name in ("one", "other", "third")]
+    for placement, note in (("spread", True), ("start", False)):
+        for run, chunks in zip(runs, (0, 1, 2), strict=True):
+            config = {"model": {"position": {"memory_chunks": chunks}}, "evaluate": {"placement": placement}}
+            (run / "config.json").write_text(json.dumps(config))
+        said = "note: model.position.memory_chunks differ: validation losses are of other windows of the text"
+        assert (said in text(runs_of(*runs), 0.0)) == note
+        assert "note:" not in text(runs_of(*runs[1:]), 0.0), "both have memory"
+
+
 def test_each_split_has_a_table_of_its_own(tmp_path: Path) -> None:
     """Two runs on the test split, by source, and one on the other."""
     one = of_mixture(tmp_path / "one", {4: {}, 8: {"c4": 3.5}}, split="test", loss=4.5)
