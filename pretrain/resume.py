@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from common.errors import ConfigError, UserError
+from common.tables import counted
 from model.costs import training_flops_per_token
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
 from pretrain.checkpoint.folder import STATE_FILE, newest_of
@@ -36,8 +37,8 @@ def candidates(config: Config, run_dir: Path) -> list[Path]:
     if choice == "never":
         if existing:
             raise UserError(
-                f"checkpoint.resume: is never, but {run_dir} holds {len(existing)} checkpoints; choose another "
-                f"--run-dir, or set checkpoint.resume to auto to continue"
+                f"checkpoint.resume: is never, but {run_dir} holds {counted(len(existing), 'checkpoint')}; choose "
+                f"another --run-dir, or set checkpoint.resume to auto to continue"
             )
         return []
     # A path is where a branch starts. The same command, started again, continues that branch.

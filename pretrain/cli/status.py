@@ -62,7 +62,7 @@ def look(args: argparse.Namespace) -> None:
     try:
         while True:
             if views:
-                show(views, as_json=args.json, clear=clears)
+                show(views, as_json=args.json, clear=clears, fit=args.watch and follows_escapes(sys.stdout))
             for error in gone:  # after the screen, which the next one clears
                 print(passed_over(error), file=sys.stderr, flush=True)
             queued = queue.jobs_of(views) if args.watch else {}
@@ -145,12 +145,14 @@ def passed_over(error: UserError) -> str:
     return visible(f"passed over: {str(error).removeprefix('RUN: ')}")
 
 
-def show(views: list[RunView], *, as_json: bool, clear: bool) -> None:
-    now = time.time()
+def show(views: list[RunView], *, as_json: bool, clear: bool, fit: bool = False) -> None:
+    """fit: a single run takes no more lines than the terminal has."""
+    now, terminal = time.time(), shutil.get_terminal_size()
     if as_json:
         text = "\n".join(dumps(summary(view)) for view in views)
     elif len(views) == 1:
-        text = screen(views[0], width=min(120, shutil.get_terminal_size().columns), now=now)
+        height = terminal.lines if fit else None
+        text = screen(views[0], width=min(120, terminal.columns), now=now, height=height)
     else:
         text = runs_table(views, now, width=columns_of(sys.stdout))
     print((CLEAR if clear and not as_json else "") + text, flush=True)

@@ -349,7 +349,7 @@ def test_damaged_lines_runs_without_common_steps_and_other_versions(
         file.write("{not json}\n")
     assert main([str(one), str(late)]) == 0
     printed = capsys.readouterr()
-    assert printed.err == "late: 1 damaged lines were passed over\n"
+    assert printed.err == "late: 1 damaged line passed over\n"
     assert "(0 steps of both): they have no step in common" in printed.out
 
 

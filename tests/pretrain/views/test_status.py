@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -14,7 +15,16 @@ import pytest
 from common.run_lock import DEAD_SECONDS, FolderLock, process_identity
 from pretrain.cli.status import main
 from pretrain.views.reading import Metrics, RunView, State
-from pretrain.views.status import duration, next_text, resume_text, runs_table, screen, speed_text, summary
+from pretrain.views.status import (
+    balance_text,
+    duration,
+    next_text,
+    resume_text,
+    runs_table,
+    screen,
+    speed_text,
+    summary,
+)
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
 from tests.pretrain.views.status_case import row, shown, write
@@ -228,7 +238,7 @@ def test_damage_and_other_versions_are_passed_over(tmp_path: Path) -> None:
     view = RunView.open(folder)
     assert view.step == 11 and view.metrics.damaged == 2 and view.damaged_events == 1
     text = screen(view, width=100, now=time.time())
-    assert "damaged    3 lines of metrics.jsonl and events.jsonl were passed over" in text
+    assert "damaged    3 lines of metrics.jsonl and events.jsonl passed over" in text
     assert "of tomorrow: what x\\x1b[31m" in text and "\x1b" not in text
     assert json.loads(json.dumps(summary(view)))["state"] == "dead"
 
@@ -335,6 +345,35 @@ def test_a_pause_that_is_none_is_refused(every: str, tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit) as refused:
         main([str(write(tmp_path / "run")), "--watch", "--every", every])
     assert refused.value.code == 2 and "--every: expected a number above 0" in capsys.readouterr().err
+
+
+def test_a_small_terminal_keeps_the_state_and_what_to_do(tmp_path: Path) -> None:
+    """Of a terminal of 24 lines, as most begin, a watch showed the last ones: no state, no step, no loss."""
+    events = [{"event": "checkpoint", "time": 2.0, "step": n, "path": f"step-{n:08d}"} for n in range(6)]
+    view = RunView.open(write(tmp_path / "run", events=events))
+    whole = screen(view, width=80, now=3.0)
+    first, last = whole.splitlines()[0], whole.splitlines()[-1]
+    assert whole == screen(view, width=80, now=3.0, height=99) and whole.count("saved") > 5
+    sizes = []
+    for height in range(99, 7, -1):
+        lines = screen(view, width=80, now=3.0, height=height).splitlines()
+        used = len(lines) - 1 + math.ceil(len(last) / 80)
+        assert lines[0] == first and lines[-1] == last and any(line.startswith("state") for line in lines)
+        assert used < height or "training loss by step" not in lines
+        sizes.append(used)
+        if height == 24:
+            assert "training loss by step" in lines and "last events" in lines and used >= 20
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 8
+
+
+def test_the_heads_of_moa_are_its_experts(tmp_path: Path) -> None:
+    """So that the load of the busiest one has its bound, as that of other models."""
+    attention = {"type": "moa", "num_heads": 2, "num_experts": 8}
+    assert "attention 1.50 of 4;" in balance_text(row(1), {"model": {"attention": attention}})
+
+
+def test_one_checkpoint_is_not_several(tmp_path: Path) -> None:
+    assert "saved      1 checkpoint, newest step-00000008\n" in shown(write(tmp_path / "run"))
 
 
 def test_a_narrow_screen_loses_no_word(tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ from tests.pretrain.views.status_case import CONFIG, row, write
 def test_watching_ends_with_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, term: str, clears: bool
 ) -> None:
-    """And clears the screen between two looks, where a terminal can."""
+    """And clears the screen between two looks, where a terminal can; then a look takes no more lines than there are."""
     monkeypatch.setenv("TERM", term)
+    monkeypatch.setenv("LINES", "20")
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     folder = write(tmp_path / "run")
     lock = FolderLock(folder)
@@ -42,6 +44,7 @@ def test_watching_ends_with_the_run(
     assert printed.startswith(str(folder)[:40]) and "running: " in printed  # a long path is cut
     assert "stopped: SIGTERM to rank 1" in printed and "step       11 of 40" in printed
     assert ("\x1b" in printed) == clears
+    assert (max(len(screen.splitlines()) for screen in printed.split("\x1b[H\x1b[2J")) < 20) == clears
 
 
 def test_a_run_that_is_removed_ends_no_watch_of_the_others(
