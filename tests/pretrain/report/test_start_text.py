@@ -101,13 +101,26 @@ def test_pieces_that_are_never_met_are_warned_of(prepared: Path, monkeypatch: py
     monkeypatch.setattr(type(sources.sources[0].manifest), "num_tokens", lambda self, split: 26_279)
     (warning,) = data_warnings(config, sources)
     assert warning.startswith("data.manifest: in its 26,279 tokens the rarest of the tokenizer's 400 pieces are met")
-    assert "prepare 26,280 tokens" in warning
+    assert warning.endswith("prepare 26,280 tokens, or set a smaller tokenizer.vocab_size in the preparation")
+    settings = sources.sources[0].manifest.provenance.config
+    for given in ({"model_sha256": "0" * 64}, {"type": "ids", "name": "gpt2", "vocab_size": 400}):
+        monkeypatch.setitem(settings, "tokenizer", given)  # no key of a preparation makes that one smaller
+        assert data_warnings(config, sources)[0].endswith("prepare 26,280 tokens, or take a smaller tokenizer")
     monkeypatch.setattr(type(sources.tokenizer), "tokens_are_bytes", True)  # all of them are there, used or not
     assert not data_warnings(config, sources)
     monkeypatch.undo()
     few = small_config(prepared, "data.max_tokens=26000", "train.steps=100")
     (warning,) = data_warnings(few, Sources.load(few))
     assert "in its 26,000 tokens the rarest" in warning
+
+
+def test_sizes_that_trained_weights_decide_are_not_warned_of(prepared: Path) -> None:
+    """Fewer rows or pieces, as the warnings advise, would be refused."""
+    few = ("data.max_tokens=26000", "train.steps=100", "model.vocab_size=2000")
+    config = small_config(prepared, *few)
+    assert len(data_warnings(config, Sources.load(config))) == 2
+    config = small_config(prepared, *few, "train.init_from=runs/other")
+    assert not data_warnings(config, Sources.load(config))
 
 
 def test_a_validation_longer_than_its_split_is_warned_of(prepared: Path) -> None:
