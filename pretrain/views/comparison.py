@@ -144,10 +144,12 @@ def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """Settings, and what the newest start says of its data, software and layout."""
+    """Settings, and what the newest start says of its data, software and layout. A run of several sources does not read
+    data.manifest, which the file of its configuration most often has."""
     started = run.view.last("started")
     extra = {key: started[key] for key in ("software", "layout") if isinstance(started.get(key), dict)}
-    return flattened({**run.view.config, **extra, "ranks": started.get("ranks"), DIGEST: data_digest(run)})
+    found = flattened({**run.view.config, **extra, "ranks": started.get("ranks"), DIGEST: data_digest(run)})
+    return {key: value for key, value in found.items() if key != "data.manifest" or not found.get("data.sources")}
 
 
 def data_digest(run: Run) -> str | None:

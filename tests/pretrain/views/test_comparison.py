@@ -196,6 +196,16 @@ def test_a_folder_of_data_and_the_manifest_in_it_are_the_same(
         assert ("note:" in text(runs, 0.0)) == differs
 
 
+def test_a_mixture_is_not_said_to_read_the_one_folder_of_its_file(tmp_path: Path) -> None:
+    """`--set data.sources=...` leaves the configuration's data.manifest where it is, unread."""
+    mixture = [{"manifest": "data/a", "weight": 1.0}, {"manifest": "data/b", "weight": 1.0}]
+    one = write(tmp_path / "one", [row(1, 5.0)], {"data": {"manifest": "data/sample", "sources": mixture}})
+    other = write(tmp_path / "other", [row(1, 5.0)], {"data": {"manifest": "data/c", "sources": []}})
+    third = write(tmp_path / "third", [row(1, 5.0)], {"data": {"manifest": "data/other", "sources": mixture}})
+    assert dict(differing_facts(runs_of(one, other)))["data.manifest"] == [None, "data/c"]
+    assert not differing_facts(runs_of(one, third))
+
+
 def test_settings_and_software_that_differ(tmp_path: Path) -> None:
     one = write(tmp_path / "one", [row(1, 5.0)], {"model": {"d_model": 8, "x": [1]}, "train": {"seed": 1}})
     later = {"model": {"d_model": 8, "x": [2]}, "train": {"seed": 1, "new": 3}}
