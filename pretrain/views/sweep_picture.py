@@ -116,12 +116,15 @@ def _value(result: Result, key: str) -> str:
 
 
 def _are_numbers(results: Sequence[Result], key: str) -> bool:
-    return all(number_of(_value(result, key)) is not None for result in results)
+    """Whether something lies between two values: a seed is a name."""
+    return not key.endswith("seed") and all(number_of(_value(result, key)) is not None for result in results)
 
 
 def _places(results: Sequence[Result], key: str) -> dict[str, float]:
-    """Where each value lies on the axis: a number at itself, others side by side."""
+    """Where each value lies on the axis: a number at itself, others side by side, seeds rising."""
     values = list(dict.fromkeys(_value(result, key) for result in results))
+    if all(number_of(value) is not None for value in values):
+        values.sort(key=lambda value: number_of(value) or 0.0)
     if not _are_numbers(results, key):
         return {value: float(place) for place, value in enumerate(values)}
     return {value: number for value in values if (number := number_of(value)) is not None}

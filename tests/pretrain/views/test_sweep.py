@@ -355,6 +355,24 @@ def test_every_line_with_a_name_in_the_legend_looks_different(tmp_path: Path, mo
     assert [len(of_axes) for of_axes in looks] == [12, 12]
 
 
+def test_seeds_are_names_and_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side in rising order, and no line leads from one to the next, as if there were something between them."""
+    found: list[Axes] = []
+    print_png = FigureCanvasAgg.print_png
+
+    def noted(canvas: FigureCanvasAgg, *args: Any, **kwargs: Any) -> None:
+        found.extend(canvas.figure.axes)
+        print_png(canvas, *args, **kwargs)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    key = "train.seed"
+    losses_drawn([result(tmp_path, v, [5.0, 2.0 + n], key=key) for n, v in enumerate(["100", "9", "1"])], [key])
+    (axes,) = found
+    assert axes.get_xscale() == "linear" and axes.lines[0].get_linestyle() == "None"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "9", "100"]
+    assert axes.get_xticks().tolist() == [0.0, 1.0, 2.0]
+
+
 @pytest.mark.parametrize(
     "values, shown",
     [
