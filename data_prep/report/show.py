@@ -95,6 +95,8 @@ def empty_splits(manifest: Manifest, config: DataConfig) -> None:
             fix = "split_bytes gives it none"
         elif config.validation_input:
             fix = f"nothing of {split}_input is left, and the table above says why"
+        elif config.validation_fraction == 0:  # as it was told to
+            fix = "validation_fraction is 0; train on it without a validation, --set evaluate.sequences=0"
         else:
             fix = "raise validation_fraction to get some"
             if config.format in ("auto", "text"):

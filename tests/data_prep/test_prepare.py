@@ -256,9 +256,9 @@ def test_validation_by_hash_splits_without_loss(
     assert used == {"model_sha256": hashlib.sha256((prepared / "tokenizer.model").read_bytes()).hexdigest()}
 
 
-@pytest.mark.parametrize("held_out", [True, False])
+@pytest.mark.parametrize("held_out, fraction", [(True, 0.0), (False, 1e-9), (False, 0.0)])
 def test_an_empty_held_out_split_is_said_with_what_would_fill_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], held_out: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], held_out: bool, fraction: float
 ) -> None:
     """`validation_fraction` is no way out where validation_input is given, whose texts train has too."""
     texts = [f"text {number} " * 40 for number in range(30)]
@@ -270,7 +270,7 @@ def test_an_empty_held_out_split_is_said_with_what_would_fill_it(
             write_dump(tmp_path / f"{name}.json.gz", [c4_line(text) for text in texts[:5]])
             body[f"{name}_input"] = str(tmp_path / f"{name}.json.gz")
     else:
-        body["validation_fraction"] = 0
+        body["validation_fraction"] = fraction
     (tmp_path / "config.json").write_text(json.dumps(body))
     assert run(tmp_path / "config.json") == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "no document went" in line]
@@ -279,7 +279,8 @@ def test_an_empty_held_out_split_is_said_with_what_would_fill_it(
         splits = ("validation", "test")
         assert lines == [f"warning: no document went to {n}; nothing of {n}_input {ends}" for n in splits]
     else:
-        assert len(lines) == 1 and "no document went to validation; raise validation_fraction" in lines[0]
+        fix = "raise validation_fraction" if fraction else "validation_fraction is 0; train on it without a validation"
+        assert len(lines) == 1 and f"no document went to validation; {fix}" in lines[0]
 
 
 def test_shard_needs_the_tokenizer_of_this_config(
