@@ -124,13 +124,17 @@ def hours_text(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
+def hours_range(fast: float, slow: float) -> str:
+    return "less than 0.01" if slow < 0.01 else f"{hours_text(fast)} to {hours_text(slow)}"
+
+
 def whole_run(report: FitReport, time: StepTime, done: int = 0) -> str:
     """Step, tokens a second and what is left of the run after `done` steps, in hours and GPU-hours."""
     config, steps = report.config, report.config.train.steps
     tokens = config.batch.global_sequences * config.model.sequence_length
     left = max(0, steps - done)
-    hours = [left * terms.total / 3600 for terms in time]
-    unit_hours = [value * report.machine.num_gpus for value in hours]
+    fast, slow = (left * terms.total / 3600 for terms in time)
+    gpus = report.machine.num_gpus
     step = (
         f"{range_text(time)} a step, {short(int(tokens / time.slow.total))} to {short(int(tokens / time.fast.total))} "
         f"tokens a second"
@@ -139,8 +143,8 @@ def whole_run(report: FitReport, time: StepTime, done: int = 0) -> str:
         return f"{step}; all {steps:,} steps are done"
     which = f"the {left:,} of {steps:,} steps that are left" if done else f"{steps:,} steps"
     return (
-        f"{step}; {which} take {hours_text(hours[0])} to {hours_text(hours[1])} h, {hours_text(unit_hours[0])} to "
-        f"{hours_text(unit_hours[1])} {report.machine.device.unit}-hours, without validation and start-up"
+        f"{step}; {which} take {hours_range(fast, slow)} h, {hours_range(fast * gpus, slow * gpus)} "
+        f"{report.machine.device.unit}-hours, without validation and start-up"
     )
 
 

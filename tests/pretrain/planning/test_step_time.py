@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.costs import training_flops_per_token
-from pretrain.cli.plan_fit import hours_text, seconds_text
+from pretrain.cli.plan_fit import hours_range, hours_text, seconds_text
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.planning import layout_plan
@@ -189,4 +189,9 @@ def test_hours_have_no_exponents() -> None:
         "1.5",
         "99.9",
         "12,346",
+    ]
+    assert [hours_range(*ends) for ends in ((1e-5, 1e-4), (1e-5, 0.02), (1.5, 99.9))] == [
+        "less than 0.01",  # <0.01 to <0.01
+        "<0.01 to 0.02",
+        "1.5 to 99.9",
     ]
