@@ -241,15 +241,15 @@ def test_rope_tables_of_documents_are_those_of_their_positions() -> None:
         assert table.shape == (3, 6, 1, 3) and torch.equal(table, expected)
 
 
-def test_rope_tables_are_computed_once_for_each_length() -> None:
+def test_rope_tables_of_any_length_are_the_first_rows_of_one_that_is_kept() -> None:
     config = RopeConfig(fraction=0.5)
     tables, device = RopeTables(12, config), torch.device("cpu")
-    first = tables(None, 7, device)
-    for kept, expected in zip(first, rope_tables(torch.arange(7), 12, config), strict=True):
-        torch.testing.assert_close(kept, expected, rtol=0, atol=0)
-    assert all(a is b for a, b in zip(tables(None, 7, device), first, strict=True))
+    for L in (1, 2, 3, 12, 7, 16, 17, 12):
+        for found, expected in zip(tables(None, L, device), rope_tables(torch.arange(L), 12, config), strict=True):
+            assert found.shape == (L, 1, 3) and torch.equal(found, expected)
+    places = [tables(None, L, device)[1].data_ptr() for L in (7, 8, 9, 16)]
+    assert places[0] == places[1] != places[2] == places[3]
     documents = Documents.of(torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]]))
-    for found, row in zip(tables(documents, 7, device), first, strict=True):
-        torch.testing.assert_close(found, row[documents.positions])
-    assert all(a is b for a, b in zip(tables(None, 7, device), first, strict=True)), "a batch of documents is kept"
-    assert tables(None, 9, device)[0].shape == (9, 1, 3)
+    tables(documents, 7, device)
+    kept = [len(cos) for cos, _ in tables._kept.values()]
+    assert sorted(kept) == [1, 2, 4, 8, 16, 32], "at most twice the longest together"
