@@ -206,6 +206,15 @@ class Block(nn.Module):
         hidden, attention_loss, feedforward_loss = transform(hidden, context, sequence_index, documents)
         return hidden, sequence_index, auxiliary_loss + attention_loss + feedforward_loss
 
+    def fill_tables(self, context: Tensor) -> None:
+        """Computes the tables of positions that `transform` reads for a `context` of this shape, dtype and device,
+        where they are not kept yet."""
+        attention, L = self.attention, context.shape[1] * self.attention.parallel.token_shards
+        if attention.rope is not None:
+            attention.rope(None, L, context.device)
+        else:
+            attention.sinusoids(L, context.shape[2], context)
+
     def transform(
         self, hidden: Tensor, context: Tensor, sequence_index: Tensor, documents: Seen | None
     ) -> tuple[Tensor, Tensor, Tensor]:
