@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.splits import SplitName
+from data_prep.raw.file_kinds import BYTE_ORDER_MARK
 from data_prep.raw.json_text import json_record, named, text_in
 from data_prep.raw.records import EXCERPT_BYTES, Document, NoText, Rejected, checked_text, too_long
 from data_prep.raw.unpack import BLOCK_BYTES, DamagedFileError, Unpacked
@@ -116,7 +117,10 @@ def _sample_documents(
             yield too_long(number, data, max_bytes)
             continue
         try:
-            text = checked_text(data, "the member") if texts else text_in(json_record(data), text_key)
+            if texts:
+                text = checked_text(data.removeprefix(BYTE_ORDER_MARK), "the member")
+            else:
+                text = text_in(json_record(data), text_key)
             yield Document(number, split, text)
         except NoText as error:
             detail = f"{sample['__key__']}.{name}: {error.detail}"

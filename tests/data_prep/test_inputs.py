@@ -246,7 +246,11 @@ def test_plain_text_is_a_document_or_several(tmp_path: Path) -> None:
         cut = write(tmp_path / "d.txt", b"w" * BLOCK_BYTES + end + b"\nmore\n\nsmall")
         texts, (rejected,) = read(cut, "text", text_documents="blank_lines", max_document_bytes=1024)
         assert (texts, rejected.reason, rejected.position) == (["small"], "too long", 1)
-    for end in (b"\n", b"\r\n", b"\r\r\n"):  # is no part of the text before it, and no place in which more of it is lost
+    for end in (
+        b"\n",
+        b"\r\n",
+        b"\r\r\n",
+    ):  # is no part of the text before it, and no place in which more of it is lost
         full = write(tmp_path / "f.txt", b"w" * 1024 + end + b"\n" + b"w" * 1024 + end + b"more\n")
         texts, (rejected,) = read(full, "text", text_documents="blank_lines", max_document_bytes=1024)
         assert (texts, rejected.reason, rejected.position) == (["w" * 1024], "too long", 3)

@@ -62,19 +62,21 @@ def test_members_of_other_kinds_are_named_and_never_opened(tmp_path: Path) -> No
     stored = tar_of(
         ("__meta__", b"{}"),
         ("a.json", b'{"text": "from json", "n": 1}'),
-        ("b.txt", b"from text"), ("b.json", b'{"text": "only what goes with it"}'), ("b.jpg", b"\xff\xd8"),
+        ("b.txt", b"\xef\xbb\xbffrom text"), ("b.json", b'{"text": "only what goes with it"}'), ("b.jpg", b"\xff\xd8"),
         ("c.pyd", bomb), ("c.cls", b"3"),
         ("d.pth", bomb),
         ("e.json", b"[1]"),
         ("f.en.txt", b"two languages"), ("f.de.txt", b"zwei Sprachen"),
         ("g.txt", b"\xff"),
+        ("g2.txt", b"\xef\xbb\xbf"),
         ("README", b"no ending"),
         ("h.txt", b"x" * 2000),
     )  # fmt: skip
     texts, rejected = read(write(tmp_path / "a.tar", stored), max_document_bytes=1024)
     assert texts == ["from json", "from text", "two languages", "zwei Sprachen"]
     assert [(record.position, record.reason) for record in rejected] == [
-        (3, "no text"), (4, "no text"), (5, "not JSON"), (7, "not UTF-8"), (8, "no text"), (9, "too long"),
+        (3, "no text"), (4, "no text"), (5, "not JSON"), (7, "not UTF-8"), (8, "empty"), (9, "no text"),
+        (10, "too long"),
     ]  # fmt: skip
     assert rejected[0].detail == "sample c has cls, pyd; only .txt and .json members are read"
     assert not (tmp_path / "exploded").exists()
