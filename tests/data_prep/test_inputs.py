@@ -250,7 +250,7 @@ def test_plain_text_is_a_document_or_several(tmp_path: Path) -> None:
         b"\n",
         b"\r\n",
         b"\r\r\n",
-    ):  # is no part of the text before it, and no place in which more of it is lost
+    ):  # no part of the text before it: what follows is
         full = write(tmp_path / "f.txt", b"w" * 1024 + end + b"\n" + b"w" * 1024 + end + b"more\n")
         texts, (rejected,) = read(full, "text", text_documents="blank_lines", max_document_bytes=1024)
         assert (texts, rejected.reason, rejected.position) == (["w" * 1024], "too long", 3)
