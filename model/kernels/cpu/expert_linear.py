@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.kernels.cpu.sorted_rows import expert_segment, gather, mm_into, mm_rows, sorted_gates, sum_slots
+from model.kernels.cpu.sorted_rows import (
+    clear_unused,
+    expert_segment,
+    gather,
+    mm_into,
+    mm_rows,
+    sorted_gates,
+    sum_slots,
+)
 from model.kernels.cpu.workers import run_tasks, scratch
 from model.kernels.dtypes import cpu_gemm_dtype
 
@@ -32,26 +40,12 @@ def forward(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int) -> 
 
 def backward(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and experts for `grad` [N, k, h]."""
-    (_, k, h), d = grad.shape, x.shape[1]
-    dtype, counts, tokens = cpu_gemm_dtype(x.dtype), load.tolist(), order // k
-    source, narrow_source = x.to(dtype), grad.reshape(-1, h).to(dtype)
-    rows, grad_experts = scratch("rows", (order.shape[0], d), dtype), experts.new_empty(experts.shape)
-
-    def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
-        wide, narrow = gather("gathered", source, tokens[segment]), gather("narrow", narrow_source, order[segment])
-        mm_into(grad_experts[expert], wide.t(), narrow)
-        mm_rows(narrow, experts[expert].to(dtype).t(), rows[segment])
-
-    run_tasks(counts, compute)
-    _clear_unused(grad_experts, counts)
-    return sum_slots(rows, order, k, x), grad_experts
-
-
-# `backward` in two parts: tensor-parallel ranks communicate between them (model/parallel/overlap.py).
+    arguments = grad, x, order, load, experts
+    return input_gradient(*arguments), expert_gradient(*arguments)
 
 
 def input_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
+    """Gradient of x."""
     (_, k, h), d = grad.shape, x.shape[1]
     dtype, counts = cpu_gemm_dtype(x.dtype), load.tolist()
     narrow_source, rows = grad.reshape(-1, h).to(dtype), scratch("rows", (order.shape[0], d), dtype)
@@ -66,6 +60,7 @@ def input_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts
 
 
 def expert_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
+    """Gradient of the experts."""
     k, h = grad.shape[1:]
     dtype, counts, tokens = cpu_gemm_dtype(x.dtype), load.tolist(), order // k
     source, narrow_source, grad_experts = x.to(dtype), grad.reshape(-1, h).to(dtype), experts.new_empty(experts.shape)
@@ -76,7 +71,7 @@ def expert_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, expert
         mm_into(grad_experts[expert], wide.t(), narrow)
 
     run_tasks(counts, compute)
-    _clear_unused(grad_experts, counts)
+    clear_unused(counts, grad_experts)
     return grad_experts
 
 
@@ -119,14 +114,7 @@ def sum_backward(
         mm_into(grad_experts[expert], narrow.t(), wide)
 
     run_tasks(counts, compute)
-    _clear_unused(grad_experts, counts)
+    clear_unused(counts, grad_experts)
     grad_gates = gates.new_empty(slots)
     grad_gates[order] = gate_rows.to(gates.dtype)
     return grad_a.view(N, k, h), grad_gates.view(N, k), grad_experts
-
-
-def _clear_unused(grad_experts: Tensor, counts: list[int]) -> None:
-    """Zero gradient for the experts that no token chose."""
-    for expert, count in enumerate(counts):
-        if count == 0:
-            grad_experts[expert].zero_()

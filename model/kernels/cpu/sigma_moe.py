@@ -7,6 +7,7 @@ from torch import Tensor
 
 from model.kernels.activation import activate, activate_kept, activation_gradient, is_swiglu
 from model.kernels.cpu.sorted_rows import (
+    clear_unused,
     empty_tile,
     expert_segment,
     filled,
@@ -73,7 +74,7 @@ def backward(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tens
         mm_rows(grad_hidden, up_experts[expert].to(dtype).t(), rows[segment])
 
     run_tasks(counts, compute)
-    _clear_unused(counts, grad_up, grad_down)
+    clear_unused(counts, grad_up, grad_down)
     grad_scores = scores.new_zeros(N * k)
     grad_scores[order] = grad_gates.to(scores.dtype)
     return sum_slots(rows, order, k, x), grad_scores.view(N, k), grad_up, grad_down
@@ -130,13 +131,5 @@ def expert_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor, grad_hidden: 
         mm_into(grad_up[expert], gather("gathered", source, tokens[segment]).t(), narrow)
 
     run_tasks(counts, compute)
-    _clear_unused(counts, grad_up, grad_down)
+    clear_unused(counts, grad_up, grad_down)
     return grad_up, grad_down
-
-
-def _clear_unused(counts: list[int], *gradients: Tensor) -> None:
-    """Zero gradient for the experts that no token chose."""
-    for expert, count in enumerate(counts):
-        if count == 0:
-            for gradient in gradients:
-                gradient[expert].zero_()

@@ -103,3 +103,11 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
     else:
         out.copy_(a @ b)
+
+
+def clear_unused(counts: list[int], *gradients: Tensor) -> None:
+    """Zero gradient for the experts that no token chose."""
+    for expert, count in enumerate(counts):
+        if count == 0:
+            for gradient in gradients:
+                gradient[expert].zero_()
