@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.kernels.cpu.sorted_rows import (
     clear_unused,
-    expert_segment,
+    expert_segments,
     gather,
     mm_into,
     mm_rows,
@@ -27,9 +27,10 @@ def forward(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int) -> 
     N, h = x.shape[0], experts.shape[2]
     dtype, counts, tokens = cpu_gemm_dtype(x.dtype), load.tolist(), order // k
     source, y = x.to(dtype), x.new_empty(N * k, h)
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
+        segment = segments[expert]
         wide = gather("gathered", source, tokens[segment])
         narrow = torch.mm(wide, experts[expert].to(dtype), out=scratch("narrow", (len(wide), h), dtype))
         y.index_copy_(0, order[segment], narrow[: counts[expert]].to(y.dtype))
@@ -49,9 +50,10 @@ def input_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts
     (_, k, h), d = grad.shape, x.shape[1]
     dtype, counts = cpu_gemm_dtype(x.dtype), load.tolist()
     narrow_source, rows = grad.reshape(-1, h).to(dtype), scratch("rows", (order.shape[0], d), dtype)
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
+        segment = segments[expert]
         narrow = gather("narrow", narrow_source, order[segment])
         mm_rows(narrow, experts[expert].to(dtype).t(), rows[segment])
 
@@ -64,9 +66,10 @@ def expert_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, expert
     k, h = grad.shape[1:]
     dtype, counts, tokens = cpu_gemm_dtype(x.dtype), load.tolist(), order // k
     source, narrow_source, grad_experts = x.to(dtype), grad.reshape(-1, h).to(dtype), experts.new_empty(experts.shape)
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
+        segment = segments[expert]
         wide, narrow = gather("gathered", source, tokens[segment]), gather("narrow", narrow_source, order[segment])
         mm_into(grad_experts[expert], wide.t(), narrow)
 
@@ -81,9 +84,10 @@ def sum_forward(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: 
     dtype, counts = cpu_gemm_dtype(a.dtype), load.tolist()
     source, gate_column = a.reshape(N * k, h).to(dtype), sorted_gates(gates, order, dtype)
     rows = scratch("rows", (N * k, d), dtype)
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
+        segment = segments[expert]
         narrow = gather("narrow", source, order[segment])
         # The gate multiplies the narrow side: the same product, fewer bytes.
         narrow[: counts[expert]].mul_(gate_column[segment])
@@ -102,9 +106,10 @@ def sum_backward(
     source, wide_source = a.reshape(slots, h).to(dtype), grad.to(dtype)
     gate_column, gate_rows = sorted_gates(gates, order, dtype), a.new_empty(slots, dtype=dtype)
     grad_a, grad_experts = a.new_empty(slots, h), experts.new_empty(experts.shape)
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment, count = expert_segment(counts, expert), counts[expert]
+        segment, count = segments[expert], counts[expert]
         wide, narrow = gather("gathered", wide_source, tokens[segment]), gather("narrow", source, order[segment])
         tile = scratch("grad_narrow", (len(wide), h), dtype)
         grad_narrow = torch.mm(wide, experts[expert].to(dtype).t(), out=tile)[:count]
