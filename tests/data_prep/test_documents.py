@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from common.errors import DataError
-from data_prep.raw.documents import Document, RawFile, Rejected, stable_fraction, stable_fractions
+from data_prep.raw.documents import Document, RawFile, Rejected, stable_fractions
 from data_prep.raw.unpack import DamagedFileError, Unpacked
 from tests.data_prep.conftest import c4_line, pes2o_line, write_dump
 
@@ -185,12 +185,6 @@ def test_the_validation_choice_is_stable_and_near_its_fraction() -> None:
     chosen = np.flatnonzero(stable_fractions(np.array(hashes, np.uint64)) < 0.05)
     assert chosen[:3].tolist() == [21, 22, 55]
     assert 150 < len(chosen) < 250
-
-
-def test_the_fraction_of_one_hash_is_that_of_many() -> None:
-    digests = [hashlib.sha256(str(number).encode()).digest() for number in range(2000)] + [b"\xff" * 32, bytes(32)]
-    many = stable_fractions(np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64))
-    assert [stable_fraction(digest) for digest in digests] == many.tolist()
 
 
 class Block(bytes):
