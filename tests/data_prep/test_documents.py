@@ -197,6 +197,19 @@ class Block(bytes):
         return Block(bytes(before) + bytes(self))
 
 
+def test_a_text_that_comes_in_short_pieces_is_put_together_once() -> None:
+    """As a web server sends it: one of 1 GB has 16,384 pieces."""
+    stream, Block.copied = io.BytesIO(bytes(range(200))), 0
+    read = lambda size: Block(stream.read(min(size, 7)))  # noqa: E731
+    unpacked = Unpacked(read, name="a", stored_bytes=lambda: 0, finish=lambda: ("", 0))
+    assert unpacked.peek(3) == bytes(range(3))
+    copied = Block.copied
+    assert [unpacked.read(size) for size in (1, 0, 99, 1000, 1)] == [
+        bytes(range(1)), b"", bytes(range(1, 100)), bytes(range(100, 200)), b"",
+    ]  # fmt: skip
+    assert unpacked.position == 200 and Block.copied == copied
+
+
 @pytest.mark.parametrize("max_bytes", [1, 9, 40, 10**6])
 @pytest.mark.parametrize("block_bytes", [1, 3, 8, 1000])
 def test_lines_are_those_of_the_content_and_a_long_one_is_put_together_once(
