@@ -59,7 +59,9 @@ def write_data_manifest(
             # Without defaults, so that a SentencePiece manifest is the same as before `bytes` existed.
             "tokenizer": tokenizer.model_dump(exclude_defaults=True),
             "splits": splits,
-            "totals": {split: split_totals(parts, encoded, split).model_dump() for split in resolved.splits},
+            "totals": {
+                split: totals.model_dump() for split, totals in split_totals(parts, encoded, resolved.splits).items()
+            },
             "provenance": provenance,
         },
     )
