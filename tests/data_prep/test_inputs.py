@@ -246,7 +246,7 @@ def test_plain_text_is_a_document_or_several(tmp_path: Path) -> None:
     long = write(tmp_path / "c.txt", b"small\n\n" + b"word " * 500 + b"\nmore\n\nsmall too\n")
     texts, (rejected,) = read(long, "text", text_documents="blank_lines", max_document_bytes=1024)
     assert (texts, rejected.reason, rejected.position) == (["small", "small too"], "too long", 3)
-    lines = write(tmp_path / "f.txt", b"a line\n" * 1000)
+    lines = write(tmp_path / "f.txt", b"a line\n" * 1000 + b"\nsmall")
     _, (rejected,) = read(lines, "text", text_documents="blank_lines", max_document_bytes=1024)
     assert (rejected.reason, rejected.size) == ("too long", 147 * len("a line\n") - 1), "no more is kept in memory"
     for end in (b"", b"  "):  # where a piece of the long line ends: no document of its own begins behind it
