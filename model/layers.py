@@ -208,12 +208,12 @@ class Block(nn.Module):
 
     def fill_tables(self, context: Tensor) -> None:
         """Computes the tables of positions that `transform` reads for a `context` of this shape, dtype and device,
-        where they are not kept yet."""
-        attention, L = self.attention, context.shape[1] * self.attention.parallel.token_shards
+        where they are not kept yet. Of a context that is not divided over ranks."""
+        (_, L, d), attention = context.shape, self.attention
         if attention.rope is not None:
             attention.rope(None, L, context.device)
         else:
-            attention.sinusoids(L, context.shape[2], context)
+            attention.sinusoids(L, d, context)
 
     def transform(
         self, hidden: Tensor, context: Tensor, sequence_index: Tensor, documents: Seen | None
