@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from common.errors import DataError
 from common.splits import SplitName
 from data_prep.raw.file_kinds import BYTE_ORDER_MARK
 from data_prep.raw.json_text import json_record, named, text_in
@@ -62,6 +63,8 @@ def tar_documents(
     try:
         for number, sample in enumerate(group_by_keys(_members(content, max_bytes)), 1):
             yield from _sample_documents(number, sample, split, text_key, max_bytes)
+    except DataError:  # a ValueError too
+        raise
     except ValueError as error:  # two members of one name
         raise DamagedFileError(f"{content.name} is damaged ({error.args[0]}); make it again") from None
 
@@ -85,7 +88,7 @@ def _members(content: Unpacked, max_bytes: int) -> Iterator[dict[str, Any]]:
             elif name.lower().rpartition(".")[2] in (*TEXT_ENDINGS, JSON_ENDING):
                 opened = archive.extractfile(member)
                 assert opened is not None, "a regular member"
-                data = opened.read(max_bytes + 1)
+                data = opened.read(min(member.size, max_bytes + 1))  # which is allocated before it is read
             yield {"fname": name, "data": data, "__url__": ""}
         end = stream.from_position(archive.offset)
     size, zeros = len(end), not end.strip(b"\0")
