@@ -98,6 +98,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
+    run_dir: Path | None = None
     try:
         if args.ranks is not None and (not args.dry_run or args.ranks < 1):
             raise UserError(
@@ -118,8 +119,8 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
             )
             return dry_run(wanted, with_step=not args.no_step)
         path = config_file(args.config)
-        config = load_config(path, args.overrides)
         run_dir = run_folder(path, args.run_dir)
+        config = load_config(path, args.overrides)
         with contextlib.ExitStack() as stack:
             side_by_side = None
             if ranks.rank == 0:  # as early as can be: it takes a few seconds
@@ -135,6 +136,10 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
             return run(config, sources, run_dir, ranks, stop, side_by_side)
     except UserError as error:
         stop.say_refusal(error, ranks)
+        if run_dir is not None and ranks.rank == 0:
+            from pretrain.report.run_folder import note_early_end
+
+            note_early_end(run_dir, code_of(type(error)), str(error))
         return code_of(type(error))
 
 
@@ -198,12 +203,15 @@ def run(
     from pretrain import device as devices
     from pretrain.loop import train
     from pretrain.parallel.agreement import PeerFailed
+    from pretrain.report.run_folder import note_early_end
     from pretrain.resilience.guard import RankLost, RunFailed, collective_timeout
 
     try:
         device = devices.start(ranks, config.train, timeout_seconds=collective_timeout(config.resilience))
     except devices.Unreachable as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if ranks.rank == 0:
+            note_early_end(run_dir, ExitCode.CUT_OFF, str(error))
         return ExitCode.CUT_OFF
     stop.enter(ProcessState.STARTING)
     code = ExitCode.UNFORESEEN

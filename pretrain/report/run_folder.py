@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import secrets
 import sys
 import time
@@ -17,6 +18,7 @@ from common.run_lock import FolderLock
 from pretrain.report import console
 from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
+from pretrain.report.run_paths import is_run
 
 REPLACED = ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json", "verified.json")
 LEFTOVERS = (
@@ -210,3 +212,12 @@ class RunFolder:
             self.event("superseded_metrics", metrics=row)
         self._events.make_durable()
         self._metrics.keep(lambda row: row["step"] <= step)
+
+
+def note_early_end(path: Path, code: ExitCode, reason: str) -> None:
+    """Writes down how a start ended that has not come to open its folder: readers would take the outcome of the start
+    before for its. Nothing where no run has begun, where another process has the folder, or where it cannot be written.
+    By rank 0 only."""
+    with contextlib.suppress(UserError, OSError):
+        if is_run(path):
+            RunFolder(path, writes=True).end(code, reason)
