@@ -25,6 +25,7 @@ from pretrain.config.rules import check_device, rank_problems
 from pretrain.preflight.whole import Examination, Wanted
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import config_file, run_folder
+from pretrain.views.jobs import mark_submitted
 
 if TYPE_CHECKING:
     from pretrain.config.schema import Config
@@ -148,6 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.REFUSED
+    if not args.smoke:
+        with contextlib.suppress(OSError):  # it is submitted
+            mark_submitted(run_dir, number)
     lines = [
         f"submitted job {number}: {args.nodes} nodes x {_ranks_per_node(args)} ranks, script {path}",
         f"  state      squeue --job {number}",

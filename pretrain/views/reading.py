@@ -35,8 +35,6 @@ TAIL_BYTES = 1000
 """A line of metrics.jsonl or more: its times tell two courses of a run apart."""
 NOT_FOLLOWED = {"superseded_metrics"}
 """Events that repeat what metrics.jsonl once held: of a long run they would be most of what is kept."""
-ENDS_ITS_JOB = (ExitCode.FINISHED, ExitCode.REFUSED, ExitCode.DIVERGED, ExitCode.FOLDER_LOST)
-"""Exit codes after which no job is requeued."""
 BEFORE_A_RUN = re.compile(r"slurm|smoke-\d+|checkpoints|lock-\d+\.json|\..*")
 """What its folder may hold before a run has begun: what submitting it, a smoke test and the first moments of a start
 leave there."""
@@ -214,18 +212,6 @@ class RunView:
         if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
             return State.STOPPED
         return State.DEAD if code is None else State.FAILED
-
-    @property
-    def jobs_that_may_return(self) -> list[str]:
-        """Numbers of the SLURM jobs that trained here, the last one first, if the run has ended in a way for which its
-        job goes back into the queue, or starts it again (docs/operations.md). Those of smoke tests are among them."""
-        if self.state.goes_on or self.outcome.get("exit_code") in ENDS_ITS_JOB:
-            return []
-        try:
-            started = [(path.stat().st_mtime, path.stem) for path in (self.path / "slurm").glob("*.started")]
-        except OSError:
-            return []
-        return [job for _, job in sorted(started, reverse=True)]
 
     def last(self, kind: str) -> Row:
         """The newest event of a kind; empty if there is none."""
