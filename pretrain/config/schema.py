@@ -190,6 +190,11 @@ class TrainConfig(Section):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, json_schema_extra=FREE)
     """CPU threads per rank; null: OMP_NUM_THREADS if set, else the cores divided by the ranks of this node."""
 
+    @property
+    def last_step(self) -> int:
+        """Where this start ends."""
+        return min(self.steps, self.stop_after_steps or self.steps)
+
 
 class ParallelConfig(Section):
     """Layout over ranks. Data parallelism is the number of ranks divided by the product of the other sizes."""

@@ -271,7 +271,7 @@ class PlannedRun:
         if self.has_checkpoint is None or "routing record" in self.broken:
             raise Blocked("it is not known which steps of which record are needed")
         first = 0 if self.newest is None else self.newest.progress.step
-        last = min(train.steps, train.stop_after_steps or train.steps)
+        last = train.last_step
         sources = self._opened()
         stage = stages_of(self.newest, sources, self.config)[-1]
         if train.record_routing:
