@@ -18,8 +18,8 @@ from common.splits import SPLITS, SplitName
 from common.tables import counted
 from common.terminal import visible
 from common.urls import URL
+from pretrain.config.validated import has_effect
 from pretrain.views.reading import RunView
-from pretrain.views.windows import has_effect
 
 AXES = {"step": "steps", "tokens": "tokens", "flops": "training FLOPs"}
 """Key -> what a person calls it."""

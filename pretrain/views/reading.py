@@ -22,10 +22,11 @@ from common.errors import UserError
 from common.line_log import Row, is_event, is_step
 from common.run_lock import SignOfLife, last_sign_of_life
 from common.splits import SPLITS, SplitName
+from pretrain.config.validated import setting
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.report.source_losses import source_losses
-from pretrain.views.windows import Reads, reads_by_step, setting
+from pretrain.views.windows import Reads, reads_by_step
 
 LOGS = ("metrics.jsonl", "events.jsonl", "config.json")
 """A folder that has one of these is a run folder."""

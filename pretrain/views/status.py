@@ -15,12 +15,12 @@ from common.splits import SplitName
 from common.strict_json import finite
 from common.tables import DOTS, counted, shortened_apart, text_table
 from common.terminal import visible
+from pretrain.config.validated import setting
 from pretrain.report.event_text import event_text
 from pretrain.report.exit_codes import ExitCode, meaning_of
 from pretrain.report.source_losses import sources_text
 from pretrain.views.reading import RunView, State
 from pretrain.views.text_plot import text_plot
-from pretrain.views.windows import setting
 
 RECENT_STEPS = 50
 """Steps whose mean time gives the throughput and the time left."""

@@ -1,0 +1,24 @@
+"""Which settings of a saved configuration decide what a validation reads of its split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+WINDOWS = ("evaluate.sequences", "evaluate.placement", "evaluate.streams", "model.sequence_length")
+"""Settings that decide what a validation reads of its split."""
+
+
+def setting(config: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key of config.json; None if it is not there."""
+    found: Any = config
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
+
+
+def has_effect(key: str, config: dict[str, Any]) -> bool:
+    """Whether a setting of WINDOWS does anything in a run of that configuration: of models without memory every window
+    is a stream of its own, unless `evaluate.placement` is start."""
+    if key != "evaluate.streams" or setting(config, "evaluate.placement") == "start":
+        return True
+    return setting(config, "model.position.memory_chunks") != 0
