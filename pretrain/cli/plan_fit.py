@@ -13,13 +13,14 @@ from typing import Any
 
 from common.strict_json import dumps
 from common.tables import counted, text_table
+from common.units import GIB
 from pretrain.checkpoint import list_checkpoints, step_of
 from pretrain.cli.plan_costs import short
 from pretrain.cli.plan_machine import WantedPlan
 from pretrain.config.loading import to_json
 from pretrain.planning.fit import FitReport, fit
 from pretrain.planning.layout_plan import StepTime
-from pretrain.planning.machine import GIB, Machine
+from pretrain.planning.machine import Machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
 from pretrain.report.run_paths import SAVED_CONFIG, is_run

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from common.arguments import Parser, add_overrides
 from common.errors import UserError
 from common.json_config import describe_keys
+from common.units import GIB
 from pretrain.cli.refusals import code_of_failure
 from pretrain.config.deepspeed_keys import EXTRA
 from pretrain.config.loading import load_config, to_json
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
                 overrides=args.overrides,
                 run_dir=args.run_dir,
                 num_ranks=args.ranks,
-                device_memory=None if args.device_memory is None else int(args.device_memory * 2**30),
+                device_memory=None if args.device_memory is None else int(args.device_memory * GIB),
             )
             return dry_run(wanted, with_step=not args.no_step)
         path = config_file(args.config)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.folders import free_bytes
+from common.units import GIB
 from model.config import ModelConfig
 from pretrain.checkpoint import list_checkpoints
 from pretrain.config.schema import Config
 from pretrain.parallel.layout import state_bytes
 from pretrain.report.model_text import parameter_count
 from pretrain.report.startup import DerivedValue
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)

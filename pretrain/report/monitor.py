@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.tables import listed
+from common.units import GIB
 from model.costs import training_flops_per_token
 from pretrain.checkpoint.state import versions
 from pretrain.config.schema import Config, MonitorConfig
@@ -27,8 +28,6 @@ from pretrain.report.source_losses import source_losses, sources_text
 from pretrain.report.tensorboard import TensorBoard
 from pretrain.report.weights_and_biases import WeightsAndBiases
 from pretrain.report.writer import Position, Writer
-
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)

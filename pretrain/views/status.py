@@ -15,6 +15,7 @@ from common.splits import SplitName
 from common.strict_json import finite
 from common.tables import DOTS, counted, shortened_apart, text_table
 from common.terminal import visible
+from common.units import GIB
 from pretrain.config.validated import setting
 from pretrain.report.event_text import event_text
 from pretrain.report.exit_codes import ExitCode, meaning_of
@@ -214,7 +215,7 @@ def memory_text(newest: dict[str, Any]) -> str:
     now, peak = newest.get("memory_bytes"), newest.get("memory_peak_bytes")
     if not isinstance(now, int | float) or not isinstance(peak, int | float):
         return ""
-    return f"{now / 2**30:.1f} GiB on rank 0, peak {peak / 2**30:.1f} GiB"
+    return f"{now / GIB:.1f} GiB on rank 0, peak {peak / GIB:.1f} GiB"
 
 
 def resume_text(view: RunView) -> str:

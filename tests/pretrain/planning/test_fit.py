@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from common.errors import ConfigError
+from common.units import GIB
 from pretrain.cli.plan import main
 from pretrain.cli.plan_fit import steps_done, verdict, whole_run
 from pretrain.config.loading import load_config
@@ -19,7 +20,7 @@ from pretrain.planning import layout_plan
 from pretrain.planning.fit import changes, fit, with_overrides
 from pretrain.planning.layout_plan import traffic
 from pretrain.planning.links import Collective
-from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
+from pretrain.planning.machine import Machine, MachineOptions, machine
 from pretrain.planning.record import Call, Rehearsal
 from pretrain.planning.step_time import held_by_stages
 from pretrain.planning.stops import CannotRehearse, StepStops
