@@ -117,7 +117,7 @@ def test_other_settings_are_refused_and_force_rebuilds(
     change = ("--set", "shard.tokens_per_shard=40000")
     assert run(config, *change) == 2
     error = one_error(capsys)
-    assert "`shard` was" in error
+    assert "`shard.tokens_per_shard` was 5000, is now 40000; " in error
     assert "--force" in error
     old = set(outputs(prepared))
     assert run(config, *change, "--force") == 0
