@@ -43,7 +43,7 @@ class DataConfig(Section):
     {"manifest": "data/pes2o", "weight": 0.3}], each with a `name` if it should not have the folder's. A fixed schedule
     of the weights decides which one a sequence comes from; each is shuffled by itself and has epochs of its own. They
     may move between resumes. Contents, order and weights change only with checkpoint.allow_changes, and then every
-    source goes on where it stands (docs/data.md)."""
+    source goes on where it stands (docs/streaming.md)."""
     order: Literal["shuffled", "streams"] | None = None
     """shuffled: every window once an epoch, in an order that train.seed decides. streams: the split is cut into
     batch.global_sequences contiguous streams, and a step reads the next window of each, without shuffling: what
