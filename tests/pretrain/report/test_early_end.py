@@ -60,6 +60,15 @@ def test_nothing_is_noted_in_the_folder_of_a_run_that_goes_on(run: Path) -> None
     assert (run / "outcome.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("step, is_noted", [(40, False), (20, True)])
+def test_a_run_that_has_taken_all_steps_stays_finished(run: Path, step: int, is_noted: bool) -> None:
+    """And one that train.stop_after_steps has ended does not."""
+    outcome = {"exit_code": 0, "reason": "finished", "step": step, "time": 1.0}
+    (run / "outcome.json").write_text(json.dumps(outcome))
+    assert started(run, "data.manifest=nowhere") == ExitCode.REFUSED
+    assert (RunView.open(run).state is State.FAILED) == is_noted
+
+
 def test_ranks_that_cannot_meet_are_the_outcome(
     run: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
