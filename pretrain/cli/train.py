@@ -21,8 +21,9 @@ from common.json_config import describe_keys
 from common.units import GIB
 from pretrain.cli.refusals import code_of_failure
 from pretrain.config.deepspeed_keys import EXTRA
+from pretrain.config.fields import FREE
 from pretrain.config.loading import load_config, to_json
-from pretrain.config.schema import FREE, Config
+from pretrain.config.schema import Config
 from pretrain.data.patience import Patience, patient_seconds
 from pretrain.preflight.run import PlannedRun, preflight
 from pretrain.preflight.whole import Examination, Wanted

@@ -17,7 +17,8 @@ from common.tables import listed
 from common.units import GIB
 from model.costs import training_flops_per_token
 from pretrain.checkpoint.state import versions
-from pretrain.config.schema import Config, MonitorConfig
+from pretrain.config.schema import Config
+from pretrain.config.watching import MonitorConfig
 from pretrain.engine.details import Details
 from pretrain.report.curves import Curves
 from pretrain.report.estimate import TIMED, SideBySide

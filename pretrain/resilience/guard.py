@@ -12,7 +12,7 @@ import torch.distributed as dist
 from common.errors import PassingError, UserError
 from common.run_lock import is_alive, is_same_machine, process_identity
 from common.slurm import node_name
-from pretrain.config.schema import ResilienceConfig
+from pretrain.config.watching import ResilienceConfig
 from pretrain.device import control_group
 from pretrain.parallel.agreement import PeerFailed, agreed, of_all_ranks
 from pretrain.parallel.lost_ranks import lost_connection, lost_text

@@ -19,7 +19,7 @@ import pretrain.together
 from common.errors import DataError, PassingError, UnreadableError
 from data_prep.shards import cache as shard_cache
 from data_prep.shards.format import Manifest
-from pretrain.config.schema import ResilienceConfig
+from pretrain.config.watching import ResilienceConfig
 from pretrain.data.patience import PASSING, Patience, patient_seconds
 from pretrain.data.sources import Sources
 from pretrain.report.exit_codes import ExitCode, code_of
