@@ -213,9 +213,14 @@ def test_what_would_not_help_is_not_started_again(bench: Bench, code: str, varia
 def test_ranks_are_not_started_again_shortly_before_the_limit(
     bench: Bench, seconds: int, warned: dict[str, str], starts: int
 ) -> None:
-    """Or once SLURM has warned them: it does so once, and they would train until they are killed."""
-    bench.train(SRUN_CODE="137", SLURM_JOB_END_TIME=str(int(time.time()) + seconds), **warned)
+    """Or once SLURM has warned them: it does so once, and they would train until they are killed. Of a SLURM that sets
+    no SLURM_JOB_END_TIME scontrol says when that is."""
+    end = int(time.time()) + seconds
+    bench.train(SRUN_CODE="137", SLURM_JOB_END_TIME=str(end), **warned)
     assert len(bench.calls("srun")) == starts
+    (bench.run_dir / "slurm" / "7.faults").unlink()
+    bench.train(SRUN_CODE="137", END_TIME=time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(end)), **warned)
+    assert len(bench.calls("srun")) == 2 * starts
 
 
 def test_options_of_srun_come_first_and_words_in_quotes_stay_one(bench: Bench) -> None:
