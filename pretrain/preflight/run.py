@@ -220,8 +220,9 @@ class PlannedRun:
         space.check()
         if warning := space.warning():
             found.warnings.append(warning)
+        meanwhile = "with one being written " if space.saved > space.kept else ""
         return (
-            f"{space.kept} checkpoints of {space.size:,} bytes are kept; with one being written {space.wanted:,} bytes "
+            f"checkpoints of {space.size:,} bytes, of which {space.kept} are kept; {meanwhile}{space.wanted:,} bytes "
             f"more, {space.free:,} are free"
         )
 
