@@ -20,7 +20,7 @@ from common.tables import listed
 from common.terminal import columns_of, follows_escapes, visible
 from pretrain.cli.refusals import exit_code_of
 from pretrain.views.jobs import jobs_to_come, submitted_jobs
-from pretrain.views.reading import NotYet, RunView
+from pretrain.views.reading import LOGS, NotYet, RunView
 from pretrain.views.status import runs_table, screen, summary
 
 CLEAR = "\x1b[H\x1b[2J"
@@ -69,6 +69,10 @@ def look(args: argparse.Namespace) -> None:
             for error in gone:  # after the screen, which the next one clears
                 print(passed_over(error), file=sys.stderr, flush=True)
             queued = queue.jobs_of(views, awaited) if args.watch else {}
+            for path, job in queue.ended(awaited).items():
+                log = path / "slurm" / f"{job}.log"
+                print(passed_over(f"{path}: its job {job} has ended, and no run has begun ({log})"), file=sys.stderr)
+                awaited.remove(path)
             text = waiting_text(awaited, queued)
             if text and (clears or text != said):
                 print(text, file=sys.stderr, flush=True)
@@ -115,6 +119,8 @@ class Queue:
 
     def __init__(self) -> None:
         self._asked, self._jobs, self._waiting = -math.inf, set[str](), dict[str, str]()
+        self._told = set[str]()
+        """Jobs of which it has said whether they are in the queue."""
 
     def jobs_of(self, views: Sequence[RunView], awaited: Sequence[Path]) -> dict[Path, str]:
         """Folder of a run, or of one that has not begun -> the job that will start it, and what it is about: it waits
@@ -125,9 +131,18 @@ class Queue:
         if wanted and is_due:
             with contextlib.suppress(OSError, UserError):
                 self._waiting = jobs_in_queue(wanted)
+                self._told = wanted
             self._asked, self._jobs = time.monotonic(), wanted
         newest = {path: next((job for job in found if job in self._waiting), None) for path, found in jobs.items()}
         return {path: _job_text(job, self._waiting[job]) for path, job in newest.items() if job is not None}
+
+    def ended(self, awaited: Sequence[Path]) -> dict[Path, str]:
+        """Folder of a run that has not begun -> the last job that was submitted for it, where none is in the queue any
+        more."""
+        jobs = {path: found for path in awaited if (found := submitted_jobs(path)) and self._told.issuperset(found)}
+        over = {path: found[0] for path, found in jobs.items() if not self._waiting.keys() & found}
+        # Unless a run has begun and ended since it was looked for.
+        return {path: job for path, job in over.items() if not any((path / name).exists() for name in LOGS)}
 
 
 def _job_text(job: str, why: str) -> str:
@@ -154,7 +169,7 @@ def updated(views: list[RunView], *, may_be_none: bool = False) -> tuple[list[Ru
     return kept, gone
 
 
-def passed_over(error: UserError) -> str:
+def passed_over(error: UserError | str) -> str:
     return visible(f"passed over: {str(error).removeprefix('RUN: ')}")
 
 

@@ -48,7 +48,9 @@ def test_every_run_is_submitted_as_a_job_none_twice_and_what_is_in_the_queue_cou
     assert submitted("42") == [["1e-3", "42"], ["3e-3", "44"]]
     assert submitted("42", "44") == [["3e-3", "44"]], "44 was submitted last, though of the first run"
     assert main(["--sweep-dir", str(case.dir), "--table"]) == 0
-    assert "not begun (job 44)" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "not begun (job 42)" in table and "not begun (job 44)" in table
+    assert "not begun (job 46 has ended)" in table, "refused at its first start, or cancelled"
 
 
 def test_of_two_at_once_each_job_waits_for_the_last_but_one(

@@ -264,18 +264,9 @@ def test_of_a_run_that_has_not_begun_a_watch_knows_the_job(
     slurm = Slurm(tmp_path / "bin", monkeypatch, then)
     slurm.says("echo '12 JobHeldAdmin'")
 
-    def cancel() -> None:
-        slurm.says(UNKNOWN)
-
-    def begin() -> None:
-        write(folder, exit_code=0, reason="finished")
-        os.utime(folder / "slurm" / "12.submitted", (1, 1))
-        (folder / "slurm" / "12.started").touch()
-        os.utime(folder / "slurm" / "12.started", (2, 2))
-
-    then += [cancel, begin]
+    then += [lambda: slurm.says(DOWN), lambda: slurm.says(UNKNOWN)]
     assert main([str(folder), "--watch", "--every", "40"]) == 0 and not then
     assert capsys.readouterr().err.splitlines() == [
         f"waiting for {folder}: its job 12 is held, JobHeldAdmin (scontrol release 12)",
-        f"waiting for {folder}: no run has begun in it yet",
+        f"passed over: {folder}: its job 12 has ended, and no run has begun ({folder}/slurm/12.log)",
     ]
