@@ -18,6 +18,7 @@ from common.splits import SPLITS, SplitName
 from common.tables import counted
 from common.terminal import visible
 from common.urls import URL
+from pretrain.config.loading import MADE_OF_SETTINGS
 from pretrain.config.validated import has_effect
 from pretrain.views.reading import RunView
 
@@ -37,8 +38,6 @@ SAME_RATE = 1e-9
 """Relative difference of two quotients of floats that stand for the same FLOPs per token."""
 DIGEST = "data digest"
 """What differs where data do, wherever they lie."""
-MADE_OF_SETTINGS = " with other values of "
-"""In the description of a run whose `--set` changed what the one in its file describes."""
 VALIDATIONS = 8
 """Most validations that are listed."""
 
