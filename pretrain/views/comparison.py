@@ -18,6 +18,7 @@ from common.splits import SPLITS, SplitName
 from common.tables import counted
 from common.terminal import visible
 from common.urls import URL
+from pretrain.config.keys import flatten
 from pretrain.config.loading import MADE_OF_SETTINGS
 from pretrain.config.validated import has_effect
 from pretrain.views.reading import RunView
@@ -131,15 +132,9 @@ def open_runs(views: Sequence[RunView]) -> list[Run]:
     ]
 
 
-def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Value by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= flattened(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+def flattened(tree: dict[str, Any]) -> dict[str, Any]:
+    """Value by dotted key; an empty section has none."""
+    return {key: value for key, value in flatten(tree).items() if value != {}}
 
 
 def facts(run: Run) -> dict[str, Any]:
