@@ -36,8 +36,13 @@ def check_tokenizer(resolved: ResolvedConfig) -> Path | None:
         found = json.loads(record.read_bytes())
     except ValueError:
         raise DataError(f"{record} is not JSON; {fix}") from None
-    if found != {"sha256": sha256_file(model), "settings": resolved.tokenizer_settings()}:
-        raise DataError(f"{model} was not made with the `tokenizer` section of this config; {fix} --force")
+    wanted = resolved.tokenizer_settings()
+    if found != {"sha256": sha256_file(model), "settings": wanted}:
+        then = found.get("settings") if isinstance(found, dict) else None
+        what = (
+            changed_text("tokenizer", then, wanted) if isinstance(then, dict) and then != wanted else "it was replaced"
+        )
+        raise DataError(f"{model} was not made with the `tokenizer` section of this config: {what}; {fix} --force")
     return model
 
 
