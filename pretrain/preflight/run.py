@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.tables import counted
 from pretrain.config.rules import check_device, choose_backends, rank_problems
 from pretrain.config.schema import Config
 from pretrain.preflight.checklist import Blocked, Checklist, Outcome
@@ -222,8 +223,8 @@ class PlannedRun:
             found.warnings.append(warning)
         meanwhile = "with one being written " if space.saved > space.kept else ""
         return (
-            f"checkpoints of {space.size:,} bytes, of which {space.kept} are kept; {meanwhile}{space.wanted:,} bytes "
-            f"more, {space.free:,} are free"
+            f"the run keeps {counted(space.kept, 'checkpoint')} of {space.size:,} bytes; {meanwhile}{space.wanted:,} "
+            f"bytes more, {space.free:,} are free"
         )
 
     def space(self) -> CheckpointSpace:
