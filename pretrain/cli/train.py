@@ -137,8 +137,8 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
                 print_derived(config, data_size, sources, run_dir, newest)
             return run(config, sources, run_dir, ranks, stop, side_by_side)
     except UserError as error:
-        stop.say_refusal(error, ranks)
-        if run_dir is not None and ranks.rank == 0:
+        is_alone = stop.say_refusal(error, ranks)
+        if run_dir is not None and (ranks.rank == 0 or is_alone):
             from pretrain.report.run_folder import note_early_end
 
             note_early_end(run_dir, code_of(type(error)), str(error))

@@ -219,7 +219,7 @@ class RunFolder:
 def note_early_end(path: Path, code: ExitCode, reason: str) -> None:
     """Writes down how a start ended that has not come to open its folder: readers would take the outcome of the start
     before for its. Nothing where no run has begun, where one has taken its last step, where another process has the
-    folder, or where it cannot be written. By rank 0 only."""
+    folder, or where it cannot be written. By the one rank that says why."""
     with contextlib.suppress(UserError, OSError):
         if is_run(path) and not _is_complete(path):
             RunFolder(path, writes=True).end(code, reason)

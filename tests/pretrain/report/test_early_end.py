@@ -20,6 +20,7 @@ from pretrain.data.sources import Sources
 from pretrain.loop import train
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.report.exit_codes import ExitCode
+from pretrain.resilience.signals import Stop
 from pretrain.views.reading import RunView, State
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config
@@ -48,6 +49,17 @@ def test_what_is_refused_before_the_ranks_meet_is_the_outcome(run: Path, setting
     assert view.outcome["reason"].startswith(setting.partition("=")[0])
     assert [event["event"] for event in view.events] == ["started", "opened", "failed"]
     assert {path.name for path in run.iterdir()} == names
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_of_other_ranks_the_one_that_alone_has_found_it_notes_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    for name, value in (("RANK", 1), ("LOCAL_RANK", 1), ("WORLD_SIZE", 2), ("MASTER_ADDR", "::1"), ("MASTER_PORT", 9)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(Stop, "step_aside", lambda stop: is_alone)
+    assert started(run, "data.manifest=nowhere") == ExitCode.REFUSED
+    assert (RunView.open(run).outcome["exit_code"] == ExitCode.REFUSED) == is_alone
 
 
 def test_nothing_is_noted_in_the_folder_of_a_run_that_goes_on(run: Path) -> None:
