@@ -19,15 +19,24 @@ def jobs_to_come(view: RunView) -> list[str]:
     (docs/operations.md), those that trained here. Those of smoke tests are among the latter."""
     if view.state.goes_on:
         return []
-    started = _marks(view.path, "started")
+    started, ended = _marks(view.path, "started"), _ended(view)
     found = {} if view.outcome.get("exit_code") in ENDS_ITS_JOB else dict(started)
-    ended = -math.inf
-    with contextlib.suppress(OSError):
-        ended = (view.path / "outcome.json").stat().st_mtime
     for job, when in _marks(view.path, "submitted").items():
         if started.get(job, math.inf) > ended:  # else the outcome may be its own
             found.setdefault(job, when)
     return _newest_first(found)
+
+
+def unheard_job(view: RunView) -> str | None:
+    """The number of the last job that has started since the run ended, by an outcome that another start has left: it is
+    about to open the folder, or has ended before it came to that."""
+    if view.state.goes_on or not view.outcome:
+        return None
+    started, ended = _marks(view.path, "started"), _ended(view)
+    trains = _marks(view.path, "submitted")
+    return next(
+        iter(_newest_first({job: when for job, when in started.items() if job in trains and when > ended})), None
+    )
 
 
 def submitted_jobs(folder: Path) -> list[str]:
@@ -38,6 +47,14 @@ def submitted_jobs(folder: Path) -> list[str]:
 def mark_submitted(folder: Path, job: str) -> None:
     """Leaves the mark of a job that will train in `folder`. Raises OSError."""
     (folder / "slurm" / f"{job}.submitted").touch()
+
+
+def _ended(view: RunView) -> float:
+    """When the outcome was written; before all times if there is none."""
+    try:
+        return (view.path / "outcome.json").stat().st_mtime
+    except OSError:
+        return -math.inf
 
 
 def _marks(folder: Path, kind: str) -> dict[str, float]:

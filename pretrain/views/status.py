@@ -20,6 +20,7 @@ from pretrain.config.validated import setting
 from pretrain.report.event_text import event_text
 from pretrain.report.exit_codes import ExitCode, meaning_of
 from pretrain.report.source_losses import sources_text
+from pretrain.views.jobs import unheard_job
 from pretrain.views.reading import RunView, State
 from pretrain.views.text_plot import text_plot
 
@@ -65,7 +66,10 @@ def rows(view: RunView, now: float) -> list[tuple[str, str]]:
     """What is known about the run, by name; empty where nothing is."""
     newest = view.metrics.newest
     damaged = view.metrics.damaged + view.damaged_events
+    job = unheard_job(view)
+    log = view.path / "slurm" / f"{job}.log"
     return [
+        ("job", f"{job} has started since, and has not come to open the run so far; its log is {log}" if job else ""),
         ("step", step_text(view)),
         ("time left", left_text(view, now)),
         ("loss", loss_text(view)),

@@ -16,7 +16,7 @@ import pytest
 from common.run_lock import FolderLock
 from pretrain.cli.status import main
 from pretrain.views.jobs import mark_submitted
-from tests.pretrain.views.status_case import CONFIG, row, write
+from tests.pretrain.views.status_case import CONFIG, row, shown, write
 
 
 @pytest.mark.parametrize("term, clears", [("xterm", True), ("dumb", False), ("", False)])
@@ -251,6 +251,25 @@ def test_a_watch_waits_for_a_job_that_was_submitted_since_the_run_ended(
         f"waiting for {folder}: its job 12 waits for one that has failed, and will never start (scancel 12)",
         f"waiting for {folder}: its job 12 has not ended (squeue --job 12)",
     ]
+
+
+def test_a_job_that_has_started_since_the_run_ended_is_named(tmp_path: Path) -> None:
+    """Its node may have failed before it opened the run; what stands there is of the start before. A smoke test, which
+    has a job of its own, and a job whose start the outcome is of, are none."""
+    folder = write(tmp_path / "run", exit_code=85, reason="SIGUSR1")
+    (folder / "slurm").mkdir()
+    os.utime(folder / "outcome.json", (10, 10))
+    for job, begun, trains in (("11", 9, True), ("12", 11, True), ("13", 12, False)):
+        (folder / "slurm" / f"{job}.started").touch()
+        os.utime(folder / "slurm" / f"{job}.started", (begun, begun))
+        if trains:
+            mark_submitted(folder, job)
+    told = " ".join(shown(folder).split())
+    assert (
+        f"job 12 has started since, and has not come to open the run so far; its log is {folder}/slurm/12.log" in told
+    )
+    os.utime(folder / "outcome.json", (20, 20))
+    assert " has started since" not in shown(folder)
 
 
 def test_of_a_run_that_has_not_begun_a_watch_knows_the_job(
