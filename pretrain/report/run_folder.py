@@ -15,12 +15,13 @@ from typing import Any
 from common.errors import UserError
 from common.files import write_json
 from common.line_log import LineLog, Row, is_event, is_step
+from common.presence import exists
 from common.run_lock import FolderLock
 from pretrain.config.validated import setting
 from pretrain.report import console
 from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
-from pretrain.report.run_paths import SAVED_CONFIG, is_run
+from pretrain.report.run_paths import SAVED_CONFIG
 
 REPLACED = ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json", "verified.json")
 LEFTOVERS = (
@@ -218,10 +219,10 @@ class RunFolder:
 
 def note_early_end(path: Path, code: ExitCode, reason: str) -> None:
     """Writes down how a start ended that has not come to open its folder: readers would take the outcome of the start
-    before for its. Nothing where no run has begun, where one has taken its last step, where another process has the
-    folder, or where it cannot be written. By the one rank that says why."""
+    before for its. Nothing where no start has opened it, where the run has taken its last step, where another process
+    has it, or where it cannot be written. By the one rank that says why."""
     with contextlib.suppress(UserError, OSError):
-        if is_run(path) and not _is_complete(path):
+        if exists(path / "events.jsonl") and not _is_complete(path):
             RunFolder(path, writes=True).end(code, reason)
 
 

@@ -51,6 +51,17 @@ def test_what_is_refused_before_the_ranks_meet_is_the_outcome(run: Path, setting
     assert {path.name for path in run.iterdir()} == names
 
 
+def test_so_it_is_where_the_start_before_came_to_no_configuration(run: Path) -> None:
+    """It had no memory for its model. A folder that no start has opened stays as it is."""
+    (run / "config.json").unlink()
+    assert started(run, "data.manifest=nowhere") == ExitCode.REFUSED
+    assert RunView.open(run).outcome["exit_code"] == ExitCode.REFUSED
+    for name in ("events.jsonl", "outcome.json", "metrics.jsonl"):
+        (run / name).unlink()
+    assert started(run, "data.manifest=nowhere") == ExitCode.REFUSED
+    assert {path.name for path in run.iterdir()} == {"checkpoints"}
+
+
 @pytest.mark.parametrize("is_alone", [False, True])
 def test_of_other_ranks_the_one_that_alone_has_found_it_notes_it(
     run: Path, monkeypatch: pytest.MonkeyPatch, is_alone: bool
