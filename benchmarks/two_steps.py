@@ -26,6 +26,7 @@ import psutil
 
 from common.arguments import add_overrides
 from common.errors import UserError
+from common.units import GIB
 from pretrain import device as devices
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks
@@ -38,7 +39,6 @@ from pretrain.ranks import Ranks
 from pretrain.trainer import RunSetup, Trainer, build_trainer
 
 T = TypeVar("T")
-GIB = 2**30
 
 
 def main() -> int:

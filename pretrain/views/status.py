@@ -15,12 +15,14 @@ from common.splits import SplitName
 from common.strict_json import finite
 from common.tables import DOTS, counted, shortened_apart, text_table
 from common.terminal import visible
+from common.units import GIB
+from pretrain.config.validated import setting
 from pretrain.report.event_text import event_text
 from pretrain.report.exit_codes import ExitCode, meaning_of
 from pretrain.report.source_losses import sources_text
+from pretrain.views.jobs import unheard_job
 from pretrain.views.reading import RunView, State
 from pretrain.views.text_plot import text_plot
-from pretrain.views.windows import setting
 
 RECENT_STEPS = 50
 """Steps whose mean time gives the throughput and the time left."""
@@ -82,7 +84,10 @@ def rows(view: RunView, now: float) -> list[tuple[str, str]]:
     """What is known about the run, by name; empty where nothing is."""
     newest = view.metrics.newest
     damaged = view.metrics.damaged + view.damaged_events
+    job = unheard_job(view)
+    log = view.path / "slurm" / f"{job}.log"
     return [
+        ("job", f"{job} has started since, and has not come to open the run so far; its log is {log}" if job else ""),
         ("step", step_text(view)),
         ("time left", left_text(view, now)),
         ("loss", loss_text(view)),
@@ -241,7 +246,7 @@ def memory_text(newest: dict[str, Any]) -> str:
     now, peak = newest.get("memory_bytes"), newest.get("memory_peak_bytes")
     if not isinstance(now, int | float) or not isinstance(peak, int | float):
         return ""
-    return f"{now / 2**30:.1f} GiB on rank 0, peak {peak / 2**30:.1f} GiB"
+    return f"{now / GIB:.1f} GiB on rank 0, peak {peak / GIB:.1f} GiB"
 
 
 def resume_text(view: RunView) -> str:

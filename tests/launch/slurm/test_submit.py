@@ -15,6 +15,7 @@ import pytest
 from common.errors import UserError
 from common.paths import REPOSITORY
 from launch.slurm import job, preparation, training
+from pretrain.views.jobs import submitted_jobs
 from tests.launch.test_entry_points import start
 
 TINY = str(REPOSITORY / "configs" / "switchall_tiny.json")
@@ -208,6 +209,7 @@ def test_a_smoke_test_runs_another_program_and_never_again(
     assert submit(prepared, tmp_path / "run") == 0
     text = Path(calls(sbatch)[1][1]).read_text()
     assert "export PROGRAM" not in text and "export REQUEUES=100\n" in text
+    assert submitted_jobs(tmp_path / "run") == ["42"], "the job that will train, and not the one that tests"
 
 
 def test_data_to_come_must_be_shared_too(
