@@ -295,8 +295,9 @@ class Recorded:
         return call
 
 
-def test_the_side_stream_waits_for_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is captured reads tensors that the current stream has drawn."""
+def test_the_side_stream_waits_for_the_inputs_and_no_round_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured reads tensors that the current stream has drawn; the device has work until a round is asked
+    for."""
     import contextlib
 
     log = Recorded()
@@ -327,6 +328,7 @@ def test_the_side_stream_waits_for_the_inputs(monkeypatch: pytest.MonkeyPatch) -
     for name, value in {
         "Stream": Stream, "current_stream": lambda: None, "stream": partial(entered, "side"), "CUDAGraph": Graph,
         "graph": partial(entered, "capture"), "Event": Event, "synchronize": log.named("host waits"),
+        "_sleep": log.named("device sleeps"),
         "current_device": lambda: 0,
         "get_device_properties": lambda _: type("Properties", (), {"L2_cache_size": 1024}),
     }.items():  # fmt: skip
@@ -337,7 +339,8 @@ def test_the_side_stream_waits_for_the_inputs(monkeypatch: pytest.MonkeyPatch) -
     assert found.median == 2.0 and isinstance(timing.clock_of(CPU), HostClock)
     warm_up = ["side waits for current", "side begins", *["work"] * timing.WARM_UP, "side ends"]
     capture = [*warm_up, "host waits for side", "capture begins", "work", "capture ends"]
-    assert log.calls == [*capture, "replay", "host waits", *["event", "replay", "event"] * 2, "host waits"]
+    rounds = ["device sleeps", "event", "replay", "event"] * 2
+    assert log.calls == [*capture, "replay", "host waits", *rounds, "host waits"]
 
 
 def test_kernel_tables() -> None:
