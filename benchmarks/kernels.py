@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import pathlib
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from benchmarks import moe_layers, records
 from benchmarks.timed_cases import Case, Suite, measure, normal, rows
+from common.resident import forget_peak, resident_bytes
 from model.kernels.backend import BACKENDS
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -129,17 +129,10 @@ def peak_memory_mb(op: str, dtype: str, name: str, options: argparse.Namespace) 
 def print_peak(options: argparse.Namespace) -> None:
     suites = build_suites(options.op, DTYPES[options.dtype], options.quick)
     (case,) = (case for suite in suites for case in suite.cases if case.name == options.peak_of)
-    # Not getrusage: its maximum is inherited from the process that started this one.
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
-    before = _status_mb("VmRSS")
+    forget_peak()
+    before, _ = resident_bytes()
     torch.autograd.grad(case.forward(), case.inputs)
-    print(_status_mb("VmHWM") - before)
-
-
-def _status_mb(field: str) -> float:
-    """A memory field of this process, Linux only."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+    print((resident_bytes()[1] - before) / 2**20)
 
 
 def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

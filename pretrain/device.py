@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import PassingError, UserError
+from common.resident import resident_bytes
 from common.slurm import is_task_of_many
 from pretrain.config.schema import TrainConfig
 from pretrain.gpus import (
@@ -285,12 +286,7 @@ def memory_bytes(device: torch.device) -> dict[str, int]:
             "memory_peak_bytes": torch.cuda.max_memory_allocated(device),
             "memory_reserved_bytes": torch.cuda.memory_reserved(device),
         }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            now = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux
-        now = peak
+    now, peak = resident_bytes()
     return {"memory_bytes": now, "memory_peak_bytes": peak}
 
 
