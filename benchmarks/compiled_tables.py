@@ -6,51 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.marked import with_table
+from benchmarks import marked
+from benchmarks.marked import TIGHT, with_table
 from common.tables import text_table
 
 if TYPE_CHECKING:
     from benchmarks.compiled_case import Compiled
 
+HEAD = ("kernel", "sm", "warps", "stages", "registers", "stack", "shared KB", "tensor cores", "16-byte loads", "fails")
+
 
 def table(results: Sequence[Compiled], *, markdown: bool) -> str:
     """One row per case and architecture; `fails` is empty where everything holds."""
-    head = (
-        "kernel",
-        "sm",
-        "warps",
-        "stages",
-        "registers",
-        "stack",
-        "shared KB",
-        "tensor cores",
-        "16-byte loads",
-        "fails",
-    )
-    rows: list[tuple[str, ...]] = [head]
+    rows = []
     for r in results:
+        numbers = r.architecture, r.warps, r.stages, r.registers, r.stack_bytes, f"{r.shared_bytes / 1024:.0f}"
         tensor_cores = str(r.tensor_core) if r.is_gemm else "-"
-        numbers = (
-            r.name,
-            r.architecture,
-            r.warps,
-            r.stages,
-            r.registers,
-            r.stack_bytes,
-            f"{r.shared_bytes / 1024:.0f}",
-        )
-        rows.append((*map(str, numbers), tensor_cores, f"{r.wide_loads} of {r.loads}", "; ".join(r.failures())))
-    if markdown:
-        lines = [f"| {' | '.join(row)} |" for row in rows]
-        return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
-    return text_table(rows[0], rows[1:], left=None)
+        loads, fails = f"{r.wide_loads} of {r.loads}", "; ".join(r.failures())
+        rows.append((r.name, *map(str, numbers), tensor_cores, loads, fails))
+    return marked.markdown(HEAD, rows, TIGHT) if markdown else text_table(HEAD, rows, left=None)
 
 
 def summary(results: Sequence[Compiled]) -> str:
     """Markdown, a row per kernel: ranges over its configurations, per architecture."""
     architectures = sorted({r.architecture for r in results})
     head = ("kernel", "configurations", *(f"sm_{a}: registers, shared KB, tensor cores" for a in architectures))
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    rows = []
 
     def span(values: Sequence[float]) -> str:
         low, high = (f"{v:.0f}" for v in (min(values), max(values)))
@@ -64,8 +45,8 @@ def summary(results: Sequence[Compiled]) -> str:
             numbers = (span([r.registers for r in own]), span([r.shared_bytes / 1024 for r in own]))
             failed = sum(bool(r.failures()) for r in own)
             cells.append(", ".join((*numbers, span(gemms) if gemms else "-")) + f" ({failed} fail)" * (failed > 0))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return marked.markdown(head, rows, TIGHT) + "\n"
 
 
 def update_document(path: Path, results: Sequence[Compiled]) -> None:

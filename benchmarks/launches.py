@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import marked
 from benchmarks.fake_cuda import backward, fake_cuda
 from benchmarks.launch_counter import Counts, LaunchCounter, Tally
-from benchmarks.marked import with_table
+from benchmarks.marked import TIGHT, with_table
 from benchmarks.places import OTHER, PLACES, PLACES_OF_STEP
 from common.tables import text_table
 from model.attention.rope import RopeTables
@@ -237,10 +238,7 @@ def title_of(path: Path) -> str:
 
 def markdown() -> str:
     """The tables of docs/kernels.md."""
-    parts = []
-    for path in DEFAULT:
-        lines = [f"| {' | '.join(row)} |" for row in (HEAD, *place_table(path))]
-        parts.append("\n".join([f"{title_of(path)}:\n", lines[0], "|" + "---|" * len(HEAD), *lines[1:]]))
+    parts = (f"{title_of(path)}:\n\n{marked.markdown(HEAD, place_table(path), TIGHT)}" for path in DEFAULT)
     return "\n\n".join(parts) + "\n"
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import marked
 from common.tables import text_table
 
 BYTES, TILE = 2, 64  # bf16
@@ -196,13 +197,8 @@ COLUMNS: dict[str, Callable[[Layer, int, int, Count], str]] = {
 
 
 def table(rows: list[tuple[Layer, int, int, Count]], *, markdown: bool) -> str:
-    cells = [list(COLUMNS)] + [[column(*row) for column in COLUMNS.values()] for row in rows]
-    if not markdown:
-        lines = text_table(cells[0], cells[1:], left=None).splitlines()
-    else:
-        lines = ["| " + " | ".join(line) + " |" for line in cells]
-        lines.insert(1, "|" + "---|" * len(COLUMNS))
-    return "\n".join(lines)
+    head, cells = list(COLUMNS), [[column(*row) for column in COLUMNS.values()] for row in rows]
+    return marked.markdown(head, cells, marked.TIGHT) if markdown else text_table(head, cells, left=None)
 
 
 def main() -> None:
