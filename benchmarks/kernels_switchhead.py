@@ -28,6 +28,8 @@ from torch import nn
 
 from benchmarks import records
 from benchmarks.marked import markdown
+from benchmarks.pictures import picture
+from benchmarks.rounds import ratio
 from benchmarks.timed_cases import Case, Suite, Timed, measure, print_table, rows
 from common.tables import text_table
 from model.attention.dense import DenseAttention
@@ -121,8 +123,7 @@ def to_json(timed: Timed) -> dict[str, list[float]]:
 
 def to_dense(seconds: dict[str, list[float]], name: str, phase: str) -> float:
     """Time of a layer over the dense one's of the same round, the median."""
-    pairs = zip(seconds[f"{name} {phase}"], seconds[f"dense {phase}"], strict=True)
-    return statistics.median(one / dense for one, dense in pairs)
+    return ratio(seconds[f"{name} {phase}"], seconds[f"dense {phase}"])
 
 
 def layer_rows(found: Any) -> list[list[str]]:
@@ -145,30 +146,20 @@ def page(found: Any) -> str:
 
 def draw(found: Any, path: Path) -> None:
     """PNG: for each dtype the layers' times, forward and backward, to the dense layer's, beside their useful MACs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(found["layers"]), figsize=(8, 2.6), sharey=True, squeeze=False, layout="constrained"
-    )
     names, macs = list(found["macs"]), found["macs"]
-    for axis, (dtype, seconds) in zip(axes[0], found["layers"].items(), strict=True):
-        times = [to_dense(seconds, name, PHASES[1]) for name in names]
-        work = [macs[name] / macs["dense"] for name in names]
-        for shift, label, values in ((-0.2, "time, forward and backward", times), (0.2, "useful MACs", work)):
-            bars = axis.barh([place + shift for place in range(len(names))], values, 0.4, label=label)
-            axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-        axis.set_yticks(range(len(names)), names)
-        axis.set_title(dtype, fontsize=10)
-        axis.margins(x=0.15)
-    axes[0][0].invert_yaxis()
-    figure.supxlabel("to dense attention", fontsize=9)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    with picture(path, len(found["layers"]), (8, 2.6), sharey=True) as (figure, axes):
+        for axis, (dtype, seconds) in zip(axes, found["layers"].items(), strict=True):
+            times = [to_dense(seconds, name, PHASES[1]) for name in names]
+            work = [macs[name] / macs["dense"] for name in names]
+            for shift, label, values in ((-0.2, "time, forward and backward", times), (0.2, "useful MACs", work)):
+                bars = axis.barh([place + shift for place in range(len(names))], values, 0.4, label=label)
+                axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+            axis.set_yticks(range(len(names)), names)
+            axis.set_title(dtype, fontsize=10)
+            axis.margins(x=0.15)
+        axes[0].invert_yaxis()
+        figure.supxlabel("to dense attention", fontsize=9)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.families import orders
 from benchmarks.loop.loops import our_loop
 from benchmarks.loop.speed import WARM_UP_STEPS, Piece, timed
+from benchmarks.rounds import orders
 from common.errors import UserError
 from pretrain import device as devices
 from pretrain.config.loading import load_config

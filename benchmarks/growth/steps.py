@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.families import Step, orders
+from benchmarks.families import Step
 from benchmarks.growth.axes import Axis, model_of, step_macs
+from benchmarks.rounds import orders
 
 
 def measured(axis: Axis, rounds: int) -> dict[str, list[dict[str, Any]]]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks.growth import fit
 from benchmarks.growth.axes import AXES
 from benchmarks.marked import markdown
+from benchmarks.pictures import picture
 from common.tables import text_table
 
 
@@ -126,35 +127,29 @@ def page(found: Any) -> str:
 def draw(found: Any, path: Path) -> None:
     """PNG: a panel for each axis, logarithmic, all of the same height in powers of ten, so that slopes compare: times,
     their power law, and multiply-accumulates (dotted), which meet the law at the smallest size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     panels: dict[str, list[Series]] = {}
     for one in series(found):
         panels.setdefault(one.axis, []).append(one)
-    width = 3.6 * max(1, len(panels))
-    figure, axes = plt.subplots(1, max(1, len(panels)), figsize=(width, 3.6), squeeze=False, layout="constrained")
-    for panel, (axis, group) in zip(axes[0], panels.items(), strict=False):
-        for number, one in enumerate(group):
-            _draw_series(panel, one, f"C{number}")
-        ticks = sorted({size for one in group for size in one.sizes})
-        panel.set_xticks(ticks, [str(size) for size in ticks])
-        panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-        panel.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
-        panel.minorticks_off()
-        panel.set_xlabel(AXES[axis].label if axis in AXES else axis)
-        panel.legend(fontsize=7, loc="upper left")
-    limits = [panel.get_ylim() for panel in axes[0]]
-    half = max(math.sqrt(high / low) for low, high in limits) * 1.3  # and room for the legend
-    for panel, (low, high) in zip(axes[0], limits, strict=True):
-        middle = math.sqrt(low * high)
-        panel.set_ylim(middle / half, middle * half)
-    axes[0][0].set_ylabel("ms of a step")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    count = max(1, len(panels))
+    with picture(path, count, (3.6 * count, 3.6)) as (_, axes):
+        for panel, (axis, group) in zip(axes, panels.items(), strict=False):
+            for number, one in enumerate(group):
+                _draw_series(panel, one, f"C{number}")
+            ticks = sorted({size for one in group for size in one.sizes})
+            panel.set_xticks(ticks, [str(size) for size in ticks])
+            panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            panel.minorticks_off()
+            panel.set_xlabel(AXES[axis].label if axis in AXES else axis)
+            panel.legend(fontsize=7, loc="upper left")
+        limits = [panel.get_ylim() for panel in axes]
+        half = max(math.sqrt(high / low) for low, high in limits) * 1.3  # and room for the legend
+        for panel, (low, high) in zip(axes, limits, strict=True):
+            middle = math.sqrt(low * high)
+            panel.set_ylim(middle / half, middle * half)
+        axes[0].set_ylabel("ms of a step")
 
 
 def _draw_series(panel: Any, one: Series, color: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from benchmarks.loop.loops import Bare, EngineAlone, Given, Loop, Peer, our_loop
 from benchmarks.loop.nanogpt import NanoGPT
 from benchmarks.marked import markdown
+from benchmarks.rounds import ratios
 from common.errors import UserError
 from pretrain import device as devices
 from pretrain.config.loading import load_config
@@ -95,8 +96,7 @@ class Measured:
 
     def ratios(self, clock: str) -> list[float]:
         """Of each pair, tokens per second of ours / theirs; `clock`: passed or worked."""
-        pairs = zip(self.ours, self.theirs, strict=True)
-        return [getattr(theirs, clock) / getattr(ours, clock) for ours, theirs in pairs]
+        return ratios(*([getattr(piece, clock) for piece in side] for side in (self.theirs, self.ours)))
 
     @property
     def loss_difference(self) -> float:

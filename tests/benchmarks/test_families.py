@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from benchmarks import families, records
-from benchmarks.families import DENSE, SHAPES, Measured, Step, model_of, orders, rows
+from benchmarks.families import DENSE, SHAPES, Measured, Step, model_of, rows
 from benchmarks.family_profile import ALL_PARTS, part_of, profiled
+from benchmarks.rounds import orders
 from model.config import ModelConfig
 from model.costs import formula_parameters
 
