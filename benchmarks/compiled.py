@@ -155,12 +155,12 @@ def jobs(modules: Sequence[str], triton_version: str) -> list[Job]:
 
 
 def sample(all_jobs: Sequence[Job]) -> list[Job]:
-    """The first GEMM (first case, where a module has none) of every module, on the architectures in turn."""
+    """The first GEMM (first case, where there is none) of every module of kernels, on the architectures in turn."""
     architectures = sorted({job.architecture for job in all_jobs})
     found = []
-    for number, module in enumerate(sorted({job.module for job in all_jobs})):
+    for number, module in enumerate(sorted({job.kernel.split(".")[0] for job in all_jobs})):
         architecture = architectures[number % len(architectures)]
-        own = [job for job in all_jobs if job.module == module and job.architecture == architecture]
+        own = [job for job in all_jobs if job.kernel.startswith(f"{module}.") and job.architecture == architecture]
         found += sorted(own, key=lambda job: not job.is_gemm)[:1]
     return found
 
