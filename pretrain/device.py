@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import PassingError, UserError
+from common.ports import free_port
 from common.resident import resident_bytes
 from common.slurm import is_task_of_many
 from pretrain.config.schema import TrainConfig
@@ -83,7 +84,7 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
     }.items():
         os.environ.setdefault(key, str(value))
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     if device_name == "cuda":  # GPU-ONLY nccl-backend
         if settings.deterministic:
             ask_cublas_for_determinism()
@@ -337,9 +338,3 @@ def own_cores(ranks: Ranks, env: Mapping[str, str]) -> int:
     binding = env.get("SLURM_CPU_BIND_TYPE", "")
     is_bound = is_task_of_many(env) and binding.startswith(("mask_cpu", "map_cpu", "rank"))
     return cores if is_bound else max(1, cores // ranks.local_size)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

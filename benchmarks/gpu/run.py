@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import signal
-import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +27,7 @@ from benchmarks.gpu import carry, quality_run
 from benchmarks.gpu.command import Context, Failed, Part, Unavailable
 from benchmarks.gpu.processes import end_all_below, ranks_below
 from benchmarks.gpu.record import ROOT
+from common.ports import free_port
 
 STOPPED = 85
 """Exit code of a run that a signal stopped: start it again."""
@@ -230,16 +231,8 @@ class Launch:
             raise Unavailable(f"there is no {manifest.name} data set: `python -m benchmarks.gpu carry` makes it")
         self._context, self.run_dir = context, run_dir
         settings = [*settings, f"train.device={context.device.type}", *(SHRUNK if context.tiny else ())]
-        line = [
-            sys.executable,
-            "-m",
-            "deepspeed.launcher.runner",
-            "--num_gpus",
-            "1",
-            "--master_port",
-            str(_free_port()),
-        ]
-        line += script(config, run_dir, manifest, settings)
+        line = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port"]
+        line += [str(free_port()), *script(config, run_dir, manifest, settings)]
         variables = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OMP_NUM_THREADS")}
         if context.device.type == "cpu":
             variables["DS_ACCELERATOR"] = "cpu"
@@ -335,13 +328,7 @@ def _speed(context: Context, lines: Lines) -> float | None:
     if context.shared:
         return None
     later = [line["tokens_per_second"] for step, line in lines.items() if 2 * step > max(lines)]
-    return round(sorted(later)[len(later) // 2], 1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return round(statistics.median(later), 1)
 
 
 @contextlib.contextmanager

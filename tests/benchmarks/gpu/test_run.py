@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -146,6 +147,13 @@ def test_dropout_must_learn(launches: type[FakeLaunch], tmp_path: Path) -> None:
     launches.losses = [3.0, 2.5, 3.0]
     with pytest.raises(Failed, match="does not fall"):
         run.dropped_out(context(tmp_path), steps=3)
+
+
+def test_the_speed_is_the_median_of_the_later_half(tmp_path: Path) -> None:
+    speeds = (1.0, 2.0, 10.0, 30.0)
+    found: Lines = {step: {"tokens_per_second": speed} for step, speed in enumerate(speeds, start=1)}
+    assert run._speed(context(tmp_path), found) == 20.0
+    assert run._speed(dataclasses.replace(context(tmp_path), shared=True), found) is None
 
 
 def test_two_runs_are_compared_by_bits_and_steps() -> None:
