@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 from benchmarks.data import outputs
 from benchmarks.data.outputs import Written
-from benchmarks.data.process_cost import Cost, measure
+from benchmarks.data.process_cost import ONE_THREAD, Cost, measure
 from common.errors import UserError
 
 VOCAB_SIZE = 8000
 SAMPLE_BYTES = 10_000_000
 """Of text, on which a BPE tokenizer is trained."""
-ONE_THREAD = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 OFFLINE = {**ONE_THREAD, "HF_HUB_OFFLINE": "1"}
 
 TRAIN_TOKENIZER = """

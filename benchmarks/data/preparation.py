@@ -29,12 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records, rounds
-from benchmarks.data import outputs
-from benchmarks.data.memory import memory
-from benchmarks.data.memory import table as memory_table
+from benchmarks.data import memory, outputs
 from benchmarks.data.peers import SAMPLE_BYTES, VOCAB_SIZE, Tool, peers
-from benchmarks.data.process_cost import Cost
-from benchmarks.data.runs import prepare
+from benchmarks.data.process_cost import Cost, prepare
 from benchmarks.marked import markdown
 from benchmarks.pictures import Bar, draw_bars
 from common.errors import DataError, UserError
@@ -173,8 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found = throughput(paths, Path(folder), pythons, args.repeats)
                 what, text = "preparation", f"{text_table(HEADER, rows(found))}\n{remarks(found)}"
             else:
-                found = memory(paths, Path(folder), args.sizes, args.workers, filters=not args.no_filters)
-                what, text = "preparation-memory", memory_table(found)
+                found = memory.memory(paths, Path(folder), args.sizes, args.workers, filters=not args.no_filters)
+                what, text = "preparation-memory", text_table(memory.HEADER, memory.rows(found), left=set())
         except (UserError, DataError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

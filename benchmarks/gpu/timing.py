@@ -205,6 +205,13 @@ def number_of_sets(inputs: Inputs, l2_bytes: int) -> int:
     return min(8, max(2, -(-4 * l2_bytes // max(held, 1))))
 
 
+def draw_sets(build: Build, device: torch.device, dtype: torch.dtype, l2_bytes: int, *, tiny: bool) -> list[Inputs]:
+    """As many as rounds rotate through; `tiny`: two."""
+    first = draw(build, device, dtype, 0)
+    count = 2 if tiny else number_of_sets(first, l2_bytes)
+    return [first, *(draw(build, device, dtype, seed) for seed in range(1, count))]
+
+
 def forward_of(inputs: Inputs, backend: str) -> Work:
     tensors = dict(inputs.tensors)
     return lambda: inputs.case.compute(tensors, backend)

@@ -20,10 +20,10 @@ from torch import Tensor
 from benchmarks.compiled_case import SHARED_BYTES
 from benchmarks.gpu import tuned_kernels
 from benchmarks.gpu.command import Context, Failed, Part, Unavailable
-from benchmarks.gpu.equality import TOLERANCE, errors, same_bits
+from benchmarks.gpu.equality import TOLERANCE, errors, results, same_bits
 from benchmarks.gpu.tile_compilation import Compiler, Launch, Resources
 from benchmarks.gpu.tile_search import Search, Tiles, candidates, pruned, text, tiles_of, warps_of
-from benchmarks.gpu.timing import Clock, Inputs, clock_of, draw, measure, number_of_sets
+from benchmarks.gpu.timing import Clock, Inputs, clock_of, draw_sets, measure
 
 ROUNDS = 50
 LEAST_SECONDS = 20.0
@@ -76,10 +76,8 @@ def tried_of(context: Context, search: Search) -> list[Tiles]:
 def compute(context: Context, *, search: Search, compiled: Resourceful) -> dict[str, Any]:
     """Today's tiles are timed first and last. Failed where they are the ones that do not work."""
     clock, rounds, tried = clock_of(context.device), 2 if context.tiny else ROUNDS, tried_of(context, search)
-    first = draw(search.build, context.device, torch.bfloat16, 0)
-    count = 2 if context.tiny else number_of_sets(first, clock.l2_bytes)
-    sets = [first, *(draw(search.build, context.device, torch.bfloat16, seed) for seed in range(1, count))]
-    wanted, _ = outcome(search, search.today, first)
+    sets = draw_sets(search.build, context.device, torch.bfloat16, clock.l2_bytes, tiny=context.tiny)
+    wanted, _ = outcome(search, search.today, sets[0])
     rows: list[dict[str, Any]] = []
     for tiles, needs in zip(tried, compiled(context, search, tried), strict=True):
         if context.remaining() < LEAST_SECONDS / 4:
@@ -90,7 +88,7 @@ def compute(context: Context, *, search: Search, compiled: Resourceful) -> dict[
         row |= {"rejected": why} if why else timed(search, tiles, sets, wanted, clock, rounds)
         rows.append(row)
     again = timed(search, search.today, sets, wanted, clock, rounds)
-    result = {"kernels": list(search.kernels), "sets": count, "candidates": rows, "today_again": again}
+    result = {"kernels": list(search.kernels), "sets": len(sets), "candidates": rows, "today_again": again}
     result["entry"] = search.entry(search.today).as_json()
     if "rejected" in rows[0] or "rejected" in again:
         raise Failed(f"today's tiles: {rows[0].get('rejected') or again['rejected']}", result)
@@ -130,24 +128,16 @@ def chosen(rows: Sequence[dict[str, Any]], again: dict[str, Any]) -> dict[str, A
 
 
 def outcome(search: Search, tiles: Tiles, inputs: Inputs) -> tuple[dict[str, Tensor], list[Launch]]:
-    """Outputs and gradients by name, with `tiles` in the phase of the search, and the launches of its kernels there.
-    AssertionError where the case's own check does not hold."""
-    case, tensors = inputs.case, dict(inputs.tensors)
+    """`results`, with `tiles` in the phase of the search, and the launches of its kernels there."""
     found: list[Launch] = []
 
     def within(phase: str) -> contextlib.AbstractContextManager[None]:
         return _searched(search, tiles, found) if phase == search.phase else contextlib.nullcontext()
 
-    with within("forward"):
-        outputs = case.compute(tensors, search.backend)
-    with within("backward"):
-        grads = torch.autograd.grad(outputs, inputs.leaves, inputs.upstream)
-    if case.check is not None:
-        case.check(tensors)
+    computed, _ = results(inputs, search.backend, within)
     if not found:
         raise RuntimeError(f"the op launched no {' or '.join(search.kernels)}")
-    results = {f"output {number}": y.detach() for number, y in enumerate(outputs)}
-    return results | {f"gradient of {n}": g for n, g in zip(case.leaves, grads, strict=True)}, found
+    return computed, found
 
 
 @contextlib.contextmanager

@@ -94,20 +94,16 @@ def visit(options: argparse.Namespace, stops: Sequence[Stop], *, run: Runner, cl
         print(markdown(_rows(plan, {})))
         return 0
     identity = record.identity(options.device)
-
-    def recorded() -> dict[str, dict[str, Entry]]:
-        return {name: Record(folder, name, identity).last() for name in {each.stop.command for each in plan}}
-
-    if options.list:
-        print(markdown(_rows(plan, recorded())))
-        return 0
     books = {each.stop.command: Record(folder, each.stop.command, identity) for each in plan}
+    if options.list:
+        print(markdown(_rows(plan, {name: book.last() for name, book in books.items()})))
+        return 0
     going = _Call(options, folder, books, begin + options.seconds, run, clock)
     # What hung or died before is tried again behind all others.
     order = sorted(enumerate(plan, start=1), key=lambda item: not going.missing(item[1], going.cut(item[1])))
     for number, each in order:
         going.through(f"stop {number} of {len(plan)}", each)
-    entries = recorded()
+    entries = {name: book.last() for name, book in books.items()}
     rows = _rows(plan, entries)
     print("\n" + markdown(rows) + "\n" + "\n".join(visit_numbers.lines(entries)))
     found = [entry for each in plan for entry in _entries(each, entries)]
