@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from common.arguments import add_overrides
 from common.errors import UserError
-from common.resident import resident_bytes
+from common.resident import forget_peak, resident_bytes
 from pretrain import device as devices
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks
@@ -69,6 +69,7 @@ def measure(config: Config) -> dict[str, Any]:
         sources = open_sources(config)
         sources.check("size")
         expected = None if why_unknown(config) else estimate(config, 1, device.type)
+        forget_peak()  # of the estimate
         before, _ = resident_bytes()
         print(f"before the model: {before / GIB:.2f} GiB", flush=True)
         trainer = told("model and optimizer", lambda: _trainer(config, sources, device))

@@ -123,7 +123,7 @@ def figures(ranks: int, config: Config) -> list[Figure]:
         row("rectangles of all ranks", sum(items), "items"),
         row("local plan: CPU of a rank", 1e3 * local_seconds / ranks, "ms"),
         row("first save: sent to rank 0 by a rank, the largest", max(sent), "bytes"),
-        row("  received by rank 0", max(sent) * ranks, "bytes"),
+        row("  received by rank 0", max(sent) * ranks, "bytes"),  # torch's gather_object pads all to the largest
         row("  global plan on rank 0", 1e3 * global_seconds, "ms"),
         row("later saves: sent to rank 0 by a rank", len(pickle.dumps(SavePlan([], usable=False))), "bytes"),
         row("  global plan on rank 0", 1e3 * again_seconds, "ms"),
