@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import marked
 from common.tables import text_table
@@ -93,7 +94,7 @@ class TorchOperators(TorchDispatchMode):
             and "empty" not in func._opname
             and "alias" not in func._opname
         ):
-            moved = tensor_bytes((*args, result))
+            moved = tensor_bytes(tree_leaves((args, kwargs, result)))
             self.count.launches += 1
             self.count.requested += moved
             self.count.by_tensor[f"torch.{func._opname}"] += moved
@@ -101,7 +102,7 @@ class TorchOperators(TorchDispatchMode):
 
 
 def tensor_bytes(values: Any) -> int:
-    """Of every tensor in `values`, one level deep."""
+    """Of every tensor in `values`."""
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks.traffic import (
     AUTHORS_PASSES,
     LAYERS,
+    Count,
     Layer,
+    TorchOperators,
     authors_bytes,
     measure,
     table,
@@ -26,6 +29,15 @@ def test_a_small_layer() -> None:
     # Of two ops: gates, product; gates, input gradient, weight gradient, gates of the chosen experts.
     assert count.launches == 2 * (2 + 4)
     assert count.requested == sum((count.by_tensor or {}).values()) > count.once
+
+
+def test_all_results_of_an_operator_count() -> None:
+    x, count = torch.ones(3, 5), Count()
+    with TorchOperators(count):
+        torch.sort(x)
+        torch.add(x, x, out=x)
+    assert count.by_tensor == {"torch.sort": 3 * 5 * (4 + 4 + 8), "torch.add": 3 * 5 * 4 * 4}
+    assert (count.launches, count.requested) == (2, 3 * 5 * 32)
 
 
 def test_table() -> None:
