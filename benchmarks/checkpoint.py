@@ -144,9 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = {"ranks": jobs, "repeats": args.repeats, "every": args.every}
-    print(f"{records.heading(about)}\n{text_table(HEADER, rows(found), left={1})}\n{remarks(found)}")
-    if args.keep is not None:
-        records.keep(args.keep, "checkpoint-stall", about, found)
+    text = f"{text_table(HEADER, rows(found), left={1})}\n{remarks(found)}"
+    records.show(args.keep, "checkpoint-stall", about, found, text)
     return 0
 
 

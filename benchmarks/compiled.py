@@ -46,8 +46,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import compiled_entries
 from benchmarks.compiled_case import TENSOR_CORE, Compiled, compile_case, kernel_name
-from benchmarks.compiled_records import Records, in_one_table, read_records, write_records
-from benchmarks.compiled_tables import table, update_document
+from benchmarks.compiled_records import Records, in_one_table, read_records, table, update_document, write_records
 
 if TYPE_CHECKING:
     from benchmarks.kernel_cases.case import CompileCase
@@ -137,17 +136,8 @@ def jobs(modules: Sequence[str], triton_version: str) -> list[Job]:
     for module in modules:
         for position, case in enumerate(cases([module])):
             for architecture in case.architectures:
-                decides = key(case, architecture, triton_version)
-                job = Job(
-                    module,
-                    position,
-                    kernel_name(case),
-                    case.name,
-                    architecture,
-                    decides,
-                    case.is_gemm,
-                    120 in case.architectures,
-                )
+                named = kernel_name(case), case.name, architecture, key(case, architecture, triton_version)
+                job = Job(module, position, *named, case.is_gemm, 120 in case.architectures)
                 if names.setdefault((case.name, architecture), job.key) != job.key:
                     raise ValueError(f"compile_cases() of {module}: two different cases are called {case.name!r}")
                 found.setdefault(job.key, job)

@@ -203,28 +203,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for shape in args.shape or SHAPES:
         print(f"{shape}: {args.layers} layers, {args.rounds} rounds", file=sys.stderr, flush=True)
         found[shape] = measured(shape, args.layers, args.sequences, args.rounds)
-    print(f"{records.heading(about)}; fp32, {threads} threads, {args.layers} layers, ", end="")
-    print(f"{args.sequences} sequences, medians of {args.rounds} rounds\n")
-    for header, lines in ((HEADER, rows), (PART_HEADER, part_rows)):
-        print(
-            text_table(header, [line for shape, one in found.items() for line in lines(shape, one)], left={0, 1}), "\n"
-        )
-    if args.keep is not None:
-        as_json = {s: {family: one._asdict() for family, one in families.items()} for s, families in found.items()}
-        settings = {"threads": threads, "layers": args.layers, "sequences": args.sequences, "rounds": args.rounds}
-        records.keep(args.keep, "families", about, {"shapes": as_json, **settings})
+    settings = {"threads": threads, "layers": args.layers, "sequences": args.sequences, "rounds": args.rounds}
+    tables = (text_table(header, lines, left={0, 1}) for header, lines in tables_of(found))
+    text = f"fp32, {', '.join(f'{value} {name}' for name, value in settings.items())}\n\n" + "\n\n".join(tables)
+    as_json = {s: {family: one._asdict() for family, one in families.items()} for s, families in found.items()}
+    records.show(args.keep, "families", about, {"shapes": as_json, **settings}, text)
     return 0
+
+
+def tables_of(found: dict[str, dict[str, Measured]]) -> list[tuple[list[str], list[list[str]]]]:
+    """Header and rows of times, and of the parts of a step."""
+    return [
+        (header, [line for shape, one in found.items() for line in lines(shape, one)])
+        for header, lines in ((HEADER, rows), (PART_HEADER, part_rows))
+    ]
 
 
 def page(found: Any) -> str:
     """The tables of docs/benchmarks.md."""
-    shapes = {
-        shape: {name: Measured(**one) for name, one in families.items()} for shape, families in found["shapes"].items()
-    }
-    tables = [
-        markdown(header, [line for shape, one in shapes.items() for line in lines(shape, one)])
-        for header, lines in ((HEADER, rows), (PART_HEADER, part_rows))
-    ]
+    shapes = {s: {name: Measured(**one) for name, one in families.items()} for s, families in found["shapes"].items()}
+    tables = [markdown(header, lines) for header, lines in tables_of(shapes)]
     return "\n\nSeconds of the parts of a step, by torch's profiler, medians of three more rounds:\n\n".join(tables)
 
 

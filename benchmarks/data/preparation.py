@@ -175,9 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (UserError, DataError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    print(f"{records.heading(about)}\n{text}")
-    if args.keep is not None:
-        records.keep(args.keep, what, about, found)
+    records.show(args.keep, what, about, found, text)
     return 0
 
 

@@ -309,10 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"{records.heading(about)}\n{text_table(HEADER, rows(found))}")
-    if args.keep is not None:
-        settings = {"tokens": args.tokens, "batches": args.batches, "repeats": args.repeats}
-        records.keep(args.keep, "reading", about, {"readers": found, **settings})
+    kept = {"readers": found, "tokens": args.tokens, "batches": args.batches, "repeats": args.repeats}
+    records.show(args.keep, "reading", about, kept, text_table(HEADER, rows(found)))
     return 0
 
 

@@ -57,9 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{records.heading(about)}; fp32, {threads} threads, medians of {args.rounds} rounds\n\n{table.text(found)}")
-    if args.keep is not None:
-        records.keep(args.keep, "growth", about, found)
+    text = f"fp32, {threads} threads, medians of {args.rounds} rounds\n\n{table.text(found)}"
+    records.show(args.keep, "growth", about, found, text)
     return 0
 
 

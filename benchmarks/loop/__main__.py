@@ -76,9 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{records.heading(about)}\n{text}")
-    if args.keep is not None:
-        records.keep(args.keep, f"loop-{args.what}", about, found)
+    records.show(args.keep, f"loop-{args.what}", about, found, text)
     return 0
 
 
