@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.gpu import carry, run
 from benchmarks.gpu.__main__ import main
@@ -22,6 +21,7 @@ from benchmarks.gpu.processes import end_all_below, ranks_below
 from benchmarks.gpu.record import ROOT, read
 from benchmarks.gpu.run import Lines, different, read_lines
 from data_prep.shards.format import Manifest
+from tests.benchmarks.gpu import cases
 from tests.marks import HAS_SPACE
 
 
@@ -64,7 +64,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> type[FakeLaunch]:
 
 
 def context(folder: Path) -> Context:
-    return Context(device=torch.device("cuda"), tiny=False, results=folder, remaining=lambda: 100.0)
+    return cases.context(folder, device="cuda", tiny=False)
 
 
 def test_a_resume_must_give_the_same_bits(launches: type[FakeLaunch], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from benchmarks import compiled, op_cases, op_shapes
 from benchmarks.fake_cuda import backward, fake_cuda
 from benchmarks.gpu import dropout, equality, sanitizer, truth
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.command import Context, Failed, Unavailable
+from benchmarks.gpu.command import Failed, Unavailable
 from benchmarks.gpu.record import ROOT, read
 from benchmarks.gpu.timing import Inputs, draw, tensors_of
 from benchmarks.launch_counter import LaunchCounter
@@ -27,14 +27,9 @@ from model.kernels.backend import BACKENDS
 from model.kernels.ops import elementwise
 from model.kernels.ops.route import Choice
 from model.kernels.ops.sigma_moe import HeldExperts
-from tests.benchmarks.gpu.cases import CASES, NAMES
+from tests.benchmarks.gpu.cases import CASES, CPU, NAMES, context
 
-CPU = torch.device("cpu")
 SIGMA_MOE = partial(op_cases.sigma_moe_case, 37, 24, 4, 2, 16)
-
-
-def context(folder: Path, **measured: dict[str, Any]) -> Context:
-    return Context(device=CPU, tiny=True, results=folder, remaining=lambda: 100.0, measured=measured)
 
 
 def test_every_backend_is_compared(tmp_path: Path) -> None:
