@@ -18,7 +18,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from benchmarks.family_profile import ALL_PARTS, median_parts, profiled
 from benchmarks.gpu.models import fill_memory
 from benchmarks.marked import markdown
 from benchmarks.pictures import picture
-from benchmarks.rounds import orders, quartiles, ratio, ratios
+from benchmarks.rounds import orders, quartiles, ratio, ratios, seconds
 from common.paths import REPOSITORY
 from common.tables import text_table
 from model.config import ModelConfig
@@ -114,9 +113,9 @@ class Step:
     def __call__(self) -> float:
         """Seconds."""
         self.model.zero_grad(set_to_none=True)
-        begin = time.perf_counter()
+        begin = seconds()
         self.model(self.tokens, self.targets, self.index)[0].backward()
-        return time.perf_counter() - begin
+        return seconds() - begin
 
     def kept_bytes(self) -> int:
         """What autograd keeps of a forward pass besides the parameters, each storage once."""

@@ -4,8 +4,7 @@
     python -m benchmarks.kernels_switchhead --only layer --keep    # the record switchhead-layers of docs/benchmarks.md
 
 Every case of a dtype runs in turn, round after round, so that a slow phase of a shared machine hits all of them alike;
-the medians and, above all, their ratios are what counts. With one thread seconds are those that the processor works,
-blind to other processes.
+the medians and, above all, their ratios are what counts.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import argparse
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,14 +173,14 @@ def main() -> None:
     threads = options.threads or (2 if options.keep is None else 1)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    about, clock = records.machine(), time.process_time if threads == 1 else time.perf_counter
+    about = records.machine()
     rounds = 3 if options.quick else options.rounds
     found: dict[str, Any] = {"layers": {}, "threads": threads, "rounds": rounds, "macs": useful_macs()}
     for name, dtype in DTYPES.items():
         if options.only != "ops":
-            found["layers"][name] = to_json(measure(layer_suite(dtype), dtype, rounds, clock))
+            found["layers"][name] = to_json(measure(layer_suite(dtype), dtype, rounds))
         for suite in op_suites(dtype, options.quick) if options.only != "layer" else ():
-            timed = measure(suite, dtype, rounds, clock)
+            timed = measure(suite, dtype, rounds)
             print_table(f"projections {name}", suite, rows(suite, timed), timed.mm_rate)
     if options.only != "ops":
         print(f"\n{text_table(HEADER, layer_rows(found), left={0, 1})}")

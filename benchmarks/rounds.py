@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -14,6 +17,12 @@ def orders(names: Sequence[T], rounds: int) -> Iterator[T]:
     for number in range(rounds):
         first = number % len(names)
         yield from (*names[first:], *names[:first])
+
+
+def seconds() -> float:
+    """A reading of the clock. Where one thread computes, that of the processors in all threads, which other processes
+    of the machine do not prolong."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def ratios(own: Sequence[float], other: Sequence[float]) -> list[float]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.rounds import seconds
 from common.tables import text_table
 
 MM_SIZE = 2048
@@ -56,36 +56,33 @@ def mm_flops() -> int:
     return 2 * MM_SIZE**3
 
 
-Clock = Callable[[], float]
-
-
-def measure(suite: Suite, dtype: torch.dtype, rounds: int, clock: Clock = time.perf_counter) -> Timed:
+def measure(suite: Suite, dtype: torch.dtype, rounds: int) -> Timed:
     """All cases in turn, round after round; the first round warms up and is not counted."""
     a, out = torch.randn(MM_SIZE, MM_SIZE).to(dtype), torch.empty(MM_SIZE, MM_SIZE, dtype=dtype)
     timed = Timed([], {case.name: [] for case in suite.cases}, {case.name: [] for case in suite.cases})
     for number in range(rounds + 1):
         suite.before_round()
-        start = clock()
+        start = seconds()
         torch.mm(a, a, out=out)
-        seconds = clock() - start
-        found = [time_case(case, clock) for case in suite.cases]
+        product = seconds() - start
+        found = [time_case(case) for case in suite.cases]
         if number:
-            timed.mm.append(seconds)
+            timed.mm.append(product)
             for case, (forward, both) in zip(suite.cases, found, strict=True):
                 timed.forward[case.name].append(forward)
                 timed.both[case.name].append(both)
     return timed
 
 
-def time_case(case: Case, clock: Clock) -> tuple[float, float]:
+def time_case(case: Case) -> tuple[float, float]:
     """Seconds of the forward pass, and of both passes. The gradient from above is made between them."""
-    start = clock()
+    start = seconds()
     y = case.forward()
-    forward = clock() - start
+    forward = seconds() - start
     gradient = torch.ones_like(y)
-    start = clock()
+    start = seconds()
     torch.autograd.grad(y, case.inputs, gradient, allow_unused=True)
-    return forward, forward + clock() - start
+    return forward, forward + seconds() - start
 
 
 def rows(suite: Suite, timed: Timed) -> list[dict[str, Any]]:

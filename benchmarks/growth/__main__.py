@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import records
-from benchmarks.growth import ranks, steps, table
+from benchmarks.growth import axes, ranks, table
 from benchmarks.growth.axes import AXES
 from common.arguments import add_overrides
 from common.errors import UserError
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if axis == RANKS:
                 found[RANKS] = ranks.measured(configs, rounds=args.rounds, steps=args.steps)
             else:
-                found["axes"][axis] = steps.measured(AXES[axis], args.rounds)
+                found["axes"][axis] = axes.measured(AXES[axis], args.rounds)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

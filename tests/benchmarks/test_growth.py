@@ -230,7 +230,7 @@ def test_a_step_is_that_of_the_slowest_rank(monkeypatch: pytest.MonkeyPatch, pre
 def test_mistakes_are_refused_before_anything_is_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(__main__.steps, "measured", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(axes, "measured", lambda *_: pytest.fail("measured"))
     assert __main__.main(["--data", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
     with pytest.raises(SystemExit):
