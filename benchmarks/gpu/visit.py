@@ -8,10 +8,8 @@ At its end it prints what passed, what failed and what is left, and the numbers 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -21,7 +19,7 @@ from typing import Any
 
 from benchmarks.gpu import command, record, visit_numbers
 from benchmarks.gpu.command import CPU_RESULTS, GRACE_SECONDS, TIME_OVER, Part
-from benchmarks.gpu.processes import end_all_below
+from benchmarks.gpu.processes import within
 from benchmarks.gpu.record import CUT, FAILED, PASSED, Entry, Record
 from benchmarks.gpu.tables import Rows, headline, markdown
 from benchmarks.gpu.visit_list import STOPS, Stop
@@ -175,20 +173,8 @@ def underway(each: Planned, before: Mapping[str, Entry], after: Mapping[str, Ent
 
 
 def run(line: list[str], seconds: float) -> int:
-    """Ends it, and all that it started, after so many seconds."""
-    process = subprocess.Popen(line, cwd=record.ROOT)
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        end_all_below(process.pid)
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may keep what is killed
-            process.wait(5)
-        return -signal.SIGKILL
-    except BaseException:  # Ctrl-C, or the end of the call
-        end_all_below(process.pid)
-        process.kill()
-        raise
+    code = within(line, seconds, record.ROOT)
+    return -signal.SIGKILL if code is None else code
 
 
 def _entries(each: Planned, entries: Mapping[str, Mapping[str, Entry]]) -> list[Entry]:

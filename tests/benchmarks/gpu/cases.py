@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from benchmarks import op_cases, op_shapes
@@ -34,6 +37,14 @@ def context(
     return Context(
         device=torch.device(device), tiny=tiny, results=folder, remaining=lambda: remaining, measured=measured
     )
+
+
+def on_the_path(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that does what the script says."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
 def entry(part: str, status: str = "passed", **result: Any) -> Entry:

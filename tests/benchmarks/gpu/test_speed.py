@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import stat
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -260,13 +258,10 @@ def test_ncu_that_cannot_count(
     script: str, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     measured = {"micro-step tiny 2": {"kernels": [{"name": "void gemm<1>(int)"}]}}
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Unavailable, match="ncu is not on the PATH"):
+    with monkeypatch.context() as without, pytest.raises(Unavailable, match="ncu is not on the PATH"):
+        without.setenv("PATH", str(tmp_path))
         counters.compute(context(tmp_path, **measured), model="tiny", sequences=2)
-    path = tmp_path / "ncu"
-    path.write_text(f'#!/bin/sh\necho "$@" > "{tmp_path}/line"\n{script}\n')
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    cases.on_the_path(tmp_path, "ncu", f'echo "$@" > "{tmp_path}/line"\n{script}', monkeypatch)
     with pytest.raises(error, match=words):
         counters.compute(context(tmp_path, **measured), model="tiny", sequences=2)
     line = (tmp_path / "line").read_text()

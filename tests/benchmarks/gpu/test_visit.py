@@ -278,7 +278,7 @@ def test_quality_needs_its_text_and_time(monkeypatch: pytest.MonkeyPatch, tmp_pa
     lines: list[list[str]] = []
 
     def ended(code: int | None) -> Any:
-        def within(line: list[str], context: Context) -> int | None:
+        def within(line: list[str], seconds: float, cwd: Path) -> int | None:
             lines.append(line)
             return code
 
@@ -294,13 +294,6 @@ def test_quality_needs_its_text_and_time(monkeypatch: pytest.MonkeyPatch, tmp_pa
         quality_run.quality(context(tmp_path))
     assert failure.value.result == {"records": [{"name": "dense"}]}
     assert "--jobs 10 --set batch.micro_sequences=32" in " ".join(lines[0])
-
-
-def test_a_command_within_its_time(tmp_path: Path) -> None:
-    line = [sys.executable, "-S", "-c", "raise SystemExit(3)"]
-    assert quality_run.within(line, context(tmp_path), tmp_path) == 3
-    line = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
-    assert quality_run.within(line, context(tmp_path, remaining=0.0), tmp_path) is None
 
 
 @pytest.mark.slow
