@@ -17,6 +17,7 @@ from benchmarks.traffic import (
     tiled_bytes,
     useful_flops,
 )
+from common.paths import REPOSITORY
 
 SMALL = Layer(name="small", heads=2, num_experts=4, active=2, narrow=64, authors_launches=68)
 
@@ -57,11 +58,13 @@ def test_authors_arithmetic() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 def test_goals(layer: Layer) -> None:
-    """At most 1.5 times what separate GEMMs in 64 x 64 tiles request; no atomics; fewer launches than the authors'."""
+    """At most 1.5 times what separate GEMMs in 64 x 64 tiles request; no atomics; fewer launches than the authors'. The
+    page says it."""
     count = measure(layer, 256, 512)
     assert count.requested <= 1.5 * tiled_bytes(layer, 256, 512)
-    most = 15 if layer.heads > 1 and 2 * layer.active < layer.num_experts else 12  # sorting is three more
-    assert count.atomics == 0 and count.launches <= most < layer.authors_launches
+    assert count.atomics == 0 and count.launches <= 12 < layer.authors_launches
+    row = table([(layer, 256, 512, count)], markdown=True).splitlines()[-1]
+    assert row in (REPOSITORY / "docs" / "kernels.md").read_text(encoding="utf-8"), row
 
 
 @pytest.mark.slow

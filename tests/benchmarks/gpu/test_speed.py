@@ -258,9 +258,10 @@ def test_ncu_that_cannot_count(
     script: str, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     measured = {"micro-step tiny 2": {"kernels": [{"name": "void gemm<1>(int)"}]}}
-    with monkeypatch.context() as without, pytest.raises(Unavailable, match="ncu is not on the PATH"):
+    with monkeypatch.context() as without:
         without.setenv("PATH", str(tmp_path))
-        counters.compute(context(tmp_path, **measured), model="tiny", sequences=2)
+        with pytest.raises(Unavailable, match="ncu is not on the PATH"):
+            counters.compute(context(tmp_path, **measured), model="tiny", sequences=2)
     cases.on_the_path(tmp_path, "ncu", f'echo "$@" > "{tmp_path}/line"\n{script}', monkeypatch)
     with pytest.raises(error, match=words):
         counters.compute(context(tmp_path, **measured), model="tiny", sequences=2)
