@@ -32,10 +32,10 @@ def figures(ranks: int) -> list[Figure]:
     for process in processes:
         process.join()
     return [
-        Figure("gloo", "to meet and connect", values["meet"], "ms"),
-        Figure("gloo", "sockets of rank 0", values["sockets"], "sockets"),
-        Figure("gloo", "step message around the ring", values["ring"], "ms"),
-        Figure("gloo", "step message in rounds", values["rounds"], "ms"),
+        Figure("to meet and connect", values["meet"], "ms"),
+        Figure("sockets of rank 0", values["sockets"], "sockets"),
+        Figure("step message around the ring", values["ring"], "ms"),
+        Figure("step message in rounds", values["rounds"], "ms"),
     ]
 
 
