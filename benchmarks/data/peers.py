@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import shutil
@@ -89,10 +90,12 @@ def peers(paths: list[Path], work: Path, pythons: dict[str, str]) -> dict[str, T
     tools = {}
     if "datatrove" in pythons:
         run = _datatrove(paths, work, pythons["datatrove"], tokenizer)
-        tools["datatrove"] = Tool(versions["datatrove"], run, lambda: outputs.datatrove(work / "datatrove", tokenizer))
+        written = functools.partial(outputs.byte_level, work / "datatrove", "*.ds", tokenizer)
+        tools["datatrove"] = Tool(versions["datatrove"], run, written)
     if "dolma" in pythons:
         run = _dolma(paths, work, pythons["dolma"], tokenizer)
-        tools["dolma"] = Tool(versions["dolma"], run, lambda: outputs.dolma(work / "dolma", tokenizer))
+        written = functools.partial(outputs.byte_level, work / "dolma", "*.npy", tokenizer)
+        tools["dolma"] = Tool(versions["dolma"], run, written)
     return tools
 
 

@@ -94,14 +94,14 @@ def rank_rows(found: Any) -> list[list[str]]:
 
 def text(found: Any) -> str:
     """For a terminal."""
-    parts = [text_table(HEADER, rows(found), left={0, 1})] if rows(found) else []
-    return "\n\n".join([*parts, *([text_table(RANKS_HEADER, rank_rows(found), left=set())] if found["ranks"] else [])])
+    both = (HEADER, rows(found), {0, 1}), (RANKS_HEADER, rank_rows(found), set[int]())
+    return "\n\n".join(text_table(header, lines, left=left) for header, lines, left in both if lines)
 
 
 def page(found: Any) -> str:
     """The tables of docs/benchmarks.md."""
-    parts = [markdown(HEADER, rows(found))] if rows(found) else []
-    return "\n\n".join([*parts, *([markdown(RANKS_HEADER, rank_rows(found))] if found["ranks"] else [])])
+    both = (HEADER, rows(found)), (RANKS_HEADER, rank_rows(found))
+    return "\n\n".join(markdown(header, lines) for header, lines in both if lines)
 
 
 def draw(found: Any, path: Path) -> None:
