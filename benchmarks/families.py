@@ -18,10 +18,9 @@ import json
 import os
 import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +29,8 @@ from benchmarks import records
 from benchmarks.family_profile import ALL_PARTS, median_parts, profiled
 from benchmarks.gpu.models import fill_memory
 from benchmarks.marked import markdown
+from benchmarks.pictures import picture
+from benchmarks.rounds import orders, quartiles, ratio, ratios, seconds
 from common.paths import REPOSITORY
 from common.tables import text_table
 from model.config import ModelConfig
@@ -37,7 +38,6 @@ from model.costs import attention_macs, feedforward_macs, formula_parameters
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel
 
-T = TypeVar("T")
 PAPER = REPOSITORY / "configs" / "paper"
 SHAPES: dict[str, dict[str, tuple[str, str | None]]] = {
     "47m": {
@@ -113,9 +113,9 @@ class Step:
     def __call__(self) -> float:
         """Seconds."""
         self.model.zero_grad(set_to_none=True)
-        begin = time.perf_counter()
+        begin = seconds()
         self.model(self.tokens, self.targets, self.index)[0].backward()
-        return time.perf_counter() - begin
+        return seconds() - begin
 
     def kept_bytes(self) -> int:
         """What autograd keeps of a forward pass besides the parameters, each storage once."""
@@ -162,28 +162,13 @@ def measured(shape: str, layers: int, sequences: int, rounds: int) -> dict[str, 
     return found
 
 
-def orders(families: Sequence[T], rounds: int) -> Iterator[T]:
-    """Every family once a round, each round beginning with the next one."""
-    for number in range(rounds):
-        first = number % len(families)
-        yield from (*families[first:], *families[:first])
-
-
-def ratios(seconds: Sequence[float], to: Sequence[float]) -> list[float]:
-    """Of each round."""
-    return [own / other for own, other in zip(seconds, to, strict=True)]
-
-
 def rows(shape: str, found: dict[str, Measured]) -> list[list[str]]:
     """A line for each family: ratios to the dense model, medians over rounds."""
     dense = found[DENSE]
     lines = []
     for family, one in found.items():
-        each = ratios(one.seconds, dense.seconds)
-        low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
-        step = f"{statistics.median(one.seconds):.2f}"
         memory = [f"{one.kept / 1e6:.0f}", f"{one.kept / dense.kept:.2f}"]
-        times = [step, f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
+        times = [f"{statistics.median(one.seconds):.2f}", *quartiles(ratios(one.seconds, dense.seconds))]
         macs = [f"{one.macs / dense.macs:.2f}", f"{one.step_macs / dense.step_macs:.2f}"]
         lines.append([shape, family, f"{one.parameters:,}", *times, *macs, *memory])
     return lines
@@ -217,59 +202,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for shape in args.shape or SHAPES:
         print(f"{shape}: {args.layers} layers, {args.rounds} rounds", file=sys.stderr, flush=True)
         found[shape] = measured(shape, args.layers, args.sequences, args.rounds)
-    print(f"{records.heading(about)}; fp32, {threads} threads, {args.layers} layers, ", end="")
-    print(f"{args.sequences} sequences, medians of {args.rounds} rounds\n")
-    for header, lines in ((HEADER, rows), (PART_HEADER, part_rows)):
-        print(
-            text_table(header, [line for shape, one in found.items() for line in lines(shape, one)], left={0, 1}), "\n"
-        )
-    if args.keep is not None:
-        as_json = {s: {family: one._asdict() for family, one in families.items()} for s, families in found.items()}
-        settings = {"threads": threads, "layers": args.layers, "sequences": args.sequences, "rounds": args.rounds}
-        records.keep(args.keep, "families", about, {"shapes": as_json, **settings})
+    settings = {"threads": threads, "layers": args.layers, "sequences": args.sequences, "rounds": args.rounds}
+    tables = (text_table(header, lines, left={0, 1}) for header, lines in tables_of(found))
+    text = f"fp32, {', '.join(f'{value} {name}' for name, value in settings.items())}\n\n" + "\n\n".join(tables)
+    as_json = {s: {family: one._asdict() for family, one in families.items()} for s, families in found.items()}
+    records.show(args.keep, "families", about, {"shapes": as_json, **settings}, text)
     return 0
+
+
+def tables_of(found: dict[str, dict[str, Measured]]) -> list[tuple[list[str], list[list[str]]]]:
+    """Header and rows of times, and of the parts of a step."""
+    return [
+        (header, [line for shape, one in found.items() for line in lines(shape, one)])
+        for header, lines in ((HEADER, rows), (PART_HEADER, part_rows))
+    ]
 
 
 def page(found: Any) -> str:
     """The tables of docs/benchmarks.md."""
-    shapes = {
-        shape: {name: Measured(**one) for name, one in families.items()} for shape, families in found["shapes"].items()
-    }
-    tables = [
-        markdown(header, [line for shape, one in shapes.items() for line in lines(shape, one)])
-        for header, lines in ((HEADER, rows), (PART_HEADER, part_rows))
-    ]
+    shapes = {s: {name: Measured(**one) for name, one in families.items()} for s, families in found["shapes"].items()}
+    tables = [markdown(header, lines) for header, lines in tables_of(shapes)]
     return "\n\nSeconds of the parts of a step, by torch's profiler, medians of three more rounds:\n\n".join(tables)
 
 
 def draw(found: Any, path: Path) -> None:
     """PNG: for each shape and family, step time, multiply-accumulates and kept bytes, each to the dense model's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shapes = found["shapes"]
-    figure, axes = plt.subplots(
-        1, len(shapes), figsize=(4.5 * len(shapes), 3.6), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (shape, families) in zip(axes[0], shapes.items(), strict=True):
-        dense = families[DENSE]
-        bars = {
-            "step time": [statistics.median(ratios(one["seconds"], dense["seconds"])) for one in families.values()],
-            "multiply-accumulates": [one["step_macs"] / dense["step_macs"] for one in families.values()],
-            "kept activations": [one["kept"] / dense["kept"] for one in families.values()],
-        }
-        for number, (label, heights) in enumerate(bars.items()):
-            places = [place + (number - 1) * 0.27 for place in range(len(families))]
-            axis.bar_label(axis.bar(places, heights, 0.27, label=label), fmt="%.2f", fontsize=7)
-        axis.set_xticks(range(len(families)), list(families))
-        axis.set_title(shape)
-    axes[0][0].set_ylabel("to the dense model")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(bars), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    with picture(path, len(shapes), (4.5 * len(shapes), 3.6), sharey=True) as (figure, axes):
+        for axis, (shape, families) in zip(axes, shapes.items(), strict=True):
+            dense = families[DENSE]
+            bars = {
+                "step time": [ratio(one["seconds"], dense["seconds"]) for one in families.values()],
+                "multiply-accumulates": [one["step_macs"] / dense["step_macs"] for one in families.values()],
+                "kept activations": [one["kept"] / dense["kept"] for one in families.values()],
+            }
+            for number, (label, heights) in enumerate(bars.items()):
+                places = [place + (number - 1) * 0.27 for place in range(len(families))]
+                axis.bar_label(axis.bar(places, heights, 0.27, label=label), fmt="%.2f", fontsize=7)
+            axis.set_xticks(range(len(families)), list(families))
+            axis.set_title(shape)
+        axes[0].set_ylabel("to the dense model")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(bars), fontsize=9)
 
 
 if __name__ == "__main__":

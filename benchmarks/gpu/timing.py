@@ -1,9 +1,10 @@
 """Times on a GPU: between events around the replay of a CUDA graph, so that neither Python nor a launch is timed.
 
 `measure` fixes the order. What is timed is made beforehand, on the device, inputs and upstream gradients included. Then
-each piece of work is run to warm it up and captured. Then, round after round, the L2 cache is overwritten, a start
-event is recorded, one graph is replayed, an end event is recorded. Rounds rotate through several sets of inputs.
-Nothing is read or checked before the last round is over.
+each piece of work is run to warm it up and captured. Then, round after round, the device is kept busy until the host
+has asked for all of the round, the L2 cache is overwritten, a start event is recorded, one graph is replayed, an end
+event is recorded. Rounds rotate through several sets of inputs. Nothing is read or checked before the last round is
+over.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ LOSS_SCALE = 65536.0
 """Of losses in fp16, as in training: a mean's gradients are too small for fp16 without."""
 WARM_UP = 3
 """Calls before a capture: compilation, handles, allocator."""
+HOLD_CYCLES = 1_000_000
+"""Of the device, half a millisecond, before each round. A host that asks for the graph after the start event has passed
+would be in the time: overwriting an H200's cache takes 30 us, a slow host may need longer for events and graph."""
 
 
 class Clock(Protocol):
@@ -36,7 +40,7 @@ class Clock(Protocol):
         """Warms `work` up and returns what repeats it without the host."""
 
     def flush(self) -> None:
-        """Overwrites the L2 cache."""
+        """Keeps the device busy while the host asks for what follows, and overwrites the L2 cache."""
 
     def timed(self, replay: Work) -> Callable[[], float]:
         """Start event, `replay`, end event -> what gives the milliseconds between them, after `wait`."""
@@ -74,6 +78,7 @@ class CudaClock:
         return graph.replay
 
     def flush(self) -> None:
+        torch.cuda._sleep(HOLD_CYCLES)
         self._flushed.zero_()
 
     def timed(self, replay: Work) -> Callable[[], float]:
@@ -198,6 +203,13 @@ def number_of_sets(inputs: Inputs, l2_bytes: int) -> int:
     """So many that one round's inputs have left the cache when they come again: 2 to 8."""
     held = sum(t.numel() * t.element_size() for t in inputs.tensors.values())
     return min(8, max(2, -(-4 * l2_bytes // max(held, 1))))
+
+
+def draw_sets(build: Build, device: torch.device, dtype: torch.dtype, l2_bytes: int, *, tiny: bool) -> list[Inputs]:
+    """As many as rounds rotate through; `tiny`: two."""
+    first = draw(build, device, dtype, 0)
+    count = 2 if tiny else number_of_sets(first, l2_bytes)
+    return [first, *(draw(build, device, dtype, seed) for seed in range(1, count))]
 
 
 def forward_of(inputs: Inputs, backend: str) -> Work:

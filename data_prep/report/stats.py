@@ -204,7 +204,7 @@ def _lengths(lengths: dict[str, Lengths], plots: Plots) -> list[str]:
     found = {split: of_split for split, of_split in lengths.items() if of_split.documents}
     rows = [(split, *of_split.quantiles(), f"{of_split.mean:,.1f}") for split, of_split in found.items()]
     longest = max((int(of_split.values[-1]) for of_split in found.values()), default=1)
-    edges = np.geomspace(1, max(2, longest + 1), 50)  # of all splits: shares in bins of different widths cannot be compared
+    edges = np.geomspace(1, max(2, longest + 1), 50)  # of all splits: shares of other bins cannot be compared
     with _figure(plots, "lengths.png", "tokens of a document", "share of documents") as axes:
         for split, of_split in found.items():
             weights = of_split.counts / of_split.documents
@@ -289,7 +289,16 @@ def _in_cell(text: str) -> str:
 
 def _inputs(manifest: Manifest) -> list[str]:
     rows = [
-        (_in_cell(r.name), r.format, r.split, r.bytes, r.documents, sum(r.quarantined.values()), r.filtered, r.duplicates)
+        (
+            _in_cell(r.name),
+            r.format,
+            r.split,
+            r.bytes,
+            r.documents,
+            sum(r.quarantined.values()),
+            r.filtered,
+            r.duplicates,
+        )
         for r in manifest.provenance.inputs
     ]
     header = ("raw file", "format", "split", "bytes", "documents", "quarantined", "filtered", "duplicates")

@@ -320,7 +320,7 @@ def test_layers_are_alike() -> None:
     _, one, layer = launches.count_model(path)
     three = launches.count_step(load_config(path, ["model.num_layers=3"]))
     for first, further, wanted in zip(one.parts[:2], layer.parts[:2], three.parts[:2], strict=True):
-        assert launches.total_of(first, further, 2) == wanted
+        assert first.plus(further, 2) == wanted
 
 
 def test_the_host_never_waits_in_an_optimizer_step() -> None:

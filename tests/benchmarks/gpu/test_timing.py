@@ -19,9 +19,8 @@ from benchmarks import op_cases
 from benchmarks.gpu import timing
 from benchmarks.gpu.timing import Times, Work, backward_of, draw, forward_of, measure, number_of_sets, times
 from model.kernels.backend import BACKENDS
-from tests.benchmarks.gpu.cases import CASES, NAMES
+from tests.benchmarks.gpu.cases import CASES, CPU, NAMES
 
-CPU = torch.device("cpu")
 VIEWS = {"detach", "alias", "view", "transpose"}
 """Operators without a kernel."""
 

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import pretrain.checkpoint.saver
+from common.resident import forget_peak, resident_bytes
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.checkpoint.fragments import single_fragment
 from pretrain.checkpoint.loading import load_training_state
@@ -170,16 +171,11 @@ def save_large(rank: int, config: Config, folder: Path) -> tuple[int, int]:
     trainer = trainer_of(config)
     trainer.saver.save(folder, Progress(0, 0), extra={}, retention=Retention(keep_last=1))  # moments are there now
     trainer.saver.finish()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
-    before = _memory("VmRSS")
+    forget_peak()
+    before, _ = resident_bytes()
     trainer.saver.save(folder, Progress(1, 0), extra={}, retention=Retention(keep_last=1))
     trainer.saver.finish()
-    return 12 * sum(p.numel() for p in trainer.engine.module.parameters()), _memory("VmHWM") - before
-
-
-def _memory(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return 1024 * int(line.split()[1])
+    return 12 * sum(p.numel() for p in trainer.engine.module.parameters()), resident_bytes()[1] - before
 
 
 @pytest.mark.slow
