@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.views.next_step import next_text, resume_text
 from pretrain.views.reading import RunView
-from pretrain.views.status import next_text, resume_text
 from tests.pretrain.views.status_case import shown, write
 
 
