@@ -14,11 +14,11 @@ from typing import Any
 from common.errors import UserError
 from common.files import replace_file, write_json
 from common.folders import making
-from pretrain.checkpoint.folder import PARTIAL, Checkpoint, check_output_folder
+from pretrain.checkpoint.folder import CONVERTED, PARTIAL, Checkpoint, check_output_folder
 from pretrain.checkpoint.prepared_data import stored_tokenizer_of
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 
-MODEL, CONFIG, WEIGHTS = "model.safetensors", "config.json", "weights.json"
+MODEL, CONFIG, WEIGHTS = "model.safetensors", "config.json", CONVERTED
 
 
 def convert(folder: Path, out: Path, *, data: str | None = None, ema: bool = False) -> None:

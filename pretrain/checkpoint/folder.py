@@ -27,6 +27,8 @@ STATE_FILE, TENSORS_FILE, COMMIT_FILE = "state.json", "tensors.json", "commit.js
 TOKENIZER_FILE = "tokenizer.model"
 """Only in checkpoints of weights alone, see weights.py."""
 PARTIAL = ".partial"
+CONVERTED = "weights.json"
+"""In what `checkpoint.py convert` writes, which has a config.json too, and nothing that a command goes on from."""
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 """Of a folder that a run writes, and continues from."""
 OWN_FILE = re.compile(
@@ -190,8 +192,19 @@ def check_output_folder(folder: Path, option: str) -> None:
             )
 
 
+def check_not_converted(folder: Path, option: str) -> None:
+    """Raises UserError for a folder that launch/checkpoint.py convert wrote."""
+    if (folder / CONVERTED).exists() and not (folder / STATE_FILE).exists():
+        raise UserError(
+            f"{option}: {folder} is what launch/checkpoint.py convert wrote for other programs; name the checkpoint "
+            f"that it was made of, or the run"
+        )
+
+
 def check_no_export(folder: Path, option: str) -> None:
-    """Raises UserError for a folder that launch/export.py wrote, or transformers: its weights are no checkpoint yet."""
+    """Raises UserError for a folder of weights that are no checkpoint: launch/export.py, transformers or
+    launch/checkpoint.py convert wrote it."""
+    check_not_converted(folder, option)
     if (folder / "generation_config.json").exists() and not (folder / STATE_FILE).exists():
         raise UserError(
             f"{option}: {folder} is an export; make a checkpoint of it, python launch/import_weights.py "

@@ -15,6 +15,7 @@ from common.errors import ConfigError, UserError
 from data_prep.shards.manifest_records import TokenizerEntry
 from model.config import ModelConfig
 from model.parameters import owner_of, parameter_specs
+from pretrain.checkpoint.folder import CONVERTED, check_not_converted
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin
 from pretrain.config.loading import parse_config
@@ -66,7 +67,8 @@ def progress_of(origin: dict[str, Any], config: Config) -> Progress:
 
 def is_export(folder: Path) -> bool:
     """Whether a folder looks like one that `open_export` reads."""
-    return (folder / CONFIG).is_file() and ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file())
+    has_weights = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+    return has_weights and (folder / CONFIG).is_file() and not (folder / CONVERTED).exists()
 
 
 def open_export(folder: Path) -> Exported:
@@ -74,6 +76,7 @@ def open_export(folder: Path) -> Exported:
     tensors are checked without reading them. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name one that launch/export.py wrote")
+    check_not_converted(folder, "SOURCE")
     origin = _origin(folder)
     text = _text(folder / CONFIG)
     run = None if origin is None else dict(origin["config"])

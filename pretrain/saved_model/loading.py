@@ -19,6 +19,7 @@ from pretrain.checkpoint.folder import (
     STATE_FILE,
     Checkpoint,
     DamagedCheckpoint,
+    check_not_converted,
     list_checkpoints,
     while_they_are_there,
 )
@@ -89,6 +90,7 @@ def find_checkpoint(place: Path) -> Checkpoint:
             )
         if (place / "sweep.json").exists():  # SWEEP_RECORD of pretrain/report/run_paths.py, a room above
             raise UserError(f"RUN: {place} is the folder of a sweep; name a run in it")
+        check_not_converted(place, "RUN")
         is_run = is_run or (place / "config.json").exists()
         raise UserError(
             f"RUN: {place} has no checkpoint yet; wait for the first (checkpoint.every_steps of its configuration)"

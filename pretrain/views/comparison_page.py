@@ -106,7 +106,7 @@ def drawn(runs: Sequence[Run]) -> bytes:
     for axes in (*grid[0], grid[1, 1]):
         set_scale(axes)
     # Its own handles: a curve whose label begins with _ would have none. A name may also hold a $.
-    handles = [Line2D([], [], **look(number)) for number in range(len(runs))]
+    handles = [Line2D([], [], **look(number), **_weight(number)) for number in range(len(runs))]
     legend = figure.legend(handles, ["" for _ in runs], loc="lower center", ncols=columns, frameon=False)
     for entry, name in zip(legend.get_texts(), shortened_apart([run.label for run in runs], most), strict=True):
         entry.set(text=name, parse_math=False)
@@ -130,11 +130,13 @@ def _legend_columns(runs: Sequence[Run]) -> tuple[int, int]:
 
 def _curves(axes: Axes, runs: Sequence[Run], axis: str, key: str) -> None:
     for number, run in enumerate(runs):
-        x, y = thinned(run.column(axis), run.column(key))
-        # Wider and paler, so that the first is seen below one that is equal.
-        width, alpha = (1.2, 1.0) if number else (3.0, 0.5)
-        axes.plot(x, y, **look(number), linewidth=width, alpha=alpha)
+        axes.plot(*thinned(run.column(axis), run.column(key)), **look(number), **_weight(number))
     axes.grid(alpha=0.3)
+
+
+def _weight(number: int) -> dict[str, Any]:
+    """Of a run's line: the first is wider and paler, so that it is seen below one that is equal."""
+    return {"linewidth": 1.2, "alpha": 1.0} if number else {"linewidth": 3.0, "alpha": 0.5}
 
 
 def _sources(axes: Axes, runs: Sequence[Run]) -> None:

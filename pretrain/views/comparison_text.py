@@ -72,7 +72,8 @@ def notes(runs: Sequence[Run]) -> list[str]:
     if len({reads_streams(run.view.config) for run in runs}) > 1 and MEMORY in keys:
         other.append(MEMORY)
     of_windows = f"{' and '.join(other)} differ: validation losses are of other windows of the text"
-    of_tasks = LIMIT in keys and bool(task_accuracies_at_end(runs))
+    evaluated = [run for run in runs if run.view.task_accuracies()]
+    of_tasks = len({setting(run.view.config, LIMIT) for run in evaluated}) > 1 and bool(task_accuracies_at_end(runs))
     return [
         *_notes_on_text(runs, keys),
         *([of_windows] if other and splits_of(runs) else []),

@@ -30,6 +30,8 @@ from pretrain.views.windows import Reads, reads_by_step
 
 LOGS = ("metrics.jsonl", "events.jsonl", "config.json")
 """A folder that has one of these is a run folder."""
+MODELS = ("model.safetensors", "model.safetensors.index.json")
+"""Beside the config.json of an export and of converted weights."""
 LONG = re.compile(rb"\d{19}")
 """More digits than an integer of 64 bits surely holds."""
 TAIL_BYTES = 1000
@@ -172,6 +174,8 @@ class RunView:
         if not any((path / name).exists() for name in LOGS):
             kind = NotYet if _may_become_one(path) else UserError
             raise kind(f"RUN: {path} is no run folder: it holds none of {', '.join(LOGS)}")
+        if any((path / name).exists() for name in MODELS) and not any((path / name).exists() for name in LOGS[:2]):
+            raise UserError(f"RUN: {path} holds the weights of a model, and is no run folder; name runs/NAME")
         view = cls(path)
         view.update()
         return view

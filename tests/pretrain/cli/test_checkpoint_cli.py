@@ -374,3 +374,7 @@ def test_an_export_is_told_how_it_becomes_a_checkpoint(
         said = capsys.readouterr().err
         assert f"{folder} is an export; make a checkpoint of it, python launch/import_weights.py {folder} --to" in said
         assert said.count("\n") == 1 and list(tmp_path.iterdir()) == [folder]
+    (folder / "generation_config.json").unlink()
+    (folder / "weights.json").touch()
+    assert main([part.format(folder) for part in arguments]) == 2
+    assert f"{folder} is what launch/checkpoint.py convert wrote for other programs; name" in capsys.readouterr().err

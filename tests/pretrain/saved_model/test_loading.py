@@ -17,6 +17,9 @@ from data_prep.stages.tokenizer import TextTokenizer
 from model.language_model import build_model
 from pretrain.checkpoint import Checkpoint
 from pretrain.checkpoint import loading as checkpoint_loading
+from pretrain.checkpoint.convert import convert
+from pretrain.export.loading import load_any
+from pretrain.export.reading import open_export
 from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.saved_model import Tokenizer, find_checkpoint, load_model
 from tests.harness import run_ranks
@@ -89,6 +92,11 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "checkpoints").mkdir()
     refused(tmp_path / "empty", "has no checkpoint yet")
     (tmp_path / "empty" / "generation_config.json").write_text("{}")  # which every export has
+    converted = tmp_path / "converted"
+    convert(run / "checkpoints" / "step-00000002", converted, data=str(prepared))
+    for read in (load_model, load_any, open_export):
+        with pytest.raises(UserError, match=r"converted is what .* convert wrote for other programs"):
+            read(converted)
     refused(tmp_path / "empty", "is an export, .* python launch/import_weights.py .*empty --to FOLDER")
 
     copy = shutil.copytree(run, tmp_path / "copy")

@@ -194,6 +194,11 @@ def test_the_accuracies_of_tasks_are_compared_after_the_last_step_of_all(tmp_pat
     assert said[1].split() == ["cbt", "8", "50.00%", "-", "-"]
     assert said[2].split() == ["lambada", "4", "25.00%", "31.25%", "(+6.25)", "-"] and said[3] == ""
     assert "Accuracy" not in text(runs_of(third), 0.0)
+    for path, limit in ((one, 20), (other, 20), (third, 0)):  # a run without tasks has accuracies of no examples
+        (path / "config.json").write_text(json.dumps({"evaluate": {"tasks_limit": limit}}))
+    assert "note:" not in text(runs_of(one, other, third), 0.0)
+    (other / "config.json").write_text(json.dumps({"evaluate": {"tasks_limit": 30}}))
+    assert "note: evaluate.tasks_limit differ: accuracies of tasks" in text(runs_of(one, other, third), 0.0)
 
 
 def test_each_split_has_a_table_of_its_own(tmp_path: Path) -> None:

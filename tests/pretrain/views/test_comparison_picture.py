@@ -104,7 +104,10 @@ def test_every_run_of_many_has_a_line_of_its_own(tmp_path: Path, monkeypatch: py
     (figure,) = figures
     (legend,) = figure.legends
     lines = (legend.get_lines(), figure.axes[0].lines, figure.axes[4].lines)
-    shown = [[(to_hex(line.get_color()), line.get_linestyle()) for line in of_one] for of_one in lines]
+    shown = [
+        [(to_hex(line.get_color()), line.get_linestyle(), line.get_linewidth(), line.get_alpha()) for line in of_one]
+        for of_one in lines
+    ]
     assert shown[0] == shown[1] == shown[2] and len(set(shown[0])) == len(paths)
 
 

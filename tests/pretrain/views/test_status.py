@@ -204,6 +204,18 @@ def test_an_empty_run_and_none_at_all(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([str(none), str(tmp_path / "missing")]) == 2
 
 
+@pytest.mark.parametrize("weights", ["model.safetensors", "model.safetensors.index.json"])
+def test_an_export_is_no_run_that_died(tmp_path: Path, capsys: pytest.CaptureFixture[str], weights: str) -> None:
+    """It has a config.json too; `dead: nothing was trained here` was said of it, and to start its command again."""
+    (tmp_path / "config.json").write_text("{}")
+    assert main([str(tmp_path)]) == 0 and "dead" in capsys.readouterr().out
+    (tmp_path / weights).touch()
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: RUN: {tmp_path} holds the weights of a model, and is no run folder; name runs/NAME\n"
+    )
+
+
 def test_the_folder_of_a_sweep_is_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "sweep.json").write_text("{}")
     assert main([str(tmp_path)]) == 2
