@@ -159,7 +159,8 @@ class Unpacked:
         pieces = [self._ahead[:size]] if self._ahead else []
         self._ahead = self._ahead[size:]
         left = size - sum(map(len, pieces))
-        while left and (more := self._read(left)):  # web servers give 64 KB at a time: joined once, as in `lines`
+        # In blocks, because streams allocate what they are asked for; joined once, as in `lines`.
+        while left and (more := self._read(min(left, BLOCK_BYTES))):
             pieces.append(more)
             left -= len(more)
         self.position += size - left

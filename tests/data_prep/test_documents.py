@@ -8,6 +8,7 @@ import lzma
 import os
 import random
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,16 @@ def test_a_long_file_of_one_line_costs_no_more_than_the_limit(tmp_path: Path) ->
     _, texts, (rejected,) = read(path, max_document_bytes=1 << 20)
     assert (texts, rejected.position, rejected.reason) == (["good"], 1, "too long")
     assert rejected.size < 3 << 20
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"])
+def test_a_small_text_costs_no_memory_for_the_longest_allowed(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "a.txt").write_bytes(pack(b"text"))
+    tracemalloc.start()
+    (document,) = RawFile(tmp_path / "a.txt", format="text", max_document_bytes=1 << 28).read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(document, Document) and document.data == b"text" and peak < 4 << 20
 
 
 def test_a_giant_document_in_zstd_costs_no_more_than_the_limit(tmp_path: Path) -> None:
