@@ -26,9 +26,8 @@ from benchmarks.launch_counter import Counts, LaunchCounter, Tally
 from benchmarks.marked import TIGHT, with_table
 from benchmarks.places import OTHER, PLACES, PLACES_OF_STEP
 from common.tables import text_table
-from model.attention.rope import RopeTables
-from model.attention.xl import Sinusoids
 from model.language_model import LanguageModel, routing_statistics
+from model.layers import Block
 from model.memory import layer_memories
 from model.parallel.context import ParallelContext
 from pretrain.config.loading import load_config
@@ -137,12 +136,10 @@ def _model(config: Config) -> LanguageModel:
     for _, memory in layer_memories(model):
         memory.assign(torch.arange(B, device=device), B)
         memory.kept = torch.empty(B, *size, dtype=dtype, device=device)
-    L, like = config.model.memory_length + config.model.sequence_length, next(model.parameters())
+    context = torch.empty(1, size[0] + config.model.sequence_length, size[1], dtype=dtype, device=device)
     for layer in model.modules():
-        if isinstance(rope := getattr(layer, "rope", None), RopeTables):
-            rope(None, L, like.device)
-        elif isinstance(kept := getattr(layer, "sinusoids", None), Sinusoids):
-            kept(L, config.model.d_model, like)
+        if isinstance(layer, Block):
+            layer.fill_tables(context)
     return model
 
 

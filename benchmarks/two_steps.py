@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from common.arguments import add_overrides
 from common.errors import UserError
 from common.resident import forget_peak, resident_bytes
+from common.units import GIB
 from pretrain import device as devices
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks
@@ -36,7 +37,6 @@ from pretrain.ranks import Ranks
 from pretrain.trainer import RunSetup, build_trainer
 
 T = TypeVar("T")
-GIB = 2**30
 
 
 def main() -> int:

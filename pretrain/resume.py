@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from common.errors import ConfigError, UserError
+from common.tables import counted
 from model.costs import training_flops_per_token
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
 from pretrain.checkpoint.folder import STATE_FILE, newest_of
@@ -36,8 +37,8 @@ def candidates(config: Config, run_dir: Path) -> list[Path]:
     if choice == "never":
         if existing:
             raise UserError(
-                f"checkpoint.resume: is never, but {run_dir} holds {len(existing)} checkpoints; choose another "
-                f"--run-dir, or set checkpoint.resume to auto to continue"
+                f"checkpoint.resume: is never, but {run_dir} holds {counted(len(existing), 'checkpoint')}; choose "
+                f"another --run-dir, or set checkpoint.resume to auto to continue"
             )
         return []
     # A path is where a branch starts. The same command, started again, continues that branch.
@@ -372,8 +373,9 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, about: d
     print(f"resuming from {resumed.path} at step {step}", flush=True)
     folder.event("resumed", step=step, path=str(resumed.path))
     for key, (then, now) in {**start.changes, **environment_changes(resumed, about["layout"])}.items():
-        if key != "description":  # of a run with --set it names the keys that are printed here anyway
-            print(f"  changed on resume: {key}: {value_text(then)} -> {value_text(now)}", flush=True)
+        if key == "description":  # of a run with --set it names the keys that are said here anyway
+            continue
+        print(f"  changed on resume: {key}: {value_text(then)} -> {value_text(now)}", flush=True)
         folder.event("changed_setting", key=key, then=then, now=now)
     if start.begins_stage and not config.reads_streams:  # streams read one data set: no mixture begins
         stage = start.progress.stages[-1]

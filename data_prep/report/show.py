@@ -69,7 +69,7 @@ def stats(manifest: Manifest) -> None:
     for split, sums in manifest.totals.items():
         if sums.documents:
             of_split = Lengths.of(manifest, split)
-            lengths.append((split, *of_split.quantiles(), f"{of_split.mean:.1f}"))
+            lengths.append((split, *of_split.quantiles(), f"{of_split.mean:,.1f}"))
     print(text_table(TOTALS, totals_rows(manifest)))
     print()
     print("tokens per document")

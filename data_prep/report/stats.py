@@ -84,15 +84,16 @@ class Pieces:
     """Sum over the documents."""
 
 
-def pieces(manifest: Manifest, split: str, piece_bytes: np.ndarray, prefix_bytes: int) -> Pieces:
-    """Reads every token of a split. `piece_bytes` int64 [vocab_size]: what each id is decoded to; `prefix_bytes`: what
-    decoding takes from the beginning of a document."""
+def pieces(manifest: Manifest, split: str, piece_bytes: np.ndarray, prefix_bytes: np.ndarray) -> Pieces:
+    """Reads every token of a split. `piece_bytes` and `prefix_bytes`, int64 [vocab_size]: what each id is decoded to,
+    and what decoding takes from a document that begins with it."""
     counts, ratios = np.zeros(len(piece_bytes), np.int64), np.zeros(RATIO_BINS, np.int64)
     total = 0
     for entry in manifest.split(split):
         reader = ShardReader(manifest, entry, False)
         starts = reader.document_starts
         before = np.empty(len(starts), np.int64)  # bytes of the shard before each document
+        first = np.empty(len(starts), np.int64)
         done = 0
         for start in range(0, reader.num_tokens, READ_TOKENS):
             stop = min(start + READ_TOKENS, reader.num_tokens)
@@ -100,10 +101,10 @@ def pieces(manifest: Manifest, split: str, piece_bytes: np.ndarray, prefix_bytes
             counts += np.bincount(ids, minlength=len(counts))
             sums = done + np.concatenate([[0], np.cumsum(piece_bytes[ids])])
             low, high = np.searchsorted(starts, [start, stop])
-            before[low:high] = sums[starts[low:high] - start]
+            before[low:high], first[low:high] = (of[starts[low:high] - start] for of in (sums, ids))
             done = int(sums[-1])
         tokens = np.diff(starts, append=entry.tokens) - manifest.tokenizer.end_tokens
-        size = np.diff(before, append=done) - np.where(tokens > 0, prefix_bytes, 0)
+        size = np.diff(before, append=done) - np.where(tokens > 0, prefix_bytes[first], 0)
         bins = (size[tokens > 0] / tokens[tokens > 0] / RATIO_STEP).astype(np.int64)
         ratios += np.bincount(np.clip(bins, 0, RATIO_BINS - 1), minlength=RATIO_BINS)
         total += int(size.sum())
@@ -159,10 +160,10 @@ def _report(manifest: Manifest) -> tuple[list[str], Plots]:
     model = manifest.folder / (entry.file or "")
     tokenizer = TextTokenizer.load(model) if entry.kind == "sentencepiece" else None
     values = read_symbols(model) if entry.kind == "symbols" else np.arange(BYTE_VALUES)
-    sizes = np.ones(manifest.tokenizer.vocab_size, np.int64) if tokenizer is None else tokenizer.piece_bytes()
-    prefix = 0 if tokenizer is None else tokenizer.prefix_bytes
+    sizes = np.ones(entry.vocab_size, np.int64) if tokenizer is None else tokenizer.piece_bytes()
+    prefixes = np.zeros(entry.vocab_size, np.int64) if tokenizer is None else tokenizer.prefix_bytes()
     found: dict[str, Pieces] = {
-        split: pieces(manifest, split, sizes, prefix) for split in manifest.splits if manifest.split(split)
+        split: pieces(manifest, split, sizes, prefixes) for split in manifest.splits if manifest.split(split)
     }
     if tokenizer is not None:
         lines += _bytes_per_token(found, plots)
@@ -201,10 +202,11 @@ def other_tokenizer(manifest: Manifest) -> str:
 
 def _lengths(lengths: dict[str, Lengths], plots: Plots) -> list[str]:
     found = {split: of_split for split, of_split in lengths.items() if of_split.documents}
-    rows = [(split, *of_split.quantiles(), f"{of_split.mean:.1f}") for split, of_split in found.items()]
+    rows = [(split, *of_split.quantiles(), f"{of_split.mean:,.1f}") for split, of_split in found.items()]
+    longest = max((int(of_split.values[-1]) for of_split in found.values()), default=1)
+    edges = np.geomspace(1, max(2, longest + 1), 50)  # of all splits: shares of other bins cannot be compared
     with _figure(plots, "lengths.png", "tokens of a document", "share of documents") as axes:
         for split, of_split in found.items():
-            edges = np.geomspace(1, max(2, of_split.values[-1] + 1), 50)
             weights = of_split.counts / of_split.documents
             axes.hist(np.maximum(of_split.values, 1), edges, weights=weights, histtype="step", label=split)
         axes.set_xscale("log")
@@ -234,16 +236,17 @@ def _left_out(manifest: Manifest, plots: Plots) -> list[str]:
     lines += _markdown(("stage: reason", "documents"), [(f"{stage}: {reason}", count) for stage, reason, count in rows])
     with _figure(plots, "left_out.png", "documents", "", height=1.0 + 0.22 * len(rows)) as axes:
         axes.barh([f"{stage}: {reason}" for stage, reason, _ in reversed(rows)], [c for *_, c in reversed(rows)])
+        axes.xaxis.get_major_locator().set_params(integer=True)
     lines += ["![left out](left_out.png)", ""]
     if of_documents := manifest.provenance.dropped.get("lines"):
         lines += [f"Lines of documents that `filter.c4_lines` dropped: {of_documents:,}.", ""]
     duplicates: Any = manifest.provenance.dropped.get("duplicates", {})
-    if duplicates.get("near_similarity"):
-        counts = duplicates["near_similarity"]
+    if any(counts := duplicates.get("near_similarity") or []):
         with _figure(plots, "duplicates.png", "estimated Jaccard similarity to the kept one", "documents") as axes:
             width = 1 / len(counts)
             axes.bar([(number + 0.5) * width for number in range(len(counts))], counts, 0.9 * width)
             axes.set_xlim(0.45, 1)
+            axes.yaxis.get_major_locator().set_params(integer=True)
         lines += ["![near-duplicates](duplicates.png)", ""]
     names = [record.file for record in manifest.provenance.records]
     return [*lines, "Examples and places: " + ", ".join(f"`{name}`" for name in names) + ".", ""] if names else lines
@@ -276,12 +279,26 @@ def _piece_namer(tokenizer: TextTokenizer | None, values: np.ndarray | None) -> 
     if tokenizer is None:
         assert values is not None
         return lambda piece: f"{values[piece]:#04x}"
-    return lambda piece: tokenizer.piece(piece).replace("\n", "\\n").replace("|", "\\|").replace("`", "'")
+    return lambda piece: _in_cell(tokenizer.piece(piece)).replace("`", "'")
+
+
+def _in_cell(text: str) -> str:
+    """In a cell of a table: what is not to be seen, as a tab or a blank that does not break, as an escape."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).replace("|", "\\|")
 
 
 def _inputs(manifest: Manifest) -> list[str]:
     rows = [
-        (r.name, r.format, r.split, r.bytes, r.documents, sum(r.quarantined.values()), r.filtered, r.duplicates)
+        (
+            _in_cell(r.name),
+            r.format,
+            r.split,
+            r.bytes,
+            r.documents,
+            sum(r.quarantined.values()),
+            r.filtered,
+            r.duplicates,
+        )
         for r in manifest.provenance.inputs
     ]
     header = ("raw file", "format", "split", "bytes", "documents", "quarantined", "filtered", "duplicates")

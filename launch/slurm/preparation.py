@@ -21,7 +21,7 @@ from data_prep.run.disk_estimate import check_room
 from data_prep.run.output_files import check_output
 from data_prep.stages.lossy import check_given_model
 from launch.slurm import job
-from pretrain.report.exit_codes import ExitCode
+from pretrain.cli.refusals import exit_code_of
 
 CONFIG = "config"
 STEPS = (("dedup", True), ("tokenizer", False), ("encode", True), ("shard", False))
@@ -54,29 +54,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 submitted (or printed), 2 refused."""
+    """Returns the exit code: 0 submitted (or printed), 2 refused, 130 interrupted."""
     args = build_parser().parse_args(arguments)
     numbers: list[str] = []
-    try:
-        if not args.dry_run:
-            job.need_sbatch()
-        resolved = _check(args)
-        logs = resolved.output / "slurm"
-        config = _frozen(args.config, logs)
-        for step, is_array in STEPS:
-            text = _script(args, resolved, config, step, is_array=is_array)
-            if args.dry_run:
-                print(text)
-                continue
-            if config.content is not None:
-                job.write_once(logs, CONFIG, ".json", config.content)
-            path = job.write_once(logs, step, ".sbatch", text.encode("utf-8"))
-            numbers.append(job.submit(path, *(job.after(numbers[-1]) if numbers else [])))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if numbers:
-            print(f"already submitted: {' '.join(numbers)}; cancel with scancel", file=sys.stderr)
-        return ExitCode.REFUSED
+    code = exit_code_of(lambda: _submit(args, numbers))
+    if code and numbers:
+        print(f"already submitted: {' '.join(numbers)}; cancel with scancel", file=sys.stderr)
+    return code
+
+
+def _submit(args: argparse.Namespace, numbers: list[str]) -> None:
+    """Puts the numbers of the jobs into `numbers`, one after the other. Raises UserError and OSError."""
+    if not args.dry_run:
+        job.need_sbatch()
+    resolved = _check(args)
+    logs = resolved.output / "slurm"
+    config = _frozen(args.config, logs)
+    for step, is_array in STEPS:
+        text = _script(args, resolved, config, step, is_array=is_array)
+        if args.dry_run:
+            print(text)
+            continue
+        if config.content is not None:
+            job.write_once(logs, CONFIG, ".json", config.content)
+        path = job.write_once(logs, step, ".sbatch", text.encode("utf-8"))
+        numbers.append(job.submit(path, *(job.after(numbers[-1]) if numbers else [])))
     if not args.dry_run:
         print(
             f"submitted jobs {' '.join(numbers)}: {', '.join(step for step, _ in STEPS)}; logs in {logs}\n"
@@ -84,7 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"  cancel  scancel {' '.join(numbers)}\n"
             f"  train   {_training(resolved, numbers[-1])}"
         )
-    return 0
 
 
 def _training(resolved: ResolvedConfig, last_job: str) -> str:

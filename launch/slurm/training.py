@@ -20,11 +20,13 @@ from common.errors import UserError
 from common.paths import REPOSITORY, find_input
 from common.urls import URL
 from launch.slurm import job
+from pretrain.cli.refusals import exit_code_of
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_device, rank_problems
 from pretrain.preflight.whole import Examination, Wanted
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import config_file, run_folder
+from pretrain.views.jobs import mark_submitted
 
 if TYPE_CHECKING:
     from pretrain.config.schema import Config
@@ -123,31 +125,35 @@ def _add_allocation(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 submitted (or printed), 2 refused."""
+    """Returns the exit code: 0 submitted (or printed), 2 refused, 130 interrupted."""
     args = build_parser().parse_args(arguments)
-    try:
-        if not args.dry_run:
-            job.need_sbatch()
-        args.config = config_file(args.config)
-        run_dir = run_folder(args.config, args.run_dir)
-        problems = _check(args, run_dir)
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
-        if problems:
-            return ExitCode.REFUSED
-        # A copy, because the file may be edited while the job waits or runs, and every restart reads it again.
-        content = args.config.read_bytes()
-        logs = run_dir / "slurm"
-        text = _script(args, run_dir, job.named_by_content(logs, "config", ".json", content))
-        if args.dry_run:
-            print(text, end="")
-            return 0
-        job.write_once(logs, "config", ".json", content)
-        path = job.write_once(logs, "smoke" if args.smoke else "pretrain", ".sbatch", text.encode("utf-8"))
-        number = job.submit(path, *([] if args.after is None else job.after(args.after)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    return exit_code_of(lambda: _submit(args))
+
+
+def _submit(args: argparse.Namespace) -> int | None:
+    """Raises UserError and OSError."""
+    if not args.dry_run:
+        job.need_sbatch()
+    args.config = config_file(args.config)
+    run_dir = run_folder(args.config, args.run_dir)
+    problems = _check(args, run_dir)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
         return ExitCode.REFUSED
+    # A copy, because the file may be edited while the job waits or runs, and every restart reads it again.
+    content = args.config.read_bytes()
+    logs = run_dir / "slurm"
+    text = _script(args, run_dir, job.named_by_content(logs, "config", ".json", content))
+    if args.dry_run:
+        print(text, end="")
+        return None
+    job.write_once(logs, "config", ".json", content)
+    path = job.write_once(logs, "smoke" if args.smoke else "pretrain", ".sbatch", text.encode("utf-8"))
+    number = job.submit(path, *([] if args.after is None else job.after(args.after)))
+    if not args.smoke:
+        with contextlib.suppress(OSError):  # it is submitted
+            mark_submitted(run_dir, number)
     lines = [
         f"submitted job {number}: {args.nodes} nodes x {_ranks_per_node(args)} ranks, script {path}",
         f"  state      squeue --job {number}",
@@ -160,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines.insert(3, f"  metrics    tensorboard --logdir {_quoted(run_dir / 'tensorboard')}")
         lines.append(f"  save, stop scontrol update JobId={number} Requeue=0 && scancel --signal=USR1 {number}")
     print("\n".join(lines))
-    return 0
+    return None
 
 
 def _check(args: argparse.Namespace, run_dir: Path) -> list[UserError]:

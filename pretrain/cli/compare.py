@@ -12,6 +12,7 @@ from common.arguments import Parser, a_path
 from common.errors import UserError
 from common.files import replacing_all
 from common.folders import making
+from common.tables import counted
 from common.terminal import columns_of
 from pretrain.cli.refusals import exit_code_of
 from pretrain.views.comparison import Run, open_runs
@@ -58,8 +59,8 @@ def compare(args: argparse.Namespace) -> None:
         raise UserError(f"--tolerance: is {args.tolerance}; it must be 0 or more")
     runs = open_runs([RunView.open(path) for path in args.runs])
     for run in runs:
-        if run.view.metrics.damaged:
-            print(f"{run.label}: {run.view.metrics.damaged} damaged lines were passed over", file=sys.stderr)
+        if damaged := run.view.metrics.damaged:
+            print(f"{run.label}: {counted(damaged, 'damaged line')} passed over", file=sys.stderr)
     print(text(runs, args.tolerance, width=columns_of(sys.stdout)), flush=True)
     from pretrain.checkpoint.folder import check_output_folder  # both here: the text need not wait for them
     from pretrain.views.comparison_page import drawn, page  # matplotlib

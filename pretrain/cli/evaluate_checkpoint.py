@@ -87,14 +87,16 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
         if is_first:
             results.write_result(out, name, content)
 
+    # Before anything is computed, which may take hours: a mistake in the last task is said at once.
+    inputs = {name: _open(opened, name, place, choices, limits) for name, place in choices.wanted.items()}
     try:
         for name, place in choices.wanted.items():
-            found = _evaluate_one(opened, name, place, choices, limits)
+            found = _evaluate_one(opened, name, place, inputs[name], choices, limits)
             _refuse_what_is_not_finite(opened, name, found.content)
             rows, notes = rows + found.rows, notes + found.notes
             agreed(partial(write, found.file, found.content))
     except UserError:
-        show()  # hours of computing are not lost with the disk that refuses their file, nor with a later task
+        show()  # hours of computing are not lost with the disk that refuses their file
         raise
     show()
     if is_first and rows:
@@ -115,11 +117,32 @@ class Evaluated(NamedTuple):
     notes: list[str]
 
 
-def _evaluate_one(opened: OpenedModel, name: str, place: str | None, choices: Choices, limits: Limits) -> Evaluated:
+class HeldOut(NamedTuple):
+    """What a validation reads."""
+
+    config: Config
+    sources: Sources
+
+
+def _open(
+    opened: OpenedModel, name: str, place: str | None, choices: Choices, limits: Limits
+) -> HeldOut | PreparedTask:
+    """What a task reads: its data, or its texts as ids. Collective. Raises UserError for all that is wrong with it."""
+    return _held_out(opened, choices, place) if name == "validation" else _task(opened, name, place, choices, limits)
+
+
+def _evaluate_one(
+    opened: OpenedModel,
+    name: str,
+    place: str | None,
+    found: HeldOut | PreparedTask,
+    choices: Choices,
+    limits: Limits,
+) -> Evaluated:
     began, checkpoint = time.monotonic(), opened.checkpoint
     file = name
-    if name == "validation":
-        content = _validate(opened, choices, place)
+    if isinstance(found, HeldOut):
+        content = _validate(opened, found, is_other=place is not None)
         of = content.get("data", "")
         file = content["split"] + ("" if place is None else f"-{of}")  # of the two splits none replaces the other
         rows: list[tuple[str, ...]] = [
@@ -128,7 +151,7 @@ def _evaluate_one(opened: OpenedModel, name: str, place: str | None, choices: Ch
         rows += [(name, source, "loss", results.number(loss), "") for source, loss in source_losses(content).items()]
         notes: list[str] = []
     else:
-        result = _run_task(opened, name, place, choices, limits)
+        result = _run_task(opened, found, limits)
         content = {**results.described(result), "context": limits.context}
         rows, notes = results.rows_of(result), results.notes_of(result, limits.context)
     content |= {"limit": choices.limit, "checkpoint": str(checkpoint.path.absolute())}
@@ -154,23 +177,26 @@ def _refuse_what_is_not_finite(opened: OpenedModel, name: str, content: dict[str
     agreed(check)
 
 
-def _run_task(opened: OpenedModel, name: str, place: str | None, choices: Choices, limits: Limits) -> TaskResult:
-    config, is_first = opened.config, opened.place.parallel.is_first
-
-    def bar(total: int, unit: str) -> Any:
-        return tqdm(total=total, desc=name, unit=unit, leave=False, disable=None if is_first else True)
+def _task(opened: OpenedModel, name: str, place: str | None, choices: Choices, limits: Limits) -> PreparedTask:
+    of_run = next((path for task, path in opened.config.evaluate.tasks.items() if task == name), None)
+    path, encoder = find_files(name, place or of_run), Encoder(opened.tokenizer)
 
     def shown(examples: list[Example]) -> Iterable[Example]:
-        with bar(len(examples), " examples read") as progress:
+        with _bar(opened, f"{name}: reading", " examples", len(examples)) as progress:
             for example in examples:
                 yield example
                 progress.update(1)
 
-    of_run = next((path for task, path in config.evaluate.tasks.items() if task == name), None)
-    path = find_files(name, place or of_run)
-    encoder = Encoder(opened.tokenizer)
-    prepared = agreed(lambda: PreparedTask.of(name, path, encoder, limit=choices.limit, shown=shown))
-    with bar(len(prepared.queries), " texts") as progress:
+    def read() -> PreparedTask:
+        prepared = PreparedTask.of(name, path, encoder, limit=choices.limit, shown=shown)
+        prepared.check(limits)
+        return prepared
+
+    return agreed(read)
+
+
+def _run_task(opened: OpenedModel, prepared: PreparedTask, limits: Limits) -> TaskResult:
+    with _bar(opened, prepared.task.name, " texts", len(prepared.queries)) as progress:
 
         def goes_on(done: int) -> bool:
             progress.update(done - progress.n)
@@ -181,9 +207,15 @@ def _run_task(opened: OpenedModel, name: str, place: str | None, choices: Choice
     return result
 
 
-def _validate(opened: OpenedModel, choices: Choices, folder: str | None) -> dict[str, Any]:
-    """The held-out split of the run's data, or of those in `folder`, by the keys of the run's evaluate section."""
-    config, place = opened.config, opened.place
+def _bar(opened: OpenedModel, name: str, unit: str, total: int | None = None) -> Any:
+    """On a terminal, and of the first rank."""
+    is_first = opened.place.parallel.is_first
+    return tqdm(total=total, desc=name, unit=unit, leave=False, disable=None if is_first else True)
+
+
+def _held_out(opened: OpenedModel, choices: Choices, folder: str | None) -> HeldOut:
+    """The data of the run, or those in `folder`, with the keys of the run's evaluate section."""
+    config = opened.config
     if folder is not None:
         config = config.replaced("data", manifest=folder, sources=())
     if choices.limit is not None:
@@ -191,14 +223,19 @@ def _validate(opened: OpenedModel, choices: Choices, folder: str | None) -> dict
     if config.evaluate.sequences == 0:
         raise UserError("validation: evaluate.sequences is 0 in this run; set it, --set evaluate.sequences=256")
     sources = agreed(lambda: _data(opened, config) if folder is None else _other_data(opened, config, folder))
+    return HeldOut(config, sources)
+
+
+def _validate(opened: OpenedModel, found: HeldOut, *, is_other: bool) -> dict[str, Any]:
+    """The held-out split. `is_other`: of other data than the run's."""
+    (config, sources), place = found, opened.place
     reader = sources.reader(config.evaluate.split, config)
-    bar = tqdm(desc="validation", unit=" batches", leave=False, disable=None if place.parallel.is_first else True)
+    with _bar(opened, "validation", " batches") as bar:
 
-    def before_batch() -> bool:
-        bar.update(1)
-        return True
+        def before_batch() -> bool:
+            bar.update(1)
+            return True
 
-    with bar:
         values = validation(opened.evaluator, reader, config, place.parallel, place.device, before_batch=before_batch)
     assert values is not None
     counts = target_counts(reader, evaluation_windows(reader, config))
@@ -206,7 +243,7 @@ def _validate(opened: OpenedModel, choices: Choices, folder: str | None) -> dict
         values["bits_per_byte"] = values["loss"] * values["tokens"] / math.log(2) / size
     unigram = unigram_perplexity(counts)
     content = {"task": "validation", "split": config.evaluate.split, **values, "unigram_perplexity": unigram}
-    if folder is None:
+    if not is_other:
         return content
     # Another task's name: a model card shows what is of the run's own data.
     manifest = sources.sources[0].manifest

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from pretrain.config.schema import Config
-from pretrain.data.sources import Sources
+from pretrain.data.sources import Source, Sources
 from pretrain.data.windows import num_windows
 
 MAX_EPOCHS = 4
@@ -64,6 +65,8 @@ def epoch_warnings(
 
 
 def _vocabulary(config: Config, sources: Sources) -> list[str]:
+    if config.train.init_from is not None:
+        return []  # weights that are there already decide both sizes, and have learnt what this text lacks
     pieces, rows = sources.tokenizer.vocab_size, config.model.vocab_size
     found = []
     if rows - pieces >= PADDING:
@@ -78,9 +81,16 @@ def _vocabulary(config: Config, sources: Sources) -> list[str]:
     # Zipf's law: of V pieces the rarest is one of V (1 + 1/2 + ... + 1/V) tokens.
     needed = math.ceil(SEEN_OFTEN * pieces * sum(1 / rank for rank in range(1, pieces + 1)))
     if not sources.tokenizer.tokens_are_bytes and tokens < needed:
+        made_here = all("vocab_size" in _settings(source) for source in sources.sources)
+        smaller = "set a smaller tokenizer.vocab_size in the preparation" if made_here else "take a smaller tokenizer"
         found.append(
             f"{sources.key}: in its {tokens:,} tokens the rarest of the tokenizer's {pieces:,} pieces are met fewer "
-            f"than {SEEN_OFTEN} times, or never (by Zipf's law): prepare {needed:,} tokens, or set a smaller "
-            f"tokenizer.vocab_size in the preparation"
+            f"than {SEEN_OFTEN} times, or never (by Zipf's law): prepare {needed:,} tokens, or {smaller}"
         )
     return found
+
+
+def _settings(source: Source) -> dict[str, Any]:
+    """What a preparation was told of its tokenizer: sizes, or which one it was given."""
+    found = source.manifest.provenance.config.get("tokenizer")
+    return found if isinstance(found, dict) and not {"model_sha256", "name"} & found.keys() else {}

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from common import html_page
-from common.tables import shortened, shortened_apart
+from common.tables import shortened_apart
 from common.terminal import visible
 from pretrain.views.comparison import AXES, Run, splits_of
 from pretrain.views.comparison_text import DIFFERS, notes, tables
@@ -171,7 +171,7 @@ def _distance(axes: Axes, runs: Sequence[Run]) -> None:
         axes.plot(*thinned(steps, distance), **look(number), linewidth=1.2)
     axes.axhline(0.0, color="C0", linewidth=1.0)
     axes.grid(alpha=0.3)
-    name = shortened(runs[0].label, TITLE_LETTERS)
+    name = shortened_apart([run.label for run in runs], TITLE_LETTERS)[0]
     axes.set_title(f"loss less that of {name}", parse_math=False, pad=14)  # room for the axis' power of ten
     axes.set(xlabel="steps", ylabel="nats per token")
 

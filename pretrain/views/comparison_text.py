@@ -11,6 +11,7 @@ from typing import Any
 from common.splits import SplitName
 from common.tables import DOTS, counted, folded_table
 from common.terminal import visible
+from pretrain.config.validated import MEMORY, WINDOWS, reads_streams, setting
 from pretrain.views.comparison import (
     AXES,
     DIGEST,
@@ -25,7 +26,7 @@ from pretrain.views.comparison import (
     task_accuracies_at_end,
     validation_losses,
 )
-from pretrain.views.windows import WINDOWS, same_sources, setting
+from pretrain.views.windows import same_sources
 
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """Title, header, rows."""
@@ -68,6 +69,8 @@ def notes(runs: Sequence[Run]) -> list[str]:
     """What a reader of the losses must know."""
     keys = {key for key, _ in differing_facts(runs)}
     other = [key for key in WINDOWS if key in keys]
+    if len({reads_streams(run.view.config) for run in runs}) > 1 and MEMORY in keys:
+        other.append(MEMORY)
     of_windows = f"{' and '.join(other)} differ: validation losses are of other windows of the text"
     of_tasks = LIMIT in keys and bool(task_accuracies_at_end(runs))
     return [

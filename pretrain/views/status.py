@@ -15,17 +15,21 @@ from common.splits import SplitName
 from common.strict_json import finite
 from common.tables import DOTS, counted, shortened_apart, text_table
 from common.terminal import visible
+from common.units import GIB
+from pretrain.config.validated import setting
 from pretrain.report.event_text import event_text
 from pretrain.report.exit_codes import ExitCode, meaning_of
 from pretrain.report.source_losses import sources_text
+from pretrain.views.jobs import unheard_job
 from pretrain.views.reading import RunView, State
 from pretrain.views.text_plot import text_plot
-from pretrain.views.windows import setting
 
 RECENT_STEPS = 50
 """Steps whose mean time gives the throughput and the time left."""
 EVENTS = 6
 PLOT_ROWS = 9
+FEW_EVENTS, LOWEST_PLOT = 2, 4
+"""Events for which the curve is lower on a small terminal, and rows for which there are fewer events still."""
 TITLES = ("run", "state", "step", "of", "loss", "validation", "s/step", "tokens", "time left", "newest line")
 """Of the table of runs."""
 LEFT_OUT_FIRST = ("tokens", "newest line", "s/step", "validation", "of", "time left")
@@ -43,28 +47,47 @@ MOST_LINES = 6
 """Of one explanation or event."""
 
 
-def screen(view: RunView, *, width: int, now: float) -> str:
+def screen(view: RunView, *, width: int, now: float, height: int | None = None) -> str:
     """The run in lines of at most `width` characters, but for the last, which may be copied. now: seconds since the
-    epoch."""
+    epoch. height: lines of the terminal, where what does not fit would push the state out at the top; curve and events
+    are shorter then. None: no limit."""
     lines = [f"{view.path}  {view.config.get('description', '')}".rstrip()]
     for name, value in [("state", state_text(view, now)), *rows(view, now)]:
         lines += wrapped(f"{name:<10} {value}", width, indent=11) if value else []
+    last = visible(f"next: {next_text(view)}")
+    told = [event_text(event, now) for event in view.events if event["event"] != "opened"][-EVENTS:]
+    events = [wrapped(f"  {text}", width, indent=4) for text in told]
+    # The newest line of the terminal is the cursor's, and the last line of the screen, after a blank one, may wrap.
+    room = math.inf if height is None else height - len(lines) - 2 - math.ceil(len(last) / width)
+    high, many = _fitting(room, [len(event) for event in events])
     x, y = view.metrics.column("step"), view.metrics.column("loss")
-    plot = text_plot(x, y, width=width, height=PLOT_ROWS, braille=can_print_braille())
+    plot = text_plot(x, y, width=width, height=high, braille=can_print_braille()) if high else []
     if plot:
         lines += ["", "training loss by step", *plot]
-    told = [event_text(event, now) for event in view.events if event["event"] != "opened"][-EVENTS:]
-    if told:
-        lines += ["", "last events", *(line for text in told for line in wrapped(f"  {text}", width, indent=4))]
-    lines += ["", f"next: {next_text(view)}"]
-    return "\n".join(beginning(visible(line), width) for line in lines[:-1]) + "\n" + visible(lines[-1])
+    if many:
+        lines += ["", "last events", *(line for event in events[-many:] for line in event)]
+    return "\n".join(beginning(visible(line), width) for line in [*lines, ""]) + "\n" + last
+
+
+def _fitting(room: float, events: Sequence[int]) -> tuple[int, int]:
+    """The rows of the curve and the number of events that fit into `room` lines. events: lines of each. The oldest
+    events go first, then the curve gets lower."""
+    few = min(FEW_EVENTS, len(events))
+    choices = [(PLOT_ROWS, many) for many in range(len(events), few, -1)]
+    choices += [(high, few) for high in range(PLOT_ROWS, LOWEST_PLOT - 1, -1)]
+    choices += [(LOWEST_PLOT, many) for many in range(few - 1, -1, -1)]
+    needed = ((high + 3) + bool(many) * (2 + sum(events[len(events) - many :])) for high, many in choices)
+    return next((choice for choice, lines in zip(choices, needed, strict=True) if lines <= room), (0, 0))
 
 
 def rows(view: RunView, now: float) -> list[tuple[str, str]]:
     """What is known about the run, by name; empty where nothing is."""
     newest = view.metrics.newest
     damaged = view.metrics.damaged + view.damaged_events
+    job = unheard_job(view)
+    log = view.path / "slurm" / f"{job}.log"
     return [
+        ("job", f"{job} has started since, and has not come to open the run so far; its log is {log}" if job else ""),
         ("step", step_text(view)),
         ("time left", left_text(view, now)),
         ("loss", loss_text(view)),
@@ -73,8 +96,13 @@ def rows(view: RunView, now: float) -> list[tuple[str, str]]:
         ("speed", speed_text(view)),
         ("experts", balance_text(newest, view.config)),
         ("memory", memory_text(newest)),
-        ("saved", f"{len(view.checkpoints)} checkpoints, newest {view.checkpoints[-1]}" if view.checkpoints else ""),
-        ("damaged", f"{damaged} lines of metrics.jsonl and events.jsonl were passed over" if damaged else ""),
+        (
+            "saved",
+            f"{counted(len(view.checkpoints), 'checkpoint')}, newest {view.checkpoints[-1]}"
+            if view.checkpoints
+            else "",
+        ),
+        ("damaged", f"{counted(damaged, 'line')} of metrics.jsonl and events.jsonl passed over" if damaged else ""),
     ]
 
 
@@ -132,7 +160,9 @@ def loss_text(view: RunView) -> str:
         before = f", {every[last]:.4f} before" if last >= 0 else ""
         return f"not finite since step {steps[last + 1]:,.0f}{before}"
     losses = [loss for loss in view.metrics.column("loss")[-10:] if math.isfinite(loss)]
-    return f"{losses[-1]:.4f} (mean of {len(losses)} steps {sum(losses) / len(losses):.4f})" if losses else ""
+    return (
+        f"{losses[-1]:.4f} (mean of {counted(len(losses), 'step')} {sum(losses) / len(losses):.4f})" if losses else ""
+    )
 
 
 def validation_text(view: RunView, split: SplitName) -> str:
@@ -203,7 +233,9 @@ def balance_text(newest: dict[str, Any], config: dict[str, Any]) -> str:
         load, unused = newest.get(f"{kind}_load_max"), newest.get(f"{kind}_unused_experts")
         if not isinstance(load, int | float):
             continue
-        experts, active = (setting(config, f"model.{kind}.{key}") for key in ("num_experts", "active_experts"))
+        is_moa = setting(config, f"model.{kind}.type") == "moa"  # whose heads are its experts
+        chosen = "num_heads" if is_moa else "active_experts"
+        experts, active = (setting(config, f"model.{kind}.{key}") for key in ("num_experts", chosen))
         has_limit = isinstance(experts, int) and isinstance(active, int) and active > 0
         text = f"{name} {load:.2f}" + (f" of {experts / active:.3g}" if has_limit else "")
         parts.append(text + (f", {unused:.0f} unused" if isinstance(unused, int | float) and unused else ""))
@@ -214,7 +246,7 @@ def memory_text(newest: dict[str, Any]) -> str:
     now, peak = newest.get("memory_bytes"), newest.get("memory_peak_bytes")
     if not isinstance(now, int | float) or not isinstance(peak, int | float):
         return ""
-    return f"{now / 2**30:.1f} GiB on rank 0, peak {peak / 2**30:.1f} GiB"
+    return f"{now / GIB:.1f} GiB on rank 0, peak {peak / GIB:.1f} GiB"
 
 
 def resume_text(view: RunView) -> str:

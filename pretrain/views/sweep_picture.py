@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -19,6 +20,8 @@ CONFIG = "config"
 """Stands for the configuration where keys stand."""
 MOST_LETTERS = 24
 """Of a value in the picture."""
+AXIS_INCHES, LETTER_INCHES = 5.2, 0.09
+"""From the lowest to the highest number on an axis, and of a letter below it (a layout is known once it is drawn)."""
 MOST_IN_A_ROW = 60
 """Letters of words below an axis; more stand aslant."""
 MOST_LABELS = 16
@@ -57,9 +60,14 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
     if finished:
         best = finished[0]
         axes.plot(places[_value(best, key)], best.loss(name), "k*", markersize=14)
-    if _are_numbers(results, key) and min(places.values()) > 0:
+    is_log = _are_numbers(results, key) and min(places.values()) > 0
+    if is_log:
         axes.set_xscale("log")
-    axes.set_xticks(list(places.values()), labels=[names[key][value] for value in places])
+    shown = names[key]
+    if _are_numbers(results, key):
+        best_first = [_value(result, key) for result in finished[:1]]
+        shown = _with_room(names[key], {v: math.log(x) if is_log else x for v, x in places.items()}, best_first)
+    axes.set_xticks(list(places.values()), labels=[shown.get(value, "") for value in places])
     axes.set_xticks([], minor=True)
     axes.set_xlabel(key, parse_math=False)
     axes.set(ylabel=f"{name} loss, nats per token")
@@ -87,17 +95,36 @@ def _names(results: Sequence[Result], key: str) -> dict[str, str]:
     }
 
 
+def _with_room(names: dict[str, str], places: dict[str, float], first: Sequence[str]) -> dict[str, str]:
+    """The names that stand side by side below an axis of numbers: those of `first`, the lowest and the highest, and of
+    the others each that none of these would touch. Values close together, as of a search that was refined, have too
+    little room for all of them."""
+    rising = sorted(places, key=lambda value: places[value])
+    inch = (places[rising[-1]] - places[rising[0]]) / AXIS_INCHES or 1.0
+    kept: dict[str, str] = {}
+    for value in dict.fromkeys([*first, rising[0], rising[-1], *rising]):
+        room = (
+            abs(places[value] - places[other]) / inch - LETTER_INCHES * len(name) / 2 for other, name in kept.items()
+        )
+        if all(gap > LETTER_INCHES * (len(names[value]) / 2 + 1) for gap in room):
+            kept[value] = names[value]
+    return kept
+
+
 def _value(result: Result, key: str) -> str:
     return result.run.config if key == CONFIG else result.run.values[key]
 
 
 def _are_numbers(results: Sequence[Result], key: str) -> bool:
-    return all(number_of(_value(result, key)) is not None for result in results)
+    """Whether something lies between two values: a seed is a name."""
+    return not key.endswith("seed") and all(number_of(_value(result, key)) is not None for result in results)
 
 
 def _places(results: Sequence[Result], key: str) -> dict[str, float]:
-    """Where each value lies on the axis: a number at itself, others side by side."""
+    """Where each value lies on the axis: a number at itself, others side by side, seeds rising."""
     values = list(dict.fromkeys(_value(result, key) for result in results))
+    if all(number_of(value) is not None for value in values):
+        values.sort(key=lambda value: number_of(value) or 0.0)
     if not _are_numbers(results, key):
         return {value: float(place) for place, value in enumerate(values)}
     return {value: number for value in values if (number := number_of(value)) is not None}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from common.errors import UserError
 from common.paths import REPOSITORY
 from launch.slurm import job, preparation, training
+from pretrain.views.jobs import submitted_jobs
 from tests.launch.test_entry_points import start
 
 TINY = str(REPOSITORY / "configs" / "switchall_tiny.json")
@@ -206,6 +209,7 @@ def test_a_smoke_test_runs_another_program_and_never_again(
     assert submit(prepared, tmp_path / "run") == 0
     text = Path(calls(sbatch)[1][1]).read_text()
     assert "export PROGRAM" not in text and "export REQUEUES=100\n" in text
+    assert submitted_jobs(tmp_path / "run") == ["42"], "the job that will train, and not the one that tests"
 
 
 def test_data_to_come_must_be_shared_too(
@@ -352,6 +356,37 @@ def test_a_preparation_whose_file_may_hold_a_secret_is_not_copied_and_must_stay_
     assert not [
         path for path in tmp_path.rglob("*") if path != config and path.is_file() and b"s3cret" in path.read_bytes()
     ]
+
+
+def test_what_was_submitted_before_an_interruption_is_said(
+    tmp_path: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C ended it with a traceback, and left two jobs in the queue that nobody named."""
+    submit_job = job.submit
+
+    def interrupted(path: Path, *arguments: str) -> str:
+        if path.name.startswith("encode"):
+            raise KeyboardInterrupt
+        return submit_job(path, *arguments)
+
+    monkeypatch.setattr(job, "submit", interrupted)
+    line = ["--config", str(raw_config(tmp_path)), "--tasks", "3", "--time", "60", "--allow-local"]
+    assert preparation.main(line) == 130
+    assert capsys.readouterr().err.splitlines()[-2:] == ["interrupted", "already submitted: 41 42; cancel with scancel"]
+
+
+def test_a_printed_script_may_be_read_in_part(prepared: Path, tmp_path: Path) -> None:
+    """`--dry-run | head -1`."""
+    of_data = ["submit_data_prep.py", "--config", str(raw_config(tmp_path)), "--tasks", "1"]
+    of_run = ["submit.py", "--config", TINY, "--nodes", "1", "--cpu", "--cpus-per-rank", "1"]
+    of_run += ["--set", f"data.manifest={prepared}", "--run-dir", str(tmp_path / "run")]
+    for script, *arguments in (of_data, of_run):
+        reader, writer = os.pipe()
+        os.close(reader)
+        line = [sys.executable, str(job.FOLDER / script), *arguments, "--time", "60", "--allow-local", "--dry-run"]
+        done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writer)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
 def test_more_tasks_than_raw_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

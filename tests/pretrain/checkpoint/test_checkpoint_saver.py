@@ -254,6 +254,10 @@ def stage_of(*weights: int, digest: str = "a") -> dict[str, Any]:
     return {"progress": {"stages": [{"sources": [{"digest": "first", "weight": 1}]}, {"sources": sources}]}}
 
 
+def streams_of(number: int, memory: int = 1) -> dict[str, Any]:
+    return {"config": {"model": {"position": {"memory_chunks": memory}}, "evaluate": {"streams": number}}}
+
+
 @pytest.mark.parametrize(
     "before, after, is_kept",
     [
@@ -264,8 +268,10 @@ def stage_of(*weights: int, digest: str = "a") -> dict[str, Any]:
         # The same windows, whatever the weights, and a file from before stages were recorded.
         ({"manifest_digest": "x", **stage_of(1, 2)}, {"manifest_digest": "y", **stage_of(3, 1)}, False),
         ({"manifest_digest": "a0"}, {"manifest_digest": "a0", **stage_of(1, 0)}, False),
+        (streams_of(4), streams_of(8), True),
+        (streams_of(4, memory=0), streams_of(8, memory=0), False),
     ],
-    ids=["split", "length", "data", "sources", "weights", "record of stages"],
+    ids=["split", "length", "data", "sources", "weights", "record of stages", "streams", "streams without memory"],
 )
 def test_losses_of_other_text_do_not_compete(
     saved: list[Path], before: dict[str, Any], after: dict[str, Any], is_kept: bool

@@ -327,6 +327,9 @@ def test_refusals(runs: Path, prepared: Path, tmp_path: Path, capsys: pytest.Cap
     refused("--set train.steps=3: an evaluation takes keys of parallel", "--set", "train.steps=3")
     refused("parallel: 1 ranks cannot be divided", "--set", "parallel.tensor=2")
     refused(f"lambada: there is no {tmp_path / 'none'}; download", "--tasks", f"lambada={tmp_path / 'none'}")
+    for last in (f"cbt={tmp_path / 'none'}", "validation=x"):  # before the first is computed
+        refused(f"there is no .*{last.rpartition('=')[2]}", "--tasks", f"lambada={runs},{last}", "--limit", "2")
+        assert not (tmp_path / "out").exists()
     (tmp_path / "wrong.jsonl").write_text('{"text": "two words"}\nnothing\n')
     refused("lambada: .*wrong.jsonl line 2: is not JSON", "--tasks", f"lambada={tmp_path / 'wrong.jsonl'}")
     refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,19 @@ def test_a_changed_model_is_described_as_it_is(prepared: Path, capsys: pytest.Ca
     (row,) = [row.split(maxsplit=1)[1] for row in rows if row.startswith("  model ")]
     assert row.startswith("sigma-MoE") and "dense attention: 8 heads of 64; sigma-MoE: 4 of 16 experts of 64" in row
     assert to_json(config)["description"] == first
+
+
+@pytest.mark.parametrize("name_of_copy", ["config.json", "config-5f0c7a9be1d2.json"])
+def test_the_description_of_a_run_keeps_what_it_began_with(tmp_path: Path, name_of_copy: str) -> None:
+    """However often it is continued with --set: the name of its own configuration says nothing, nor that of a job's
+    copy."""
+    saved = tmp_path / name_of_copy
+    for begun, name in ((["train.seed=3"], "switchall_tiny.json"), ([], load_config(TINY).description.rstrip("."))):
+        saved.write_text(json.dumps(to_json(load_config(TINY, begun))))
+        for override in ("train.stop_after_steps=7", "train.stop_after_steps=9", "evaluate.sequences=8"):
+            saved.write_text(json.dumps(to_json(load_config(saved, [override]))))
+        keys = ["evaluate.sequences", *(["train.seed"] if begun else []), "train.stop_after_steps"]
+        assert load_config(saved).description == f"{name} with other values of {', '.join(keys)}"
 
 
 def test_a_description_stays_where_nothing_that_it_speaks_of_changed() -> None:
@@ -101,13 +115,26 @@ def test_pieces_that_are_never_met_are_warned_of(prepared: Path, monkeypatch: py
     monkeypatch.setattr(type(sources.sources[0].manifest), "num_tokens", lambda self, split: 26_279)
     (warning,) = data_warnings(config, sources)
     assert warning.startswith("data.manifest: in its 26,279 tokens the rarest of the tokenizer's 400 pieces are met")
-    assert "prepare 26,280 tokens" in warning
+    assert warning.endswith("prepare 26,280 tokens, or set a smaller tokenizer.vocab_size in the preparation")
+    settings = sources.sources[0].manifest.provenance.config
+    for given in ({"model_sha256": "0" * 64}, {"type": "ids", "name": "gpt2", "vocab_size": 400}):
+        monkeypatch.setitem(settings, "tokenizer", given)  # no key of a preparation makes that one smaller
+        assert data_warnings(config, sources)[0].endswith("prepare 26,280 tokens, or take a smaller tokenizer")
     monkeypatch.setattr(type(sources.tokenizer), "tokens_are_bytes", True)  # all of them are there, used or not
     assert not data_warnings(config, sources)
     monkeypatch.undo()
     few = small_config(prepared, "data.max_tokens=26000", "train.steps=100")
     (warning,) = data_warnings(few, Sources.load(few))
     assert "in its 26,000 tokens the rarest" in warning
+
+
+def test_sizes_that_trained_weights_decide_are_not_warned_of(prepared: Path) -> None:
+    """Fewer rows or pieces, as the warnings advise, would be refused."""
+    few = ("data.max_tokens=26000", "train.steps=100", "model.vocab_size=2000")
+    config = small_config(prepared, *few)
+    assert len(data_warnings(config, Sources.load(config))) == 2
+    config = small_config(prepared, *few, "train.init_from=runs/other")
+    assert not data_warnings(config, Sources.load(config))
 
 
 def test_a_validation_longer_than_its_split_is_warned_of(prepared: Path) -> None:

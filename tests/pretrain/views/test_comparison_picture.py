@@ -108,6 +108,16 @@ def test_every_run_of_many_has_a_line_of_its_own(tmp_path: Path, monkeypatch: py
     assert shown[0] == shown[1] == shown[2] and len(set(shown[0])) == len(paths)
 
 
+def test_the_first_of_runs_of_a_sweep_is_told_by_the_title(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that lose their middle, where they differ, were `switchall_ti...mory_chunks=0` for two of them."""
+    names = [f"switchall_tiny,learning_rate={rate},memory_chunks={n}" for rate in ("4e-3", "1e-3") for n in (0, 1)]
+    words = note_words(monkeypatch)
+    drawn(runs_of(*(write(tmp_path / name, [row(1, 2.0), row(2, 1.0)]) for name in names)))
+    (title,) = (word for word, _ in words if word.startswith("loss less that of"))
+    shown = title.rpartition("...")[2]
+    assert [name for name in names if name.endswith(shown)] == names[:1]
+
+
 @pytest.mark.parametrize("runs, letters", [(1, 34), (3, 34), (9, 34), (4, 47), (10, 120), (2, 198)])
 def test_words_and_numbers_have_room_in_the_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: int, letters: int

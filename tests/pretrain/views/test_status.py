@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -14,7 +15,7 @@ import pytest
 from common.run_lock import DEAD_SECONDS, FolderLock, process_identity
 from pretrain.cli.status import main
 from pretrain.views.reading import Metrics, RunView, State
-from pretrain.views.status import duration, next_text, resume_text, runs_table, screen, speed_text, summary
+from pretrain.views.status import balance_text, duration, runs_table, screen, speed_text, summary
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
 from tests.pretrain.views.status_case import row, shown, write
@@ -228,7 +229,7 @@ def test_damage_and_other_versions_are_passed_over(tmp_path: Path) -> None:
     view = RunView.open(folder)
     assert view.step == 11 and view.metrics.damaged == 2 and view.damaged_events == 1
     text = screen(view, width=100, now=time.time())
-    assert "damaged    3 lines of metrics.jsonl and events.jsonl were passed over" in text
+    assert "damaged    3 lines of metrics.jsonl and events.jsonl passed over" in text
     assert "of tomorrow: what x\\x1b[31m" in text and "\x1b" not in text
     assert json.loads(json.dumps(summary(view)))["state"] == "dead"
 
@@ -316,11 +317,6 @@ def test_json_is_json_where_the_loss_is_none(tmp_path: Path, capsys: pytest.Capt
     assert found["newest"] == {"step": 11, "loss": None, "grad_norm": None}
 
 
-def test_the_next_command_can_be_copied_whatever_the_name(tmp_path: Path) -> None:
-    folder = write(tmp_path / "my run", steps=40, exit_code=0, reason="finished")
-    assert f"python launch/generate.py '{folder}' --interactive" in shown(folder)
-
-
 def test_a_pipe_in_the_place_of_a_log_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("metrics.jsonl", "events.jsonl", "config.json", "outcome.json"):
         folder = write(tmp_path / name)
@@ -335,6 +331,35 @@ def test_a_pause_that_is_none_is_refused(every: str, tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit) as refused:
         main([str(write(tmp_path / "run")), "--watch", "--every", every])
     assert refused.value.code == 2 and "--every: expected a number above 0" in capsys.readouterr().err
+
+
+def test_a_small_terminal_keeps_the_state_and_what_to_do(tmp_path: Path) -> None:
+    """Of a terminal of 24 lines, as most begin, a watch showed the last ones: no state, no step, no loss."""
+    events = [{"event": "checkpoint", "time": 2.0, "step": n, "path": f"step-{n:08d}"} for n in range(6)]
+    view = RunView.open(write(tmp_path / "run", events=events))
+    whole = screen(view, width=80, now=3.0)
+    first, last = whole.splitlines()[0], whole.splitlines()[-1]
+    assert whole == screen(view, width=80, now=3.0, height=99) and whole.count("saved") > 5
+    sizes = []
+    for height in range(99, 7, -1):
+        lines = screen(view, width=80, now=3.0, height=height).splitlines()
+        used = len(lines) - 1 + math.ceil(len(last) / 80)
+        assert lines[0] == first and lines[-1] == last and any(line.startswith("state") for line in lines)
+        assert used < height or "training loss by step" not in lines
+        sizes.append(used)
+        if height == 24:
+            assert "training loss by step" in lines and "last events" in lines and used >= 20
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 8
+
+
+def test_the_heads_of_moa_are_its_experts(tmp_path: Path) -> None:
+    """So that the load of the busiest one has its bound, as that of other models."""
+    attention = {"type": "moa", "num_heads": 2, "num_experts": 8}
+    assert "attention 1.50 of 4;" in balance_text(row(1), {"model": {"attention": attention}})
+
+
+def test_one_checkpoint_is_not_several(tmp_path: Path) -> None:
+    assert "saved      1 checkpoint, newest step-00000008\n" in shown(write(tmp_path / "run"))
 
 
 def test_a_narrow_screen_loses_no_word(tmp_path: Path) -> None:
@@ -392,39 +417,3 @@ def test_a_file_that_was_replaced_twice_between_two_looks_is_read_anew(tmp_path:
     with path.open("a") as file:
         file.write('{"step": 7, "loss": 5.0}\n')
     assert metrics._file.new_lines() == (False, [b'{"step": 7, "loss": 5.0}'])
-
-
-@pytest.mark.parametrize(
-    "resume, begun, resumed, checkpoints, told",
-    [
-        ("auto", 0, None, (8,), "it continues from step-00000008"),
-        ("never", 0, None, (8,), "with checkpoint.resume=auto it continues from step-00000008"),
-        ("never", 0, None, (), "it begins anew: nothing was saved"),
-        # Of a branch: what is older than its start is another branch's.
-        ("/t/step-00000008", 8, "/t/step-00000008", (8,), "it continues from /t/step-00000008, for nothing was"),
-        ("/t/step-00000008", 8, "/t/step-00000008", (8, 16), "it continues from step-00000016"),
-        ("/t/step-00000008", 16, "/run/checkpoints/step-00000016", (16,), "it continues from /run/checkpoints/step-"),
-        ("/t/step-00000008", None, None, (), "it continues from /t/step-00000008, for nothing was saved since"),
-    ],
-)
-def test_where_the_command_of_a_run_goes_on_follows_its_configuration(
-    tmp_path: Path, resume: str, begun: int | None, resumed: str | None, checkpoints: tuple[int, ...], told: str
-) -> None:
-    view = RunView(tmp_path, config={"checkpoint": {"resume": resume}})
-    view.checkpoints = [f"step-{step:08d}" for step in checkpoints]
-    view.events = [] if begun is None else [{"event": "started", "step": begun}]
-    view.events += [] if resumed is None else [{"event": "resumed", "path": resumed}]
-    assert resume_text(view).startswith(told)
-
-
-@pytest.mark.parametrize(
-    "code, waits", [(85, True), (86, True), (5, True), (1, True), (None, True), (2, False), (3, False)]
-)
-def test_a_run_whose_job_requeues_itself_is_not_to_be_started_beside_it(
-    tmp_path: Path, code: int | None, waits: bool
-) -> None:
-    folder = write(tmp_path / "run", **({} if code is None else {"exit_code": code, "reason": "x"}))
-    assert "squeue" not in next_text(RunView.open(folder))
-    (folder / "slurm").mkdir()
-    told = next_text(RunView.open(folder))
-    assert ("start the same command again, unless its SLURM job is back in the queue (squeue); it" in told) == waits

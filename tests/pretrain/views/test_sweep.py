@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
+from matplotlib.transforms import Bbox
 
 from pretrain.views.sweep import (
     Result,
@@ -32,6 +34,7 @@ from pretrain.views.sweep import (
 )
 from pretrain.views.sweep_picture import losses_drawn
 from tests.pretrain.views.compared import row, write
+from tests.pretrain.words_drawn import note_words
 
 RATE = "optimizer.learning_rate"
 
@@ -350,3 +353,40 @@ def test_every_line_with_a_name_in_the_legend_looks_different(tmp_path: Path, mo
     rates = [f"{number}e-3" for number in range(1, 13)]
     losses_drawn([result(tmp_path, value, [3.0], config=config) for config in configs for value in rates], [RATE])
     assert [len(of_axes) for of_axes in looks] == [12, 12]
+
+
+def test_seeds_are_names_and_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side in rising order, and no line leads from one to the next, as if there were something between them."""
+    found: list[Axes] = []
+    print_png = FigureCanvasAgg.print_png
+
+    def noted(canvas: FigureCanvasAgg, *args: Any, **kwargs: Any) -> None:
+        found.extend(canvas.figure.axes)
+        print_png(canvas, *args, **kwargs)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    key = "train.seed"
+    losses_drawn([result(tmp_path, v, [5.0, 2.0 + n], key=key) for n, v in enumerate(["100", "9", "1"])], [key])
+    (axes,) = found
+    assert axes.get_xscale() == "linear" and axes.lines[0].get_linestyle() == "None"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "9", "100"]
+    assert axes.get_xticks().tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "values, shown",
+    [
+        (["2.5e-4", "3e-4", "3.5e-4", "4e-4", "1e-3", "1e-1"], {"3e-4", "1e-3", "1e-1"}),
+        (["0", "0.001", "0.002", "0.5"], {"0.001", "0.5"}),
+        (["0", "1", "2", "3"], {"0", "1", "2", "3"}),
+    ],
+)
+def test_values_close_together_are_not_written_over_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[str], shown: set[str]
+) -> None:
+    """The best, the lowest and the highest of them go first."""
+    words = note_words(monkeypatch)
+    losses_drawn([result(tmp_path, v, [5.0, 2.0 + abs(n - 1)]) for n, v in enumerate(values)], [RATE])
+    assert shown <= {word for word, _ in words}
+    for (one, box), (other, its) in itertools.combinations(words, 2):
+        assert Bbox.intersection(box, its) is None, f"{one!r} lies over {other!r}"

@@ -1,0 +1,68 @@
+"""The plots and tables of `stats`: what misled who looked at them."""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.report import stats
+from data_prep.report.stats import Lengths
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The axes of every plot, by its file name."""
+    found: dict[str, Any] = {}
+    figure = stats._figure
+
+    @contextlib.contextmanager
+    def kept(plots: stats.Plots, name: str, *arguments: Any, **options: Any) -> Iterator[Any]:
+        with figure(plots, name, *arguments, **options) as axes:
+            found[name] = axes
+            yield axes
+
+    monkeypatch.setattr(stats, "_figure", kept)
+    return found
+
+
+def left_out(dropped: dict[str, dict[str, object]]) -> list[str]:
+    manifest: Any = SimpleNamespace(provenance=SimpleNamespace(dropped=dropped, records=[]))
+    return stats._left_out(manifest, {})
+
+
+def test_documents_are_counted_in_whole_numbers(drawn: dict[str, Any]) -> None:
+    similarity = [0] * 19 + [2]
+    lines = left_out({"duplicates": {"exact": 2, "near": 2, "near_similarity": similarity}})
+    assert "![near-duplicates](duplicates.png)" in lines
+    for ticks in (drawn["left_out.png"].get_xticks(), drawn["duplicates.png"].get_yticks()):
+        assert len(ticks) > 1 and np.array_equal(ticks, np.round(ticks))
+
+
+def test_no_empty_plot_where_there_are_no_near_duplicates(drawn: dict[str, Any]) -> None:
+    """Its axis counted documents from -0.04 to 0.04."""
+    lines = left_out({"duplicates": {"exact": 2, "near": 0, "near_similarity": [0] * 20}})
+    assert list(drawn) == ["left_out.png"] and not any("duplicates.png" in line for line in lines)
+
+
+def test_shares_of_all_splits_are_of_the_same_bins(drawn: dict[str, Any]) -> None:
+    """The bins of a split whose longest document is 3,000,000 tokens were wider than those of one with 20,000."""
+    of_train = Lengths(np.array([10, 2_999_999]), np.array([1, 1]))
+    of_validation = Lengths(np.array([10, 20_000]), np.array([1, 1]))
+    text = "\n".join(stats._lengths({"train": of_train, "validation": of_validation}, {}))
+    edges = [np.unique(patch.get_xy()[:, 0]) for patch in drawn["lengths.png"].patches]
+    assert len(edges) == 2 and np.array_equal(*edges) and edges[0][-1] == pytest.approx(3_000_000)
+    assert "| 1,500,004.5 |" in text
+
+
+def test_pieces_and_names_stay_in_their_cells() -> None:
+    tokenizer: Any = SimpleNamespace(piece=["\t", "\u00a0", "\n|", "`", "ä"].__getitem__)
+    name = stats._piece_namer(tokenizer, None)
+    assert [name(piece) for piece in range(5)] == ["\\t", "\\xa0", "\\n\\|", "'", "ä"]
+    raw: Any = SimpleNamespace(
+        name="a|b.jsonl", format="jsonl", split="train", bytes=1, documents=1, quarantined={}, filtered=0, duplicates=0
+    )
+    manifest: Any = SimpleNamespace(provenance=SimpleNamespace(inputs=[raw], versions={}))
+    assert any("| a\\|b.jsonl |" in line for line in stats._inputs(manifest))
