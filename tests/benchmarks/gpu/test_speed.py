@@ -181,6 +181,20 @@ def test_a_micro_step_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(head) == len(row) and row[0] == "tiny 2"
 
 
+@pytest.mark.parametrize("kind, keys", [("", 16), ("documents", 6)])
+def test_attention_inside_documents_has_their_flops(
+    kind: str, keys: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three documents in 16 tokens: no token attends to more than 6."""
+    small = models.load("tiny", num_layers=1, sequence_length=16)
+    monkeypatch.setattr(models, "load", lambda name: small)
+    monkeypatch.setattr(micro_step, "utilisation", lambda config, *_: {"keys": config.sequence_length})
+    result = micro_step.compute(context(tmp_path), name="tiny", sequences=2, kind=kind)
+    assert result["tokens"] == 32 and result["keys"] == keys
+    (documents,) = micro_step.Step(small, CPU, 2, has_documents=True).documents
+    assert int(documents[0].bincount().max()) == 6
+
+
 def test_models_are_timed_with_the_numerics_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Micro-steps, blocks and what ncu counts; afterwards torch is as it was, for the parts that follow."""
     device = torch.device("cuda", 0)
