@@ -90,7 +90,7 @@ def test_peers_multiply_what_the_op_does(build: op_cases.Build) -> None:
     t = dict(inputs.tensors)
     t["scores"] = torch.ones_like(t["scores"])
     (wanted,) = inputs.case.compute(t, "reference")
-    for peer in kernel_peers.of(case.op):
+    for peer in kernel_peers.PEERS[case.op]:
         if "one expert" in peer.name:
             continue
         found = peer.compute(*peer.prepare(t))
