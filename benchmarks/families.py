@@ -16,17 +16,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import records
-from benchmarks.family_profile import ALL_PARTS, median_parts, profiled
 from benchmarks.gpu.models import fill_memory
 from benchmarks.marked import markdown
 from benchmarks.pictures import picture
@@ -61,6 +63,17 @@ SHAPES: dict[str, dict[str, tuple[str, str | None]]] = {
 """Shape -> family -> configuration of the paper, and one whose feed-forward layer it takes instead of its own."""
 DENSE = "dense"
 PROFILED_ROUNDS = 3
+PARTS = {
+    "output layer": r"linear_cross_entropy",
+    "routers": r"switchall.*route|group_choices|RouterInput",
+    "experts of attention": r"switchhead_(value|output)|expert_linear",
+    "experts of feed-forward": r"switchall.*sigma_moe",
+    "attention itself": r"scaled_dot_product|ScaledDotProduct|(relative|causal)_attention|[sS]oftmax|[bB]mm|matmul",
+    "dense products": r"aten::linear|aten::mm|aten::addmm|\bMmBackward|AddmmBackward|_Linear",
+}
+"""Part of a step -> what its operators and nodes of the graph are called. The first that fits counts."""
+REST = "the rest"
+ALL_PARTS = (*PARTS, REST)
 
 
 class Measured(NamedTuple):
@@ -135,17 +148,22 @@ class Step:
         return total
 
 
+def forward_macs(config: ModelConfig) -> int:
+    """Of all layers, by the paper's formulas, and of the output layer, on one sequence."""
+    layers = config.num_layers * (attention_macs(config) + feedforward_macs(config))
+    return layers + config.vocab_size * config.d_model * config.sequence_length
+
+
 def measured(shape: str, layers: int, sequences: int, rounds: int) -> dict[str, Measured]:
     """Family -> what was measured."""
     whole = {family: model_of(shape, family) for family in SHAPES[shape]}
-    steps = {
-        family: Step(config.model_copy(update={"num_layers": layers}), sequences) for family, config in whole.items()
-    }
+    short = {family: config.model_copy(update={"num_layers": layers}) for family, config in whole.items()}
+    steps = {family: Step(config, sequences) for family, config in short.items()}
     found = {
         family: Measured(
             formula_parameters(config).total,
-            (block := attention_macs(config) + feedforward_macs(config)),
-            layers * block + config.d_model * config.vocab_size * config.sequence_length,
+            attention_macs(config) + feedforward_macs(config),
+            forward_macs(short[family]),
             steps[family].kept_bytes(),
             [],
             {},
@@ -160,6 +178,27 @@ def measured(shape: str, layers: int, sequences: int, rounds: int) -> dict[str, 
     for family, one in found.items():
         one.parts.update(median_parts(profiles[family]))
     return found
+
+
+def part_of(name: str) -> str:
+    """The part that an operator, or a node of the backward pass, belongs to."""
+    return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), REST)
+
+
+def profiled(step: Callable[[], Any]) -> dict[str, float]:
+    """Part -> seconds of one step, forward and backward."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        step()
+    seconds: Counter[str] = Counter(dict.fromkeys(ALL_PARTS, 0.0))
+    for event in found.events():
+        if event.cpu_parent is None:
+            seconds[part_of(event.name)] += event.cpu_time_total / 1e6
+    return dict(seconds)
+
+
+def median_parts(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Part -> the median of its seconds."""
+    return {part: statistics.median(one[part] for one in rounds) for part in ALL_PARTS}
 
 
 def rows(shape: str, found: dict[str, Measured]) -> list[list[str]]:

@@ -26,14 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import moe_layers, records
-from benchmarks.timed_cases import Case, Suite, measure, normal, print_table, rows
+from benchmarks.timed_cases import DTYPES, Case, Suite, measure, normal, print_table, rows
 from common.resident import forget_peak, resident_bytes
 from model.kernels.backend import BACKENDS
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.kernels.ops.route import Choice, route
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ON_CPU = {op: [name for name in names if name not in ("triton", "cuda")] for op, names in BACKENDS.items()}
 
 

@@ -28,7 +28,7 @@ from benchmarks import records
 from benchmarks.marked import markdown
 from benchmarks.pictures import picture
 from benchmarks.rounds import ratio
-from benchmarks.timed_cases import Case, Suite, Timed, measure, print_table, rows
+from benchmarks.timed_cases import DTYPES, Case, Suite, Timed, measure, print_table, rows
 from common.tables import text_table
 from model.attention.dense import DenseAttention
 from model.attention.switchhead import SwitchHeadAttention
@@ -57,7 +57,6 @@ SWITCHHEAD = ModelConfig.model_validate(
 SEQUENCES = 2
 PHASES = ("fwd", "fwd+bwd")
 MASKED = "switchhead masked einsum"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADER = ["dtype", "layer", "forward ms", "to dense", "forward + backward ms", "to dense", "useful MACs to dense"]
 
 

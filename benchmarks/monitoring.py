@@ -121,13 +121,7 @@ def main() -> None:
         print(f"calls, {kind}: {1000 * spent:.2f} ms a step, {spent / off:.2%} of one that is not monitored")
     print(f"load of the machine {min(loads):.1f} to {max(loads):.1f}")
     if args.json is not None:
-        about = {
-            "block": args.block,
-            "details_every_steps": every,
-            "load": loads,
-            "calls": calls,
-            "torch": torch.__version__,
-        }
+        about = {"block": args.block, "details_every_steps": every, "load": loads, "torch": torch.__version__}
         args.json.write_text(json.dumps({"seconds": times, "ratios": ratios, "calls": calls, **about}))
     devices.stop()
 

@@ -13,6 +13,7 @@ from benchmarks.rounds import seconds
 from common.tables import text_table
 
 MM_SIZE = 2048
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Case(NamedTuple):

@@ -34,7 +34,7 @@ from pretrain.data.sources import open_sources
 from pretrain.parallel.context import parallel_context
 from pretrain.planning.memory import estimate, why_unknown
 from pretrain.ranks import Ranks
-from pretrain.trainer import RunSetup, Trainer, build_trainer
+from pretrain.trainer import RunSetup, build_trainer
 
 T = TypeVar("T")
 
@@ -72,7 +72,8 @@ def measure(config: Config) -> dict[str, Any]:
         forget_peak()  # of the estimate
         before, _ = resident_bytes()
         print(f"before the model: {before / GIB:.2f} GiB", flush=True)
-        trainer = told("model and optimizer", lambda: _trainer(config, sources, device))
+        setup = RunSetup(config, sources, parallel_context(config), device)
+        trainer = told("model and optimizer", lambda: build_trainer(setup, None))
         given = trainer.read_input(Progress(0, 0))
         if given.error is not None:
             raise given.error
@@ -94,10 +95,6 @@ def measure(config: Config) -> dict[str, Any]:
         ratio = (peak - before) / expected.total
         print(f"estimated {expected.total / GIB:.2f} GiB ({listed}); measured / estimated {ratio:.3f}", flush=True)
     return found
-
-
-def _trainer(config: Config, sources: Any, device: Any) -> Trainer:
-    return build_trainer(RunSetup(config, sources, parallel_context(config), device), None)
 
 
 def told(what: str, make: Callable[[], T]) -> T:

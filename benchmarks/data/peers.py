@@ -88,14 +88,10 @@ def peers(paths: list[Path], work: Path, pythons: dict[str, str]) -> dict[str, T
     train = [trainer, "-c", TRAIN_TOKENIZER, str(sample), str(tokenizer), str(VOCAB_SIZE)]
     measure(train, log=work / "train.log", environment=ONE_THREAD)
     tools = {}
-    if "datatrove" in pythons:
-        run = _datatrove(paths, work, pythons["datatrove"], tokenizer)
-        written = functools.partial(outputs.byte_level, work / "datatrove", "*.ds", tokenizer)
-        tools["datatrove"] = Tool(versions["datatrove"], run, written)
-    if "dolma" in pythons:
-        run = _dolma(paths, work, pythons["dolma"], tokenizer)
-        written = functools.partial(outputs.byte_level, work / "dolma", "*.npy", tokenizer)
-        tools["dolma"] = Tool(versions["dolma"], run, written)
+    for package, start, names in (("datatrove", _datatrove, "*.ds"), ("dolma", _dolma, "*.npy")):
+        if package in pythons:
+            written = functools.partial(outputs.byte_level, work / package, names, tokenizer)
+            tools[package] = Tool(versions[package], start(paths, work, pythons[package], tokenizer), written)
     return tools
 
 

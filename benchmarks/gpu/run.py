@@ -323,10 +323,7 @@ def _carried(context: Context) -> Path:
 
 
 def _both_speeds(context: Context, lines: Lines, without: Lines) -> dict[str, float | None]:
-    return {
-        "tokens_per_second": _speed(context, lines),
-        "tokens_per_second_without": _speed(context, without),
-    }
+    return {"tokens_per_second": _speed(context, lines), "tokens_per_second_without": _speed(context, without)}
 
 
 def _speed(context: Context, lines: Lines) -> float | None:

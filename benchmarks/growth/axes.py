@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from benchmarks.families import Step
+from benchmarks.families import Step, forward_macs
 from benchmarks.rounds import orders
 from model.config import ModelConfig
-from model.costs import attention_macs, feedforward_macs
 
 BASE: dict[str, Any] = {
     "d_model": 256,
@@ -72,10 +71,8 @@ def model_of(axis: Axis, family: str, size: int) -> ModelConfig:
 
 
 def step_macs(config: ModelConfig) -> int:
-    """Multiply-accumulates of forward and backward on one sequence: three times those of all layers, by the paper's
-    formulas, and of the output layer. A product's backward pass has two products of its size."""
-    layers = config.num_layers * (attention_macs(config) + feedforward_macs(config))
-    return 3 * (layers + config.vocab_size * config.d_model * config.sequence_length)
+    """Multiply-accumulates of forward and backward: a product's backward pass has two products of its size."""
+    return 3 * forward_macs(config)
 
 
 def measured(axis: Axis, rounds: int) -> dict[str, list[dict[str, Any]]]:

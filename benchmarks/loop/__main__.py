@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             if args.starts < 1:
                 raise UserError("--starts: give a number of at least 1")
-            found = start.run(args.config, overrides, args.kinds or list(start.COMMANDS), starts=args.starts)
+            found = start.run(args.config, overrides, args.kinds or start.KINDS, starts=args.starts)
             text = text_table(start.HEADER, start.rows(found))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

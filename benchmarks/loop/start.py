@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,17 +30,13 @@ POLL_SECONDS = 0.01
 LIMIT_SECONDS = 300.0
 
 
-def _python() -> list[str]:
-    return [sys.executable, PRETRAIN]
+KINDS = ("python", "deepspeed")
 
 
-def _deepspeed() -> list[str]:
-    """What `deepspeed launch/pretrain.py` runs, in this environment, which may have no console scripts."""
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1"]
-    return [*runner, "--master_port", str(free_port()), PRETRAIN]
-
-
-COMMANDS: dict[str, Callable[[], list[str]]] = {"python": _python, "deepspeed": _deepspeed}
+def command(kind: str) -> list[str]:
+    """What python or deepspeed with launch/pretrain.py runs; this environment may have no console scripts."""
+    runner = ["-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", str(free_port())]
+    return [sys.executable, *(runner if kind == "deepspeed" else ()), PRETRAIN]
 
 
 class Start(NamedTuple):
@@ -57,7 +53,7 @@ class Start(NamedTuple):
 
 def measure(kind: str, config: Path, overrides: Sequence[str], folder: Path) -> Start:
     """One start. Raises UserError if there is no first step."""
-    line = [*COMMANDS[kind](), "--config", str(config), "--run-dir", str(folder / "run")]
+    line = [*command(kind), "--config", str(config), "--run-dir", str(folder / "run")]
     line += set_options([*overrides, *ONE_STEP])
     metrics, log = folder / "run" / "metrics.jsonl", folder / "log"
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}

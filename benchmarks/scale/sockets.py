@@ -57,12 +57,9 @@ def _rank(rank: int, ranks: int, port: int, sender: Connection) -> None:
             times.append(1e3 * (time.perf_counter() - began))
         values[name] = statistics.median(times)
     if rank == 0:
-        links = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd") if _is_open(number)]
+        places = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        links = [os.readlink(place) for place in places if os.path.lexists(place)]
         values["sockets"] = float(sum(link.startswith("socket:") for link in links))
         sender.send(values)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _is_open(number: str) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{number}")

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from benchmarks import families, records, rounds
-from benchmarks.families import DENSE, SHAPES, Measured, Step, model_of, rows
-from benchmarks.family_profile import ALL_PARTS, part_of, profiled
+from benchmarks.families import ALL_PARTS, DENSE, SHAPES, Measured, Step, model_of, part_of, profiled, rows
 from benchmarks.rounds import orders
 from model.config import ModelConfig
 from model.costs import formula_parameters

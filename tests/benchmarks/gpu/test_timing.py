@@ -54,6 +54,9 @@ class FakeClock:
         work()
         return work
 
+    def hold(self) -> None:
+        self.log.lines.append("hold")
+
     def flush(self) -> None:
         self.log.lines.append("flush")
 
@@ -97,7 +100,7 @@ def test_the_op_alone_is_timed(build: op_cases.Build) -> None:
         backward = log.lines[before:]
     for lines, words in ((forward, "no backward"), (backward, "backward")):
         assert [line for line in lines if "." not in line] == [
-            "capture", "capture", "wait", *["flush", "start", "end"] * 3, "wait",
+            "capture", "capture", "wait", "hold", *["flush", "start", "end"] * 3, "wait",
         ]  # fmt: skip
         regions = list(timed_regions(lines))
         assert len(regions) == 3 and all(regions)

@@ -119,10 +119,7 @@ def test_each_stop_has_its_own_time_and_the_next_call_goes_on(
     assert [len(each.parts) for each in found] == [2, 5, 1]
     margin = START_SECONDS + END_SECONDS
     assert machine.visit(ROWS, TUNE, STEP, seconds=200.0) == TIME_OVER
-    assert machine.begun == [
-        ("speed", 120.0, 120.0 + margin),
-        ("tune", 200.0 - 55.0 - margin, 200.0 - 55.0),
-    ]
+    assert machine.begun == [("speed", 120.0, 120.0 + margin), ("tune", 200.0 - 55.0 - margin, 200.0 - 55.0)]
     output = capsys.readouterr().out
     assert '=== stop 2 of 3, 95 s left: tune --only "rope" --only "route place"' in output
     assert "| tune rope, route place | 5 | 4 | 0 | 1 | 80 | 100 |" in output
