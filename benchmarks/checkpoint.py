@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
-from benchmarks.bars import Bar, draw_bars
 from benchmarks.marked import markdown
+from benchmarks.pictures import Bar, draw_bars
+from benchmarks.rounds import ratio
 from common.errors import UserError
 from common.paths import REPOSITORY
 from common.tables import text_table
@@ -61,6 +62,10 @@ def step_seconds(job: Any) -> float:
     return statistics.median(plain) / int(job["steps_beside"])
 
 
+def stalls(saves: Sequence[Any]) -> list[float]:
+    return [save["stall"] for save in saves]
+
+
 def lost(saves: Sequence[Any]) -> float:
     """Seconds, the median."""
     return statistics.median(save["beside"] - save["plain"] for save in saves)
@@ -76,16 +81,9 @@ def rows(found: Any) -> list[list[str]]:
     lines = []
     for ranks, job in found["ranks"].items():
         for name, saves in job["saves"].items():
-            stall, commit, disk = (
-                statistics.median(values)
-                for values in (
-                    [save["stall"] for save in saves],
-                    [save["commit"] for save in saves],
-                    [save["commit"] + save["flush"] for save in saves],
-                )
-            )
-            over = statistics.median(a["stall"] / b["stall"] for a, b in zip(job["saves"][OURS], saves, strict=True))
-            costs = lost(saves)
+            stall, commit = (statistics.median(save[key] for save in saves) for key in ("stall", "commit"))
+            disk = statistics.median(save["commit"] + save["flush"] for save in saves)
+            over, costs = ratio(stalls(job["saves"][OURS]), stalls(saves)), lost(saves)
             lines.append(
                 [
                     *(ranks, name, f"{stall:.3f}", f"{commit:.2f}", f"{disk:.2f}"),
@@ -123,8 +121,7 @@ def draw(found: Any, path: Path) -> None:
     for ranks, job in found["ranks"].items():
         bars = []
         for name, saves in job["saves"].items():
-            stall = statistics.median(save["stall"] for save in saves)
-            over = statistics.median(a["stall"] / b["stall"] for a, b in zip(saves, job["saves"][OURS], strict=True))
+            stall, over = statistics.median(stalls(saves)), ratio(stalls(saves), stalls(job["saves"][OURS]))
             bars.append(Bar(name, stall, f"{stall:.2f} s" + ("" if name == OURS else f" ({over:.1f} times)")))
         panels[f"{in_words(ranks)} (times {OURS})"] = bars
     draw_bars(panels, "seconds that training stands still", path)
@@ -147,9 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = {"ranks": jobs, "repeats": args.repeats, "every": args.every}
-    print(f"{records.heading(about)}\n{text_table(HEADER, rows(found), left={1})}\n{remarks(found)}")
-    if args.keep is not None:
-        records.keep(args.keep, "checkpoint-stall", about, found)
+    text = f"{text_table(HEADER, rows(found), left={1})}\n{remarks(found)}"
+    records.show(args.keep, "checkpoint-stall", about, found, text)
     return 0
 
 

@@ -23,8 +23,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from benchmarks.families import orders
 from benchmarks.loop.loops import OwnState
+from benchmarks.rounds import orders
 from common.files import write_json
 from model.language_model import build_model
 from model.parallel.context import ParallelContext

@@ -46,8 +46,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import compiled_entries
 from benchmarks.compiled_case import TENSOR_CORE, Compiled, compile_case, kernel_name
-from benchmarks.compiled_records import Records, in_one_table, read_records, write_records
-from benchmarks.compiled_tables import table, update_document
+from benchmarks.compiled_records import Records, in_one_table, read_records, table, update_document, write_records
 
 if TYPE_CHECKING:
     from benchmarks.kernel_cases.case import CompileCase
@@ -137,17 +136,8 @@ def jobs(modules: Sequence[str], triton_version: str) -> list[Job]:
     for module in modules:
         for position, case in enumerate(cases([module])):
             for architecture in case.architectures:
-                decides = key(case, architecture, triton_version)
-                job = Job(
-                    module,
-                    position,
-                    kernel_name(case),
-                    case.name,
-                    architecture,
-                    decides,
-                    case.is_gemm,
-                    120 in case.architectures,
-                )
+                named = kernel_name(case), case.name, architecture, key(case, architecture, triton_version)
+                job = Job(module, position, *named, case.is_gemm, 120 in case.architectures)
                 if names.setdefault((case.name, architecture), job.key) != job.key:
                     raise ValueError(f"compile_cases() of {module}: two different cases are called {case.name!r}")
                 found.setdefault(job.key, job)
@@ -155,12 +145,12 @@ def jobs(modules: Sequence[str], triton_version: str) -> list[Job]:
 
 
 def sample(all_jobs: Sequence[Job]) -> list[Job]:
-    """The first GEMM (first case, where a module has none) of every module, on the architectures in turn."""
+    """The first GEMM (first case, where there is none) of every module of kernels, on the architectures in turn."""
     architectures = sorted({job.architecture for job in all_jobs})
     found = []
-    for number, module in enumerate(sorted({job.module for job in all_jobs})):
+    for number, module in enumerate(sorted({job.kernel.split(".")[0] for job in all_jobs})):
         architecture = architectures[number % len(architectures)]
-        own = [job for job in all_jobs if job.module == module and job.architecture == architecture]
+        own = [job for job in all_jobs if job.kernel.startswith(f"{module}.") and job.architecture == architecture]
         found += sorted(own, key=lambda job: not job.is_gemm)[:1]
     return found
 

@@ -16,20 +16,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import records
-from benchmarks.family_profile import ALL_PARTS, median_parts, profiled
 from benchmarks.gpu.models import fill_memory
 from benchmarks.marked import markdown
+from benchmarks.pictures import picture
+from benchmarks.rounds import orders, quartiles, ratio, ratios, seconds
 from common.paths import REPOSITORY
 from common.tables import text_table
 from model.config import ModelConfig
@@ -37,7 +40,6 @@ from model.costs import attention_macs, feedforward_macs, formula_parameters
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel
 
-T = TypeVar("T")
 PAPER = REPOSITORY / "configs" / "paper"
 SHAPES: dict[str, dict[str, tuple[str, str | None]]] = {
     "47m": {
@@ -61,6 +63,17 @@ SHAPES: dict[str, dict[str, tuple[str, str | None]]] = {
 """Shape -> family -> configuration of the paper, and one whose feed-forward layer it takes instead of its own."""
 DENSE = "dense"
 PROFILED_ROUNDS = 3
+PARTS = {
+    "output layer": r"linear_cross_entropy",
+    "routers": r"switchall.*route|group_choices|RouterInput",
+    "experts of attention": r"switchhead_(value|output)|expert_linear",
+    "experts of feed-forward": r"switchall.*sigma_moe",
+    "attention itself": r"scaled_dot_product|ScaledDotProduct|(relative|causal)_attention|[sS]oftmax|[bB]mm|matmul",
+    "dense products": r"aten::linear|aten::mm|aten::addmm|\bMmBackward|AddmmBackward|_Linear",
+}
+"""Part of a step -> what its operators and nodes of the graph are called. The first that fits counts."""
+REST = "the rest"
+ALL_PARTS = (*PARTS, REST)
 
 
 class Measured(NamedTuple):
@@ -113,9 +126,9 @@ class Step:
     def __call__(self) -> float:
         """Seconds."""
         self.model.zero_grad(set_to_none=True)
-        begin = time.perf_counter()
+        begin = seconds()
         self.model(self.tokens, self.targets, self.index)[0].backward()
-        return time.perf_counter() - begin
+        return seconds() - begin
 
     def kept_bytes(self) -> int:
         """What autograd keeps of a forward pass besides the parameters, each storage once."""
@@ -135,17 +148,22 @@ class Step:
         return total
 
 
+def forward_macs(config: ModelConfig) -> int:
+    """Of all layers, by the paper's formulas, and of the output layer, on one sequence."""
+    layers = config.num_layers * (attention_macs(config) + feedforward_macs(config))
+    return layers + config.vocab_size * config.d_model * config.sequence_length
+
+
 def measured(shape: str, layers: int, sequences: int, rounds: int) -> dict[str, Measured]:
     """Family -> what was measured."""
     whole = {family: model_of(shape, family) for family in SHAPES[shape]}
-    steps = {
-        family: Step(config.model_copy(update={"num_layers": layers}), sequences) for family, config in whole.items()
-    }
+    short = {family: config.model_copy(update={"num_layers": layers}) for family, config in whole.items()}
+    steps = {family: Step(config, sequences) for family, config in short.items()}
     found = {
         family: Measured(
             formula_parameters(config).total,
-            (block := attention_macs(config) + feedforward_macs(config)),
-            layers * block + config.d_model * config.vocab_size * config.sequence_length,
+            attention_macs(config) + feedforward_macs(config),
+            forward_macs(short[family]),
             steps[family].kept_bytes(),
             [],
             {},
@@ -162,16 +180,25 @@ def measured(shape: str, layers: int, sequences: int, rounds: int) -> dict[str, 
     return found
 
 
-def orders(families: Sequence[T], rounds: int) -> Iterator[T]:
-    """Every family once a round, each round beginning with the next one."""
-    for number in range(rounds):
-        first = number % len(families)
-        yield from (*families[first:], *families[:first])
+def part_of(name: str) -> str:
+    """The part that an operator, or a node of the backward pass, belongs to."""
+    return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), REST)
 
 
-def ratios(seconds: Sequence[float], to: Sequence[float]) -> list[float]:
-    """Of each round."""
-    return [own / other for own, other in zip(seconds, to, strict=True)]
+def profiled(step: Callable[[], Any]) -> dict[str, float]:
+    """Part -> seconds of one step, forward and backward."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        step()
+    seconds: Counter[str] = Counter(dict.fromkeys(ALL_PARTS, 0.0))
+    for event in found.events():
+        if event.cpu_parent is None:
+            seconds[part_of(event.name)] += event.cpu_time_total / 1e6
+    return dict(seconds)
+
+
+def median_parts(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Part -> the median of its seconds."""
+    return {part: statistics.median(one[part] for one in rounds) for part in ALL_PARTS}
 
 
 def rows(shape: str, found: dict[str, Measured]) -> list[list[str]]:
@@ -179,11 +206,8 @@ def rows(shape: str, found: dict[str, Measured]) -> list[list[str]]:
     dense = found[DENSE]
     lines = []
     for family, one in found.items():
-        each = ratios(one.seconds, dense.seconds)
-        low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
-        step = f"{statistics.median(one.seconds):.2f}"
         memory = [f"{one.kept / 1e6:.0f}", f"{one.kept / dense.kept:.2f}"]
-        times = [step, f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
+        times = [f"{statistics.median(one.seconds):.2f}", *quartiles(ratios(one.seconds, dense.seconds))]
         macs = [f"{one.macs / dense.macs:.2f}", f"{one.step_macs / dense.step_macs:.2f}"]
         lines.append([shape, family, f"{one.parameters:,}", *times, *macs, *memory])
     return lines
@@ -217,59 +241,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for shape in args.shape or SHAPES:
         print(f"{shape}: {args.layers} layers, {args.rounds} rounds", file=sys.stderr, flush=True)
         found[shape] = measured(shape, args.layers, args.sequences, args.rounds)
-    print(f"{records.heading(about)}; fp32, {threads} threads, {args.layers} layers, ", end="")
-    print(f"{args.sequences} sequences, medians of {args.rounds} rounds\n")
-    for header, lines in ((HEADER, rows), (PART_HEADER, part_rows)):
-        print(
-            text_table(header, [line for shape, one in found.items() for line in lines(shape, one)], left={0, 1}), "\n"
-        )
-    if args.keep is not None:
-        as_json = {s: {family: one._asdict() for family, one in families.items()} for s, families in found.items()}
-        settings = {"threads": threads, "layers": args.layers, "sequences": args.sequences, "rounds": args.rounds}
-        records.keep(args.keep, "families", about, {"shapes": as_json, **settings})
+    settings = {"threads": threads, "layers": args.layers, "sequences": args.sequences, "rounds": args.rounds}
+    tables = (text_table(header, lines, left={0, 1}) for header, lines in tables_of(found))
+    text = f"fp32, {', '.join(f'{value} {name}' for name, value in settings.items())}\n\n" + "\n\n".join(tables)
+    as_json = {s: {family: one._asdict() for family, one in families.items()} for s, families in found.items()}
+    records.show(args.keep, "families", about, {"shapes": as_json, **settings}, text)
     return 0
+
+
+def tables_of(found: dict[str, dict[str, Measured]]) -> list[tuple[list[str], list[list[str]]]]:
+    """Header and rows of times, and of the parts of a step."""
+    return [
+        (header, [line for shape, one in found.items() for line in lines(shape, one)])
+        for header, lines in ((HEADER, rows), (PART_HEADER, part_rows))
+    ]
 
 
 def page(found: Any) -> str:
     """The tables of docs/benchmarks.md."""
-    shapes = {
-        shape: {name: Measured(**one) for name, one in families.items()} for shape, families in found["shapes"].items()
-    }
-    tables = [
-        markdown(header, [line for shape, one in shapes.items() for line in lines(shape, one)])
-        for header, lines in ((HEADER, rows), (PART_HEADER, part_rows))
-    ]
+    shapes = {s: {name: Measured(**one) for name, one in families.items()} for s, families in found["shapes"].items()}
+    tables = [markdown(header, lines) for header, lines in tables_of(shapes)]
     return "\n\nSeconds of the parts of a step, by torch's profiler, medians of three more rounds:\n\n".join(tables)
 
 
 def draw(found: Any, path: Path) -> None:
     """PNG: for each shape and family, step time, multiply-accumulates and kept bytes, each to the dense model's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shapes = found["shapes"]
-    figure, axes = plt.subplots(
-        1, len(shapes), figsize=(4.5 * len(shapes), 3.6), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (shape, families) in zip(axes[0], shapes.items(), strict=True):
-        dense = families[DENSE]
-        bars = {
-            "step time": [statistics.median(ratios(one["seconds"], dense["seconds"])) for one in families.values()],
-            "multiply-accumulates": [one["step_macs"] / dense["step_macs"] for one in families.values()],
-            "kept activations": [one["kept"] / dense["kept"] for one in families.values()],
-        }
-        for number, (label, heights) in enumerate(bars.items()):
-            places = [place + (number - 1) * 0.27 for place in range(len(families))]
-            axis.bar_label(axis.bar(places, heights, 0.27, label=label), fmt="%.2f", fontsize=7)
-        axis.set_xticks(range(len(families)), list(families))
-        axis.set_title(shape)
-    axes[0][0].set_ylabel("to the dense model")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(bars), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    with picture(path, len(shapes), (4.5 * len(shapes), 3.6), sharey=True) as (figure, axes):
+        for axis, (shape, families) in zip(axes, shapes.items(), strict=True):
+            dense = families[DENSE]
+            bars = {
+                "step time": [ratio(one["seconds"], dense["seconds"]) for one in families.values()],
+                "multiply-accumulates": [one["step_macs"] / dense["step_macs"] for one in families.values()],
+                "kept activations": [one["kept"] / dense["kept"] for one in families.values()],
+            }
+            for number, (label, heights) in enumerate(bars.items()):
+                places = [place + (number - 1) * 0.27 for place in range(len(families))]
+                axis.bar_label(axis.bar(places, heights, 0.27, label=label), fmt="%.2f", fontsize=7)
+            axis.set_xticks(range(len(families)), list(families))
+            axis.set_title(shape)
+        axes[0].set_ylabel("to the dense model")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(bars), fontsize=9)
 
 
 if __name__ == "__main__":

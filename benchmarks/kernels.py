@@ -1,6 +1,6 @@
 """Ops of model/kernels on CPU beside other implementations of the same work, and torch.mm as the limit.
 
-    python -m benchmarks.kernels [--op NAME] [--quick] [--threads 2] [--rounds 15] [--json]
+    python -m benchmarks.kernels [--op NAME] [--quick] [--threads 2] [--rounds 15]
     python -m benchmarks.kernels --op sigma_moe --keep      # the record moe-layers of docs/benchmarks.md
 
 All implementations of one op and dtype run in turn, round after round, so that a slow phase of a shared machine hits
@@ -11,12 +11,9 @@ A new op joins by an entry in SUITES.
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
-import pathlib
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -29,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import moe_layers, records
-from benchmarks.timed_cases import Case, Suite, measure, normal, rows
+from benchmarks.timed_cases import DTYPES, Case, Suite, measure, normal, print_table, rows
+from common.resident import forget_peak, resident_bytes
 from model.kernels.backend import BACKENDS
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.kernels.ops.route import Choice, route
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ON_CPU = {op: [name for name in names if name not in ("triton", "cuda")] for op, names in BACKENDS.items()}
 
 
@@ -91,32 +88,23 @@ def linear_cross_entropy_suites(dtype: torch.dtype, quick: bool) -> list[Suite]:
     def losses(backend: str) -> Tensor:
         return linear_cross_entropy(hidden, weight, bias, targets, backend=backend)[0]
 
-    cases = [
-        Case(
-            f"ours, {backend}",
-            partial(losses, backend),
-            inputs,
-        )
-        for backend in ON_CPU["linear_cross_entropy"]
-    ]
+    cases = [Case(f"ours, {backend}", partial(losses, backend), inputs) for backend in ON_CPU["linear_cross_entropy"]]
     plain = Case("plain", lambda: F.cross_entropy(F.linear(hidden, weight, bias).float(), targets), inputs)
     return [Suite(f"T={N} d={d} V={V}", 2 * N * d * V, [*cases, plain], peak_memory=True)]
 
 
-SUITES: dict[str, str] = {
-    "sigma_moe": "benchmarks.moe_layers:sigma_moe_suites",
-    "route": "benchmarks.kernels:route_suites",
-    "expert_linear": "benchmarks.kernels:expert_linear_suites",
-    "linear_cross_entropy": "benchmarks.kernels:linear_cross_entropy_suites",
+SUITES: dict[str, Callable[[torch.dtype, bool], Iterable[Suite]]] = {
+    "sigma_moe": moe_layers.sigma_moe_suites,
+    "route": route_suites,
+    "expert_linear": expert_linear_suites,
+    "linear_cross_entropy": linear_cross_entropy_suites,
 }
-"""op -> module:function, the function from (dtype, quick) to suites. Resolved when the op is asked for."""
+"""Op -> from a dtype, and whether small shapes will do, to suites."""
 
 
 def build_suites(op: str, dtype: torch.dtype, quick: bool) -> Iterable[Suite]:
-    module, function = SUITES[op].split(":")
     torch.manual_seed(0)
-    suites: Iterable[Suite] = getattr(importlib.import_module(module), function)(dtype, quick)
-    return suites
+    return SUITES[op](dtype, quick)
 
 
 def peak_memory_mb(op: str, dtype: str, name: str, options: argparse.Namespace) -> float:
@@ -129,56 +117,27 @@ def peak_memory_mb(op: str, dtype: str, name: str, options: argparse.Namespace) 
 def print_peak(options: argparse.Namespace) -> None:
     suites = build_suites(options.op, DTYPES[options.dtype], options.quick)
     (case,) = (case for suite in suites for case in suite.cases if case.name == options.peak_of)
-    # Not getrusage: its maximum is inherited from the process that started this one.
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
-    before = _status_mb("VmRSS")
+    forget_peak()
+    before, _ = resident_bytes()
     torch.autograd.grad(case.forward(), case.inputs)
-    print(_status_mb("VmHWM") - before)
+    print((resident_bytes()[1] - before) / 2**20)
 
 
-def _status_mb(field: str) -> float:
-    """A memory field of this process, Linux only."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """One dict per op, dtype and implementation, and what is kept of each suite of sigma_moe; prints the tables on the
-    way unless --json."""
-    results, kept = [], []
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prints a table for each op, dtype and shape. Returns what is kept of each suite of sigma_moe."""
+    kept = []
     for op in [options.op] if options.op else SUITES:
         for dtype in [options.dtype] if options.dtype else DTYPES:
             for suite in build_suites(op, DTYPES[dtype], options.quick):
                 work = moe_layers.checked_work(suite, DTYPES[dtype]) if op == "sigma_moe" else None
                 timed = measure(suite, DTYPES[dtype], options.rounds)
                 found = rows(suite, timed)
-                for row in found:
-                    row |= {"op": op, "dtype": dtype, "shape": suite.shape, "threads": options.threads}
-                    row["mm_gflops"] = timed.mm_rate / 1e9
-                    if suite.peak_memory:
-                        row["peak_memory_mb"] = peak_memory_mb(op, dtype, row["implementation"], options)
-                if not options.json:
-                    print_table(op, dtype, suite, found, timed.mm_rate, options.threads)
+                for row in found if suite.peak_memory else ():
+                    row["peak_memory_mb"] = peak_memory_mb(op, dtype, row["implementation"], options)
+                print_table(f"{op} {dtype}", suite, found, timed.mm_rate)
                 if work is not None:
                     kept.append(moe_layers.to_json(suite, dtype, work, timed))
-                results += found
-    return results, kept
-
-
-def print_table(
-    op: str, dtype: str, suite: Suite, found: list[dict[str, Any]], mm_rate: float, num_threads: int
-) -> None:
-    print(f"\n{op} {dtype}, {suite.shape}, {num_threads} threads; torch.mm {mm_rate / 1e9:.0f} GF/s")
-    print(
-        f"{'implementation':30s} {'forward':>12s} {'of mm':>7s} {'fwd + bwd':>12s} {'of mm':>7s} {'peak memory':>12s}"
-    )
-    for row in found:
-        memory = f"{row['peak_memory_mb']:9.0f} MB" if "peak_memory_mb" in row else ""
-        print(
-            f"{row['implementation']:30s} {row['forward_ms']:9.1f} ms {row['forward_share_of_mm']:7.1%} "
-            f"{row['forward_backward_ms']:9.1f} ms {row['forward_backward_share_of_mm']:7.1%} {memory:>12s}",
-            flush=True,
-        )
+    return kept
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -188,7 +147,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small shapes: checks that everything runs")
     parser.add_argument("--threads", type=int, help="default: 1 with --keep, else 2")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--peak-of", metavar="NAME", help=argparse.SUPPRESS)
     records.add_option(parser)
     options = parser.parse_args(arguments)
@@ -206,12 +164,10 @@ def main() -> None:
         print_peak(options)
         return
     about = records.machine()
-    results, kept = run(options)
+    kept = run(options)
     if options.keep is not None:
         settings = {"threads": options.threads, "rounds": options.rounds}
         records.keep(options.keep, "moe-layers", about, {"suites": kept, **settings})
-    if options.json:
-        print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ class Tally:
     def __add__(self, other: Tally) -> Tally:
         return Tally(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
-    def __sub__(self, other: Tally) -> Tally:
-        return Tally(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def __mul__(self, times: int) -> Tally:
+        return Tally(*(times * value for value in vars(self).values()))
 
 
 @dataclass
@@ -90,6 +90,17 @@ class Counts:
     def add(self, place: str, name: str, tally: Tally) -> None:
         self.by_place[place] = self.by_place.get(place, Tally()) + tally
         self.by_operator[place, name] += tally.kernels
+
+    def plus(self, other: Counts, times: int = 1) -> Counts:
+        """These and `times` times the others; -1: without them."""
+        places = dict(self.by_place)
+        for place, tally in other.by_place.items():
+            places[place] = places.get(place, Tally()) + tally * times
+        operators, waits = self.by_operator.copy(), self.waits.copy()
+        operators.update({key: times * count for key, count in other.by_operator.items()})
+        waits.update({key: times * count for key, count in other.waits.items()})
+        copies = self.to_host + times * other.to_host, self.to_device + times * other.to_device
+        return Counts(places, +operators, +waits, *copies)
 
 
 class LaunchCounter(TorchDispatchMode):

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import marked
 from benchmarks.fake_cuda import backward, fake_cuda
 from benchmarks.launch_counter import Counts, LaunchCounter, Tally
-from benchmarks.marked import with_table
+from benchmarks.marked import TIGHT, with_table
 from benchmarks.places import OTHER, PLACES, PLACES_OF_STEP
 from common.tables import text_table
-from model.attention.rope import RopeTables
-from model.attention.xl import Sinusoids
 from model.language_model import LanguageModel, routing_statistics
+from model.layers import Block
 from model.memory import layer_memories
 from model.parallel.context import ParallelContext
 from pretrain.config.loading import load_config
@@ -59,7 +59,7 @@ class StepCounts:
 
     @property
     def micro_step(self) -> Counts:
-        return total_of(self.forward, self.backward, 1)
+        return self.forward.plus(self.backward)
 
 
 class CountedPhases(Phases):
@@ -136,12 +136,10 @@ def _model(config: Config) -> LanguageModel:
     for _, memory in layer_memories(model):
         memory.assign(torch.arange(B, device=device), B)
         memory.kept = torch.empty(B, *size, dtype=dtype, device=device)
-    L, like = config.model.memory_length + config.model.sequence_length, next(model.parameters())
+    context = torch.empty(1, size[0] + config.model.sequence_length, size[1], dtype=dtype, device=device)
     for layer in model.modules():
-        if isinstance(rope := getattr(layer, "rope", None), RopeTables):
-            rope(None, L, like.device)
-        elif isinstance(kept := getattr(layer, "sinusoids", None), Sinusoids):
-            kept(L, config.model.d_model, like)
+        if isinstance(layer, Block):
+            layer.fill_tables(context)
     return model
 
 
@@ -169,18 +167,7 @@ def count_model(path: Path) -> tuple[Config, StepCounts, StepCounts]:
     """The configuration, the counts of the model with one layer, and what each further layer adds."""
     config = load_config(path, [])
     one, two = (count_step(load_config(path, [f"model.num_layers={n}"])) for n in (1, 2))
-    return config, one, StepCounts(*(difference(b, a) for a, b in zip(one.parts, two.parts, strict=True)))
-
-
-def difference(more: Counts, less: Counts) -> Counts:
-    places = {**less.by_place, **more.by_place}
-    return Counts(
-        {p: more.by_place.get(p, Tally()) - less.by_place.get(p, Tally()) for p in places},
-        more.by_operator - less.by_operator,
-        more.waits - less.waits,
-        more.to_host - less.to_host,
-        more.to_device - less.to_device,
-    )
+    return config, one, StepCounts(*(b.plus(a, -1) for a, b in zip(one.parts, two.parts, strict=True)))
 
 
 HEAD = ("place", "block, forward", "MB", "block, backward", "MB", "micro-step", "GB", "optimizer step", "MB")
@@ -190,12 +177,8 @@ def place_table(path: Path) -> list[tuple[str, ...]]:
     """Rows: launches and bytes of each place, elementwise operators, then all; the last counts copies and waits."""
     config, one, layer = count_model(path)
     further = config.model.num_layers - 1
-    parts = (
-        total_of(Counts(), layer.forward, 1),
-        total_of(Counts(), layer.backward, 1),
-        total_of(one.micro_step, layer.micro_step, further),
-        total_of(one.step, layer.step, further),
-    )
+    whole = one.micro_step.plus(layer.micro_step, further), one.step.plus(layer.step, further)
+    parts = (layer.forward, layer.backward, *whole)
     scales = (1e6, 1e6, 1e9, 1e6)
     known = {place for part in parts for place in part.by_place}
     places = [p for p in (*PLACES, *PLACES_OF_STEP, OTHER) if p in known]
@@ -216,19 +199,6 @@ def place_table(path: Path) -> list[tuple[str, ...]]:
     return [*rows, ("copies between host and GPU", *copies), ("waits of the host", *waits)]
 
 
-def total_of(first: Counts, further: Counts, times: int) -> Counts:
-    """`first` and `times` times `further`."""
-    found = Counts(dict(first.by_place), first.by_operator.copy(), first.waits.copy(), first.to_host, first.to_device)
-    for _ in range(times):
-        for place, tally in further.by_place.items():
-            found.by_place[place] = found.by_place.get(place, Tally()) + tally
-        found.by_operator += further.by_operator
-        found.waits += further.waits
-        found.to_host += further.to_host
-        found.to_device += further.to_device
-    return found
-
-
 def title_of(path: Path) -> str:
     config = load_config(path, [])
     B, T = config.batch.micro_sequences, config.model.sequence_length
@@ -237,10 +207,7 @@ def title_of(path: Path) -> str:
 
 def markdown() -> str:
     """The tables of docs/kernels.md."""
-    parts = []
-    for path in DEFAULT:
-        lines = [f"| {' | '.join(row)} |" for row in (HEAD, *place_table(path))]
-        parts.append("\n".join([f"{title_of(path)}:\n", lines[0], "|" + "---|" * len(HEAD), *lines[1:]]))
+    parts = (f"{title_of(path)}:\n\n{marked.markdown(HEAD, place_table(path), TIGHT)}" for path in DEFAULT)
     return "\n\n".join(parts) + "\n"
 
 

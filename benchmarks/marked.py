@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+TIGHT = "---"
+"""What stands in a column between head and rows on most pages."""
+
 
 def with_table(text: str, name: str, table: str) -> str:
     """`text` with `table` between the two comments of `name`. Raises ValueError if it lacks them."""
@@ -13,6 +18,7 @@ def with_table(text: str, name: str, table: str) -> str:
     return f"{before}{mark}{table.rstrip()}\n{end}{after}"
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], rule: str = " --- ") -> str:
+    """A table; a | in a cell would end it."""
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in (header, *rows)]
+    return "\n".join([lines[0], f"|{rule}" * len(header) + "|", *lines[1:]])

@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers
 from benchmarks.marked import markdown
+from benchmarks.pictures import picture
+from benchmarks.rounds import ratio
 from benchmarks.timed_cases import Case, Suite, Timed, mm_flops, normal
 from model.kernels.ops.route import Choice, route
 from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
@@ -158,17 +160,12 @@ def to_json(suite: Suite, dtype: str, work: Work, timed: Timed) -> dict[str, Any
     }
 
 
-def ratios(one: list[float], other: list[float]) -> list[float]:
-    """Of each round."""
-    return [a / b for a, b in zip(one, other, strict=True)]
-
-
 def share_of_mm(suite: Any, name: str) -> float:
     """Of a kept suite: time that torch.mm would take for the useful work, forward and backward, over the layer's; the
     median over rounds."""
     flops = 6 * suite["useful_macs"]
     ideal = [flops / suite["mm_flops"] * seconds for seconds in suite["mm_seconds"]]
-    return statistics.median(ratios(ideal, suite["cases"][name]["seconds"]))
+    return ratio(ideal, suite["cases"][name]["seconds"])
 
 
 def page(found: Any) -> str:
@@ -178,7 +175,7 @@ def page(found: Any) -> str:
         own = suite["cases"][OURS]
         for name, case in suite["cases"].items():
             times = [f"{1e3 * statistics.median(case[key]):.1f}" for key in ("forward_seconds", "seconds")]
-            to_ours = statistics.median(ratios(case["seconds"], own["seconds"]))
+            to_ours = ratio(case["seconds"], own["seconds"])
             macs = case["macs"] / suite["useful_macs"]
             line = [suite["shape"], suite["dtype"], name, *times, f"{to_ours:.2f}"]
             lines.append([*line, f"{share_of_mm(suite, name):.0%}", f"{macs:.2f}"])
@@ -193,24 +190,14 @@ def page(found: Any) -> str:
 
 def draw(found: Any, path: Path) -> None:
     """PNG: for each shape and dtype the layers' shares of torch.mm's rate, forward and backward."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     suites = found["suites"]
-    figure, axes = plt.subplots(
-        1, len(suites), figsize=(3.2 * len(suites) + 1.2, 2.9), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, suite in zip(axes[0], suites, strict=True):
-        names = list(suite["cases"])
-        shares = [100 * share_of_mm(suite, name) for name in names]
-        colours = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
-        axis.bar_label(axis.barh(names, shares, color=colours), fmt="%.0f", fontsize=8, padding=2)
-        axis.set_title(f"{suite['shape'].partition(':')[0]}, {suite['dtype']}", fontsize=10)
-        axis.margins(x=0.15)
-    axes[0][0].invert_yaxis()
-    figure.supxlabel("% of torch.mm's rate, forward and backward, useful work alone", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    with picture(path, len(suites), (3.2 * len(suites) + 1.2, 2.9), sharey=True) as (figure, axes):
+        for axis, suite in zip(axes, suites, strict=True):
+            names = list(suite["cases"])
+            shares = [100 * share_of_mm(suite, name) for name in names]
+            colours = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in names]
+            axis.bar_label(axis.barh(names, shares, color=colours), fmt="%.0f", fontsize=8, padding=2)
+            axis.set_title(f"{suite['shape'].partition(':')[0]}, {suite['dtype']}", fontsize=10)
+            axis.margins(x=0.15)
+        axes[0].invert_yaxis()
+        figure.supxlabel("% of torch.mm's rate, forward and backward, useful work alone", fontsize=9)

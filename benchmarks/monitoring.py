@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.rounds import orders, ratio
 from common.arguments import add_overrides
 from pretrain import device as devices
 from pretrain.config.loading import load_config
@@ -102,10 +103,8 @@ def main() -> None:
         for run in runs.values():
             run.block(args.block)  # the first steps allocate, and tell what is told once
             run.called = 0.0
-        for number in range(args.rounds):
-            for place in range(len(KINDS)):
-                kind = KINDS[(number + place) % len(KINDS)]
-                seconds[kind].append(runs[kind].block(args.block))
+        for kind in orders(KINDS, args.rounds):
+            seconds[kind].append(runs[kind].block(args.block))
             loads.append(os.getloadavg()[0])
         for run in runs.values():
             if run.monitor is not None:
@@ -122,23 +121,14 @@ def main() -> None:
         print(f"calls, {kind}: {1000 * spent:.2f} ms a step, {spent / off:.2%} of one that is not monitored")
     print(f"load of the machine {min(loads):.1f} to {max(loads):.1f}")
     if args.json is not None:
-        about = {
-            "block": args.block,
-            "details_every_steps": every,
-            "load": loads,
-            "calls": calls,
-            "torch": torch.__version__,
-        }
+        about = {"block": args.block, "details_every_steps": every, "load": loads, "torch": torch.__version__}
         args.json.write_text(json.dumps({"seconds": times, "ratios": ratios, "calls": calls, **about}))
     devices.stop()
 
 
 def report(clock: str, seconds: dict[str, list[float]], block: int, every: int) -> dict[str, float]:
     """Prints and returns the ratio of each kind, and of all with details every so many steps."""
-    ratios = {
-        kind: statistics.median(own / off for own, off in zip(found, seconds["off"], strict=True))
-        for kind, found in seconds.items()
-    }
+    ratios = {kind: ratio(found, seconds["off"]) for kind, found in seconds.items()}
     print(f"seconds a step, {clock}:")
     for kind, found in seconds.items():
         spread = " ".join(f"{value / block:.4f}" for value in found)

@@ -34,8 +34,6 @@ class Case(NamedTuple):
     """Indices."""
     compute: Callable[[dict[str, Tensor], str], tuple[Tensor, ...]]
     """From leaves and constants, with a backend -> what is differentiated. Waits for nothing: it is what is timed."""
-    useful_flops: int
-    """Forward."""
     per_token: tuple[str, ...]
     """Leaves and constants whose first axis are the N tokens."""
     share: Callable[[dict[str, Tensor]], Tensor] | None = None
@@ -99,21 +97,20 @@ def route_case(N: int, d: int, R: int, E: int, k: int) -> Case:
 
     leaves = {"x": normal(N, d), "weight": normal(R, E, d, scale=d**-0.5)}
     shape = f"N={N} d={d} R={R} E={E} k={k}"
-    return Case("route", shape, leaves, {}, compute, 2 * N * R * E * d, ("x", "index"), check=check)
+    return Case("route", shape, leaves, {}, compute, ("x", "index"), check=check)
 
 
 def handing_on(build: Build) -> Case:
     """A case whose op hands x on to a map."""
     case = build()
-    N, d = case.leaves["x"].shape
 
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
         outputs = case.compute(t, backend)
         return *outputs, t["handed"] @ t["next"]
 
+    d = case.leaves["x"].shape[1]
     leaves = case.leaves | {"next": normal(d, 8, scale=d**-0.5)}
-    flops = case.useful_flops + 2 * N * d * 8
-    return case._replace(shape=f"{case.shape} handing on", leaves=leaves, compute=compute, useful_flops=flops)
+    return case._replace(shape=f"{case.shape} handing on", leaves=leaves, compute=compute)
 
 
 def check_choice(logits: Tensor, index: Tensor, load: Tensor, order: Tensor) -> None:
@@ -140,7 +137,7 @@ def sigma_moe_case(N: int, d: int, E: int, k: int, G: int, *, adds: bool = False
     per_token: tuple[str, ...] = "x", "scores", "index"
     if adds:
         shape, leaves["residual"], per_token = f"{shape} residual", normal(N, d), (*per_token, "residual")
-    return Case("sigma_moe", shape, leaves, constants, compute, 4 * N * k * d * G, per_token)
+    return Case("sigma_moe", shape, leaves, constants, compute, per_token)
 
 
 def value_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
@@ -154,7 +151,7 @@ def value_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
     leaves["experts"] = normal(H, E, d, h, scale=d**-0.5)
     constants = grouped(choices(N, H, num_experts=E, k=k), E)
     shape, per_token = f"N={N} d={d} H={H} E={E} k={k} h={h}", ("x", "scores", "index")
-    return Case("switchhead_value", shape, leaves, constants, compute, 2 * N * H * k * d * h, per_token)
+    return Case("switchhead_value", shape, leaves, constants, compute, per_token)
 
 
 def output_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
@@ -165,7 +162,7 @@ def output_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
     leaves["experts"] = normal(H, E, h, d, scale=h**-0.5)
     constants = grouped(choices(N, H, num_experts=E, k=k), E)
     shape, per_token = f"N={N} d={d} H={H} E={E} k={k} h={h}", ("a", "scores", "index")
-    return Case("switchhead_output", shape, leaves, constants, compute, 2 * N * H * k * d * h, per_token)
+    return Case("switchhead_output", shape, leaves, constants, compute, per_token)
 
 
 def expert_linear_case(N: int, d: int, E: int, k: int, h: int) -> Case:
@@ -179,7 +176,7 @@ def expert_linear_case(N: int, d: int, E: int, k: int, h: int) -> Case:
     leaves |= {"query": normal(E, d, h, scale=d**-0.5), "output": normal(E, h, d, scale=h**-0.5)}
     constants = grouped(choices(N, num_experts=E, k=k), E)
     shape, per_token = f"N={N} d={d} E={E} k={k} h={h}", ("x", "scores", "index")
-    return Case("expert_linear", shape, leaves, constants, compute, 4 * N * k * d * h, per_token)
+    return Case("expert_linear", shape, leaves, constants, compute, per_token)
 
 
 def attention_case(B: int, T: int, H: int, h: int, *, shared: bool = False, biases: bool = False) -> Case:
@@ -195,13 +192,12 @@ def attention_case(B: int, T: int, H: int, h: int, *, shared: bool = False, bias
     leaves = {name: normal(B, T, H, h, scale=h**-0.5) for name in names}
     leaves |= {"k": normal(B, L, K, h), "v": normal(B, L, K, h), "position_keys": normal(L, K, h)}
     shape = f"B={B} T={T} H={H} h={h} K={K}{' biases' if biases else ''}"
-    return Case("relative_attention", shape, leaves, {}, compute, 6 * B * H * T * L * h, (*names, "k", "v"))
+    return Case("relative_attention", shape, leaves, {}, compute, (*names, "k", "v"))
 
 
 def range_attention_case(B: int, T: int, H: int, h: int, *, length: int = 0, shared: bool = False) -> Case:
     """RoPE's, inside documents of `length` tokens, whose borders stand at other places in each sequence; 0: without
-    documents, of T tokens after as many of memory. `shared`: one head of keys and values, as MoA. The FLOPs are those
-    of all of [T, L], which the reference computes: kernels that skip may be faster than that."""
+    documents, of T tokens after as many of memory. `shared`: one head of keys and values, as MoA."""
 
     def compute(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
         q, k, v = (t[name].transpose(1, 2) for name in "qkv")
@@ -215,8 +211,7 @@ def range_attention_case(B: int, T: int, H: int, h: int, *, length: int = 0, sha
         constants = {"first": documents.first, "end": documents.end}
     leaves = {"q": normal(B, T, H, h), "k": normal(B, L, K, h), "v": normal(B, L, K, h)}
     shape = f"B={B} T={T} H={H} h={h} K={K} {f'documents of {length}' if length else f'memory of {T}'}"
-    flops, per_token = 4 * B * H * T * L * h, (*leaves, *constants)
-    return Case("causal_attention", shape, leaves, constants, compute, flops, per_token)
+    return Case("causal_attention", shape, leaves, constants, compute, (*leaves, *constants))
 
 
 def loss_case(N: int, d: int, V: int) -> Case:
@@ -231,7 +226,7 @@ def loss_case(N: int, d: int, V: int) -> Case:
         return (constants["targets"] != -100).sum().double()
 
     shape, per_token = f"N={N} d={d} V={V}", ("hidden", "targets")
-    return Case("linear_cross_entropy", shape, leaves, {"targets": targets}, compute, 2 * N * d * V, per_token, share)
+    return Case("linear_cross_entropy", shape, leaves, {"targets": targets}, compute, per_token, share)
 
 
 def dropout_case(B: int, T: int, d: int) -> Case:
@@ -243,7 +238,7 @@ def dropout_case(B: int, T: int, d: int) -> Case:
 
     leaves = {"x": normal(B, T, d), "residual": normal(B, T, d)}
     constants = {"sequence_index": torch.arange(B) + 2**33}
-    return Case("elementwise", f"dropout B={B} T={T} d={d}", leaves, constants, compute, 0, (*leaves, *constants))
+    return Case("elementwise", f"dropout B={B} T={T} d={d}", leaves, constants, compute, (*leaves, *constants))
 
 
 def norm_case(B: int, T: int, d: int, probability: float | None) -> Case:
@@ -259,7 +254,7 @@ def norm_case(B: int, T: int, d: int, probability: float | None) -> Case:
     constants = {"sequence_index": torch.arange(B) + 2**33} if probability else {}
     shape = f"norm B={B} T={T} d={d} {'alone' if probability is None else f'dropout={probability:g}'}"
     per_token = ("x", *(name for name in ("branch", "sequence_index") if name in leaves | constants))
-    return Case("elementwise", shape, leaves, constants, compute, 0, per_token)
+    return Case("elementwise", shape, leaves, constants, compute, per_token)
 
 
 def entropy_case(N: int, E: int) -> Case:
@@ -280,7 +275,7 @@ def entropy_case(N: int, E: int) -> Case:
     probability = normal(E).softmax(0)
     probability[0] = 0.0
     leaves, constants = {"logits": normal(N, E, scale=2.0)}, {"probability": probability}
-    return Case("elementwise", f"entropy N={N} E={E}", leaves, constants, compute, 0, ("logits",), share, check)
+    return Case("elementwise", f"entropy N={N} E={E}", leaves, constants, compute, ("logits",), share, check)
 
 
 def rotate_case(B: int, T: int, H: int, h: int, half: int, kind: str = "") -> Case:
@@ -315,4 +310,4 @@ def rotate_case(B: int, T: int, H: int, h: int, half: int, kind: str = "") -> Ca
     constants = {"cos": angle.cos(), "sin": angle.sin()}
     shape = f"rotate B={B} T={T} H={H} h={h} half={half}{kind and ' '}{kind}"
     per_token = (*leaves, *(constants if kind == "documents" else ()))
-    return Case("elementwise", shape, leaves, constants, compute, 0, per_token)
+    return Case("elementwise", shape, leaves, constants, compute, per_token)

@@ -81,6 +81,13 @@ def keep(folder: Path, what: str, about: dict[str, Any], found: Any) -> Path:
     return path
 
 
+def show(keep_in: Path | None, what: str, about: dict[str, Any], found: Any, text: str) -> None:
+    """Prints the tables of a measurement under a line that says on what it was made; keeps it if --keep was given."""
+    print(f"{heading(about)}\n{text}")
+    if keep_in is not None:
+        keep(keep_in, what, about, found)
+
+
 def read(what: str, folder: Path = RESULTS) -> Kept | None:
     """None if it was never kept. Raises DataError for a file that is no record."""
     path = folder / f"{what}.json"

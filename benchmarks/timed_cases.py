@@ -1,16 +1,19 @@
-"""Implementations of one op, timed in turns: what benchmarks.kernels and benchmarks.moe_layers share."""
+"""Implementations of one op, timed in turns: what benchmarks.kernels, kernels_switchhead and moe_layers share."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.rounds import seconds
+from common.tables import text_table
+
 MM_SIZE = 2048
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Case(NamedTuple):
@@ -57,33 +60,30 @@ def mm_flops() -> int:
 def measure(suite: Suite, dtype: torch.dtype, rounds: int) -> Timed:
     """All cases in turn, round after round; the first round warms up and is not counted."""
     a, out = torch.randn(MM_SIZE, MM_SIZE).to(dtype), torch.empty(MM_SIZE, MM_SIZE, dtype=dtype)
-    names = [case.name for case in suite.cases]
-    timed = Timed([], {name: [] for name in names}, {name: [] for name in names})
+    timed = Timed([], {case.name: [] for case in suite.cases}, {case.name: [] for case in suite.cases})
     for number in range(rounds + 1):
         suite.before_round()
-        found = [time_mm(a, out), *(time_case(case) for case in suite.cases)]
+        start = seconds()
+        torch.mm(a, a, out=out)
+        product = seconds() - start
+        found = [time_case(case) for case in suite.cases]
         if number:
-            timed.mm.append(found[0][1])
-            for name, (forward, both) in zip(names, found[1:], strict=True):
-                timed.forward[name].append(forward)
-                timed.both[name].append(both)
+            timed.mm.append(product)
+            for case, (forward, both) in zip(suite.cases, found, strict=True):
+                timed.forward[case.name].append(forward)
+                timed.both[case.name].append(both)
     return timed
 
 
-def time_mm(a: Tensor, out: Tensor) -> tuple[float, float]:
-    start = time.perf_counter()
-    torch.mm(a, a, out=out)
-    seconds = time.perf_counter() - start
-    return seconds, seconds
-
-
 def time_case(case: Case) -> tuple[float, float]:
-    """Seconds of the forward pass, and of both passes."""
-    start = time.perf_counter()
+    """Seconds of the forward pass, and of both passes. The gradient from above is made between them."""
+    start = seconds()
     y = case.forward()
-    forward = time.perf_counter() - start
-    torch.autograd.grad(y, case.inputs, torch.ones_like(y), allow_unused=True)
-    return forward, time.perf_counter() - start
+    forward = seconds() - start
+    gradient = torch.ones_like(y)
+    start = seconds()
+    torch.autograd.grad(y, case.inputs, gradient, allow_unused=True)
+    return forward, forward + seconds() - start
 
 
 def rows(suite: Suite, timed: Timed) -> list[dict[str, Any]]:
@@ -101,6 +101,19 @@ def rows(suite: Suite, timed: Timed) -> list[dict[str, Any]]:
             }
         )
     return lines
+
+
+def print_table(title: str, suite: Suite, found: list[dict[str, Any]], mm_rate: float) -> None:
+    """`found`: of `rows`, with `peak_memory_mb` where it was measured."""
+    print(f"\n{title}, {suite.shape}, {torch.get_num_threads()} threads; torch.mm {mm_rate / 1e9:.0f} GF/s")
+    lines = []
+    for row in found:
+        line = [row["implementation"]]
+        for phase in ("forward", "forward_backward"):
+            line += [f"{row[f'{phase}_ms']:.1f} ms", f"{row[f'{phase}_share_of_mm']:.1%}"]
+        lines.append([*line, f"{row['peak_memory_mb']:.0f} MB" if "peak_memory_mb" in row else ""])
+    header = ["implementation", "forward", "of mm", "fwd + bwd", "of mm", "peak memory"]
+    print(text_table(header, lines), flush=True)
 
 
 def normal(dtype: torch.dtype, *shape: int) -> Tensor:

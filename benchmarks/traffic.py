@@ -27,7 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from benchmarks import marked
 from common.tables import text_table
 
 BYTES, TILE = 2, 64  # bf16
@@ -92,7 +94,7 @@ class TorchOperators(TorchDispatchMode):
             and "empty" not in func._opname
             and "alias" not in func._opname
         ):
-            moved = tensor_bytes((*args, result))
+            moved = tensor_bytes(tree_leaves((args, kwargs, result)))
             self.count.launches += 1
             self.count.requested += moved
             self.count.by_tensor[f"torch.{func._opname}"] += moved
@@ -100,7 +102,7 @@ class TorchOperators(TorchDispatchMode):
 
 
 def tensor_bytes(values: Any) -> int:
-    """Of every tensor in `values`, one level deep."""
+    """Of every tensor in `values`."""
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
 
 
@@ -196,13 +198,8 @@ COLUMNS: dict[str, Callable[[Layer, int, int, Count], str]] = {
 
 
 def table(rows: list[tuple[Layer, int, int, Count]], *, markdown: bool) -> str:
-    cells = [list(COLUMNS)] + [[column(*row) for column in COLUMNS.values()] for row in rows]
-    if not markdown:
-        lines = text_table(cells[0], cells[1:], left=None).splitlines()
-    else:
-        lines = ["| " + " | ".join(line) + " |" for line in cells]
-        lines.insert(1, "|" + "---|" * len(COLUMNS))
-    return "\n".join(lines)
+    head, cells = list(COLUMNS), [[column(*row) for column in COLUMNS.values()] for row in rows]
+    return marked.markdown(head, cells, marked.TIGHT) if markdown else text_table(head, cells, left=None)
 
 
 def main() -> None:

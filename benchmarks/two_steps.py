@@ -15,17 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
-
 from common.arguments import add_overrides
 from common.errors import UserError
+from common.resident import forget_peak, resident_bytes
+from common.units import GIB
 from pretrain import device as devices
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks
@@ -35,10 +34,9 @@ from pretrain.data.sources import open_sources
 from pretrain.parallel.context import parallel_context
 from pretrain.planning.memory import estimate, why_unknown
 from pretrain.ranks import Ranks
-from pretrain.trainer import RunSetup, Trainer, build_trainer
+from pretrain.trainer import RunSetup, build_trainer
 
 T = TypeVar("T")
-GIB = 2**30
 
 
 def main() -> int:
@@ -71,9 +69,11 @@ def measure(config: Config) -> dict[str, Any]:
         sources = open_sources(config)
         sources.check("size")
         expected = None if why_unknown(config) else estimate(config, 1, device.type)
-        before = psutil.Process().memory_info().rss
+        forget_peak()  # of the estimate
+        before, _ = resident_bytes()
         print(f"before the model: {before / GIB:.2f} GiB", flush=True)
-        trainer = told("model and optimizer", lambda: _trainer(config, sources, device))
+        setup = RunSetup(config, sources, parallel_context(config), device)
+        trainer = told("model and optimizer", lambda: build_trainer(setup, None))
         given = trainer.read_input(Progress(0, 0))
         if given.error is not None:
             raise given.error
@@ -85,7 +85,7 @@ def measure(config: Config) -> dict[str, Any]:
         trainer.close()
     finally:
         devices.stop()
-    peak = _peak()
+    _, peak = resident_bytes()
     found = {"before": before, "peak": peak, "losses": losses, "estimate": None if expected is None else expected.total}
     print(f"peak {peak / GIB:.2f} GiB, {(peak - before) / GIB:.2f} of it since the model", flush=True)
     if expected is not None:
@@ -97,21 +97,12 @@ def measure(config: Config) -> dict[str, Any]:
     return found
 
 
-def _trainer(config: Config, sources: Any, device: Any) -> Trainer:
-    return build_trainer(RunSetup(config, sources, parallel_context(config), device), None)
-
-
 def told(what: str, make: Callable[[], T]) -> T:
     """Does it, and prints its time and the peak until then."""
     began = time.monotonic()
     result = make()
-    print(f"{what}: {time.monotonic() - began:.1f} s, peak so far {_peak() / GIB:.2f} GiB", flush=True)
+    print(f"{what}: {time.monotonic() - began:.1f} s, peak so far {resident_bytes()[1] / GIB:.2f} GiB", flush=True)
     return result
-
-
-def _peak() -> int:
-    """Bytes: Linux counts in KiB."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

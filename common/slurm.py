@@ -69,16 +69,22 @@ def squeue_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
 
 
-def jobs_in_queue(jobs: Collection[str]) -> set[str] | None:
-    """Those of `jobs`, by number, that wait or run, as squeue says; None where it is not there or cannot ask."""
-    line = ["squeue", "--noheader", "--format=%A", f"--jobs={','.join(sorted(jobs))}"]
+def jobs_in_queue(jobs: Collection[str], *, timeout_seconds: float = 20.0) -> dict[str, str]:
+    """Those of `jobs`, by number, that wait or run, and squeue's word on why they do not run ("None": they do). Raises
+    OSError if there is no squeue, and UserError if it cannot tell."""
+    line = ["squeue", "--noheader", "--format=%A %r", f"--jobs={','.join(sorted(jobs))}"]
     try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=20, check=False, env=squeue_environment())
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode and "Invalid job id" not in done.stderr:  # which says that none of them is known any more
-        return None
-    return {word for word in done.stdout.split() if word in jobs}
+        done = subprocess.run(
+            line, capture_output=True, text=True, timeout=timeout_seconds, check=False, env=squeue_environment()
+        )
+        said = done.stderr.strip() if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        said = f"no answer in {timeout_seconds:.0f} s"
+    if said and "Invalid job id" not in said:  # which it says where none of them is known any more
+        which = f"job {next(iter(jobs))} has" if len(jobs) == 1 else f"the jobs {', '.join(sorted(jobs))} have"
+        raise UserError(f"squeue: does not say whether {which} ended ({said}); try the same command later")
+    rows = [row.partition(" ") for row in done.stdout.splitlines()] if not said else []
+    return {job: why.strip() for job, _, why in rows if job in jobs}
 
 
 def first_address(nodes: str) -> str:

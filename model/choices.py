@@ -107,7 +107,6 @@ class Replayer:
 def _compare(own: Tensor, chosen: Tensor, logits: Tensor) -> Tensor:
     """[2] fp64, see `Replayer.flips`. The order of the k choices does not matter, and ties are no distance."""
     others = (chosen[..., :, None] != own[..., None, :]).all(-1)
-    # The best expert that only one side chose, compared with the worst: rounding had to cross this distance.
+    # Of the last one that each side chose: rounding had to cross this distance. 0 where all are the same.
     distance = logits.gather(-1, own).amin(-1) - logits.gather(-1, chosen).amin(-1)
-    distance = torch.where(others.any(-1), distance, 0.0)
     return torch.stack([others.sum().double(), distance.max().double()])

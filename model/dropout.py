@@ -84,22 +84,6 @@ def keep_mask(
     return ((bits >> 8) >= threshold).view(shape)
 
 
-def dropout(
-    x: Tensor,
-    *,
-    probability: float,
-    key: int,
-    sequence_index: Tensor,
-    columns: tuple[int, slice] | None = None,
-    first_token: int = 0,
-) -> Tensor:
-    """Zeroes elements of `x` [B, T, features] with the given probability and scales the rest by 1 / (1 - p).
-    `columns`: (number of all features, slice of those in `x`) if a rank holds some of the features. `first_token`: the
-    place in the sequence of the first token of `x`, if a rank holds some of the tokens."""
-    mask = Draw(probability, key, sequence_index, first_token, columns).mask(x.shape)
-    return x * mask.to(x.dtype) / (1.0 - probability)
-
-
 def _mix(x: Tensor) -> Tensor:
     """Bijective hash of 32-bit values held in int64 (so that products and shifts never meet the sign bit)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK_32

@@ -206,6 +206,15 @@ class Block(nn.Module):
         hidden, attention_loss, feedforward_loss = transform(hidden, context, sequence_index, documents)
         return hidden, sequence_index, auxiliary_loss + attention_loss + feedforward_loss
 
+    def fill_tables(self, context: Tensor) -> None:
+        """Computes the tables of positions that `transform` reads for a `context` of this shape, dtype and device,
+        where they are not kept yet. Of a context that is not divided over ranks."""
+        (_, L, d), attention = context.shape, self.attention
+        if attention.rope is not None:
+            attention.rope(None, L, context.device)
+        else:
+            attention.sinusoids(L, d, context)
+
     def transform(
         self, hidden: Tensor, context: Tensor, sequence_index: Tensor, documents: Seen | None
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 
 from common.errors import PassingError, UserError
+from common.ports import free_port
+from common.resident import resident_bytes
 from common.slurm import is_task_of_many
 from pretrain.config.schema import TrainConfig
 from pretrain.gpus import (
@@ -82,7 +84,7 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
     }.items():
         os.environ.setdefault(key, str(value))
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     if device_name == "cuda":  # GPU-ONLY nccl-backend
         if settings.deterministic:
             ask_cublas_for_determinism()
@@ -285,12 +287,7 @@ def memory_bytes(device: torch.device) -> dict[str, int]:
             "memory_peak_bytes": torch.cuda.max_memory_allocated(device),
             "memory_reserved_bytes": torch.cuda.memory_reserved(device),
         }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            now = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux
-        now = peak
+    now, peak = resident_bytes()
     return {"memory_bytes": now, "memory_peak_bytes": peak}
 
 
@@ -341,9 +338,3 @@ def own_cores(ranks: Ranks, env: Mapping[str, str]) -> int:
     binding = env.get("SLURM_CPU_BIND_TYPE", "")
     is_bound = is_task_of_many(env) and binding.startswith(("mask_cpu", "map_cpu", "rank"))
     return cores if is_bound else max(1, cores // ranks.local_size)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

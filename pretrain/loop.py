@@ -21,7 +21,7 @@ from pretrain.report.exit_codes import ExitCode
 from pretrain.report.profile import note_full_memory
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.control import Control
-from pretrain.resilience.guard import guarded
+from pretrain.resilience.guard import early_end_noted, guarded
 from pretrain.resilience.rollback import Rollback
 from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resume import StartPoint, find_start, what_stands
@@ -46,9 +46,10 @@ def train(
     (what was saved stands)."""
     stop = stop or Stop()
     stop.enter(ProcessState.STARTING)
-    check_same(f"{sources.key} (digest)", sources.digest)
-    sources = check_data(sources, config, run_dir)
-    parallel, tasks = parallel_context(config), agreed(lambda: RunTasks.open(config, sources))
+    with early_end_noted(run_dir):
+        check_same(f"{sources.key} (digest)", sources.digest)
+        sources = check_data(sources, config, run_dir)
+        parallel, tasks = parallel_context(config), agreed(lambda: RunTasks.open(config, sources))
     setup = RunSetup(config, sources, parallel, device, tasks=tasks, side_by_side=side_by_side)
     if config.monitor.memory_history:
         record_memory_history(device)  # before a model is built: only what is allocated later has a stack

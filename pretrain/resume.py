@@ -373,8 +373,9 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, about: d
     print(f"resuming from {resumed.path} at step {step}", flush=True)
     folder.event("resumed", step=step, path=str(resumed.path))
     for key, (then, now) in {**start.changes, **environment_changes(resumed, about["layout"])}.items():
-        if key != "description":  # of a run with --set it names the keys that are printed here anyway
-            print(f"  changed on resume: {key}: {value_text(then)} -> {value_text(now)}", flush=True)
+        if key == "description":  # of a run with --set it names the keys that are said here anyway
+            continue
+        print(f"  changed on resume: {key}: {value_text(then)} -> {value_text(now)}", flush=True)
         folder.event("changed_setting", key=key, then=then, now=now)
     if start.begins_stage and not config.reads_streams:  # streams read one data set: no mixture begins
         stage = start.progress.stages[-1]

@@ -55,7 +55,7 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
     """Builds everything for the steps after `start`. Collective."""
     config, parallel, before = setup.config, setup.parallel, memory_before(setup.device)
     trainer = build_trainer(setup, start.checkpoint, progress=start.progress)
-    last = min(config.train.steps, config.train.stop_after_steps or config.train.steps)
+    last = config.train.last_step
     settings, step = config.resilience, start.progress.step
     steps = range(step + 1, last + 1)
     trainer.tape = open_tape(config, trainer.data, trainer.engine.module, parallel, folder.path, steps)

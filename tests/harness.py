@@ -6,13 +6,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from common.ports import free_port
 
 LIMIT_SECONDS = 900.0
 """Only what hangs takes so long: one busy core, as a shared machine may leave, needs ten times what two need."""
@@ -45,7 +46,7 @@ def run_ranks(
 def _run_ranks(
     function: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout_seconds: float
 ) -> list[Any]:
-    port = _free_port()
+    port = free_port()
     ranks = []
     for rank in range(world_size):
         receiver, sender = _context.Pipe(duplex=False)
@@ -142,9 +143,3 @@ def _rank_main(sender: Any, function: Callable[..., Any], rank: int, world_size:
     finally:
         sender.close()
         os._exit(code)  # no exit handlers of libraries that were imported before the fork
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data.peers import VOCAB_SIZE
-from benchmarks.data.runs import prepare
+from benchmarks.data.process_cost import prepare
 from benchmarks.marked import markdown
-from common.tables import text_table
 
 HEADER = ["text MB", "peak MB", "over the first", "CPU s"]
 
@@ -43,10 +42,6 @@ def rows(found: Any) -> list[list[str]]:
         ]
         for run in found["runs"]
     ]
-
-
-def table(found: Any) -> str:
-    return text_table(HEADER, rows(found), left=set())
 
 
 def page(found: Any) -> str:

@@ -66,30 +66,21 @@ def ours(folder: Path) -> Written:
     return content(texts, len(ids))
 
 
-def datatrove(folder: Path, tokenizer: Path) -> Written:
-    """DocumentTokenizer's files: ids in NAME.ds, and where the documents end in NAME.ds.index."""
-    return _byte_level([np.fromfile(path, "<u2") for path in sorted(folder.rglob("*.ds"))], tokenizer)
-
-
-def dolma(folder: Path, tokenizer: Path) -> Written:
-    """`dolma tokens`: ids in NAME.npy, which are plain integers and no NumPy file."""
-    return _byte_level([np.fromfile(path, "<u2") for path in sorted(folder.rglob("*.npy"))], tokenizer)
-
-
 def documents(ids: np.ndarray, eos_id: int) -> list[np.ndarray]:
     """`ids` [n] cut after every end of document, without it."""
     return [part[:-1] for part in np.split(ids, np.flatnonzero(ids == eos_id) + 1) if len(part)]
 
 
-def _byte_level(files: list[np.ndarray], tokenizer: Path) -> Written:
-    """Ids of a byte-level BPE of the tokenizers library; the end of document is id 0."""
+def byte_level(folder: Path, names: str, tokenizer: Path) -> Written:
+    """Files of plain 16-bit ids of a byte-level BPE of the tokenizers library; the end of document is id 0. `names`:
+    "*.ds" of datatrove's DocumentTokenizer, "*.npy" of `dolma tokens`, which are no NumPy files."""
     vocabulary = json.loads(tokenizer.read_text(encoding="utf-8"))["model"]["vocab"]
     byte_of = {character: byte for byte, character in enumerate(_characters())}
     pieces = [b""] * len(vocabulary)
     for piece, number in vocabulary.items():
         if number != 0:
             pieces[number] = bytes(byte_of[character] for character in piece)
-    ids = np.concatenate(files)
+    ids = np.concatenate([np.fromfile(path, "<u2") for path in sorted(folder.rglob(names))])
     return content((b"".join(map(pieces.__getitem__, part.tolist())) for part in documents(ids, 0)), len(ids))
 
 

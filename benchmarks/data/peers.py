@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import shutil
@@ -12,13 +13,12 @@ from typing import NamedTuple
 
 from benchmarks.data import outputs
 from benchmarks.data.outputs import Written
-from benchmarks.data.process_cost import Cost, measure
+from benchmarks.data.process_cost import ONE_THREAD, Cost, measure
 from common.errors import UserError
 
 VOCAB_SIZE = 8000
 SAMPLE_BYTES = 10_000_000
 """Of text, on which a BPE tokenizer is trained."""
-ONE_THREAD = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 OFFLINE = {**ONE_THREAD, "HF_HUB_OFFLINE": "1"}
 
 TRAIN_TOKENIZER = """
@@ -88,12 +88,10 @@ def peers(paths: list[Path], work: Path, pythons: dict[str, str]) -> dict[str, T
     train = [trainer, "-c", TRAIN_TOKENIZER, str(sample), str(tokenizer), str(VOCAB_SIZE)]
     measure(train, log=work / "train.log", environment=ONE_THREAD)
     tools = {}
-    if "datatrove" in pythons:
-        run = _datatrove(paths, work, pythons["datatrove"], tokenizer)
-        tools["datatrove"] = Tool(versions["datatrove"], run, lambda: outputs.datatrove(work / "datatrove", tokenizer))
-    if "dolma" in pythons:
-        run = _dolma(paths, work, pythons["dolma"], tokenizer)
-        tools["dolma"] = Tool(versions["dolma"], run, lambda: outputs.dolma(work / "dolma", tokenizer))
+    for package, start, names in (("datatrove", _datatrove, "*.ds"), ("dolma", _dolma, "*.npy")):
+        if package in pythons:
+            written = functools.partial(outputs.byte_level, work / package, names, tokenizer)
+            tools[package] = Tool(versions[package], start(paths, work, pythons[package], tokenizer), written)
     return tools
 
 

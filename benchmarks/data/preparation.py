@@ -28,16 +28,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records
-from benchmarks.bars import Bar, draw_bars
-from benchmarks.data import outputs
-from benchmarks.data.memory import memory
-from benchmarks.data.memory import table as memory_table
+from benchmarks import records, rounds
+from benchmarks.data import memory, outputs
 from benchmarks.data.peers import SAMPLE_BYTES, VOCAB_SIZE, Tool, peers
-from benchmarks.data.process_cost import Cost
-from benchmarks.data.runs import prepare
-from benchmarks.families import orders
+from benchmarks.data.process_cost import Cost, prepare
 from benchmarks.marked import markdown
+from benchmarks.pictures import Bar, draw_bars
 from common.errors import DataError, UserError
 from common.tables import text_table
 
@@ -73,7 +69,7 @@ def throughput(paths: list[Path], work: Path, pythons: dict[str, str], repeats: 
     tools = {**own_tools(paths, work), **{PEERS[package]: tool for package, tool in others.items()}}
     source = outputs.raw(paths)
     costs: dict[str, list[Cost]] = {name: [] for name in tools}
-    for name in orders(list(tools), repeats):
+    for name in rounds.orders(list(tools), repeats):
         cost = tools[name].run()
         costs[name].append(cost)
         print(f"{name}: {cost.cpu_seconds:.2f} CPU s, {cost.seconds:.2f} s", file=sys.stderr, flush=True)
@@ -99,8 +95,8 @@ def throughput(paths: list[Path], work: Path, pythons: dict[str, str], repeats: 
 
 def ratio(found: Any, name: str, to: str, key: str = "cpu_seconds") -> float:
     """The median over rounds of one tool's costs over another's."""
-    pairs = zip(found["tools"][name]["costs"], found["tools"][to]["costs"], strict=True)
-    return statistics.median(own[key] / other[key] for own, other in pairs)
+    own, other = ([cost[key] for cost in found["tools"][tool]["costs"]] for tool in (name, to))
+    return rounds.ratio(own, other)
 
 
 def rows(found: Any) -> list[list[str]]:
@@ -174,14 +170,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found = throughput(paths, Path(folder), pythons, args.repeats)
                 what, text = "preparation", f"{text_table(HEADER, rows(found))}\n{remarks(found)}"
             else:
-                found = memory(paths, Path(folder), args.sizes, args.workers, filters=not args.no_filters)
-                what, text = "preparation-memory", memory_table(found)
+                found = memory.memory(paths, Path(folder), args.sizes, args.workers, filters=not args.no_filters)
+                what, text = "preparation-memory", text_table(memory.HEADER, memory.rows(found), left=set())
         except (UserError, DataError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    print(f"{records.heading(about)}\n{text}")
-    if args.keep is not None:
-        records.keep(args.keep, what, about, found)
+    records.show(args.keep, what, about, found, text)
     return 0
 
 

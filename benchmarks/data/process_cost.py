@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import glob
+import json
 import os
 import resource
-import subprocess
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import psutil
 
 from common.paths import REPOSITORY
+
+ONE_THREAD = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Cost(NamedTuple):
@@ -30,10 +35,9 @@ def measure(command: list[str], *, log: Path, environment: dict[str, str] | None
     """Runs a command to its end. Raises RuntimeError with the end of its output if it fails."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, cwd=REPOSITORY, env={**os.environ, **(environment or {})}
-        )
-        with _sampled_memory(process.pid) as peak:
+        variables = os.environ | (environment or {})
+        process = psutil.Popen(command, stdout=output, stderr=output, cwd=REPOSITORY, env=variables)
+        with _sampled_memory(process) as peak:
             code = process.wait()
     if code:
         raise RuntimeError(f"{command[:4]} failed: {log.read_text(errors='replace')[-2000:]}")
@@ -42,13 +46,24 @@ def measure(command: list[str], *, log: Path, environment: dict[str, str] | None
     return Cost(cpu, time.monotonic() - started, peak[0])
 
 
+def prepare(work: Path, name: str, paths: list[Path], command: str = "run", **keys: Any) -> Cost:
+    """Our own preparation into the empty folder work/NAME; `keys` are those of its config."""
+    shutil.rmtree(work / name, ignore_errors=True)
+    body = {"input": [str(path) for path in paths], "output": str(work / name), "workers": 1, **keys}
+    file = work / f"{name}.json"
+    file.write_text(json.dumps(body), encoding="utf-8")
+    line = [sys.executable, "-m", "data_prep", command, "--config", str(file)]
+    return measure(line, log=work / f"{name}.log", environment=ONE_THREAD)
+
+
 @contextlib.contextmanager
-def _sampled_memory(root: int) -> Iterator[list[int]]:
+def _sampled_memory(root: psutil.Process) -> Iterator[list[int]]:
     peak, done = [0], threading.Event()
 
     def sample() -> None:
         while not done.wait(0.05):
-            peak[0] = max(peak[0], sum(_resident_bytes(pid) for pid in _family(root)))
+            with contextlib.suppress(psutil.NoSuchProcess):
+                peak[0] = max(peak[0], sum(map(_resident_bytes, [root, *root.children(recursive=True)])))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -57,20 +72,7 @@ def _sampled_memory(root: int) -> Iterator[list[int]]:
     thread.join()
 
 
-def _family(root: int) -> set[int]:
-    """A process and all its descendants."""
-    parents = {}
-    for path in glob.glob("/proc/[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = Path(path).read_text().rpartition(")")[2].split()
-            parents[int(path.split("/")[2])] = int(fields[1])
-    family = {root}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return family
-
-
-def _resident_bytes(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+def _resident_bytes(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return int(process.memory_info().rss)
     return 0

@@ -44,9 +44,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import records
-from benchmarks.bars import Bar, draw_bars
-from benchmarks.families import orders
 from benchmarks.marked import markdown
+from benchmarks.pictures import Bar, draw_bars
+from benchmarks.rounds import orders, quartiles, ratios
 from common.errors import DataError
 from common.paths import REPOSITORY
 from common.tables import text_table
@@ -256,7 +256,7 @@ def _run_group(folder: Path, group: list[str], found: dict[str, Any], *, batches
 
 def over(found: Any, name: str) -> list[float]:
     """Tokens per CPU-second of ours over those of a reader, by round."""
-    return [own / other for own, other in zip(found["ours"]["cpu"], found[name]["cpu"], strict=True)]
+    return ratios(found["ours"]["cpu"], found[name]["cpu"])
 
 
 def rows(found: Any) -> list[list[str]]:
@@ -266,11 +266,8 @@ def rows(found: Any) -> list[list[str]]:
         if "missing" in runs:
             lines.append([name, runs["missing"], *[""] * (len(HEADER) - 2)])
             continue
-        each = over(found, name)
-        low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
         rates = [f"{statistics.median(runs[key]):.1f}" for key in ("wall", "cpu")]
-        title = f"{name} {runs['version']}".strip()
-        lines.append([title, *rates, f"{middle:.2f}", f"{low:.2f} to {high:.2f}"])
+        lines.append([f"{name} {runs['version']}".strip(), *rates, *quartiles(over(found, name))])
     return lines
 
 
@@ -312,10 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"{records.heading(about)}\n{text_table(HEADER, rows(found))}")
-    if args.keep is not None:
-        settings = {"tokens": args.tokens, "batches": args.batches, "repeats": args.repeats}
-        records.keep(args.keep, "reading", about, {"readers": found, **settings})
+    kept = {"readers": found, "tokens": args.tokens, "batches": args.batches, "repeats": args.repeats}
+    records.show(args.keep, "reading", about, kept, text_table(HEADER, rows(found)))
     return 0
 
 

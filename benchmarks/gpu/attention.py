@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu.ceilings import ceilings
 from benchmarks.gpu.command import Context, Failed, Part, Unavailable
 from benchmarks.gpu.equality import DTYPES, TOLERANCE, errors, same_bits
-from benchmarks.gpu.timing import clock_of, measure
+from benchmarks.gpu.timing import Clock, Work, clock_of, measure
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -113,8 +113,8 @@ def timing(context: Context, *, model: str) -> dict[str, Any]:
         row: dict[str, Any] = {"backend": name}
         rows.append(row)
         try:
-            for phase, work_of, factor in (("forward", _forward, 1.0), ("backward", _backward, 2.5)):
-                works = [work_of(tensors, backend, clock.draw_on) for tensors in sets]
+            for phase, factor in (("forward", 1.0), ("backward", 2.5)):
+                works = [_work(phase, tensors, backend, clock) for tensors in sets]
                 found = measure(clock, works, 3 if context.tiny else 30)
                 share = factor * flops / (1e-3 * found.median) / flops_per_second
                 row[phase] = found.as_result() | {"of_ceiling": round(share, 4)}
@@ -123,18 +123,16 @@ def timing(context: Context, *, model: str) -> dict[str, Any]:
     return {"shape": list(shape), "flops": flops, "backends": rows}
 
 
-def _forward(tensors: list[Tensor], backend: SDPBackend, draw_on: Callable[[], Any]) -> Callable[[], Any]:
-    q, k, v, _ = tensors
+def _work(phase: str, tensors: list[Tensor], backend: SDPBackend, clock: Clock) -> Work:
+    """Of the backward pass the forward one is done here, and kept."""
+    q, k, v, upstream = tensors
 
-    def work() -> Tensor:
+    def forward() -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    return work
-
-
-def _backward(tensors: list[Tensor], backend: SDPBackend, draw_on: Callable[[], Any]) -> Callable[[], Any]:
-    q, k, v, upstream = tensors
-    with draw_on(), sdpa_kernel(backend):
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if phase == "forward":
+        return forward
+    with clock.draw_on():
+        y = forward()
     return lambda: torch.autograd.grad(y, (q, k, v), upstream, retain_graph=True)

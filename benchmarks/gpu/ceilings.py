@@ -46,7 +46,5 @@ def ceilings(context: Context) -> tuple[float, float]:
     """Bytes and FLOPs a second, as the two parts measured them."""
     if not {COPY, PRODUCT} <= context.measured.keys():
         raise Unavailable(f"the parts {COPY!r} and {PRODUCT!r} have not been measured")
-    return (
-        float(context.measured[COPY]["bytes_per_second"]),
-        float(context.measured[PRODUCT]["flops_per_second"]),
-    )
+    copied, multiplied = context.measured[COPY], context.measured[PRODUCT]
+    return float(copied["bytes_per_second"]), float(multiplied["flops_per_second"])

@@ -27,21 +27,19 @@ def builds(*, tiny: bool) -> list[Build]:
     return shipped + equality_cases(small=tiny)
 
 
-def compile_one(number: int, dtype: str, device: str, tiny: bool) -> tuple[str, float]:
+def compile_one(number: int, dtype: str, device: str, tiny: bool) -> float:
     """Runs case `number` of `builds`, forward and backward, by all backends with Triton kernels, in a process of its
-    own -> name, seconds."""
+    own. Returns its seconds."""
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    inputs = draw(builds(tiny=tiny)[number], torch.device(device), DTYPES[dtype], seed=0)
-    results_by_triton(inputs, DTYPES[dtype])
-    return f"{inputs.case.op} {inputs.case.shape} {dtype}", time.perf_counter() - begin
+    results_by_triton(draw(builds(tiny=tiny)[number], torch.device(device), DTYPES[dtype], seed=0), DTYPES[dtype])
+    return time.perf_counter() - begin
 
 
 def compile_all(context: Context) -> dict[str, Any]:
     """bf16 first. What did not compile in the time is compiled where it is used; an exception fails the part."""
     device = context.device.type
     cases = outlines(builds(tiny=context.tiny))
-    names = [f"{case.op} {case.shape}" for case in cases]
     jobs = [
         (number, dtype)
         for dtype in (("bf16",) if context.tiny else DTYPES)
@@ -54,17 +52,16 @@ def compile_all(context: Context) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     failed: dict[str, str] = {}
     pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-    todo: dict[Future[tuple[str, float]], str] = {
-        pool.submit(compile_one, number, dtype, device, context.tiny): f"{names[number]} {dtype}"
-        for number, dtype in jobs
-    }
+    todo: dict[Future[float], str] = {}
+    for number, dtype in jobs:
+        name = f"{cases[number].op} {cases[number].shape} {dtype}"
+        todo[pool.submit(compile_one, number, dtype, device, context.tiny)] = name
     running = set(todo)
     while running and time.monotonic() < deadline:
         ended, running = wait(running, timeout=deadline - time.monotonic(), return_when=FIRST_COMPLETED)
         for future in ended:
             try:
-                name, needed = future.result()
-                seconds[name] = round(needed, 2)
+                seconds[todo[future]] = round(future.result(), 2)
             except Exception as error:  # a worker that died, too: the others of its pool say so as well
                 failed[todo[future]] = f"{type(error).__name__}: {str(error)[:500]}"
     pool.shutdown(wait=not running, cancel_futures=True)

@@ -6,7 +6,8 @@ chunks, and the gradients of what all tokens share are added up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,12 +53,17 @@ def results_by_triton(inputs: Inputs, dtype: torch.dtype) -> None:
             results(inputs, backend)
 
 
-def results(inputs: Inputs, backend: str) -> tuple[Tensors, Tensors]:
+def results(
+    inputs: Inputs, backend: str, within: Callable[[str], AbstractContextManager[None]] = lambda phase: nullcontext()
+) -> tuple[Tensors, Tensors]:
     """Outputs and the gradients of all leaves by name, and the tensors as `compute` left them (its choices, if any).
-    AssertionError where the case's own check does not hold."""
+    `within`: in which context the passes "forward" and "backward" run. AssertionError where the case's own check does
+    not hold."""
     case, tensors = inputs.case, dict(inputs.tensors)
-    outputs = case.compute(tensors, backend)
-    grads = torch.autograd.grad(outputs, inputs.leaves, inputs.upstream)
+    with within("forward"):
+        outputs = case.compute(tensors, backend)
+    with within("backward"):
+        grads = torch.autograd.grad(outputs, inputs.leaves, inputs.upstream)
     if case.check is not None:
         case.check(tensors)
     found = {f"output {number}": y.detach() for number, y in enumerate(outputs)}

@@ -42,10 +42,6 @@ def importable() -> list[str]:
     return [name for name in WATCHED if importlib.util.find_spec(name) is not None]
 
 
-def of(op: str) -> list[Peer]:
-    return PEERS.get(op, [])
-
-
 def works(peer: Peer, sets: list[Inputs], clock: Clock) -> dict[str, list[Work]]:
     """As `kernels.works_of`."""
     found: dict[str, list[Work]] = {"forward": [], "backward": []}

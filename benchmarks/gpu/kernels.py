@@ -18,7 +18,7 @@ from benchmarks.gpu import kernel_peers
 from benchmarks.gpu.ceilings import ceilings
 from benchmarks.gpu.command import Context, Failed, Part
 from benchmarks.gpu.equality import backends_on
-from benchmarks.gpu.timing import Inputs, Work, backward_of, clock_of, draw, forward_of, measure, number_of_sets
+from benchmarks.gpu.timing import Inputs, Work, backward_of, clock_of, draw, draw_sets, forward_of, measure
 from benchmarks.op_cases import Build
 from benchmarks.op_shapes import equality_cases, outlines, shipped_cases
 
@@ -69,10 +69,8 @@ def compute(context: Context, *, build: Build) -> dict[str, Any]:
     clock = clock_of(context.device)
     rounds = 2 if context.tiny else ROUNDS
     phases = work_of(build, torch.bfloat16)
-    first = draw(build, context.device, torch.bfloat16, 0)
-    count = 2 if context.tiny else number_of_sets(first, clock.l2_bytes)
-    sets = [first, *(draw(build, context.device, torch.bfloat16, seed) for seed in range(1, count))]
-    case = first.case
+    sets = draw_sets(build, context.device, torch.bfloat16, clock.l2_bytes, tiny=context.tiny)
+    case = sets[0].case
     floor = {name: phase.roofline(*rates) for name, phase in phases.items()}
     rows: list[dict[str, Any]] = []
 
@@ -93,13 +91,13 @@ def compute(context: Context, *, build: Build) -> dict[str, Any]:
             row(backend, works_of(sets, backend, clock))
         except Exception as error:  # one that cannot be captured must not hide the others
             rows.append({"backend": backend, "reason": f"{type(error).__name__}: {str(error)[:500]}"})
-    for peer in kernel_peers.of(case.op):
+    for peer in kernel_peers.PEERS.get(case.op, ()):
         try:
             row(peer.name, kernel_peers.works(peer, sets, clock))
         except Exception as error:
             rows.append({"backend": peer.name, "skipped": f"{type(error).__name__}: {str(error)[:300]}"})
     work = {name: phase._asdict() | {"roofline_ms": round(floor[name], 5)} for name, phase in phases.items()}
-    result = {"op": case.op, "shape": case.shape, "sets": count, "work": work, "backends": rows}
+    result = {"op": case.op, "shape": case.shape, "sets": len(sets), "work": work, "backends": rows}
     bad = [f"{found['backend']}: {found['reason']}" for found in rows if "reason" in found]
     if bad:
         raise Failed("; ".join(bad), result)

@@ -98,7 +98,8 @@ def _measured(context: Context, name: str, sequences: int, kind: str) -> dict[st
     }
     if not torch.isfinite(step.loss):
         raise Failed("the loss is not finite", result)
-    return result | timeline(activities) | utilisation(config, tokens / seconds, context)
+    counted = config.model_copy(update={"sequence_length": step.document_length})  # no token sees more of the others
+    return result | timeline(activities) | utilisation(counted, tokens / seconds, context)
 
 
 def utilisation(config: ModelConfig, tokens_per_second: float, context: Context) -> dict[str, float]:
@@ -134,8 +135,9 @@ class Step:
         shape = (sequences, config.sequence_length)
         self.tokens, self.targets = (torch.randint(0, config.vocab_size, shape, device=device) for _ in range(2))
         self.index = torch.arange(sequences, device=device)
+        self.document_length = -(-config.sequence_length // 3) if has_documents else config.sequence_length
         places = torch.arange(config.sequence_length, device=device) + 37 * self.index[:, None]
-        self.documents = (places // -(-config.sequence_length // 3),) if has_documents else ()
+        self.documents = (places // self.document_length,) if has_documents else ()
         self.loss: Tensor = torch.zeros((), device=device)
         chunks = config.memory_length // config.sequence_length
         forward = functools.partial(self.model, self.tokens, self.targets, self.index)

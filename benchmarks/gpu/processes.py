@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 
@@ -31,6 +33,21 @@ def ranks_below(pid: int) -> list[int]:
         for child, words in below(pid).items()
         if "-m" not in words and any(word.endswith("launch/pretrain.py") for word in words)
     ]
+
+
+def within(line: list[str], seconds: float, cwd: Path) -> int | None:
+    """Exit code of a command, or None where it was ended, with all that it started, after so many seconds."""
+    process = subprocess.Popen(line, cwd=cwd)
+    try:
+        return process.wait(max(seconds, 0.0))
+    except BaseException as error:  # Ctrl-C, or the end of the call, too
+        end_all_below(process.pid)
+        process.kill()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may keep what is killed
+        process.wait(5)
+    return None
 
 
 def end_all_below(pid: int) -> None:

@@ -6,13 +6,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import carry, record
 from benchmarks.gpu.command import Context, Failed, Unavailable
-from benchmarks.gpu.processes import end_all_below
+from benchmarks.gpu.processes import within
 from benchmarks.gpu.record import ROOT
 
 JOBS, SEQUENCES = 10, 32
@@ -30,7 +28,7 @@ def quality(context: Context) -> dict[str, Any]:
     line = [sys.executable, "-m", "benchmarks.quality", "run", "--data", str(manifest), "--runs", str(runs / "runs")]
     line += ["--results", str(kept), "--device", context.device.type, "--jobs", str(JOBS)]
     line += ["--set", f"batch.micro_sequences={SEQUENCES}"]
-    code = within(line, context)
+    code = within(line, context.remaining(), ROOT)
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(kept.glob("*.json"))]
     result = {"records": found}
     if code is None:
@@ -41,16 +39,3 @@ def quality(context: Context) -> dict[str, Any]:
     done = subprocess.run(table, cwd=ROOT, capture_output=True, text=True, check=True)
     print(done.stdout)
     return result | {"table": done.stdout}
-
-
-def within(line: list[str], context: Context, cwd: Path = ROOT) -> int | None:
-    """Exit code of a command, or None where it was ended because the part's time was over."""
-    process = subprocess.Popen(line, cwd=cwd)
-    while process.poll() is None:
-        if context.remaining() <= 0:
-            end_all_below(process.pid)
-            process.kill()
-            process.wait(30)
-            return None
-        time.sleep(0.2)
-    return process.returncode

@@ -77,8 +77,7 @@ class Record:
 
     def done(self) -> dict[str, Entry]:
         """Part -> its last entry, of this identity. Parts that were skipped or cut are not done."""
-        mine = dataclasses.asdict(self.identity)
-        return {e.part: e for e in read(self.path) if e.identity == mine and e.status in (PASSED, FAILED)}
+        return {e.part: e for e in self._mine() if e.status in (PASSED, FAILED)}
 
     def cut(self) -> set[str]:
         """Parts that did not end in their time when they were last begun: one that hangs would do so again."""
@@ -86,8 +85,11 @@ class Record:
 
     def last(self) -> dict[str, Entry]:
         """Part -> its last entry, of this identity, whatever became of it."""
+        return {e.part: e for e in self._mine()}
+
+    def _mine(self) -> list[Entry]:
         mine = dataclasses.asdict(self.identity)
-        return {e.part: e for e in read(self.path) if e.identity == mine}
+        return [e for e in read(self.path) if e.identity == mine]
 
     def append(self, part: str, status: str, seconds: float, result: dict[str, Any]) -> Entry:
         """Writes the line at once, so that a stop later loses nothing."""

@@ -14,12 +14,12 @@ import os
 import re
 import shutil
 import signal
-import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from benchmarks.gpu import carry, quality_run
 from benchmarks.gpu.command import Context, Failed, Part, Unavailable
 from benchmarks.gpu.processes import end_all_below, ranks_below
 from benchmarks.gpu.record import ROOT
+from common.ports import free_port
 
 STOPPED = 85
 """Exit code of a run that a signal stopped: start it again."""
@@ -47,6 +48,7 @@ LARGE = (
     "schedule.warmup_steps=5",
 )
 TINY = (*LARGE, "train.precision=fp32")
+SMALLEST, BILLION = "configs/switchall_tiny.json", "configs/switchall_1b.json"
 PUBLISHED = "configs/paper/c4_switchhead_262m.json"
 SHRUNK = ("model.num_layers=1", "model.sequence_length=16")
 """Of every model, where only the commands are tested."""
@@ -75,123 +77,122 @@ def tiny_losses(context: Context) -> dict[str, Any]:
     recorded = _carried(context) / carry.LOSSES
     if not recorded.exists():
         raise Unavailable(f"there is no {recorded.name}: make it with `python -m benchmarks.gpu carry` and carry it")
-    wanted = json.loads(recorded.read_text(encoding="utf-8"))
-    settings = [*TINY, f"train.steps={TINY_STEPS}"]
+    wanted = json.loads(recorded.read_text(encoding="utf-8"))["losses"]
     with _folder() as folder:
-        lines = Launch(context, folder, "configs/switchall_tiny.json", "8k", settings).finish()
-    losses = [lines[step]["loss"] for step in sorted(lines)]
-    result = {"losses": losses, "cpu": wanted["losses"], "tokens_per_second": _speed(context, lines)}
-    if len(losses) != len(wanted["losses"]):
-        raise Failed(f"{len(losses)} steps, the CPU made {len(wanted['losses'])}", result)
-    if None in losses:
-        raise Failed(f"a loss is not finite: {losses}", result)
-    differences = [abs(a - b) / abs(b) for a, b in zip(losses, wanted["losses"], strict=True)]
-    result["largest_difference"] = max(differences)
-    if not all(difference <= CPU_TOLERANCE for difference in differences):  # a NaN fails
-        raise Failed(f"losses differ from the CPU's: relative differences {differences}", result)
+        lines = Launch(context, folder, SMALLEST, "8k", [*TINY, f"train.steps={TINY_STEPS}"]).finish()
+    losses = _losses(lines)
+    result = {"losses": losses, "cpu": wanted, "tokens_per_second": _speed(context, lines)}
+    if len(losses) != len(wanted):
+        raise Failed(f"{len(losses)} steps, the CPU made {len(wanted)}", result)
+    _check_finite(losses, len(wanted), result)
+    _check_near(losses, wanted, CPU_TOLERANCE, "losses differ from the CPU's", result)
     return result
 
 
 def resumed(context: Context, *, steps: int) -> dict[str, Any]:
     """The 1B model: `steps` steps at once, and as many with SIGUSR1 on the way and a second start; equal numbers."""
-    settings = [*LARGE, f"train.steps={MANY}", "train.deterministic=true", "checkpoint.asynchronous=false"]
-    config = "configs/switchall_1b.json"
-    if context.tiny:
-        config, settings = "configs/switchall_tiny.json", [*TINY, f"train.steps={MANY}"]
-    data = "8k" if context.tiny else "32k"
+    start = _training(context, BILLION, "train.deterministic=true", "checkpoint.asynchronous=false")
     with _folder() as folder:
-        whole = Launch(context, folder / "whole", config, data, settings).first(steps)
+        whole = start(folder / "whole").first(steps)
         shutil.rmtree(folder / "whole")
-        launch = Launch(context, folder / "stopped", config, data, settings)
-        stopped_after = launch.stop_after(steps // 3)
-        lines = Launch(context, folder / "stopped", config, data, settings).first(steps)
-    result: dict[str, Any] = {
-        "steps": steps,
-        "stopped_after": stopped_after,
-        "losses": [whole[step]["loss"] for step in sorted(whole)],
-        "tokens_per_second": _speed(context, whole),
-    }
+        stopped_after = start(folder / "stopped").stop_after(steps // 3)
+        lines = start(folder / "stopped").first(steps)
+    losses = _losses(whole)
+    result = {"steps": steps, "stopped_after": stopped_after, "losses": losses}
+    result["tokens_per_second"] = _speed(context, whole)
     if not 0 < stopped_after < steps:
         raise Failed(f"SIGUSR1 stopped it after step {stopped_after} of {steps}: nothing was resumed", result)
-    result["different"] = different(whole, lines)
-    if result["different"]:
-        raise Failed(f"after the resume other numbers at {', '.join(result['different'][:5])}", result)
-    if not (context.tiny or whole[steps]["loss"] < whole[1]["loss"]):  # few tokens are noise
-        raise Failed("the loss does not fall", result)
+    _check_same(whole, lines, "after the resume", result)
+    _check_falling(context, losses, result)
     return result
 
 
 def recorded(context: Context, *, name: str, steps: int) -> dict[str, Any]:
     """Micro-steps launched one by one, and recorded as CUDA graphs: equal numbers. Four micro-steps a step."""
-    config, data = {"1b": ("configs/switchall_1b.json", "32k"), "262m": (PUBLISHED, "8k")}[name]
-    settings = [*LARGE, f"train.steps={MANY}", "train.deterministic=true"]
-    if context.tiny:
-        config, data, settings = "configs/switchall_tiny.json", "8k", [*TINY, f"train.steps={MANY}"]
-    settings += ["batch.micro_sequences=2", "checkpoint.asynchronous=false"]
+    settings = "train.deterministic=true", "batch.micro_sequences=2", "checkpoint.asynchronous=false"
+    start = _training(context, {"1b": BILLION, "262m": PUBLISHED}[name], *settings)
     on = "on" if context.device.type == "cuda" else "auto"
     with _folder() as folder:
-        one_by_one = Launch(context, folder / "off", config, data, [*settings, "train.cuda_graph=off"]).first(steps)
+        one_by_one = start(folder / "off", "train.cuda_graph=off").first(steps)
         shutil.rmtree(folder / "off")
-        replayed = Launch(context, folder / "on", config, data, [*settings, f"train.cuda_graph={on}"]).first(steps)
-    result: dict[str, Any] = {
-        "steps": steps,
-        "losses": [replayed[step]["loss"] for step in sorted(replayed)],
-        "tokens_per_second": _speed(context, replayed),
-        "tokens_per_second_without": _speed(context, one_by_one),
-        "different": different(one_by_one, replayed),
-    }
-    if len(replayed) != steps or None in result["losses"]:
-        raise Failed(f"{len(replayed)} of {steps} steps, or a loss that is not finite: {result['losses']}", result)
-    if result["different"]:
-        raise Failed(f"graphs give other numbers at {', '.join(result['different'][:5])}", result)
+        replayed = start(folder / "on", f"train.cuda_graph={on}").first(steps)
+    losses = _losses(replayed)
+    result = {"steps": steps, "losses": losses} | _both_speeds(context, replayed, one_by_one)
+    _check_finite(losses, steps, result)
+    _check_same(one_by_one, replayed, "graphs give", result)
     return result
 
 
 def compiled(context: Context, *, steps: int) -> dict[str, Any]:
     """The published 262M model with its dropout and memory, its blocks compiled and not: losses that differ by rounding
     alone, and the tokens a second of both."""
-    config, settings = PUBLISHED, [*LARGE, f"train.steps={MANY}"]
-    if context.tiny:
-        config, settings = "configs/switchall_tiny.json", [*TINY, f"train.steps={MANY}", "model.dropout=0.2"]
+    start = _training(context, PUBLISHED, *(("model.dropout=0.2",) if context.tiny else ()))
     with _folder() as folder:
-        without = Launch(
-            context, folder / "off", config, "8k", [*settings, "train.compile=off", "train.cuda_graph=off"]
-        ).first(steps)
+        without = start(folder / "off", "train.compile=off", "train.cuda_graph=off").first(steps)
         shutil.rmtree(folder / "off")
-        lines = Launch(
-            context, folder / "on", config, "8k", [*settings, "train.compile=on", "train.cuda_graph=off"]
-        ).first(steps)
-    losses, expected = ([run[step]["loss"] for step in sorted(run)] for run in (lines, without))
-    result: dict[str, Any] = {
-        "losses": losses,
-        "losses_without": expected,
-        "tokens_per_second": _speed(context, lines),
-        "tokens_per_second_without": _speed(context, without),
-    }
-    if len(losses) != steps or len(expected) != steps or None in losses + expected:
-        raise Failed(f"{len(losses)} of {steps} steps, or a loss that is not finite: {losses}", result)
-    differences = [abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)]
-    result["largest_difference"] = max(differences)
-    if not all(difference <= COMPILED_TOLERANCE for difference in differences):  # a NaN fails
-        raise Failed(f"compiled blocks give other losses: relative differences {differences}", result)
+        lines = start(folder / "on", "train.compile=on", "train.cuda_graph=off").first(steps)
+    losses, expected = _losses(lines), _losses(without)
+    result = {"losses": losses, "losses_without": expected} | _both_speeds(context, lines, without)
+    for found in (losses, expected):
+        _check_finite(found, steps, result)
+    _check_near(losses, expected, COMPILED_TOLERANCE, "compiled blocks give other losses", result)
     return result
 
 
 def dropped_out(context: Context, *, steps: int) -> dict[str, Any]:
     """The published 262M model with its dropout and Transformer-XL memory: every loss is finite, and they fall."""
-    config = PUBLISHED
-    settings = [*LARGE, f"train.steps={MANY}"]
-    if context.tiny:
-        config, settings = "configs/switchall_tiny.json", [*TINY, f"train.steps={MANY}", "model.dropout=0.2"]
     with _folder() as folder:
-        lines = Launch(context, folder, config, "8k", settings).first(steps)
-    losses = [lines[step]["loss"] for step in sorted(lines)]
+        start = _training(context, PUBLISHED, *(("model.dropout=0.2",) if context.tiny else ()))
+        lines = start(folder).first(steps)
+    losses = _losses(lines)
     result = {"losses": losses, "tokens_per_second": _speed(context, lines)}
+    _check_finite(losses, steps, result)
+    _check_falling(context, losses, result)
+    return result
+
+
+def _training(context: Context, config: str, *settings: str) -> Callable[..., Launch]:
+    """Starts a run of many steps in a folder, with further settings: of `config`, or of the tiny model where only the
+    commands are tested."""
+    if context.tiny:
+        config = SMALLEST
+    data, base = "32k" if config == BILLION else "8k", TINY if context.tiny else LARGE
+
+    def start(run_dir: Path, *more: str) -> Launch:
+        return Launch(context, run_dir, config, data, [*base, f"train.steps={MANY}", *settings, *more])
+
+    return start
+
+
+# ---------------------------------------------------------------------------------------------------------- the checks
+
+
+def _losses(lines: Lines) -> list[Any]:
+    """By step; None for one that is not finite."""
+    return [lines[step]["loss"] for step in sorted(lines)]
+
+
+def _check_finite(losses: Sequence[Any], steps: int, result: dict[str, Any]) -> None:
     if len(losses) != steps or None in losses:
         raise Failed(f"{len(losses)} of {steps} steps, or a loss that is not finite: {losses}", result)
+
+
+def _check_near(losses: list[Any], wanted: list[Any], tolerance: float, words: str, result: dict[str, Any]) -> None:
+    differences = [abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True)]
+    result["largest_difference"] = max(differences)
+    if not all(difference <= tolerance for difference in differences):  # a NaN fails
+        raise Failed(f"{words}: relative differences {differences}", result)
+
+
+def _check_same(one: Lines, other: Lines, words: str, result: dict[str, Any]) -> None:
+    result["different"] = different(one, other)
+    if result["different"]:
+        raise Failed(f"{words} other numbers at {', '.join(result['different'][:5])}", result)
+
+
+def _check_falling(context: Context, losses: Sequence[Any], result: dict[str, Any]) -> None:
     if not (context.tiny or losses[-1] < losses[0]):  # few tokens are noise
         raise Failed("the loss does not fall", result)
-    return result
 
 
 def different(one: Lines, other: Lines) -> list[str]:
@@ -208,9 +209,9 @@ def record_losses(folder: Path, changes: Sequence[str] = ()) -> None:
     """switchall_tiny on this machine's CPU, for `tiny_losses` elsewhere: `folder`/tiny_losses.json."""
     settings = [*TINY, f"train.steps={TINY_STEPS}", "train.device=cpu", *changes]
     with _folder() as runs:
-        line = script("configs/switchall_tiny.json", runs, folder / "data" / "8k", settings)
+        line = script(SMALLEST, runs, folder / "data" / "8k", settings)
         subprocess.run([sys.executable, *line], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        losses = [line["loss"] for _, line in sorted(read_lines(runs).items())]
+        losses = _losses(read_lines(runs))
     text = json.dumps({"steps": TINY_STEPS, "losses": losses}) + "\n"
     (folder / carry.LOSSES).write_text(text, encoding="utf-8")
 
@@ -230,16 +231,8 @@ class Launch:
             raise Unavailable(f"there is no {manifest.name} data set: `python -m benchmarks.gpu carry` makes it")
         self._context, self.run_dir = context, run_dir
         settings = [*settings, f"train.device={context.device.type}", *(SHRUNK if context.tiny else ())]
-        line = [
-            sys.executable,
-            "-m",
-            "deepspeed.launcher.runner",
-            "--num_gpus",
-            "1",
-            "--master_port",
-            str(_free_port()),
-        ]
-        line += script(config, run_dir, manifest, settings)
+        line = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port"]
+        line += [str(free_port()), *script(config, run_dir, manifest, settings)]
         variables = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OMP_NUM_THREADS")}
         if context.device.type == "cpu":
             variables["DS_ACCELERATOR"] = "cpu"
@@ -258,28 +251,27 @@ class Launch:
     def first(self, steps: int) -> Lines:
         """The lines of so many steps, after which it is killed: its last checkpoint would take longer than they. Raises
         Failed."""
-        while len(read_lines(self.run_dir)) < steps:
-            if self._process.poll() is not None:
-                raise Failed(f"it ended before step {steps}: {self._said()}")
-            self._check_time()
-            time.sleep(0.05)
+        self._until(steps)
         end_all_below(self._process.pid)
         self._process.wait()
         return {step: line for step, line in read_lines(self.run_dir).items() if step <= steps}
 
     def stop_after(self, step: int) -> int:
         """Sends SIGUSR1 to the rank once `step` steps are recorded; the last step that it made. Raises Failed."""
-        while not read_lines(self.run_dir).get(step):
-            if self._process.poll() is not None:
-                raise Failed(f"it ended before step {step}: {self._said()}")
-            self._check_time()
-            time.sleep(0.05)
+        self._until(step)
         for pid in ranks_below(self._process.pid):
             os.kill(pid, signal.SIGUSR1)
         self._wait()
         if self._outcome() not in (STOPPED, 0):
             raise Failed(f"SIGUSR1 ended it with {self._outcome()}: {self._said()}")
         return max(read_lines(self.run_dir))
+
+    def _until(self, step: int) -> None:
+        while step not in read_lines(self.run_dir):
+            if self._process.poll() is not None:
+                raise Failed(f"it ended before step {step}: {self._said()}")
+            self._check_time()
+            time.sleep(0.05)
 
     def _wait(self) -> int:
         while self._process.poll() is None:
@@ -330,18 +322,16 @@ def _carried(context: Context) -> Path:
     return folder
 
 
+def _both_speeds(context: Context, lines: Lines, without: Lines) -> dict[str, float | None]:
+    return {"tokens_per_second": _speed(context, lines), "tokens_per_second_without": _speed(context, without)}
+
+
 def _speed(context: Context, lines: Lines) -> float | None:
     """Tokens a second of the second half of the steps: the first compile. None where others use the GPU too."""
     if context.shared:
         return None
     later = [line["tokens_per_second"] for step, line in lines.items() if 2 * step > max(lines)]
-    return round(sorted(later)[len(later) // 2], 1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return round(statistics.median(later), 1)
 
 
 @contextlib.contextmanager

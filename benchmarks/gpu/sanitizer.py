@@ -65,7 +65,7 @@ def check(context: Context, *, tool: str, model: str, number: int) -> dict[str, 
     result = {"tool": tool, "said": said[:30], "kernels": json.loads(kernels[0][len(LAUNCHED) :]) if kernels else {}}
     if done.returncode == FOUND:
         found = hazards(said)
-        excused = {kernel for kernel, _ in found if tool == "racecheck" and of_library(kernel)}
+        excused = {kernel for kernel, _ in found if tool == "racecheck" and kernel.startswith(LIBRARIES)}
         result["others"] = sorted(excused)
         ours = [text for kernel, text in found if kernel not in excused]
         if ours or not found:
@@ -100,10 +100,6 @@ def unread(said: Sequence[str]) -> str:
     if counted == [read]:
         return ""
     return f"racecheck counts {' and '.join(map(str, counted)) or 'no'} hazards, {read} were read of what it says"
-
-
-def of_library(kernel: str) -> bool:
-    return kernel.startswith(LIBRARIES)
 
 
 def reached(results: Mapping[str, dict[str, Any]]) -> tuple[set[str], set[str]]:

@@ -16,8 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import marked
 from benchmarks.gpu import ceilings, record
 from benchmarks.gpu.record import FAILED, PASSED, SKIPPED, Entry
+from benchmarks.marked import with_table
 
 DOCUMENT = record.ROOT / "docs" / "gpu.md"
 NEXT = record.ROOT / "docs" / "untested-on-gpu.md"
@@ -53,9 +55,7 @@ def with_list(text: str) -> str:
     """docs/untested-on-gpu.md with the list of `visit`."""
     from benchmarks.gpu.visit import document_rows
 
-    begin, end = (f"<!-- benchmarks.gpu visit: {what} -->" for what in ("begin", "end"))
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n{markdown(document_rows())}{end}{rest.split(end)[1]}"
+    return with_table(text, "benchmarks.gpu visit", markdown(document_rows()))
 
 
 def updated(text: str, results: Path) -> str:
@@ -64,9 +64,7 @@ def updated(text: str, results: Path) -> str:
     if sorted(named) != sorted(TABLES):
         raise ValueError(f"docs/gpu.md has the tables {sorted(named)}, benchmarks/gpu/tables.py has {sorted(TABLES)}")
     for name, (command, rows_of) in TABLES.items():
-        begin, end = f"<!-- benchmarks.gpu {name}: begin -->\n", f"<!-- benchmarks.gpu {name}: end -->"
-        before, rest = text.split(begin)
-        text = before + begin + document_table(results, command, rows_of) + end + rest.split(end)[1]
+        text = with_table(text, f"benchmarks.gpu {name}", document_table(results, command, rows_of))
     return text
 
 
@@ -94,8 +92,7 @@ def latest(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def markdown(rows: Rows) -> str:
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+    return marked.markdown(rows[0], rows[1:], marked.TIGHT) + "\n"
 
 
 def entries_table(entries: Sequence[Entry]) -> str:

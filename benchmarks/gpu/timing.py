@@ -1,9 +1,9 @@
 """Times on a GPU: between events around the replay of a CUDA graph, so that neither Python nor a launch is timed.
 
 `measure` fixes the order. What is timed is made beforehand, on the device, inputs and upstream gradients included. Then
-each piece of work is run to warm it up and captured. Then, round after round, the L2 cache is overwritten, a start
-event is recorded, one graph is replayed, an end event is recorded. Rounds rotate through several sets of inputs.
-Nothing is read or checked before the last round is over.
+each piece of work is run to warm it up and captured. Then the device is held until the host has asked for all rounds.
+Round after round the L2 cache is overwritten, a start event is recorded, one graph is replayed, an end event is
+recorded. Rounds rotate through several sets of inputs. Nothing is read or checked before the last round is over.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ LOSS_SCALE = 65536.0
 """Of losses in fp16, as in training: a mean's gradients are too small for fp16 without."""
 WARM_UP = 3
 """Calls before a capture: compilation, handles, allocator."""
+HOLD_CYCLES = 40_000_000
+"""Of the device, 20 ms, before the first round. A host that asks for a graph after the start event has passed would be
+in the time: overwriting an H200's cache takes 30 us, a slow host may need longer for events and graph. Once, not in
+every round: a card that rests between products multiplies faster than in a step."""
 
 
 class Clock(Protocol):
@@ -34,6 +38,9 @@ class Clock(Protocol):
 
     def capture(self, work: Work) -> Work:
         """Warms `work` up and returns what repeats it without the host."""
+
+    def hold(self) -> None:
+        """Keeps the device busy while the host asks for what follows."""
 
     def flush(self) -> None:
         """Overwrites the L2 cache."""
@@ -73,6 +80,9 @@ class CudaClock:
             work()
         return graph.replay
 
+    def hold(self) -> None:
+        torch.cuda._sleep(HOLD_CYCLES)
+
     def flush(self) -> None:
         self._flushed.zero_()
 
@@ -98,6 +108,9 @@ class HostClock:
     def capture(self, work: Work) -> Work:
         work()
         return work
+
+    def hold(self) -> None:
+        pass
 
     def flush(self) -> None:
         pass
@@ -137,6 +150,7 @@ def measure(clock: Clock, works: Sequence[Work], rounds: int) -> Times:
     for replay in replays:
         replay()
     clock.wait()
+    clock.hold()
     readings = []
     for number in range(rounds):
         clock.flush()
@@ -198,6 +212,13 @@ def number_of_sets(inputs: Inputs, l2_bytes: int) -> int:
     """So many that one round's inputs have left the cache when they come again: 2 to 8."""
     held = sum(t.numel() * t.element_size() for t in inputs.tensors.values())
     return min(8, max(2, -(-4 * l2_bytes // max(held, 1))))
+
+
+def draw_sets(build: Build, device: torch.device, dtype: torch.dtype, l2_bytes: int, *, tiny: bool) -> list[Inputs]:
+    """As many as rounds rotate through; `tiny`: two."""
+    first = draw(build, device, dtype, 0)
+    count = 2 if tiny else number_of_sets(first, l2_bytes)
+    return [first, *(draw(build, device, dtype, seed) for seed in range(1, count))]
 
 
 def forward_of(inputs: Inputs, backend: str) -> Work:

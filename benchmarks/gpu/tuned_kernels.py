@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,58 +92,36 @@ def current_capability() -> tuple[int, int]:
 
 def sigma_moe_searches(model: Model) -> Iterator[Search]:
     N, d, (E, k, G), capability = model.N, model.d, model.experts, current_capability()
-    build = functools.partial(sigma_moe_case, N, d, E, k, G)
-    common: dict[str, Any] = {"build": build, "backend": "triton"}
-    shape = f"{model.name} N={N} d={d} E={E} k={k} G={G}"
-    widths = {"d": d, "E": E, "here": E, "k": k, "G": G, "swiglu": 0}
     forward = sigma_moe.mlp_tiles(N * k, E, G, DTYPE, swiglu=False)
-    values: dict[str, Any] = {"out": (32, 64, 128), "stages": STAGES}
-    yield Search(
-        name=f"sigma_moe forward {shape}",
-        kernels=("forward_kernel",),
-        phase="forward",
-        kernel="sigma_moe forward",
-        shape=widths,
-        rows=N * k,
-        own=_named(forward, without=("piece", "registers")),
+    backward = sigma_moe.backward_tiles(forward, d, G, swiglu=False, capability=capability)
+    weights = sigma_moe.weight_tiles(G, d, E, DTYPE, capability)
+    sizes = {"d": d, "E": E, "here": E, "k": k}
+    both, common = sizes | {"G": G, "swiglu": 0}, {"out": (32, 64, 128), "stages": STAGES}
+    for what, phase, shape, rows, own, values in (
         # 256 rows read weights half as often as 128, and a multiprocessor holds one program of them.
-        values=values | {"rows": (64, 128, 256), "reduce": (32, 64, 128), "warps": (4, 8, 16)},
-        **common,
-    )
-    yield Search(
-        name=f"sigma_moe backward {shape}",
-        kernels=("backward_kernel",),
-        phase="backward",
-        kernel="sigma_moe backward",
-        shape=widths,
-        rows=N * k,
-        own=_named(sigma_moe.backward_tiles(forward, d, G, swiglu=False, capability=capability)),
+        ("forward", "forward", both, N * k, _named(forward, without=("piece", "registers")),
+         common | {"rows": (64, 128, 256), "reduce": (32, 64, 128), "warps": (4, 8, 16)}),
         # All columns at once, and as many registers as the compiler likes, are what an H200 ran in 2026.
-        values=values | {"rows": (64, 128), "piece": (16, 128), "registers": (0, 128, 168)},
-        **common,
-    )
-    yield Search(
-        name=f"sigma_moe weight gradient {shape}",
-        kernels=("weight_gradient_kernel",),
-        phase="backward",
-        kernel="sigma_moe weight gradient",
-        shape={"d": d, "E": E, "here": E, "k": k, "width": G},
-        rows=N * k,
-        own=_named(sigma_moe.weight_tiles(G, d, E, DTYPE, capability), without=("reduce", "piece", "registers")),
-        values={"rows": (32, 64, 128), "hidden": (64, 128), "out": (64, 128, 256), "warps": WARPS, "stages": STAGES},
-        **common,
-    )
-    yield Search(
-        name=f"sigma_moe sum {shape}",
-        kernels=("sum_kernel",),
-        phase="forward",
-        kernel="sigma_moe sum",
-        shape={"d": d, "rows_each": k * -(-G // forward.hidden)},
-        rows=N,
-        own=dict(sigma_moe.SUM_TILES),
-        values={"tokens": (1, 2, 4, 8), "columns": (256, 512, 1024, 2048), "warps": (2, 4, 8)},
-        **common,
-    )
+        ("backward", "backward", both, N * k, _named(backward),
+         common | {"rows": (64, 128), "piece": (16, 128), "registers": (0, 128, 168)}),
+        ("weight gradient", "backward", sizes | {"width": G}, N * k,
+         _named(weights, without=("reduce", "piece", "registers")),
+         {"rows": (32, 64, 128), "hidden": (64, 128), "out": (64, 128, 256), "warps": WARPS, "stages": STAGES}),
+        ("sum", "forward", {"d": d, "rows_each": k * -(-G // forward.hidden)}, N, dict(sigma_moe.SUM_TILES),
+         {"tokens": (1, 2, 4, 8), "columns": (256, 512, 1024, 2048), "warps": (2, 4, 8)}),
+    ):  # fmt: skip
+        yield Search(
+            name=f"sigma_moe {what} {model.name} N={N} d={d} E={E} k={k} G={G}",
+            kernels=(f"{what.replace(' ', '_')}_kernel",),
+            phase=phase,
+            build=functools.partial(sigma_moe_case, N, d, E, k, G),
+            backend="triton",
+            kernel=f"sigma_moe {what}",
+            shape=shape,
+            rows=rows,
+            own=own,
+            values=values,
+        )
 
 
 def set_gemm_searches(model: Model) -> Iterator[Search]:
@@ -234,20 +212,12 @@ def softmax_searches(model: Model) -> Iterator[Search]:
 
 def norm_searches(model: Model) -> Iterator[Search]:
     B, T, d = model.B, model.T, model.d
+    any_warps, resident = {"warps": (1, 2, 4, 8, 16)}, {"resident": (1024, 2048, 4096, 8192)}
+    sums = {"rows": (32, 64, 128, 256), "columns": (16, 32, 64), "warps": WARPS}
     for what, phase, own, values in (
-        ("forward", "forward", {"warps": layer_norm.warps(d)}, {"warps": (1, 2, 4, 8, 16)}),
-        (
-            "backward",
-            "backward",
-            layer_norm.backward_tiles(d),
-            {"warps": (1, 2, 4, 8, 16), "resident": (1024, 2048, 4096, 8192)},
-        ),
-        (
-            "sum",
-            "backward",
-            layer_norm.SUM_TILES,
-            {"rows": (32, 64, 128, 256), "columns": (16, 32, 64), "warps": WARPS},
-        ),
+        ("forward", "forward", {"warps": layer_norm.warps(d)}, any_warps),
+        ("backward", "backward", layer_norm.backward_tiles(d), any_warps | resident),
+        ("sum", "backward", layer_norm.SUM_TILES, sums),
     ):
         yield Search(
             name=f"norm {what} {model.name} B={B} T={T} d={d}",
@@ -278,69 +248,58 @@ def rope_searches(model: Model) -> Iterator[Search]:
 
 
 def route_searches(model: Model, R: int, E: int, k: int) -> Iterator[Search]:
-    N, d = model.N, model.d
-    own = route.RouterTiles.of(R, E, DTYPE)
-    common: dict[str, Any] = {
-        "phase": "forward",
-        "backend": "triton",
-        "build": functools.partial(route_case, N, d, R, E, k),
-        "shape": {"d": d, "R": R, "E": E, "k": k},
-        "rows": N,
-    }
-    shape, launch = f"{model.name} N={N} d={d} R={R} E={E} k={k}", own.options
-    yield Search(
-        name=f"route choose and place {shape}",
-        kernels=("choose_kernel", "place_kernel"),  # `place` goes by the blocks of tokens of `choose`
-        kernel="route choose and place",
-        own={
-            "tokens": own.tokens,
-            "depth": own.depth,
-            "warps": launch["num_warps"],
-            "stages": launch["num_stages"],
-        },
-        values={"tokens": (16, 32, 64, 128), "depth": (32, 64, 128), "warps": WARPS, "stages": STAGES},
-        **common,
-    )
-    yield Search(
-        name=f"route place {shape}",
-        kernels=("place_kernel",),
-        kernel="route place",
-        own={"placers": route.MAX_PLACERS, "counts": route.COUNTS},
-        values={"placers": (64, 128, 256, 512), "counts": (16, 32, 64, 128)},
-        **common,
-    )
+    N, d, own = model.N, model.d, route.RouterTiles.of(R, E, DTYPE)
+    tiles = {"tokens": own.tokens, "depth": own.depth}
+    tiles |= {"warps": own.options["num_warps"], "stages": own.options["num_stages"]}
+    places = {"placers": route.MAX_PLACERS, "counts": route.COUNTS}
+    choosing = {"tokens": (16, 32, 64, 128), "depth": (32, 64, 128), "warps": WARPS, "stages": STAGES}
+    placing = {"placers": (64, 128, 256, 512), "counts": (16, 32, 64, 128)}
+    for what, kernels, found, values in (
+        (
+            "choose and place",
+            ("choose_kernel", "place_kernel"),
+            tiles,
+            choosing,
+        ),  # both go by the same blocks of tokens
+        ("place", ("place_kernel",), places, placing),
+    ):
+        yield Search(
+            name=f"route {what} {model.name} N={N} d={d} R={R} E={E} k={k}",
+            kernels=kernels,
+            phase="forward",
+            build=functools.partial(route_case, N, d, R, E, k),
+            backend="triton",
+            kernel=f"route {what}",
+            shape={"d": d, "R": R, "E": E, "k": k},
+            rows=N,
+            own=found,
+            values=values,
+        )
 
 
 def relative_attention_searches(model: Model) -> Iterator[Search]:
     B, T, (H, _, _, h) = model.B, model.T, model.head
-    shape = f"{model.name} B={B} T={T} H={H} h={h}"
-    common: dict[str, Any] = {
-        "build": functools.partial(attention_case, B, T, H, h),
-        "backend": "triton",
-        "shape": {"h": -(-h // 8) * 8},
-    }
-    names = ("queries", "keys", "warps", "stages")
-    yield Search(
-        name=f"relative_attention places {shape}",
-        kernels=("position_logits_kernel",),
-        phase="forward",
-        kernel="relative_attention places",
-        own={name: relative_attention.PLACES[relative_attention.OWN_NAMES[name]] for name in (*names, "depth")},
-        values={"queries": (64, 128), "keys": (64, 128, 256), "depth": (32, 64, 128), "warps": WARPS, "stages": STAGES},
-        **common,
-    )
-    for what in relative_attention.TILES[relative_attention.widest(h)]:
-        found = relative_attention.tiles(h, what, current_capability()[0])
-        kernel = {"forward": "forward_kernel", "queries": "query_gradient_kernel"}.get(what, "key_gradient_kernel")
+    places = {"queries": (64, 128), "keys": (64, 128, 256), "depth": (32, 64, 128), "warps": WARPS, "stages": STAGES}
+    others = {"queries": (16, 32, 64, 128), "keys": (32, 64, 128), "warps": WARPS, "stages": (1, *STAGES)}
+    every = {what: ("key_gradient_kernel", others) for what in relative_attention.TILES[relative_attention.widest(h)]}
+    every |= {"forward": ("forward_kernel", others), "queries": ("query_gradient_kernel", others)}
+    for what, (kernel, values) in {"places": ("position_logits_kernel", places), **every}.items():
+        tiles = relative_attention.PLACES
+        if what != "places":
+            tiles = relative_attention.tiles(h, what, current_capability()[0])
+        names = ("queries", "keys", "warps", "stages", *(("depth",) if what == "places" else ()))
         yield Search(
-            name=f"relative_attention {what} {shape}",
+            name=f"relative_attention {what} {model.name} B={B} T={T} H={H} h={h}",
             kernels=(kernel,),
-            phase="forward" if what == "forward" else "backward",
+            phase="forward" if what in ("places", "forward") else "backward",
+            build=functools.partial(attention_case, B, T, H, h),
+            backend="triton",
             kernel=f"relative_attention {what}",
-            own={name: found[relative_attention.OWN_NAMES[name]] for name in names},
-            values={"queries": (16, 32, 64, 128), "keys": (32, 64, 128), "warps": WARPS, "stages": (1, *STAGES)},
-            fits=lambda tiles: tiles["queries"] * tiles["keys"] <= 8192,  # of more, the logits alone fill the registers
-            **common,
+            shape={"h": -(-h // 8) * 8},
+            own={name: tiles[relative_attention.OWN_NAMES[name]] for name in names},
+            values=values,
+            # Of more, the logits alone fill the registers.
+            fits=lambda tiles: "depth" in tiles or tiles["queries"] * tiles["keys"] <= 8192,
         )
 
 

@@ -8,10 +8,8 @@ At its end it prints what passed, what failed and what is left, and the numbers 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -21,7 +19,7 @@ from typing import Any
 
 from benchmarks.gpu import command, record, visit_numbers
 from benchmarks.gpu.command import CPU_RESULTS, GRACE_SECONDS, TIME_OVER, Part
-from benchmarks.gpu.processes import end_all_below
+from benchmarks.gpu.processes import within
 from benchmarks.gpu.record import CUT, FAILED, PASSED, Entry, Record
 from benchmarks.gpu.tables import Rows, headline, markdown
 from benchmarks.gpu.visit_list import STOPS, Stop
@@ -94,20 +92,16 @@ def visit(options: argparse.Namespace, stops: Sequence[Stop], *, run: Runner, cl
         print(markdown(_rows(plan, {})))
         return 0
     identity = record.identity(options.device)
-
-    def recorded() -> dict[str, dict[str, Entry]]:
-        return {name: Record(folder, name, identity).last() for name in {each.stop.command for each in plan}}
-
-    if options.list:
-        print(markdown(_rows(plan, recorded())))
-        return 0
     books = {each.stop.command: Record(folder, each.stop.command, identity) for each in plan}
+    if options.list:
+        print(markdown(_rows(plan, {name: book.last() for name, book in books.items()})))
+        return 0
     going = _Call(options, folder, books, begin + options.seconds, run, clock)
     # What hung or died before is tried again behind all others.
     order = sorted(enumerate(plan, start=1), key=lambda item: not going.missing(item[1], going.cut(item[1])))
     for number, each in order:
         going.through(f"stop {number} of {len(plan)}", each)
-    entries = recorded()
+    entries = {name: book.last() for name, book in books.items()}
     rows = _rows(plan, entries)
     print("\n" + markdown(rows) + "\n" + "\n".join(visit_numbers.lines(entries)))
     found = [entry for each in plan for entry in _entries(each, entries)]
@@ -179,20 +173,8 @@ def underway(each: Planned, before: Mapping[str, Entry], after: Mapping[str, Ent
 
 
 def run(line: list[str], seconds: float) -> int:
-    """Ends it, and all that it started, after so many seconds."""
-    process = subprocess.Popen(line, cwd=record.ROOT)
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        end_all_below(process.pid)
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may keep what is killed
-            process.wait(5)
-        return -signal.SIGKILL
-    except BaseException:  # Ctrl-C, or the end of the call
-        end_all_below(process.pid)
-        process.kill()
-        raise
+    code = within(line, seconds, record.ROOT)
+    return -signal.SIGKILL if code is None else code
 
 
 def _entries(each: Planned, entries: Mapping[str, Mapping[str, Entry]]) -> list[Entry]:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import records
-from benchmarks.growth import ranks, steps, table
+from benchmarks.growth import axes, ranks, table
 from benchmarks.growth.axes import AXES
 from common.arguments import add_overrides
 from common.errors import UserError
@@ -53,13 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if axis == RANKS:
                 found[RANKS] = ranks.measured(configs, rounds=args.rounds, steps=args.steps)
             else:
-                found["axes"][axis] = steps.measured(AXES[axis], args.rounds)
+                found["axes"][axis] = axes.measured(AXES[axis], args.rounds)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{records.heading(about)}; fp32, {threads} threads, medians of {args.rounds} rounds\n\n{table.text(found)}")
-    if args.keep is not None:
-        records.keep(args.keep, "growth", about, found)
+    text = f"fp32, {threads} threads, medians of {args.rounds} rounds\n\n{table.text(found)}"
+    records.show(args.keep, "growth", about, found, text)
     return 0
 
 

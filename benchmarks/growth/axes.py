@@ -1,12 +1,14 @@
-"""The models of each axis: they differ in one dimension, and all other settings are those of `BASE`."""
+"""The models of each axis, which differ in one dimension, all other settings being those of `BASE`; and the times of
+forward and backward at its points, in turns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from benchmarks.families import Step, forward_macs
+from benchmarks.rounds import orders
 from model.config import ModelConfig
-from model.costs import attention_macs, feedforward_macs
 
 BASE: dict[str, Any] = {
     "d_model": 256,
@@ -69,7 +71,24 @@ def model_of(axis: Axis, family: str, size: int) -> ModelConfig:
 
 
 def step_macs(config: ModelConfig) -> int:
-    """Multiply-accumulates of forward and backward on one sequence: three times those of all layers, by the paper's
-    formulas, and of the output layer. A product's backward pass has two products of its size."""
-    layers = config.num_layers * (attention_macs(config) + feedforward_macs(config))
-    return 3 * (layers + config.vocab_size * config.d_model * config.sequence_length)
+    """Multiply-accumulates of forward and backward: a product's backward pass has two products of its size."""
+    return 3 * forward_macs(config)
+
+
+def measured(axis: Axis, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Family -> its points: size, multiply-accumulates of a step (macs), and the seconds of each round. One sequence a
+    step. Every point has one step before that does not count."""
+    points = {(family, size): model_of(axis, family, size) for family in axis.families for size in axis.sizes}
+    steps = {point: Step(config, 1) for point, config in points.items()}
+    seconds: dict[tuple[str, int], list[float]] = {point: [] for point in points}
+    for step in steps.values():
+        step()
+    for point in orders(list(points), rounds):
+        seconds[point].append(steps[point]())
+    return {
+        family: [
+            {"size": size, "macs": step_macs(points[family, size]), "seconds": seconds[family, size]}
+            for size in axis.sizes
+        ]
+        for family in axis.families
+    }

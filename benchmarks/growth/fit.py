@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-
-def line(x: Sequence[float], y: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
-    """Intercept and slope of the straight line with the least sum of (weight * distance)^2. At least two different x;
-    the weights are 1 if there are none."""
-    squares = [w * w for w in weights or [1.0] * len(x)]
-    total = sum(squares)
-    mean_x, mean_y = (sum(w * v for w, v in zip(squares, values, strict=True)) / total for values in (x, y))
-    variance = sum(w * (a - mean_x) ** 2 for w, a in zip(squares, x, strict=True))
-    slope = sum(w * (a - mean_x) * (b - mean_y) for w, a, b in zip(squares, x, y, strict=True)) / variance
-    return mean_y - slope * mean_x, slope
+import numpy as np
 
 
 def power_law(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
     """c and p of c * size^p: the straight line through the logarithms."""
-    intercept, slope = line([math.log(s) for s in sizes], [math.log(v) for v in values])
-    return math.exp(intercept), slope
+    slope, intercept = np.polyfit(np.log(sizes), np.log(values), 1)
+    return float(np.exp(intercept)), float(slope)
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -52,4 +42,4 @@ def local_exponents(sizes: Sequence[float], values: Sequence[float]) -> list[flo
 def fixed_share(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The part of the first value that does not grow with the size, if the values lie on a straight line. Distances
     count relative to the values: otherwise the noise of the largest would decide about the smallest."""
-    return line(sizes, values, [1.0 / value for value in values])[0] / values[0]
+    return float(np.polyfit(sizes, values, 1, w=1.0 / np.asarray(values))[1] / values[0])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +16,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.families import orders
 from benchmarks.loop.loops import our_loop
 from benchmarks.loop.speed import WARM_UP_STEPS, Piece, timed
+from benchmarks.rounds import orders
 from common.errors import UserError
+from common.ports import free_port
 from pretrain import device as devices
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks
@@ -89,9 +89,7 @@ def measured(configs: dict[int, Config], *, rounds: int, steps: int) -> list[dic
 def group(config: Config, ranks: int, folder: Path) -> Iterator[Callable[[int], list[Piece]]]:
     """Processes that are ready to train. The function trains so many steps and returns a piece for each rank."""
     folder.mkdir(parents=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     context = multiprocessing.get_context("spawn")  # this process may have computed with threads: it must not fork
     members = []
     try:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks.growth import fit
 from benchmarks.growth.axes import AXES
 from benchmarks.marked import markdown
+from benchmarks.pictures import picture
 from common.tables import text_table
 
 
@@ -41,19 +42,10 @@ def series(found: Any) -> Iterator[Series]:
             yield Series("ranks", name, sizes, times, [1] * len(points))
 
 
-HEADER = [
-    "what grows",
-    "of",
-    "from, to",
-    "ms",
-    "exponent of time",
-    "one point left out",
-    "of MACs",
-    "between neighbours",
-    "largest residual",
-    "fixed share of time",
-    "of MACs",
-]
+HEADER = ["what grows", "of", "from, to", "ms", "exponent of time", "one point left out", "of MACs"]
+HEADER += ["between neighbours", "largest residual", "fixed share of time", "of MACs"]
+RANKS_HEADER = ["ranks", "cores", "step ms", "to the first", "processor ms of a rank", "to the first"]
+RANKS_HEADER += ["MB sent by a rank"]
 
 
 def rows(found: Any) -> list[list[str]]:
@@ -80,17 +72,6 @@ def rows(found: Any) -> list[list[str]]:
     return lines
 
 
-RANKS_HEADER = [
-    "ranks",
-    "cores",
-    "step ms",
-    "to the first",
-    "processor ms of a rank",
-    "to the first",
-    "MB sent by a rank",
-]
-
-
 def rank_rows(found: Any) -> list[list[str]]:
     """A line for each number of ranks: medians over rounds."""
     lines, first = [], None
@@ -113,48 +94,42 @@ def rank_rows(found: Any) -> list[list[str]]:
 
 def text(found: Any) -> str:
     """For a terminal."""
-    parts = [text_table(HEADER, rows(found), left={0, 1})] if rows(found) else []
-    return "\n\n".join([*parts, *([text_table(RANKS_HEADER, rank_rows(found), left=set())] if found["ranks"] else [])])
+    both = (HEADER, rows(found), {0, 1}), (RANKS_HEADER, rank_rows(found), set[int]())
+    return "\n\n".join(text_table(header, lines, left=left) for header, lines, left in both if lines)
 
 
 def page(found: Any) -> str:
     """The tables of docs/benchmarks.md."""
-    parts = [markdown(HEADER, rows(found))] if rows(found) else []
-    return "\n\n".join([*parts, *([markdown(RANKS_HEADER, rank_rows(found))] if found["ranks"] else [])])
+    both = (HEADER, rows(found)), (RANKS_HEADER, rank_rows(found))
+    return "\n\n".join(markdown(header, lines) for header, lines in both if lines)
 
 
 def draw(found: Any, path: Path) -> None:
     """PNG: a panel for each axis, logarithmic, all of the same height in powers of ten, so that slopes compare: times,
     their power law, and multiply-accumulates (dotted), which meet the law at the smallest size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     panels: dict[str, list[Series]] = {}
     for one in series(found):
         panels.setdefault(one.axis, []).append(one)
-    width = 3.6 * max(1, len(panels))
-    figure, axes = plt.subplots(1, max(1, len(panels)), figsize=(width, 3.6), squeeze=False, layout="constrained")
-    for panel, (axis, group) in zip(axes[0], panels.items(), strict=False):
-        for number, one in enumerate(group):
-            _draw_series(panel, one, f"C{number}")
-        ticks = sorted({size for one in group for size in one.sizes})
-        panel.set_xticks(ticks, [str(size) for size in ticks])
-        panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-        panel.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
-        panel.minorticks_off()
-        panel.set_xlabel(AXES[axis].label if axis in AXES else axis)
-        panel.legend(fontsize=7, loc="upper left")
-    limits = [panel.get_ylim() for panel in axes[0]]
-    half = max(math.sqrt(high / low) for low, high in limits) * 1.3  # and room for the legend
-    for panel, (low, high) in zip(axes[0], limits, strict=True):
-        middle = math.sqrt(low * high)
-        panel.set_ylim(middle / half, middle * half)
-    axes[0][0].set_ylabel("ms of a step")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    count = max(1, len(panels))
+    with picture(path, count, (3.6 * count, 3.6)) as (_, axes):
+        for panel, (axis, group) in zip(axes, panels.items(), strict=False):
+            for number, one in enumerate(group):
+                _draw_series(panel, one, f"C{number}")
+            ticks = sorted({size for one in group for size in one.sizes})
+            panel.set_xticks(ticks, [str(size) for size in ticks])
+            panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            panel.minorticks_off()
+            panel.set_xlabel(AXES[axis].label if axis in AXES else axis)
+            panel.legend(fontsize=7, loc="upper left")
+        limits = [panel.get_ylim() for panel in axes]
+        half = max(math.sqrt(high / low) for low, high in limits) * 1.3  # and room for the legend
+        for panel, (low, high) in zip(axes, limits, strict=True):
+            middle = math.sqrt(low * high)
+            panel.set_ylim(middle / half, middle * half)
+        axes[0].set_ylabel("ms of a step")
 
 
 def _draw_series(panel: Any, one: Series, color: str) -> None:

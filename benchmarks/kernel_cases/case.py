@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,21 @@ class CompileCase:
     architectures: tuple[int, ...] = ARCHITECTURES
     """Those that it is for, where a kernel has other tiles on another, or takes less there."""
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        kernel: Any,
+        kinds: dict[str, str],
+        constants: dict[str, Any],
+        others: str = "i32",
+        **options: Any,
+    ) -> CompileCase:
+        """`kinds`: types of arguments that are no `constants`; `others`: of all further ones."""
+        kinds = kinds | dict.fromkeys(constants, "constexpr")
+        signature = {n: kinds.get(n, others) for n in kernel.arg_names}
+        return cls(name=name, kernel=kernel, signature=signature, constexprs=constants, **options)
+
     def __post_init__(self) -> None:
         names = list(self.kernel.arg_names)
         if list(self.signature) != names:
@@ -98,25 +113,15 @@ def make_case(
     constants: dict[str, Any],
     tiles: GemmTiles | None = None,
     *,
-    load_bytes: int = 16,
-    num_warps: int = 4,
     tensor_cores: bool = True,
+    launch: Mapping[str, int] | None = None,
+    **options: Any,
 ) -> CompileCase:
     """A case whose `pointers` are given by type, and whose other arguments that are no `constants` are int32. `tiles`
-    are those of a GEMM, with `tensor_cores` in half precision."""
-    stages = 3
+    are those of a GEMM, with `tensor_cores` in half precision; `launch` and `options` are fields of the case."""
+    options |= launch or {}
     if tiles is not None:
         constants = constants | {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_K": tiles.depth}
-        num_warps, stages = tiles.warps, tiles.stages
-    kinds = {n: f"*{kind}" for n, kind in pointers.items()} | dict.fromkeys(constants, "constexpr")
-    return CompileCase(
-        name=name,
-        kernel=kernel,
-        signature={n: kinds.get(n, "i32") for n in kernel.arg_names},
-        constexprs=constants,
-        num_warps=num_warps,
-        num_stages=stages,
-        load_bytes=load_bytes,
-        is_gemm=tiles is not None and tensor_cores,
-        divisible=frozenset({"N", "num_slots"} & set(kernel.arg_names)),
-    )
+        options |= {"num_warps": tiles.warps, "num_stages": tiles.stages, "is_gemm": tensor_cores}
+    kinds = {n: f"*{kind}" for n, kind in pointers.items()}
+    return CompileCase.of(name, kernel, kinds, constants, divisible=frozenset({"N", "num_slots", "size"}), **options)

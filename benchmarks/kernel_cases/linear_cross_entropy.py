@@ -30,12 +30,7 @@ def _case(what: str, num_classes: int, dtype: torch.dtype) -> CompileCase:
     stride, block, warps = blocks(num_classes, holds_row=what == "loss and gradient")
     constants = dict.fromkeys(absent) | {"NUM_CLASSES": num_classes, "ROW_STRIDE": stride, "BLOCK": block}
     half = f"*{TYPE_NAMES[dtype]}"
-    kinds = {"bias_ptr": half, "gradient_ptr": half, "targets_ptr": "*i64", "num_rows": "i32"}
-    kinds |= dict.fromkeys(("ignore_index", "first_class"), "i32") | dict.fromkeys(constants, "constexpr")
-    return CompileCase(
-        name=f"linear_cross_entropy {what} {num_classes} {TYPE_NAMES[dtype]}",
-        kernel=softmax_kernel,
-        signature={name: kinds.get(name, "*fp32") for name in softmax_kernel.arg_names},
-        constexprs=constants,
-        num_warps=warps,
-    )
+    kinds = {"bias_ptr": half, "gradient_ptr": half, "targets_ptr": "*i64"}
+    kinds |= dict.fromkeys(("num_rows", "ignore_index", "first_class"), "i32")
+    name = f"linear_cross_entropy {what} {num_classes} {TYPE_NAMES[dtype]}"
+    return CompileCase.of(name, softmax_kernel, kinds, constants, "*fp32", num_warps=warps)

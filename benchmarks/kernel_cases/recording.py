@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -188,7 +189,6 @@ def recording(*, check: bool = True) -> Iterator[list[Launch]]:
     repair()
     launches: list[Launch] = []
     call, convert = stock.GridExecutor.__call__, stock._implicit_cvt
-    methods = {name: getattr(Builder, name) for name in (*_CARRY, *_WATCHED)}
 
     def watched_call(self: Any, *args: Any, **kwargs: Any) -> None:
         global _watch
@@ -205,41 +205,32 @@ def recording(*, check: bool = True) -> Iterator[list[Launch]]:
             result.handle.attr["argument"] = _watch.arguments[_identity(arg)]
         return result
 
-    def masked_load(self: Any, pointer: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-        if _watch is not None:
-            _watch.access("load", self, pointer, mask)
-        return methods["create_masked_load"](self, pointer, mask, *rest, **options)
+    def noticing(method: Callable[..., Any], notice: Callable[..., None]) -> Callable[..., Any]:
+        def noticed(self: Any, *args: Any, **options: Any) -> Any:
+            if _watch is not None:
+                notice(_watch, self, *args)
+            return method(self, *args, **options)
 
-    def masked_store(self: Any, pointer: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-        if _watch is not None:
-            _watch.access("store", self, pointer, mask)
-        return methods["create_masked_store"](self, pointer, value, mask, *rest, **options)
+        return noticed
 
-    def atomic_rmw(self: Any, op: Any, pointer: Any, value: Any, mask: Any, *options: Any) -> Any:
-        if _watch is not None:
-            _watch.access("atomic", self, pointer, mask)
-        return methods["create_atomic_rmw"](self, op, pointer, value, mask, *options)
-
-    def dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-        if _watch is not None:
-            _watch.dot(a.data.shape, b.data.shape)
-        return methods["create_dot"](self, a, b, d, *options)
-
-    stock.GridExecutor.__call__, stock._implicit_cvt = watched_call, watched_convert
-    for name, method in zip(_WATCHED, (masked_load, masked_store, atomic_rmw, dot), strict=True):
-        setattr(Builder, name, method)
-    for name in _CARRY:
-        setattr(Builder, name, _carrying(methods[name]))
-    try:
-        with _poisoned() if check else contextlib.nullcontext():
-            yield launches
-    finally:
-        stock.GridExecutor.__call__, stock._implicit_cvt = call, convert
-        for name, method in methods.items():
-            setattr(Builder, name, method)
+    changed = {name: noticing(getattr(Builder, name), notice) for name, notice in _WATCHED.items()}
+    changed |= {name: _carrying(getattr(Builder, name)) for name in _CARRY}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(stock.GridExecutor, "__call__", watched_call))
+        stack.enter_context(mock.patch.object(stock, "_implicit_cvt", watched_convert))
+        for name, method in changed.items():
+            stack.enter_context(mock.patch.object(Builder, name, method))
+        stack.enter_context(_poisoned() if check else contextlib.nullcontext())
+        yield launches
 
 
-_WATCHED = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_dot")
+_WATCHED: dict[str, Callable[..., None]] = {
+    "create_masked_load": lambda watch, builder, pointer, mask, *_: watch.access("load", builder, pointer, mask),
+    "create_masked_store": lambda watch, builder, pointer, _, mask, *__: watch.access("store", builder, pointer, mask),
+    "create_atomic_rmw": lambda watch, builder, _, at, __, mask, *___: watch.access("atomic", builder, at, mask),
+    "create_dot": lambda watch, builder, a, b, *_: watch.dot(a.data.shape, b.data.shape),
+}
+"""What is noticed of an operation, by its arguments."""
 _CARRY = tuple(
     f"create_{name}"
     for name in ("addptr", "splat", "broadcast", "expand_dims", "reshape", "trans", "bitcast", "select")

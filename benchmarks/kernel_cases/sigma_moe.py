@@ -65,12 +65,12 @@ def _cases(
     def case(
         kernel: Any, what: str, constants: dict[str, Any], tiles: ExpertTiles | None, **special: str
     ) -> CompileCase:
-        signature = {n: kinds.get(n, half) for n in kernel.arg_names} | dict.fromkeys(constants, "constexpr") | special
-        return CompileCase(
-            name=f"sigma_moe {what} {name}",
-            kernel=kernel,
-            signature=signature,
-            constexprs=constants,
+        return CompileCase.of(
+            f"sigma_moe {what} {name}",
+            kernel,
+            kinds | special,
+            constants,
+            half,
             num_warps=SUM_TILES["warps"] if tiles is None else tiles.warps,
             num_stages=3 if tiles is None else tiles.stages,
             registers=0 if tiles is None else tiles.registers,

@@ -31,6 +31,7 @@ from pathlib import Path
 from benchmarks import records
 from common.arguments import add_overrides
 from common.errors import UserError
+from common.tables import text_table
 
 PEERS = ["bare", "engine", "nanogpt"]
 """Of `speed.COMPARISONS`, which takes seconds to import."""
@@ -63,21 +64,19 @@ def main(arguments: list[str] | None = None) -> int:
 
             if min(args.pairs, args.steps) < 1:
                 raise UserError("--pairs, --steps: give numbers of at least 1")
-            measured = speed.run(args.config, overrides, args.against, pairs=args.pairs, steps=args.steps)
-            found, text = {one.comparison.name: one.to_json() for one in measured}, speed.table(measured)
+            found = speed.run(args.config, overrides, args.against, pairs=args.pairs, steps=args.steps)
+            text = text_table(speed.HEADER, speed.rows(found))
         else:
             from benchmarks.loop import start
 
             if args.starts < 1:
                 raise UserError("--starts: give a number of at least 1")
-            starts = start.run(args.config, overrides, args.kinds or list(start.COMMANDS), starts=args.starts)
-            found, text = start.to_json(starts), start.table(starts)
+            found = start.run(args.config, overrides, args.kinds or start.KINDS, starts=args.starts)
+            text = text_table(start.HEADER, start.rows(found))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{records.heading(about)}\n{text}")
-    if args.keep is not None:
-        records.keep(args.keep, f"loop-{args.what}", about, found)
+    records.show(args.keep, f"loop-{args.what}", about, found, text)
     return 0
 
 

@@ -17,6 +17,7 @@ import torch
 from benchmarks.loop.loops import Bare, EngineAlone, Given, Loop, Peer, our_loop
 from benchmarks.loop.nanogpt import NanoGPT
 from benchmarks.marked import markdown
+from benchmarks.rounds import orders, ratio, ratios
 from common.errors import UserError
 from pretrain import device as devices
 from pretrain.config.loading import load_config
@@ -81,40 +82,22 @@ COMPARISONS = (
 )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What one comparison gave."""
-
-    comparison: Comparison
-    tokens: int
-    """Of a piece."""
-    ours: list[Piece]
-    theirs: list[Piece]
-    losses: list[list[float]]
-    """Ours and theirs, of every step."""
-
-    def ratios(self, clock: str) -> list[float]:
-        """Of each pair, tokens per second of ours / theirs; `clock`: passed or worked."""
-        pairs = zip(self.ours, self.theirs, strict=True)
-        return [getattr(theirs, clock) / getattr(ours, clock) for ours, theirs in pairs]
-
-    @property
-    def loss_difference(self) -> float:
-        """The largest relative difference between the losses of a step."""
-        return max(abs(own - other) / abs(other) for own, other in zip(*self.losses, strict=True))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "other": self.comparison.other,
-            "zero": self.comparison.zero,
-            "wanted": self.comparison.wanted,
-            "tokens_of_a_piece": self.tokens,
-            "ratio": statistics.median(self.ratios("passed")),
-            "ratio_of_processor_time": statistics.median(self.ratios("worked")),
-            "ours_seconds": self.ours,
-            "theirs_seconds": self.theirs,
-            "loss_difference": self.loss_difference,
-        }
+def kept(
+    comparison: Comparison, tokens: int, ours: list[Piece], theirs: list[Piece], losses: list[list[float]]
+) -> dict[str, Any]:
+    """What one comparison gave. `tokens`: of a piece; `losses`: ours and theirs, of every step. Ratios are those of
+    tokens per second, ours / theirs, medians over pairs."""
+    return {
+        "other": comparison.other,
+        "zero": comparison.zero,
+        "wanted": comparison.wanted,
+        "tokens_of_a_piece": tokens,
+        "ratio": ratio([piece.passed for piece in theirs], [piece.passed for piece in ours]),
+        "ratio_of_processor_time": ratio([piece.worked for piece in theirs], [piece.worked for piece in ours]),
+        "ours_seconds": ours,
+        "theirs_seconds": theirs,
+        "loss_difference": max(abs(own - other) / abs(other) for own, other in zip(*losses, strict=True)),
+    }
 
 
 def config_of(comparison: Comparison, path: Path | None, overrides: list[str]) -> Config:
@@ -125,7 +108,7 @@ def config_of(comparison: Comparison, path: Path | None, overrides: list[str]) -
     return config
 
 
-def compare(comparison: Comparison, config: Config, device: torch.device, *, pairs: int, steps: int) -> Measured:
+def compare(comparison: Comparison, config: Config, device: torch.device, *, pairs: int, steps: int) -> Any:
     """Trains both in turns, as ABBA: what makes the machine slower from minute to minute meets both. The process group
     must exist."""
     given = Given(config, WARM_UP_STEPS + pairs * steps)
@@ -139,16 +122,13 @@ def compare(comparison: Comparison, config: Config, device: torch.device, *, pai
         loops: dict[str, Loop] = {"ours": ours, "theirs": theirs}
         for loop in loops.values():
             loop.train(WARM_UP_STEPS)
-        for number in range(pairs):
-            for kind in list(loops)[:: -1 if number % 2 else 1]:
-                pieces[kind].append(timed(loops[kind], steps))
+        for kind in orders(list(loops), pairs):
+            pieces[kind].append(timed(loops[kind], steps))
         losses = [loop.losses() for loop in loops.values()]
     tokens = steps * config.batch.global_sequences * config.model.sequence_length
-    found = Measured(comparison, tokens, pieces["ours"], pieces["theirs"], losses)
-    if not found.loss_difference <= LOSS_TOLERANCE:
-        raise UserError(
-            f"ours and {comparison.other} do not train the same: a loss differs by {found.loss_difference:.1e} of it"
-        )
+    found = kept(comparison, tokens, **pieces, losses=losses)
+    if not (off := found["loss_difference"]) <= LOSS_TOLERANCE:
+        raise UserError(f"ours and {comparison.other} do not train the same: a loss differs by {off:.1e} of it")
     return found
 
 
@@ -158,72 +138,38 @@ def timed(loop: Loop, steps: int) -> Piece:
     return Piece(time.perf_counter() - start, time.process_time() - worked)
 
 
-def run(path: Path | None, overrides: list[str], names: list[str], *, pairs: int, steps: int) -> list[Measured]:
-    """Raises UserError."""
+def run(path: Path | None, overrides: list[str], names: list[str], *, pairs: int, steps: int) -> dict[str, Any]:
+    """What is kept of each comparison. Raises UserError."""
     chosen = [comparison for comparison in COMPARISONS if comparison.name in names]
     configs = [config_of(comparison, path, overrides) for comparison in chosen]
     device = devices.start(Ranks.from_environment(), configs[0].train)
     try:
-        return [
-            compare(comparison, config, device, pairs=pairs, steps=steps)
+        return {
+            comparison.name: compare(comparison, config, device, pairs=pairs, steps=steps)
             for comparison, config in zip(chosen, configs, strict=True)
-        ]
+        }
     finally:
         devices.stop()
 
 
-def page(found: Any) -> str:
-    """The table of docs/benchmarks.md. A pair has one piece of each loop."""
-    rows = []
+HEADER = ["ours against", "ours, tokens/s", "theirs", "ours / theirs", "by processor time", "pairs", "losses differ by"]
+HEADER += ["wanted"]
+
+
+def rows(found: Any) -> list[list[str]]:
+    """A line for each comparison: medians. A pair has one piece of each loop."""
+    lines = []
     for one in found.values():
-        pairs = list(zip(one["ours_seconds"], one["theirs_seconds"], strict=True))
-        single = [theirs[0] / ours[0] for ours, theirs in pairs]
-        ours, theirs = (
-            one["tokens_of_a_piece"] / statistics.median(s[0] for s in side) for side in zip(*pairs, strict=True)
-        )
-        span = f"{min(single):.3f} to {max(single):.3f}"
-        ratios = [f"{one[key]:.3f}" for key in ("ratio", "ratio_of_processor_time")]
-        rows.append(
-            [
-                f"{one['other']}, ZeRO {one['zero']}",
-                f"{ours:.0f}",
-                f"{theirs:.0f}",
-                *ratios,
-                span,
-                f"{one['loss_difference']:.0e}",
-                f"{one['wanted']:.2f}: {'held' if one['ratio'] >= one['wanted'] else 'missed'}",
-            ]
-        )
-    return markdown(
-        [
-            "ours against",
-            "ours, tokens/s",
-            "theirs",
-            "ours / theirs",
-            "by processor time",
-            "pairs",
-            "losses differ by",
-            "wanted",
-        ],
-        rows,
-    )
+        ours, theirs = ([piece[0] for piece in one[f"{side}_seconds"]] for side in ("ours", "theirs"))
+        each = ratios(theirs, ours)
+        speeds = [f"{one['tokens_of_a_piece'] / statistics.median(seconds):.0f}" for seconds in (ours, theirs)]
+        middle = [f"{one[key]:.3f}" for key in ("ratio", "ratio_of_processor_time")]
+        line = [f"{one['other']}, ZeRO {one['zero']}", *speeds, *middle, f"{min(each):.3f} to {max(each):.3f}"]
+        held = "held" if one["ratio"] >= one["wanted"] else "missed"
+        lines.append([*line, f"{one['loss_difference']:.0e}", f"{one['wanted']:.2f}: {held}"])
+    return lines
 
 
-def table(found: list[Measured]) -> str:
-    head = f"{'ours against':26} ZeRO  tokens  ours s        theirs s      ours tok/s  theirs  ratio   by CPU  wanted"
-    rows = [head]
-    for one in found:
-        seconds = [[piece.passed for piece in pieces] for pieces in (one.ours, one.theirs)]
-        spans = [f"{min(values):.2f} to {max(values):.2f}" for values in seconds]
-        speeds = [one.tokens / statistics.median(values) for values in seconds]
-        ratios = [statistics.median(one.ratios(clock)) for clock in ("passed", "worked")]
-        rows.append(
-            f"{one.comparison.other:26} {one.comparison.zero:4}  {one.tokens:6}  {spans[0]:12}  {spans[1]:12}  "
-            f"{speeds[0]:10.1f}  {speeds[1]:6.1f}  {ratios[0]:.4f}  {ratios[1]:.4f}  {one.comparison.wanted:.2f}"
-        )
-        rows.append(
-            f"  ratios of {len(one.ours)} pairs: {' '.join(f'{ratio:.3f}' for ratio in one.ratios('passed'))}; by CPU: "
-            f"{' '.join(f'{ratio:.3f}' for ratio in one.ratios('worked'))}; losses differ by at most "
-            f"{one.loss_difference:.1e} of a loss"
-        )
-    return "\n".join(rows)
+def page(found: Any) -> str:
+    """The table of docs/benchmarks.md."""
+    return markdown(HEADER, rows(found))

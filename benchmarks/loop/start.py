@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from benchmarks.marked import markdown
 from common.arguments import set_options
 from common.errors import UserError
 from common.paths import REPOSITORY
+from common.ports import free_port
 
 PRETRAIN = str(REPOSITORY / "launch" / "pretrain.py")
 ONE_STEP = ("train.stop_after_steps=1", "train.device=cpu")
@@ -30,19 +30,13 @@ POLL_SECONDS = 0.01
 LIMIT_SECONDS = 300.0
 
 
-def _python() -> list[str]:
-    return [sys.executable, PRETRAIN]
+KINDS = ("python", "deepspeed")
 
 
-def _deepspeed() -> list[str]:
-    """What `deepspeed launch/pretrain.py` runs, in this environment, which may have no console scripts."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", str(port), PRETRAIN]
-
-
-COMMANDS: dict[str, Callable[[], list[str]]] = {"python": _python, "deepspeed": _deepspeed}
+def command(kind: str) -> list[str]:
+    """What python or deepspeed with launch/pretrain.py runs; this environment may have no console scripts."""
+    runner = ["-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", str(free_port())]
+    return [sys.executable, *(runner if kind == "deepspeed" else ()), PRETRAIN]
 
 
 class Start(NamedTuple):
@@ -59,7 +53,7 @@ class Start(NamedTuple):
 
 def measure(kind: str, config: Path, overrides: Sequence[str], folder: Path) -> Start:
     """One start. Raises UserError if there is no first step."""
-    line = [*COMMANDS[kind](), "--config", str(config), "--run-dir", str(folder / "run")]
+    line = [*command(kind), "--config", str(config), "--run-dir", str(folder / "run")]
     line += set_options([*overrides, *ONE_STEP])
     metrics, log = folder / "run" / "metrics.jsonl", folder / "log"
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
@@ -99,60 +93,34 @@ def _end(process: psutil.Popen) -> None:
     process.wait()
 
 
-def run(config: Path, overrides: Sequence[str], kinds: Sequence[str], *, starts: int) -> dict[str, list[Start]]:
+def run(config: Path, overrides: Sequence[str], kinds: Sequence[str], *, starts: int) -> dict[str, Any]:
     """So many starts of each kind, in turns, after one of each that does not count. Raises UserError."""
-    found: dict[str, list[Start]] = {kind: [] for kind in kinds}
+    found: dict[str, Any] = {kind: {"starts": []} for kind in kinds}
     for number in range(starts + 1):
         for kind in kinds:
             with tempfile.TemporaryDirectory() as folder:
                 start = measure(kind, config, overrides, Path(folder))
             if number:
-                found[kind].append(start)
+                found[kind]["starts"].append(start._asdict())
     return found
 
 
-def table(found: dict[str, list[Start]]) -> str:
-    rows = ["start with  first step s  from - to      user s  system s  trainer's CPU s  wanted"]
-    for kind, starts in found.items():
-        passed, user, system, trainer = (statistics.median(values) for values in zip(*starts, strict=True))
-        times = [start.passed for start in starts]
-        span, wanted = f"{min(times):.2f} - {max(times):.2f}", WANTED_SECONDS.get(kind)
-        rows.append(
-            f"{kind:10}  {passed:12.2f}  {span:13}  {user:6.2f}  {system:8.2f}  {trainer:15.2f}  "
-            f"{'-' if wanted is None else f'{wanted:.1f}':>6}"
-        )
-    return "\n".join([*rows, f"medians of {max(map(len, found.values()))}"])
+HEADER = ["started with", "first step, s", "from, to", "wanted", "the trainer's CPU s", "user s, all", "system s, all"]
 
 
-def to_json(found: dict[str, list[Start]]) -> dict[str, Any]:
-    return {
-        kind: {
-            "first_step_seconds": statistics.median(start.passed for start in starts),
-            "starts": [start._asdict() for start in starts],
-        }
-        for kind, starts in found.items()
-    }
-
-
-def page(found: Any) -> str:
-    """The table of docs/benchmarks.md: medians."""
-    rows = []
+def rows(found: Any) -> list[list[str]]:
+    """A line for each kind: medians."""
+    lines = []
     for kind, one in found.items():
-        starts = [Start(**start) for start in one["starts"]]
-        passed, user, system, trainer = zip(*starts, strict=True)
+        passed, user, system, trainer = zip(*(Start(**start) for start in one["starts"]), strict=True)
         limit = WANTED_SECONDS.get(kind)
         holds = limit is not None and statistics.median(passed) <= limit
         wanted = "-" if limit is None else f"{limit:.0f}: {'held' if holds else 'missed'}"
-        middle = [f"{statistics.median(values):.1f}" for values in (trainer, user, system)]
-        span = f"{min(passed):.1f} to {max(passed):.1f}"
-        rows.append([kind, f"{statistics.median(passed):.1f}", span, wanted, *middle])
-    header = [
-        "started with",
-        "first step, s",
-        "from, to",
-        "wanted",
-        "the trainer's CPU s",
-        "user s, all",
-        "system s, all",
-    ]
-    return markdown(header, rows)
+        middle, *others = (f"{statistics.median(values):.1f}" for values in (passed, trainer, user, system))
+        lines.append([kind, middle, f"{min(passed):.1f} to {max(passed):.1f}", wanted, *others])
+    return lines
+
+
+def page(found: Any) -> str:
+    """The table of docs/benchmarks.md."""
+    return markdown(HEADER, rows(found))

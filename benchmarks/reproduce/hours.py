@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.marked import TIGHT, markdown
 from benchmarks.reproduce.published import (
     ZERO_SHOT,
     Row,
@@ -18,7 +19,6 @@ from benchmarks.reproduce.published import (
     tokens_wanted,
     zero_shot_command,
 )
-from benchmarks.reproduce.table import markdown
 from common.errors import UserError
 from common.paths import REPOSITORY
 from pretrain.cli.plan_fit import hours_text
@@ -90,7 +90,7 @@ def _part(table: Table, on: Machine, measured: Measurements, bases: dict[tuple[A
         ends = [ends[0] + found.fast, ends[1] + found.slow]
         tokens = f"{tokens_wanted(row.name):,}"
         rows.append((f"`{row.name}`", row.published or "-", tokens, range_text(found.fast, found.slow), letter))
-    text = f"### {table.title}: {table.unit}\n\n{markdown(HEAD, rows)}\n\n"
+    text = f"### {table.title}: {table.unit}\n\n{markdown(HEAD, rows, TIGHT)}\n\n"
     text += f"Together {range_text(*ends)} GPU hours.\n\n"
     return text + "\n".join(f"    {line}" for line in _commands(table.rows))
 
@@ -100,7 +100,7 @@ def _zero_shot() -> str:
     tasks = {"lambada": "LAMBADA", "blimp": "BLiMP", "cbt": "CBT"}
     rows = [(f"`{name}`", *(f"{found[task]:.1f}" for task in tasks)) for name, found in ZERO_SHOT.items()]
     commands = "\n".join(f"    {zero_shot_command(name)}" for name in ZERO_SHOT)
-    return f"### Zero-shot: accuracy in percent\n\n{markdown(('row', *tasks.values()), rows)}\n\n{commands}"
+    return f"### Zero-shot: accuracy in percent\n\n{markdown(('row', *tasks.values()), rows, TIGHT)}\n\n{commands}"
 
 
 def _commands(rows: Sequence[Row]) -> Iterator[str]:

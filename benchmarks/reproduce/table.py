@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from benchmarks.marked import TIGHT, markdown
 from benchmarks.reproduce.published import (
     ZERO_SHOT,
     Row,
@@ -64,7 +65,7 @@ def _shown(
 ) -> str:
     """A table, and the commands of what is missing. Columns of figures are right-aligned."""
     left = [number for number, name in enumerate(head) if name not in FIGURES]
-    text = markdown(head, rows) if as_markdown else text_table(head, rows, left=left)
+    text = markdown(head, rows, TIGHT) if as_markdown else text_table(head, rows, left=left)
     part = f"### {heading}\n\n{text}" if as_markdown else f"{heading}\n{text}"
     return part + ("\n\n" + _listed("Missing:", missing, as_markdown=as_markdown) if missing else "")
 
@@ -104,9 +105,3 @@ def _progress(run: PaperRun, measured: int | None) -> str:
 def _differences(run: PaperRun) -> str:
     found = run.differences()
     return f"; differs in {', '.join(found)}" if found else ""
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a | in a cell would end it."""
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])

@@ -16,11 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.scale import checkpoint, control, data, folders, sockets
-from benchmarks.scale.figures import Figure, table
+from benchmarks.scale.figures import Parts, table
 from common.arguments import add_overrides
 from common.errors import UserError
 from pretrain.config.loading import load_config
@@ -44,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         if args.sockets:
-            found: dict[int, Sequence[Figure]] = {ranks: sockets.figures(ranks) for ranks in args.sockets}
+            found: dict[int, Parts] = {ranks: {"gloo": sockets.figures(ranks)} for ranks in args.sockets}
         else:
             config = load_config(Path(args.config), args.overrides)
             found = {
@@ -56,9 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(table(found))
     if args.json is not None:
-        args.json.write_text(
-            json.dumps({ranks: [figure._asdict() for figure in rows] for ranks, rows in found.items()}, indent=1)
-        )
+        as_json = {
+            ranks: [{"part": part, **figure._asdict()} for part, rows in parts.items() for figure in rows]
+            for ranks, parts in found.items()
+        }
+        args.json.write_text(json.dumps(as_json, indent=1))
     return 0
 
 
@@ -67,14 +68,14 @@ def with_ranks(config: Config, ranks: int) -> Config:
     return config.replaced("batch", global_sequences=ranks * config.batch.micro_sequences)
 
 
-def simulate(config: Config, ranks: int, *, steps: int, shards: int) -> list[Figure]:
+def simulate(config: Config, ranks: int, *, steps: int, shards: int) -> Parts:
     """All parts for `ranks` ranks."""
-    return [
-        *control.figures(ranks, config.model),
-        *data.figures(ranks, config, steps=steps, shards=shards),
-        *checkpoint.figures(ranks, config),
-        *folders.figures(ranks),
-    ]
+    return {
+        "control": control.figures(ranks, config.model),
+        "data": data.figures(ranks, config, steps=steps, shards=shards),
+        "checkpoint": checkpoint.figures(ranks, config),
+        "run folder": folders.figures(ranks),
+    }
 
 
 if __name__ == "__main__":

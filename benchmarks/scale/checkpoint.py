@@ -79,9 +79,6 @@ def figures(ranks: int, config: Config) -> list[Figure]:
     assert planner is not None
     local_seconds, sent = time.process_time() - started, [len(pickle.dumps(plan)) for plan in plans]
 
-    def row(what: str, value: float, unit: str) -> Figure:
-        return Figure("checkpoint", what, value, unit)
-
     with tempfile.TemporaryDirectory() as folder:
         writer = Writer(Path(folder) / "step-00000001", {"format_version": FORMAT_VERSION})
         started = time.process_time()
@@ -117,25 +114,25 @@ def figures(ranks: int, config: Config) -> list[Figure]:
     items = [len(plan.items) for plan in planned]
     parameters = sum(math.prod(spec.shape) for spec in parameter_specs(config.model).values())
     return [
-        row("files", files, "files"),
-        row("bytes of tensors", 12 * parameters, "bytes"),
-        row("  of a rank: file, and buffer in CPU memory", 12 * parameters / ranks, "bytes"),
-        row("rectangles of all ranks", sum(items), "items"),
-        row("local plan: CPU of a rank", 1e3 * local_seconds / ranks, "ms"),
-        row("first save: sent to rank 0 by a rank, the largest", max(sent), "bytes"),
-        row("  received by rank 0", max(sent) * ranks, "bytes"),
-        row("  global plan on rank 0", 1e3 * global_seconds, "ms"),
-        row("later saves: sent to rank 0 by a rank", len(pickle.dumps(SavePlan([], usable=False))), "bytes"),
-        row("  global plan on rank 0", 1e3 * again_seconds, "ms"),
-        row("each save: results of a rank, sent to rank 0", result_bytes, "bytes"),
-        row("  index and commit on rank 0", 1e3 * commit_seconds, "ms"),
-        row(TENSORS_FILE, sizes[TENSORS_FILE], "bytes"),
-        row(STATE_FILE, sizes[STATE_FILE], "bytes"),
-        row("resume: CPU of a rank to open it, all sizes", 1e3 * times["all"], "ms"),
-        row("  a share of the sizes", 1e3 * times["share"], "ms"),
-        row(f"  and to read {TENSORS_FILE}", 1e3 * parse_seconds, "ms"),
-        row("  files that all ranks open for the weights", opened, "files"),
-        row("  if each read all weights", opened_before, "files"),
+        Figure("files", files, "files"),
+        Figure("bytes of tensors", 12 * parameters, "bytes"),
+        Figure("  of a rank: file, and buffer in CPU memory", 12 * parameters / ranks, "bytes"),
+        Figure("rectangles of all ranks", sum(items), "items"),
+        Figure("local plan: CPU of a rank", 1e3 * local_seconds / ranks, "ms"),
+        Figure("first save: sent to rank 0 by a rank, the largest", max(sent), "bytes"),
+        Figure("  received by rank 0", max(sent) * ranks, "bytes"),  # torch's gather_object pads all to the largest
+        Figure("  global plan on rank 0", 1e3 * global_seconds, "ms"),
+        Figure("later saves: sent to rank 0 by a rank", len(pickle.dumps(SavePlan([], usable=False))), "bytes"),
+        Figure("  global plan on rank 0", 1e3 * again_seconds, "ms"),
+        Figure("each save: results of a rank, sent to rank 0", result_bytes, "bytes"),
+        Figure("  index and commit on rank 0", 1e3 * commit_seconds, "ms"),
+        Figure(TENSORS_FILE, sizes[TENSORS_FILE], "bytes"),
+        Figure(STATE_FILE, sizes[STATE_FILE], "bytes"),
+        Figure("resume: CPU of a rank to open it, all sizes", 1e3 * times["all"], "ms"),
+        Figure("  a share of the sizes", 1e3 * times["share"], "ms"),
+        Figure(f"  and to read {TENSORS_FILE}", 1e3 * parse_seconds, "ms"),
+        Figure("  files that all ranks open for the weights", opened, "files"),
+        Figure("  if each read all weights", opened_before, "files"),
     ]
 
 

@@ -78,16 +78,13 @@ def figures(ranks: int, config: ModelConfig) -> list[Figure]:
         different = torch.nonzero(~result[keys:] != result[:keys]).view(-1).tolist()
         assert different == ([1] if ranks > 1 else [])
 
-    def row(what: str, value: float, unit: str) -> Figure:
-        return Figure("control", what, value, unit)
-
     return [
-        row("step message: messages after each other", message.rounds, "messages"),
-        row("  around gloo's ring", 2 * (ranks - 1), "messages"),
-        row("  sent by a rank", message.bytes_sent, "bytes"),
-        row("  connections of a rank", message.peers, "connections"),
-        row("  CPU of a rank", 1e6 * message.seconds / ranks, "us"),
-        row("comparison of replicas: sent by a rank", replicas.bytes_sent, "bytes"),
-        row("  gathered by every rank before", ranks * keys * 8, "bytes"),
-        row("  CPU of a rank", 1e6 * replicas.seconds / ranks, "us"),
+        Figure("step message: messages after each other", message.rounds, "messages"),
+        Figure("  around gloo's ring", 2 * (ranks - 1), "messages"),
+        Figure("  sent by a rank", message.bytes_sent, "bytes"),
+        Figure("  connections of a rank", message.peers, "connections"),
+        Figure("  CPU of a rank", 1e6 * message.seconds / ranks, "us"),
+        Figure("comparison of replicas: sent by a rank", replicas.bytes_sent, "bytes"),
+        Figure("  gathered by every rank before", ranks * keys * 8, "bytes"),
+        Figure("  CPU of a rank", 1e6 * replicas.seconds / ranks, "us"),
     ]

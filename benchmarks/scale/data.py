@@ -55,14 +55,11 @@ def figures(ranks: int, config: Config, *, steps: int, shards: int) -> list[Figu
     assert np.array_equal(np.sort(np.concatenate(positions)), np.arange(steps * G)), "not every position once"
     assert len(np.unique(np.concatenate(windows))) == steps * G, "a window was read twice"
 
-    def row(what: str, value: float, unit: str) -> Figure:
-        return Figure("data", what, value, unit)
-
     return [
-        row("sequences of a step", G, "sequences"),
-        row("  tokens", G * T, "tokens"),
-        row(f"order of {steps} steps: CPU of a rank and step", 1e3 * seconds / ranks / steps, "ms"),
-        row(f"shards that a rank reads in {steps} steps, of {shards:,}", float(np.mean(shards_of_rank)), "shards"),
+        Figure("sequences of a step", G, "sequences"),
+        Figure("  tokens", G * T, "tokens"),
+        Figure(f"order of {steps} steps: CPU of a rank and step", 1e3 * seconds / ranks / steps, "ms"),
+        Figure(f"shards that a rank reads in {steps} steps, of {shards:,}", float(np.mean(shards_of_rank)), "shards"),
         *_manifest(shards),
     ]
 
@@ -78,9 +75,9 @@ def _manifest(shards: int) -> list[Figure]:
             seconds[follow_links] = time.process_time() - started
         size = path.stat().st_size
     return [
-        Figure("data", "manifest, read by every rank", size, "bytes"),
-        Figure("data", "  CPU of a rank to read it", 1e3 * seconds[False], "ms"),
-        Figure("data", "  and to follow every name, before", 1e3 * seconds[True], "ms"),
+        Figure("manifest, read by every rank", size, "bytes"),
+        Figure("  CPU of a rank to read it", 1e3 * seconds[False], "ms"),
+        Figure("  and to follow every name, before", 1e3 * seconds[True], "ms"),
     ]
 
 

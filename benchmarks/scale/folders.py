@@ -42,19 +42,16 @@ def figures(ranks: int) -> list[Figure]:
         assert ranks == 1 or "Did not arrive: rank 0: no sign of life" in text
         phase_bytes = sum(path.stat().st_size for path in beats.iterdir())
 
-    def row(what: str, value: float, unit: str) -> Figure:
-        return Figure("run folder", what, value, unit)
-
     return [
-        row("ranks/: files while the run goes on", 2 * ranks, "files"),
-        row("  bytes of phases", phase_bytes, "bytes"),
-        row("  CPU of a rank to begin one", 1e3 * phase_seconds / ranks, "ms"),
-        row("hang/: files after a hang", 3 * ranks + 2, "files"),
-        row("  reports that are read: by one rank", ranks, "files"),
-        row("  by all, ten times a second, before", ranks * ranks, "files"),
-        row("  CPU to read and describe them once", 1e3 * read_seconds, "ms"),
-        row("  CPU to read and compare their collectives", 1e3 * call_seconds, "ms"),
-        row("slurm/: logs of a job", ranks + 1, "files"),
+        Figure("ranks/: files while the run goes on", 2 * ranks, "files"),
+        Figure("  bytes of phases", phase_bytes, "bytes"),
+        Figure("  CPU of a rank to begin one", 1e3 * phase_seconds / ranks, "ms"),
+        Figure("hang/: files after a hang", 3 * ranks + 2, "files"),
+        Figure("  reports that are read: by one rank", ranks, "files"),
+        Figure("  by all, ten times a second, before", ranks * ranks, "files"),
+        Figure("  CPU to read and describe them once", 1e3 * read_seconds, "ms"),
+        Figure("  CPU to read and compare their collectives", 1e3 * call_seconds, "ms"),
+        Figure("slurm/: logs of a job", ranks + 1, "files"),
     ]
 
 

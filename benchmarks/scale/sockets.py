@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
+import statistics
 import time
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.scale.figures import Figure
+from common.ports import free_port
 from pretrain.parallel import rounds
 from pretrain.parallel.rounds import maximum
 
@@ -21,9 +22,7 @@ REPEATS = 30
 
 def figures(ranks: int) -> list[Figure]:
     """Medians over messages; the processes share this machine's cores."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     processes = [context.Process(target=_rank, args=(rank, ranks, port, sender)) for rank in range(ranks)]
@@ -33,10 +32,10 @@ def figures(ranks: int) -> list[Figure]:
     for process in processes:
         process.join()
     return [
-        Figure("gloo", "to meet and connect", values["meet"], "ms"),
-        Figure("gloo", "sockets of rank 0", values["sockets"], "sockets"),
-        Figure("gloo", "step message around the ring", values["ring"], "ms"),
-        Figure("gloo", "step message in rounds", values["rounds"], "ms"),
+        Figure("to meet and connect", values["meet"], "ms"),
+        Figure("sockets of rank 0", values["sockets"], "sockets"),
+        Figure("step message around the ring", values["ring"], "ms"),
+        Figure("step message in rounds", values["rounds"], "ms"),
     ]
 
 
@@ -56,14 +55,11 @@ def _rank(rank: int, ranks: int, port: int, sender: Connection) -> None:
             began = time.perf_counter()
             maximum(message, dist.group.WORLD)
             times.append(1e3 * (time.perf_counter() - began))
-        values[name] = sorted(times)[len(times) // 2]
+        values[name] = statistics.median(times)
     if rank == 0:
-        links = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd") if _is_open(number)]
+        places = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        links = [os.readlink(place) for place in places if os.path.lexists(place)]
         values["sockets"] = float(sum(link.startswith("socket:") for link in links))
         sender.send(values)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _is_open(number: str) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{number}")

@@ -44,6 +44,8 @@ class IngestConfig(Section):
 
 ENGLISH = "en"
 """Code of the language of the stop words of `gopher_quality`."""
+RECORDED_STOP_WORDS = "stop_words"
+"""In the settings that are recorded: the language in which alone `gopher_quality` asks for stop words."""
 
 
 class FilterConfig(Section):
@@ -82,7 +84,7 @@ class FilterConfig(Section):
         """What decides the output, as JSON."""
         settings = self.model_dump(mode="json")
         if self.gopher_quality and set(self.language) - {ENGLISH}:  # data made when it was asked of all are others
-            settings["stop_words"] = ENGLISH
+            settings[RECORDED_STOP_WORDS] = ENGLISH
         return settings
 
     @model_validator(mode="after")

@@ -328,8 +328,3 @@ def stable_fractions(hashes: np.ndarray) -> np.ndarray:
     document goes to validation. The same text always goes the same way, in any file and any run."""
     fractions: np.ndarray = hashes.astype(np.float64) / 2.0**64
     return fractions
-
-
-def stable_fraction(digest: bytes) -> float:
-    """The same number for one sha256."""
-    return int.from_bytes(digest[:8], "big") / 2**64

@@ -33,7 +33,7 @@ def _whole(content: Unpacked, max_bytes: int) -> Iterator[tuple[int, bytes]]:
 def _between_blank_lines(content: Unpacked, max_bytes: int) -> Iterator[tuple[int, bytes]]:
     """(line, text) of each text between blank lines; only its beginning if it is longer than `max_bytes`."""
     waiting: list[bytes] = []
-    size = 0
+    size = kept = 0  # bytes of `waiting`, and without the line end behind them, which is no part of the document
     number = first = 1
     begins, is_blank = True, True  # a long line comes in pieces: the first alone begins it, and its end may be blank
     for line in content.lines(max_bytes=max_bytes):
@@ -41,12 +41,13 @@ def _between_blank_lines(content: Unpacked, max_bytes: int) -> Iterator[tuple[in
         if is_blank:
             if waiting:
                 yield first, b"".join(waiting).rstrip(b"\r\n")
-            waiting, size = [], 0
+            waiting, size, kept = [], 0, 0
         else:
             first = first if waiting else number
-            if size <= max_bytes:
+            if kept <= max_bytes:
                 waiting.append(line)
-                size += len(line)
+                text = line.rstrip(b"\r\n")
+                size, kept = size + len(line), size + len(text) if text else kept
         begins = line.endswith(b"\n")
         number += begins
     if waiting:

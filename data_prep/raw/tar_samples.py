@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from common.errors import DataError
 from common.splits import SplitName
+from data_prep.raw.file_kinds import BYTE_ORDER_MARK
 from data_prep.raw.json_text import json_record, named, text_in
 from data_prep.raw.records import EXCERPT_BYTES, Document, NoText, Rejected, checked_text, too_long
 from data_prep.raw.unpack import BLOCK_BYTES, DamagedFileError, Unpacked
@@ -61,6 +63,8 @@ def tar_documents(
     try:
         for number, sample in enumerate(group_by_keys(_members(content, max_bytes)), 1):
             yield from _sample_documents(number, sample, split, text_key, max_bytes)
+    except DataError:  # a ValueError too
+        raise
     except ValueError as error:  # two members of one name
         raise DamagedFileError(f"{content.name} is damaged ({error.args[0]}); make it again") from None
 
@@ -84,7 +88,7 @@ def _members(content: Unpacked, max_bytes: int) -> Iterator[dict[str, Any]]:
             elif name.lower().rpartition(".")[2] in (*TEXT_ENDINGS, JSON_ENDING):
                 opened = archive.extractfile(member)
                 assert opened is not None, "a regular member"
-                data = opened.read(max_bytes + 1)
+                data = opened.read(min(member.size, max_bytes + 1))  # which is allocated before it is read
             yield {"fname": name, "data": data, "__url__": ""}
         end = stream.from_position(archive.offset)
     size, zeros = len(end), not end.strip(b"\0")
@@ -116,7 +120,10 @@ def _sample_documents(
             yield too_long(number, data, max_bytes)
             continue
         try:
-            text = checked_text(data, "the member") if texts else text_in(json_record(data), text_key)
+            if texts:
+                text = checked_text(data.removeprefix(BYTE_ORDER_MARK), "the member")
+            else:
+                text = text_in(json_record(data), text_key)
             yield Document(number, split, text)
         except NoText as error:
             detail = f"{sample['__key__']}.{name}: {error.detail}"

@@ -156,11 +156,15 @@ class Unpacked:
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes; fewer, or none, only at the end."""
-        data, self._ahead = self._ahead[:size], self._ahead[size:]
-        while len(data) < size and (more := self._read(size - len(data))):
-            data += more
-        self.position += len(data)
-        return data
+        pieces = [self._ahead[:size]] if self._ahead else []
+        self._ahead = self._ahead[size:]
+        left = size - sum(map(len, pieces))
+        # In blocks, because streams allocate what they are asked for; joined once, as in `lines`.
+        while left and (more := self._read(min(left, BLOCK_BYTES))):
+            pieces.append(more)
+            left -= len(more)
+        self.position += size - left
+        return b"".join(pieces)
 
     def lines(self, *, max_bytes: int, limit_bytes: int | None = None) -> Iterator[bytes]:
         """Lines with their ends, which are newlines alone, so that joining them gives the content. A line longer

@@ -84,15 +84,16 @@ class Pieces:
     """Sum over the documents."""
 
 
-def pieces(manifest: Manifest, split: str, piece_bytes: np.ndarray, prefix_bytes: int) -> Pieces:
-    """Reads every token of a split. `piece_bytes` int64 [vocab_size]: what each id is decoded to; `prefix_bytes`: what
-    decoding takes from the beginning of a document."""
+def pieces(manifest: Manifest, split: str, piece_bytes: np.ndarray, prefix_bytes: np.ndarray) -> Pieces:
+    """Reads every token of a split. `piece_bytes` and `prefix_bytes`, int64 [vocab_size]: what each id is decoded to,
+    and what decoding takes from a document that begins with it."""
     counts, ratios = np.zeros(len(piece_bytes), np.int64), np.zeros(RATIO_BINS, np.int64)
     total = 0
     for entry in manifest.split(split):
         reader = ShardReader(manifest, entry, False)
         starts = reader.document_starts
         before = np.empty(len(starts), np.int64)  # bytes of the shard before each document
+        first = np.empty(len(starts), np.int64)
         done = 0
         for start in range(0, reader.num_tokens, READ_TOKENS):
             stop = min(start + READ_TOKENS, reader.num_tokens)
@@ -100,10 +101,10 @@ def pieces(manifest: Manifest, split: str, piece_bytes: np.ndarray, prefix_bytes
             counts += np.bincount(ids, minlength=len(counts))
             sums = done + np.concatenate([[0], np.cumsum(piece_bytes[ids])])
             low, high = np.searchsorted(starts, [start, stop])
-            before[low:high] = sums[starts[low:high] - start]
+            before[low:high], first[low:high] = (of[starts[low:high] - start] for of in (sums, ids))
             done = int(sums[-1])
         tokens = np.diff(starts, append=entry.tokens) - manifest.tokenizer.end_tokens
-        size = np.diff(before, append=done) - np.where(tokens > 0, prefix_bytes, 0)
+        size = np.diff(before, append=done) - np.where(tokens > 0, prefix_bytes[first], 0)
         bins = (size[tokens > 0] / tokens[tokens > 0] / RATIO_STEP).astype(np.int64)
         ratios += np.bincount(np.clip(bins, 0, RATIO_BINS - 1), minlength=RATIO_BINS)
         total += int(size.sum())
@@ -159,10 +160,10 @@ def _report(manifest: Manifest) -> tuple[list[str], Plots]:
     model = manifest.folder / (entry.file or "")
     tokenizer = TextTokenizer.load(model) if entry.kind == "sentencepiece" else None
     values = read_symbols(model) if entry.kind == "symbols" else np.arange(BYTE_VALUES)
-    sizes = np.ones(manifest.tokenizer.vocab_size, np.int64) if tokenizer is None else tokenizer.piece_bytes()
-    prefix = 0 if tokenizer is None else tokenizer.prefix_bytes
+    sizes = np.ones(entry.vocab_size, np.int64) if tokenizer is None else tokenizer.piece_bytes()
+    prefixes = np.zeros(entry.vocab_size, np.int64) if tokenizer is None else tokenizer.prefix_bytes()
     found: dict[str, Pieces] = {
-        split: pieces(manifest, split, sizes, prefix) for split in manifest.splits if manifest.split(split)
+        split: pieces(manifest, split, sizes, prefixes) for split in manifest.splits if manifest.split(split)
     }
     if tokenizer is not None:
         lines += _bytes_per_token(found, plots)
@@ -203,8 +204,7 @@ def _lengths(lengths: dict[str, Lengths], plots: Plots) -> list[str]:
     found = {split: of_split for split, of_split in lengths.items() if of_split.documents}
     rows = [(split, *of_split.quantiles(), f"{of_split.mean:,.1f}") for split, of_split in found.items()]
     longest = max((int(of_split.values[-1]) for of_split in found.values()), default=1)
-    # Of all splits: shares in bins of different widths cannot be compared.
-    edges = np.geomspace(1, max(2, longest + 1), 50)
+    edges = np.geomspace(1, max(2, longest + 1), 50)  # of all splits: shares of other bins cannot be compared
     with _figure(plots, "lengths.png", "tokens of a document", "share of documents") as axes:
         for split, of_split in found.items():
             weights = of_split.counts / of_split.documents
@@ -289,8 +289,16 @@ def _in_cell(text: str) -> str:
 
 def _inputs(manifest: Manifest) -> list[str]:
     rows = [
-        (_in_cell(r.name), r.format, r.split, r.bytes, r.documents)
-        + (sum(r.quarantined.values()), r.filtered, r.duplicates)
+        (
+            _in_cell(r.name),
+            r.format,
+            r.split,
+            r.bytes,
+            r.documents,
+            sum(r.quarantined.values()),
+            r.filtered,
+            r.duplicates,
+        )
         for r in manifest.provenance.inputs
     ]
     header = ("raw file", "format", "split", "bytes", "documents", "quarantined", "filtered", "duplicates")

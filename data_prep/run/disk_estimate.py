@@ -4,7 +4,7 @@ bytes = text (stored as zstd) + ids, twice (as made, and in shards) + signatures
 
     text        stored bytes of the raw files, 3 times that where they are packed
     as zstd     text / 2.5; nothing where ids are made while reading
-    ids         text / 4 tokens (bytes: text) of 2 bytes, above 65,536 pieces of 4
+    ids         text / 4 tokens (bytes, symbols: text) of 2 bytes, above 65,536 pieces of 4
     signatures  500 bytes a document of 2,000, for near-duplicates
 
 Token ids that are there already take their stored bytes twice. Files behind URLs and commands are not counted. Filters
@@ -40,9 +40,9 @@ def needed_bytes(resolved: ResolvedConfig) -> int:
             text += source.path.stat().st_size * (UNPACKED if packed else 1)
     if config.format in ID_FORMATS:
         return 2 * text
-    is_bytes = config.tokenizer.type == "bytes"
-    id_bytes = 4 if config.tokenizer.vocab_size > 65_536 and not is_bytes else 2
-    needed = 2 * id_bytes * text / (1 if is_bytes else BYTES_PER_TOKEN)
+    has_model = config.tokenizer.has_model  # else an id is a byte, or the number of one
+    id_bytes = 4 if has_model and config.tokenizer.vocab_size > 65_536 else 2
+    needed = 2 * id_bytes * text / (BYTES_PER_TOKEN if has_model else 1)
     if not resolved.may_encode_while_reading:
         needed += text / ZSTD
     if config.dedup is not None and config.dedup.near:

@@ -18,7 +18,7 @@ from data_prep.shards.format import FORMAT_VERSION, dtype_name
 from data_prep.shards.writer import write_manifest
 from data_prep.stages import dedup
 from data_prep.stages.dedup_task import DedupTask
-from data_prep.stages.filter import FilterTask, filtered_out, summary
+from data_prep.stages.filter import FilterTask, Summary, filtered_out, summary
 from data_prep.stages.ingest import quarantine_file
 from data_prep.stages.pack import ShardTask, read_entry, split_totals
 from data_prep.stages.selection import Selection, duplicate_verdicts
@@ -46,9 +46,10 @@ def write_data_manifest(
         "config": resolved.recorded_config(),
         "versions": versions(resolved),
     }
-    if dropped := _dropped(preparation, filtering, duplicates):
+    filtered = None if resolved.config.filter is None else summary(filtering)
+    if dropped := _dropped(preparation, filtered, duplicates):
         provenance["dropped"] = dropped
-    if records := _write_records(preparation, filtering, duplicates):
+    if records := _write_records(preparation, filtered, duplicates):
         provenance["records"] = records
     write_manifest(
         folder,
@@ -58,7 +59,9 @@ def write_data_manifest(
             # Without defaults, so that a SentencePiece manifest is the same as before `bytes` existed.
             "tokenizer": tokenizer.model_dump(exclude_defaults=True),
             "splits": splits,
-            "totals": {split: split_totals(parts, encoded, split).model_dump() for split in resolved.splits},
+            "totals": {
+                split: totals.model_dump() for split, totals in split_totals(parts, encoded, resolved.splits).items()
+            },
             "provenance": provenance,
         },
     )
@@ -85,18 +88,17 @@ def _inputs(preparation: Preparation) -> list[dict[str, Any]]:
     return inputs
 
 
-def _dropped(preparation: Preparation, filtering: Sequence[FilterTask], duplicates: DedupTask | None) -> dict[str, Any]:
+def _dropped(preparation: Preparation, filtered: Summary | None, duplicates: DedupTask | None) -> dict[str, Any]:
     """How many documents each stage left out, by reason."""
     quarantined: Counter[str] = Counter()
     for state in preparation.file_states(all_slices=True):
         quarantined.update(state.rejected)
     dropped: dict[str, Any] = {"quarantined": dict(sorted(quarantined.items()))} if quarantined else {}
-    config = preparation.resolved.config
-    if config.filter is not None:
-        found = summary(filtering)
-        dropped["filtered"] = found.counts
-        if config.filter.c4_lines:
-            dropped["lines"] = found.lines
+    config = preparation.resolved.config.filter
+    if config is not None and filtered is not None:
+        dropped["filtered"] = filtered.counts
+        if config.c4_lines:
+            dropped["lines"] = filtered.lines
     if duplicates is not None:
         dropped["duplicates"] = dedup.counts(duplicates)
     return dropped
@@ -116,7 +118,7 @@ def _left_out(parts: Sequence[Part], selection: Selection) -> tuple[Counter[str]
 
 
 def _write_records(
-    preparation: Preparation, filtering: Sequence[FilterTask], duplicates: DedupTask | None
+    preparation: Preparation, filtered: Summary | None, duplicates: DedupTask | None
 ) -> list[dict[str, Any]]:
     """quarantine.jsonl and the examples; their entries for the manifest."""
     folder = preparation.shard_folder()
@@ -124,8 +126,8 @@ def _write_records(
         for task in preparation.batches(all_slices=True):
             with quarantine_file(task).open("rb") as source:
                 shutil.copyfileobj(source, stream)
-    if preparation.resolved.config.filter is not None:
-        _write_lines(folder / FILTER_SAMPLES_FILE, summary(filtering).samples)
+    if filtered is not None:
+        _write_lines(folder / FILTER_SAMPLES_FILE, filtered.samples)
     if duplicates is not None:
         _write_lines(folder / DUPLICATE_SAMPLES_FILE, dedup.samples(duplicates))
     records = []

@@ -15,6 +15,7 @@ from common.progress_bar import byte_bar
 from common.terminal import visible
 from data_prep.config import versions
 from data_prep.config.resolved import ResolvedConfig
+from data_prep.config.schema import RECORDED_STOP_WORDS
 from data_prep.config.versions import changes_since
 from data_prep.raw.locations import InputFile, identity, sha256_of, size_and_stamp
 from data_prep.run.output_files import RUN_RECORD, TOKENIZER_RECORD, sizes
@@ -35,8 +36,13 @@ def check_tokenizer(resolved: ResolvedConfig) -> Path | None:
         found = json.loads(record.read_bytes())
     except ValueError:
         raise DataError(f"{record} is not JSON; {fix}") from None
-    if found != {"sha256": sha256_file(model), "settings": resolved.tokenizer_settings()}:
-        raise DataError(f"{model} was not made with the `tokenizer` section of this config; {fix} --force")
+    wanted = resolved.tokenizer_settings()
+    if found != {"sha256": sha256_file(model), "settings": wanted}:
+        then = found.get("settings") if isinstance(found, dict) else None
+        what = (
+            changed_text("tokenizer", then, wanted) if isinstance(then, dict) and then != wanted else "it was replaced"
+        )
+        raise DataError(f"{model} was not made with the `tokenizer` section of this config: {what}; {fix} --force")
     return model
 
 
@@ -52,7 +58,7 @@ def difference(resolved: ResolvedConfig, manifest: Manifest, *, hash_all: bool =
     for key in [*wanted, *(key for key in manifest.provenance.config if key not in wanted)]:
         found = manifest.provenance.config.get(key)
         if found != wanted.get(key):
-            return f"`{key}` was {json.dumps(found)}, is now {json.dumps(wanted.get(key))}"
+            return changed_text(key, found, wanted.get(key))
     recorded = manifest.provenance.inputs
     if len(recorded) != len(resolved.sources):
         return f"it was made from {len(recorded)} raw files, there are now {len(resolved.sources)}"
@@ -72,6 +78,18 @@ def difference(resolved: ResolvedConfig, manifest: Manifest, *, hash_all: bool =
             if not named or seen != (record.split, record.sha256):
                 return f"{source.path} has changed or is another file"
     return ""
+
+
+def changed_text(key: str, then: Any, now: Any) -> str:
+    """How a setting changed, or one in it."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        if {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)} == {RECORDED_STOP_WORDS}:
+            # Which is no key of a config.
+            return "`filter.gopher_quality` asked every document for English stop words, now those in English alone"
+        if then.keys() == now.keys():
+            name = next(name for name in now if then[name] != now[name])
+            key, then, now = f"{key}.{name}", then[name], now[name]
+    return f"`{key}` was {json.dumps(then)}, is now {json.dumps(now)}"
 
 
 def stamps(resolved: ResolvedConfig) -> list[list[Any]]:

@@ -19,7 +19,7 @@ from common.folders import is_full, no_room
 from common.hashing import sha256_file
 from common.urls import without_secrets
 from data_prep.raw.locations import RemoteFile, UnreachableError, read_error
-from data_prep.shards.cache_folder import KEY, CacheFolder, StoredShard, locked, partial
+from data_prep.shards.cache_folder import KEY, CacheFolder, StoredShard, locked, mark_used, partial
 from data_prep.shards.format import MANIFEST_FILE, Manifest, ShardEntry
 
 ATTEMPTS = 3
@@ -67,7 +67,7 @@ class ShardCache:
                 self._fetch(entry.index_file, entry.index_sha256)
                 self._fetch(entry.file, entry.sha256)
             self._trusted.add(entry.file)
-            os.utime(stored.shard)
+            mark_used(stored.shard)
             yield
 
     def _is_here(self, entry: ShardEntry, stored: StoredShard) -> bool:

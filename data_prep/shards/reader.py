@@ -17,6 +17,7 @@ from types import TracebackType
 import numpy as np
 
 from common.errors import DataError
+from data_prep.shards.cache_folder import mark_used
 from data_prep.shards.format import REBUILD, Manifest, ShardEntry, ShardIndex, check_size, unreadable
 
 Stamp = tuple[int, int]
@@ -124,7 +125,7 @@ class ShardReader:
     def touch(self) -> None:
         """Marks the file as used now, for a cache that removes what was used longest ago."""
         with suppress(FileNotFoundError):
-            os.utime(self._path)
+            mark_used(self._path)
 
     @property
     def is_stored(self) -> bool:

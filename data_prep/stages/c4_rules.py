@@ -10,6 +10,7 @@ Not here: the list of bad words, removal of lines that other pages have too, and
 counts sentences (`count_sentences`).
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ POLICY_PHRASES = (
     "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies",
 )  # fmt: skip
 
-# The end of a sentence inside a line: a mark, what may close behind it, blanks, and no small letter next.
-SENTENCE_BREAK = re.compile(r"(\S*[.!?])[\"'”’)\]]*\s+(?=[^\s])")
+# The end of a sentence inside a line: a word with a mark and what may close behind it, and no small letter next.
+SENTENCE_MARKS, CLOSING = (".", "!", "?"), "\"'”’)]"
 ABBREVIATIONS = frozenset(
     {
         "mr.", "mrs.", "ms.", "dr.", "prof.", "st.", "jr.", "sr.", "inc.", "ltd.", "co.", "u.s.", "vs.", "e.g.", "i.e.",
@@ -91,8 +92,8 @@ def count_sentences(line: str) -> int:
     """Sentences of a line, at least 1: marks inside it that end one, and its end. A mark does not if a small letter
     follows, or if it is that of an initial or of a common abbreviation."""
     breaks = 0
-    for found in SENTENCE_BREAK.finditer(line):
-        word, following = found[1], line[found.end()]
-        abbreviated = word.lower().lstrip("(\"'“") in ABBREVIATIONS or INITIAL.fullmatch(word)
-        breaks += not following.islower() and not abbreviated
+    for word, following in itertools.pairwise(line.split()):
+        word = word.rstrip(CLOSING)
+        if word.endswith(SENTENCE_MARKS) and not following[0].islower():
+            breaks += word.lower().lstrip("(\"'“") not in ABBREVIATIONS and not INITIAL.fullmatch(word)
     return breaks + 1

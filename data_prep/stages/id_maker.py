@@ -106,18 +106,18 @@ class IdMaker:
             return len(data)
         if self._tokenizer is None:
             return 0
-        sizes, prefix = self._sizes
-        return max(0, int(sizes[ids].sum()) - prefix)
+        sizes, prefixes = self._sizes
+        return int(sizes[ids].sum()) - int(prefixes[ids[:1]].sum())
 
     def text_piece(self, number: int) -> str | None:
         """As TextTokenizer's; None where ids have no text."""
         return None if self._tokenizer is None else self._tokenizer.text_piece(number)
 
     @cached_property
-    def _sizes(self) -> tuple[np.ndarray, int]:
-        """int64 [vocab_size] bytes that an id is decoded to, and those of a document that decoding takes away."""
+    def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """`piece_bytes` and `prefix_bytes` of the tokenizer."""
         assert self._tokenizer is not None
-        return self._tokenizer.piece_bytes(), self._tokenizer.prefix_bytes
+        return self._tokenizer.piece_bytes(), self._tokenizer.prefix_bytes()
 
 
 @lru_cache(maxsize=1)  # per process

@@ -68,15 +68,18 @@ def cut_shards(
         yield tuple(pieces), filled
 
 
-def split_totals(parts: Sequence[Part], encoded: Path, split: SplitName) -> SplitTotals:
-    """Sums over a split."""
-    documents = tokens = text_bytes = 0
+def split_totals(parts: Sequence[Part], encoded: Path, splits: Sequence[SplitName]) -> dict[SplitName, SplitTotals]:
+    """Sums over each split."""
+    sums = {split: np.zeros(3, np.int64) for split in splits}
     for part in parts:
-        found = encoded_splits(encoded, part)[split]
-        documents += len(found.tokens)
-        tokens += int(found.tokens.sum())
-        text_bytes += int(found.text_bytes.sum())
-    return SplitTotals(documents=documents, tokens=tokens, text_bytes=text_bytes)
+        found = encoded_splits(encoded, part)
+        for split, so_far in sums.items():
+            of = found[split]
+            so_far += (len(of.tokens), of.tokens.sum(), of.text_bytes.sum())
+    return {
+        split: SplitTotals(documents=int(documents), tokens=int(tokens), text_bytes=int(text_bytes))
+        for split, (documents, tokens, text_bytes) in sums.items()
+    }
 
 
 def read_entry(task: ShardTask) -> ShardEntry | None:

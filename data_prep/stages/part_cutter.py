@@ -5,8 +5,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from common.splits import SplitName
-from data_prep.raw.documents import stable_fraction
+from data_prep.raw.documents import stable_fractions
 from data_prep.raw.records import Document
 from data_prep.stages.encode import PartEncoder
 from data_prep.stages.id_maker import IdRecipe
@@ -36,8 +38,9 @@ class _EncodedPart:
 
     def add(self, data: bytes, position: int) -> None:
         split = self.split
-        if self._fraction and stable_fraction(hashlib.sha256(data).digest()) < self._fraction:
-            split = "validation"
+        if self._fraction:
+            hashes = np.frombuffer(hashlib.sha256(data).digest(), ">u8")
+            split = "validation" if stable_fractions(hashes)[0] < self._fraction else split
         self._encoder.add(data, split)
         self.bytes += len(data)
         self.documents += 1

@@ -165,10 +165,12 @@ class TextTokenizer:
                 sizes[number] = len(model.id_to_piece(number).replace(SPACE_SYMBOL, " ").encode("utf-8"))
         return sizes
 
-    @property
-    def prefix_bytes(self) -> int:
-        """Bytes that SentencePiece puts before a text and takes away again: 1, its blank, or 0."""
-        return int(self.piece(int(self._model.encode_as_numpy("a")[0])).startswith(SPACE_SYMBOL))
+    def prefix_bytes(self) -> np.ndarray:
+        """int64 [vocab_size]: bytes that decoding takes from a document that begins with the id: 1 of a piece that
+        opens with a blank, if SentencePiece puts one before a text, else 0."""
+        opens = [self.piece(number).startswith(SPACE_SYMBOL) for number in range(self.vocab_size)]
+        puts_one = opens[int(self._model.encode_as_numpy("a")[0])]
+        return np.array(opens, np.int64) * puts_one
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids [n] (any integer dtype)."""

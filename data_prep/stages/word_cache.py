@@ -76,13 +76,14 @@ class WordCache:
         """Encodes words, most of them as one text, cut where they begin: one by one costs 10 us each."""
         lines = [word for word in new if word[0] == "\n"]
         plain = [word for word in new if word[0] == " " and word[1:2] not in (" ", "")]
-        self._keep(lines, self._model.encode_as_numpy("".join(lines))[self._skip :], self._newline)
+        self._keep(lines, self._model.encode_as_numpy("".join(lines)), self._newline)
         self._keep(plain, self._model.encode_as_numpy("".join(plain)[1:]), self._opens_word)
         for word in new.difference(lines, plain):  # several blanks; SentencePiece puts the first one itself
             self._ids[word] = self._model.encode_as_numpy(word[1:]).astype(np.int32).tobytes()
 
     def _keep(self, words: list[str], ids: np.ndarray, opens: np.ndarray) -> None:
-        """Keeps the ids of consecutive words; `opens`, bool [vocab_size], tells the ids that open one."""
+        """Keeps the ids of consecutive words; `opens`, bool [vocab_size], tells the ids that open one. Ids before the
+        first, such as a blank that SentencePiece puts there, are no word's."""
         starts = np.flatnonzero(opens[ids])
         assert len(starts) == len(words), "a word begins where its blank or newline is"
         data, bounds = ids.astype(np.int32).tobytes(), [*(4 * starts).tolist(), 4 * len(ids)]

@@ -26,6 +26,7 @@ from pretrain.config.rules import check_device, rank_problems
 from pretrain.preflight.whole import Examination, Wanted
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import config_file, run_folder
+from pretrain.views.jobs import mark_submitted
 
 if TYPE_CHECKING:
     from pretrain.config.schema import Config
@@ -150,6 +151,9 @@ def _submit(args: argparse.Namespace) -> int | None:
     job.write_once(logs, "config", ".json", content)
     path = job.write_once(logs, "smoke" if args.smoke else "pretrain", ".sbatch", text.encode("utf-8"))
     number = job.submit(path, *([] if args.after is None else job.after(args.after)))
+    if not args.smoke:
+        with contextlib.suppress(OSError):  # it is submitted
+            mark_submitted(run_dir, number)
     lines = [
         f"submitted job {number}: {args.nodes} nodes x {_ranks_per_node(args)} ranks, script {path}",
         f"  state      squeue --job {number}",

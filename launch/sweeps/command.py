@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from common.arguments import Parser, a_path, add_overrides, at_least
 from common.errors import UserError
 from common.files import write_file
 from common.paths import REPOSITORY
+from common.slurm import jobs_in_queue
 from common.tables import counted
 from common.terminal import columns_of, spare_stdout
 from launch.slurm import job
@@ -160,9 +162,20 @@ def _is_done(result: Result) -> bool:
     return result.state is State.FINISHED or result.is_diverged
 
 
+def _with_jobs(results: Sequence[Result]) -> list[Result]:
+    """With what SLURM says, if it can be asked, of the jobs whose runs have not begun: one that is refused at its first
+    start leaves no run."""
+    jobs = {result.job for result in results if result.state is None and result.job}
+    in_queue: Container[str] = jobs
+    with contextlib.suppress(OSError, UserError):
+        in_queue = jobs_in_queue(jobs) if jobs else jobs
+    ended = [result.job in jobs and result.job not in in_queue for result in results]
+    return [dataclasses.replace(result, job_has_ended=has) for result, has in zip(results, ended, strict=True)]
+
+
 def show(found: Sweep) -> None:
     """Prints the table, and writes it and both pictures into the sweep's folder. Raises OSError."""
-    results, width = ranked(found.results()), columns_of(sys.stdout)
+    results, width = ranked(_with_jobs(found.results())), columns_of(sys.stdout)
     for text in (table_text(results, found.keys, width=width), seeds_text(results, found.keys, width=width)):
         if text:
             print(f"\n{text}", flush=True)

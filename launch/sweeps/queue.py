@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from common.slurm import squeue_environment
+from common.slurm import jobs_in_queue
 from launch.slurm import training
 from launch.sweeps.record import Sweep
 from pretrain.views.sweep import SweepRun
@@ -49,11 +48,14 @@ class Queue:
         return _errors(said) if code else []
 
     def submit_all(self, runs: Sequence[SweepRun]) -> None:
-        """Submits what is not in the queue yet. Raises UserError."""
+        """Submits what is not in the queue yet. Raises UserError, also where SLURM cannot tell whether a job has ended:
+        one that is submitted twice would find the run taken. Raises OSError if there is no squeue."""
         waiting, left = [], []
-        for run in runs:
-            result = self._sweep.result(run)
-            if result.job and is_queued(result.job):
+        results = [self._sweep.result(run) for run in runs]
+        known = {result.job for result in results if result.job}
+        in_queue = jobs_in_queue(known, timeout_seconds=SQUEUE_SECONDS) if known else {}
+        for run, result in zip(runs, results, strict=True):
+            if result.job in in_queue:
                 print(f"{run.name}: job {result.job} is in the queue already", flush=True)
                 waiting.append(result.job)
             elif result.state is not None and result.state.goes_on:
@@ -75,22 +77,6 @@ class Queue:
             print(f"{run.name}: submitted job {found[1]}", flush=True)
         if waiting:
             print(f"  state   squeue --job {','.join(waiting)}\n  cancel  scancel {' '.join(waiting)}", flush=True)
-
-
-def is_queued(job: str) -> bool:
-    """Whether SLURM still has the job, waiting or running. Raises OSError if there is no squeue, and UserError if it
-    cannot tell: a job that is submitted twice would find the run taken."""
-    line = ["squeue", "--noheader", "--jobs", job]
-    try:
-        done = subprocess.run(
-            line, capture_output=True, text=True, check=False, timeout=SQUEUE_SECONDS, env=squeue_environment()
-        )
-        said = done.stderr.strip() if done.returncode else ""
-    except subprocess.TimeoutExpired:
-        said = f"no answer in {SQUEUE_SECONDS:.0f} s"
-    if said and "Invalid job id" not in said:  # which it says of a job that ended minutes ago
-        raise UserError(f"squeue: does not say whether job {job} has ended ({said}); try the same command later")
-    return bool(done.stdout.strip())
 
 
 def _submit(arguments: Sequence[str]) -> tuple[int, str, str]:

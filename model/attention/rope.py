@@ -27,9 +27,10 @@ def rope_tables(positions: Tensor, head_dim: int, config: RopeConfig) -> tuple[T
 
 
 class RopeTables:
-    """The tables of one layer, kept between calls: they depend on the length of the context alone, so a run computes
-    them once for each of its lengths. Those of one length outlive another, because a CUDA graph reads them where they
-    are. Not part of the module's state, which is saved and converted to other dtypes."""
+    """The tables of one layer, kept between calls: they depend on positions alone. Kept ones have a power of two rows,
+    of which a context takes the first ones: together they are at most twice the longest, whatever lengths there are,
+    and none is dropped, because a CUDA graph reads them where they are. Not part of the module's state, which is saved
+    and converted to other dtypes."""
 
     def __init__(self, head_dim: int, config: RopeConfig) -> None:
         self._head_dim, self._config = head_dim, config
@@ -43,9 +44,11 @@ class RopeTables:
             return cos[documents.positions], sin[documents.positions]
         if documents is not None:
             return rope_tables(documents.positions, self._head_dim, self._config)
-        if (L, device) not in self._kept:
-            self._kept[L, device] = rope_tables(torch.arange(L, device=device), self._head_dim, self._config)
-        return self._kept[L, device]
+        rows = 1 << (L - 1).bit_length()
+        if (rows, device) not in self._kept:
+            self._kept[rows, device] = rope_tables(torch.arange(rows, device=device), self._head_dim, self._config)
+        cos, sin = self._kept[rows, device]
+        return cos[:L], sin[:L]
 
 
 def last_rows(tables: tuple[Tensor, Tensor], T: int) -> tuple[Tensor, Tensor]:

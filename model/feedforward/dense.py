@@ -63,4 +63,4 @@ class DenseFeedForward(nn.Module):
             y = filled_linear(hidden, self.down.weight, self.down.bias)
             return y[..., : x.shape[2]], x.new_zeros((), dtype=torch.float32)
         y = leave_region(aligned_linear(hidden, self.down.weight), self.parallel)
-        return y + between_regions(self.down.bias, self.parallel), x.new_zeros((), dtype=hidden.dtype).float()
+        return y + between_regions(self.down.bias, self.parallel), x.new_zeros((), dtype=torch.float32)

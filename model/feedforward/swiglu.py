@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,4 +56,4 @@ class SwiGLU(nn.Module):
             columns = self.hidden_size, self.parallel.slice_of(self.hidden_size)
             draw = Draw(self.dropout, self._dropout_key, sequence_index, columns=columns)
             hidden = dropout(hidden, draw, backend=self.backend)
-        return leave_region(self.down(hidden), self.parallel), x.new_zeros((), dtype=hidden.dtype).float()
+        return leave_region(self.down(hidden), self.parallel), x.new_zeros((), dtype=torch.float32)

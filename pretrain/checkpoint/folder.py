@@ -19,6 +19,7 @@ from common.files import intended_name
 from common.folders import check_writable_folder
 from common.hashing import sha256_file
 from common.presence import exists, is_dir
+from pretrain.config.validated import WINDOWS, has_effect, setting
 from pretrain.data.progress import Progress
 
 FORMAT_VERSION = 2
@@ -337,7 +338,7 @@ def _validated(state: dict[str, Any]) -> str:
     """Which windows of which data a validation reads: the same text for the same ones. Weights of a mixture change the
     digest of its data, but not these."""
     config, stages = state.get("config", {}), state.get("progress", {}).get("stages")
-    settings, length = config.get("evaluate", {}), config.get("model", {}).get("sequence_length")
     digests = [source["digest"] for source in stages[-1]["sources"] if source["weight"]] if stages else []
-    windows = [settings.get(key) for key in ("split", "sequences", "placement", "streams")]
-    return json.dumps([*windows, length, digests or [state.get("manifest_digest")]])
+    keys = [key for key in ("evaluate.split", *WINDOWS) if has_effect(key, config)]
+    windows = {key: setting(config, key) for key in keys}
+    return json.dumps([windows, digests or [state.get("manifest_digest")]])

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from common.arguments import Parser, a_path, above_zero, add_overrides, at_least
 from common.errors import UserError
+from common.units import GIB
 from pretrain.cli.plan_machine import add_fit, add_search, wanted_of
 from pretrain.cli.plan_models import models_of_costs, models_of_match
 from pretrain.cli.refusals import exit_code_of
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks, smallest_world
 from pretrain.planning.layout_file import check_target
-from pretrain.planning.machine import GIB
 from pretrain.report.run_paths import config_file
 
 

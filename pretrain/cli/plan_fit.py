@@ -13,13 +13,14 @@ from typing import Any
 
 from common.strict_json import dumps
 from common.tables import counted, text_table
+from common.units import GIB
 from pretrain.checkpoint import list_checkpoints, step_of
 from pretrain.cli.plan_costs import short
 from pretrain.cli.plan_machine import WantedPlan
 from pretrain.config.loading import to_json
 from pretrain.planning.fit import FitReport, fit
 from pretrain.planning.layout_plan import StepTime
-from pretrain.planning.machine import GIB, Machine
+from pretrain.planning.machine import Machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
 from pretrain.report.run_paths import SAVED_CONFIG, is_run
@@ -129,19 +130,20 @@ def hours_range(fast: float, slow: float) -> str:
 
 
 def whole_run(report: FitReport, time: StepTime, done: int = 0) -> str:
-    """Step, tokens a second and what is left of the run after `done` steps, in hours and GPU-hours."""
-    config, steps = report.config, report.config.train.steps
+    """Step, tokens a second and what is left after `done` steps for the next start, in hours and GPU-hours."""
+    config, steps, last = report.config, report.config.train.steps, report.config.train.last_step
     tokens = config.batch.global_sequences * config.model.sequence_length
-    left = max(0, steps - done)
+    left = max(0, last - done)
     fast, slow = (left * terms.total / 3600 for terms in time)
     gpus = report.machine.num_gpus
     step = (
         f"{range_text(time)} a step, {short(int(tokens / time.slow.total))} to {short(int(tokens / time.fast.total))} "
         f"tokens a second"
     )
+    of = f"{steps:,} steps" if last == steps else f"{last:,} steps to train.stop_after_steps"
     if not left:
-        return f"{step}; all {steps:,} steps are done"
-    which = f"the {left:,} of {steps:,} steps that are left" if done else f"{steps:,} steps"
+        return f"{step}; all {of} are done"
+    which = f"the {left:,} of {of} that are left" if done else of
     return (
         f"{step}; {which} take {hours_range(fast, slow)} h, {hours_range(fast * gpus, slow * gpus)} "
         f"{report.machine.device.unit}-hours, without validation and start-up"
@@ -254,8 +256,9 @@ def _assumptions(report: FitReport) -> Iterator[str]:
 
 
 def as_json(report: FitReport, done: int = 0) -> dict[str, Any]:
-    """Exact numbers: bytes and seconds; `run_hours` are of the whole run. done: steps of it."""
-    left = max(0, report.config.train.steps - done)
+    """Exact numbers: bytes and seconds; `run_hours` are of the whole run, and what is left is of the next start. done:
+    steps of it."""
+    left = max(0, report.config.train.last_step - done)
     tokens = report.config.batch.global_sequences * report.config.model.sequence_length
     time: dict[str, Any] | None = None
     if report.time is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from common.tables import counted, text_table
+from common.units import GIB
 from pretrain.config.schema import Config, ParallelConfig
 from pretrain.parallel.layout import group_ranks, mesh, rank_bytes
 from pretrain.report.layout_text import groups_text, stage_text
@@ -27,7 +28,7 @@ def print_layout(config: Config, data_size: int) -> None:
     table = []
     for stage, which, entry, holds in rows:
         sizes = (entry.weights, entry.optimizer, entry.weights + entry.optimizer)
-        table.append([stage, which, entry.parameters, *(f"{size / 2**30:.3f}" for size in sizes), holds])
+        table.append([stage, which, entry.parameters, *(f"{size / GIB:.3f}" for size in sizes), holds])
     average = ", moving average" if config.train.ema_decay else ""
     print(
         f"\nper rank, GiB; without gradients, activations and padding; optimizer: master weights and moments{average}"

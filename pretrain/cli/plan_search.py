@@ -16,10 +16,11 @@ from common.errors import UserError
 from common.progress_bar import count_bar
 from common.strict_json import dumps
 from common.tables import text_table
+from common.units import GIB
 from pretrain.cli.plan_fit import machine_text, seconds_text
 from pretrain.cli.plan_machine import WantedPlan
 from pretrain.planning.layout_file import chosen_tree, write_config
-from pretrain.planning.machine import GIB, Machine
+from pretrain.planning.machine import Machine
 from pretrain.planning.measured import RESULTS
 from pretrain.planning.memory import USABLE
 from pretrain.planning.search import SHOWN, Found, SearchReport, search

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import re
 import shutil
 import sys
 import time
@@ -17,7 +19,8 @@ from common.strict_json import dumps
 from common.tables import listed
 from common.terminal import columns_of, follows_escapes, visible
 from pretrain.cli.refusals import exit_code_of
-from pretrain.views.reading import NotYet, RunView
+from pretrain.views.jobs import jobs_to_come, submitted_jobs
+from pretrain.views.reading import LOGS, NotYet, RunView
 from pretrain.views.status import runs_table, screen, summary
 
 CLEAR = "\x1b[H\x1b[2J"
@@ -37,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--watch",
         action="store_true",
         help="show it again and again, until all runs have ended; wait for those that have not begun, and for those "
-        "whose SLURM job is back in the queue",
+        "with a SLURM job in the queue",
     )
     parser.add_argument(
         "--every", type=above_zero(86400), default=5.0, metavar="SECONDS", help="of --watch (default: 5)"
@@ -65,7 +68,11 @@ def look(args: argparse.Namespace) -> None:
                 show(views, as_json=args.json, clear=clears, fit=args.watch and follows_escapes(sys.stdout))
             for error in gone:  # after the screen, which the next one clears
                 print(passed_over(error), file=sys.stderr, flush=True)
-            queued = queue.jobs_of(views) if args.watch else {}
+            queued = queue.jobs_of(views, awaited) if args.watch else {}
+            for path, job in queue.ended(awaited).items():
+                log = path / "slurm" / f"{job}.log"
+                print(passed_over(f"{path}: its job {job} has ended, and no run has begun ({log})"), file=sys.stderr)
+                awaited.remove(path)
             text = waiting_text(awaited, queued)
             if text and (clears or text != said):
                 print(text, file=sys.stderr, flush=True)
@@ -98,11 +105,12 @@ def open_all(paths: Sequence[Path], *, may_wait: bool, alone: bool) -> tuple[lis
 
 
 def waiting_text(awaited: Sequence[Path], queued: Mapping[Path, str]) -> str:
-    """That no run has begun in the folders `awaited`, and which job trains on in those of `queued`; empty if in
+    """That no run has begun in the folders `awaited`, and what SLURM says of the job of those of `queued`; empty if in
     none."""
-    it = "it" if len(awaited) == 1 else "them"
-    lines = [f"waiting for {listed([str(path) for path in awaited], 3)}: no run has begun in {it} yet"] * bool(awaited)
-    lines += [f"waiting for {path}: its job {job} has not ended (squeue --job {job})" for path, job in queued.items()]
+    unknown = [str(path) for path in awaited if path not in queued]
+    it = "it" if len(unknown) == 1 else "them"
+    lines = [f"waiting for {listed(unknown, 3)}: no run has begun in {it} yet"] * bool(unknown)
+    lines += [f"waiting for {path}: its job {said}" for path, said in queued.items()]
     return "\n".join(map(visible, lines))
 
 
@@ -110,20 +118,40 @@ class Queue:
     """What SLURM says of the jobs of runs that do not go on."""
 
     def __init__(self) -> None:
-        self._asked, self._jobs, self._waiting = -math.inf, set[str](), set[str]()
+        self._asked, self._jobs, self._waiting = -math.inf, set[str](), dict[str, str]()
+        self._told = set[str]()
+        """Jobs of which it has said whether they are in the queue."""
 
-    def jobs_of(self, views: Sequence[RunView]) -> dict[Path, str]:
-        """Folder of a run -> its job, which will start it again: it waits in the queue, or its script is about to put
-        it there. Where SLURM cannot be asked, what it said before."""
-        jobs = {view.path: found for view in views if (found := view.jobs_that_may_return)}
+    def jobs_of(self, views: Sequence[RunView], awaited: Sequence[Path]) -> dict[Path, str]:
+        """Folder of a run, or of one that has not begun -> the job that will start it, and what it is about: it waits
+        in the queue, or its script is about to put it there. Where SLURM cannot be asked, what it said before."""
+        jobs = {view.path: jobs_to_come(view) for view in views} | {path: submitted_jobs(path) for path in awaited}
         wanted = {job for found in jobs.values() for job in found}
         is_due = not self._jobs >= wanted or time.monotonic() - self._asked >= QUEUE_SECONDS
-        if jobs and is_due:
-            answer = jobs_in_queue(wanted)
-            self._waiting = self._waiting if answer is None else answer
+        if wanted and is_due:
+            with contextlib.suppress(OSError, UserError):
+                self._waiting = jobs_in_queue(wanted)
+                self._told = wanted
             self._asked, self._jobs = time.monotonic(), wanted
         newest = {path: next((job for job in found if job in self._waiting), None) for path, found in jobs.items()}
-        return {path: job for path, job in newest.items() if job is not None}
+        return {path: _job_text(job, self._waiting[job]) for path, job in newest.items() if job is not None}
+
+    def ended(self, awaited: Sequence[Path]) -> dict[Path, str]:
+        """Folder of a run that has not begun -> the last job that was submitted for it, where none is in the queue any
+        more."""
+        jobs = {path: found for path in awaited if (found := submitted_jobs(path)) and self._told.issuperset(found)}
+        over = {path: found[0] for path, found in jobs.items() if not self._waiting.keys() & found}
+        # Unless a run has begun and ended since it was looked for.
+        return {path: job for path, job in over.items() if not any((path / name).exists() for name in LOGS)}
+
+
+def _job_text(job: str, why: str) -> str:
+    """Of a job in the queue, by squeue's word on why it does not run."""
+    if re.search("held|hold", why, re.IGNORECASE):
+        return f"{job} is held, {why} (scontrol release {job})"
+    if why == "DependencyNeverSatisfied":
+        return f"{job} waits for one that has failed, and will never start (scancel {job})"
+    return f"{job} has not ended (squeue --job {job})"
 
 
 def updated(views: list[RunView], *, may_be_none: bool = False) -> tuple[list[RunView], list[UserError]]:
@@ -141,7 +169,7 @@ def updated(views: list[RunView], *, may_be_none: bool = False) -> tuple[list[Ru
     return kept, gone
 
 
-def passed_over(error: UserError) -> str:
+def passed_over(error: UserError | str) -> str:
     return visible(f"passed over: {str(error).removeprefix('RUN: ')}")
 
 

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING
 from common.arguments import Parser, add_overrides
 from common.errors import UserError
 from common.json_config import describe_keys
+from common.units import GIB
 from pretrain.cli.refusals import code_of_failure
 from pretrain.config.deepspeed_keys import EXTRA
+from pretrain.config.fields import FREE
 from pretrain.config.loading import load_config, to_json
-from pretrain.config.schema import FREE, Config
+from pretrain.config.schema import Config
 from pretrain.data.patience import Patience, patient_seconds
 from pretrain.preflight.run import PlannedRun, preflight
 from pretrain.preflight.whole import Examination, Wanted
@@ -98,6 +100,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
+    run_dir: Path | None = None
     try:
         if args.ranks is not None and (not args.dry_run or args.ranks < 1):
             raise UserError(
@@ -114,12 +117,12 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
                 overrides=args.overrides,
                 run_dir=args.run_dir,
                 num_ranks=args.ranks,
-                device_memory=None if args.device_memory is None else int(args.device_memory * 2**30),
+                device_memory=None if args.device_memory is None else int(args.device_memory * GIB),
             )
             return dry_run(wanted, with_step=not args.no_step)
         path = config_file(args.config)
-        config = load_config(path, args.overrides)
         run_dir = run_folder(path, args.run_dir)
+        config = load_config(path, args.overrides)
         with contextlib.ExitStack() as stack:
             side_by_side = None
             if ranks.rank == 0:  # as early as can be: it takes a few seconds
@@ -134,7 +137,11 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
                 print_derived(config, data_size, sources, run_dir, newest)
             return run(config, sources, run_dir, ranks, stop, side_by_side)
     except UserError as error:
-        stop.say_refusal(error, ranks)
+        is_alone = stop.say_refusal(error, ranks)
+        if run_dir is not None and (ranks.rank == 0 or is_alone):
+            from pretrain.report.run_folder import note_early_end
+
+            note_early_end(run_dir, code_of(type(error)), str(error))
         return code_of(type(error))
 
 
@@ -198,12 +205,15 @@ def run(
     from pretrain import device as devices
     from pretrain.loop import train
     from pretrain.parallel.agreement import PeerFailed
+    from pretrain.report.run_folder import note_early_end
     from pretrain.resilience.guard import RankLost, RunFailed, collective_timeout
 
     try:
         device = devices.start(ranks, config.train, timeout_seconds=collective_timeout(config.resilience))
     except devices.Unreachable as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if ranks.rank == 0:
+            note_early_end(run_dir, ExitCode.CUT_OFF, str(error))
         return ExitCode.CUT_OFF
     stop.enter(ProcessState.STARTING)
     code = ExitCode.UNFORESEEN

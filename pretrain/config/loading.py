@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,25 @@ DESCRIBED = ("model", "data", "batch", "optimizer", "schedule", "train", "parall
 """Sections that a file's description may describe."""
 
 
+MADE_OF_SETTINGS = " with other values of "
+"""Between the name of a file and the keys that `--set` has changed, in the description that they make."""
+NAMELESS = re.compile(r"config(-[0-9a-f]{12})?\.json")
+"""Names that say nothing: of the configuration of a run (pretrain/report/run_paths.py), and of a job's copy of one
+(launch/slurm/training.py)."""
+
+
 def _correct_description(tree: dict[str, Any], path: Path, overrides: Sequence[str]) -> None:
     """If `--set` changes such a section, the file's description is no longer true: the file's name and the changed keys
-    replace it, in the saved configuration too."""
+    replace it, in the saved configuration too. Where that name says nothing, the description stays, and the keys come
+    to those that were changed before."""
     keys = {override.partition("=")[0].strip() for override in overrides}
     changed = sorted(key for key in keys if key.partition(".")[0] in DESCRIBED)
     if changed and "description" in tree and "description" not in keys:
-        tree["description"] = f"{path.name} with other values of {', '.join(changed)}"
+        name = path.name
+        if NAMELESS.fullmatch(name) and isinstance(tree["description"], str):
+            name, _, before = tree["description"].partition(MADE_OF_SETTINGS)
+            name, changed = name.rstrip("."), sorted({*changed, *filter(None, before.split(", "))})
+        tree["description"] = f"{name}{MADE_OF_SETTINGS}{', '.join(changed)}"
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
+from pretrain.config.fields import FREE
 from pretrain.config.keys import fields, flatten
 from pretrain.config.loading import to_json
 from pretrain.config.schedule import SPANNING, keeps_the_past
-from pretrain.config.schema import FREE, Config, ScheduleConfig
+from pretrain.config.schema import Config, ScheduleConfig
 
 SCHEDULE = {"schedule", "train.steps"}
 """The settings that decide learning rates, apart from their peak; schedule.keeps_the_past says when they may change."""

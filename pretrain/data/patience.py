@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from common.errors import PassingError, UnreadableError
-from pretrain.config.schema import ResilienceConfig
+from pretrain.config.watching import ResilienceConfig
 
 Result = TypeVar("Result")
 

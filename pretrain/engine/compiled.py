@@ -51,15 +51,14 @@ class CompiledBlock:
     """Block.transform of one block by a compiled program."""
 
     def __init__(self, block: Block, transform: Callable[..., Transformed], backend: str) -> None:
-        self._rope = block.attention.rope
+        self._fill_tables = block.fill_tables
         self._routers = [recorder for recorder in block.recorders if isinstance(recorder, RoutingStatistics)]
         bound = types.MethodType(transform, block)
         self._program = torch.compile(bound, backend=backend, fullgraph=True, dynamic=False)
 
     def __call__(self, hidden: Tensor, context: Tensor, sequence_index: Tensor, documents: Seen | None) -> Transformed:
         """As Block.transform. Raises UserError where it cannot be compiled."""
-        if self._rope is not None and documents is None:
-            self._rope(None, context.shape[1], context.device)  # a program that fills the tables serves one call
+        self._fill_tables(context)  # a program that fills them serves one call
         paused = [router for router in self._routers if router.is_paused]
         for router in paused:  # recomputation runs the same program, which keeps the same activations
             router.is_paused = False

@@ -30,7 +30,7 @@ from pretrain.engine.micro_steps import Evaluator, Queries
 from pretrain.evaluation.examples import Answer, Query
 
 LENGTH_STEP = 16
-"""Lengths are rounded up to multiples of this many tokens: positions are computed anew for every length."""
+"""Lengths are rounded up to multiples of this many tokens: few shapes, of which an allocator keeps few blocks."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from common.errors import UserError
+from common.units import GIB
 from pretrain.planning.devices import (
     GB,
     TERA,
@@ -15,8 +16,6 @@ from pretrain.planning.devices import (
     device_named,
     interconnect_named,
 )
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.tables import counted
 from pretrain.config.rules import check_device, choose_backends, rank_problems
 from pretrain.config.schema import Config
 from pretrain.preflight.checklist import Blocked, Checklist, Outcome
@@ -220,9 +221,10 @@ class PlannedRun:
         space.check()
         if warning := space.warning():
             found.warnings.append(warning)
+        meanwhile = "with one being written " if space.saved > space.kept else ""
         return (
-            f"{space.kept} checkpoints of {space.size:,} bytes are kept; with one being written {space.wanted:,} bytes "
-            f"more, {space.free:,} are free"
+            f"the run keeps {counted(space.kept, 'checkpoint')} of {space.size:,} bytes; {meanwhile}{space.wanted:,} "
+            f"bytes more, {space.free:,} are free"
         )
 
     def space(self) -> CheckpointSpace:
@@ -271,7 +273,7 @@ class PlannedRun:
         if self.has_checkpoint is None or "routing record" in self.broken:
             raise Blocked("it is not known which steps of which record are needed")
         first = 0 if self.newest is None else self.newest.progress.step
-        last = min(train.steps, train.stop_after_steps or train.steps)
+        last = train.last_step
         sources = self._opened()
         stage = stages_of(self.newest, sources, self.config)[-1]
         if train.record_routing:

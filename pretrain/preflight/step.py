@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from common.errors import ConfigError, UserError
+from common.units import GIB
 from pretrain.preflight.checklist import Blocked, Checklist, Outcome
 from pretrain.preflight.run import PlannedRun
 
 if TYPE_CHECKING:
     from pretrain.planning.record import Rehearsal, Routed
 
-GIB = 1 << 30
 MOST_BLOCKS = 3
 """Of a rehearsed model without pipeline stages. With three, the highest point lies where it lies with many."""
 NEEDED = ("rules", "layout", "device")

@@ -26,7 +26,7 @@ from common.strict_json import dumps
 from common.tables import shortened
 from common.terminal import visible
 from pretrain.config.alert_kinds import command_words
-from pretrain.config.schema import MonitorConfig
+from pretrain.config.watching import MonitorConfig
 from pretrain.report.event_text import describe
 
 LIMIT_SECONDS = 30.0

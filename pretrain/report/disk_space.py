@@ -8,14 +8,14 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.folders import free_bytes
+from common.tables import counted
+from common.units import GIB
 from model.config import ModelConfig
 from pretrain.checkpoint import list_checkpoints
 from pretrain.config.schema import Config
 from pretrain.parallel.layout import state_bytes
 from pretrain.report.model_text import parameter_count
 from pretrain.report.startup import DerivedValue
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,10 @@ class CheckpointSpace:
     size: int
     """Bytes of one checkpoint: `per_parameter`, and the memory of all streams."""
     per_parameter: int
+    saved: int
+    """Checkpoints that this start and those before it save, one or more."""
     kept: int
-    """Checkpoints that the run keeps at its end, one or more: no more than it saves."""
+    """Those of them that are kept at its end."""
     there: int
     """Checkpoints in the run folder already, which count towards `kept`."""
     free: int
@@ -34,25 +36,27 @@ class CheckpointSpace:
 
     @property
     def wanted(self) -> int:
-        """Bytes still to be written: the kept checkpoints, and one that is written before an older one is removed."""
-        return max(1, self.kept + 1 - self.there) * self.size
+        """Bytes still to be written: the kept checkpoints, and one that is written before an older one is removed,
+        where any is."""
+        return max(1, min(self.saved, self.kept + 1) - self.there) * self.size
 
     @property
     def least(self) -> int:
         """With fewer free bytes the run cannot replace its first checkpoint by a second one, or cannot save at all."""
-        return max(1, 2 - self.there) * self.size
+        return max(1, min(self.saved, 2) - self.there) * self.size
 
     def row(self) -> DerivedValue:
         memory = " + memory" if self.size % self.per_parameter else ""
+        meanwhile = "with one being written " if self.saved > self.kept else ""
         return DerivedValue(
             "checkpoints",
             f"{self.kept} of {self.size / GIB:,.2f} GiB",
-            f"{self.per_parameter} x parameters{memory}; keep_last, keep_best and keep_every_steps; with one being "
-            f"written {self.wanted / GIB:,.2f} GiB more, {self.free / GIB:,.1f} GiB are free",
+            f"{self.per_parameter} x parameters{memory}; keep_last, keep_best and keep_every_steps; "
+            f"{meanwhile}{self.wanted / GIB:,.2f} GiB more, {self.free / GIB:,.1f} GiB are free",
         )
 
     def check(self) -> None:
-        """Raises UserError if there is no room for one checkpoint and another that is being written."""
+        """Raises UserError if there is no room for one checkpoint and, if there is to be another, that one."""
         if self.free < self.least:
             raise UserError(
                 f"--run-dir: the disk of {self.folder} has no room for checkpoints of {self.size:,} bytes: "
@@ -63,9 +67,10 @@ class CheckpointSpace:
         """What will not fit later; empty if everything does."""
         if self.free >= self.wanted:
             return ""
+        meanwhile = " and one being written" if self.saved > self.kept else ""
         return (
-            f"the disk of {self.folder} has no room for the {self.kept} checkpoints that the run keeps and one being "
-            f"written: {self.wanted:,} bytes are needed, {self.free:,} are free; make room, or lower "
+            f"the disk of {self.folder} has no room for the {counted(self.kept, 'checkpoint')} that the run keeps"
+            f"{meanwhile}: {self.wanted:,} bytes are needed, {self.free:,} are free; make room, or lower "
             "checkpoint.keep_last, keep_best or raise keep_every_steps"
         )
 
@@ -74,12 +79,14 @@ def checkpoint_space(config: Config, run_dir: Path) -> CheckpointSpace:
     """Counts parameters on the meta device, and the checkpoints that are there."""
     saving, model = config.checkpoint, config.model
     # By time the run may save after any step.
-    saved = config.train.steps if saving.every_minutes else -(-config.train.steps // saving.every_steps)
-    forever = config.train.steps // saving.keep_every_steps if saving.keep_every_steps else 0
+    steps = config.train.last_step
+    saved = steps if saving.every_minutes else -(-steps // saving.every_steps)
+    forever = steps // saving.keep_every_steps if saving.keep_every_steps else 0
     per_parameter = state_bytes(config)
     return CheckpointSpace(
         size=per_parameter * _parameters(model) + _memory_bytes(config),
         per_parameter=per_parameter,
+        saved=saved,
         kept=min(saved, saving.keep_last + saving.keep_best + forever),
         there=len(list_checkpoints(run_dir / "checkpoints")),
         free=free_bytes(run_dir.absolute()),

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from common.units import GIB
+
 COMPARED_AFTER = 20
 """Steps of a start, after which estimate and measurement stand side by side. A shorter start says nothing."""
 TIMED = 10
@@ -15,7 +17,6 @@ TOLERANCE = 0.15
 LIBRARIES = 300 << 20
 """Bytes of resident memory that count as no difference on a CPU: an estimate is of tensors, and a process that begins
 to train also loads code and starts threads. switchall_tiny had 0.39 GiB where 0.29 GiB of tensors were estimated."""
-GIB = 1 << 30
 
 
 class RunEstimate(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from common.errors import UserError
+from common.units import GIB
 from pretrain.config.rules import check_ranks
 from pretrain.config.schema import Config
 from pretrain.planning.devices import device_of_card
@@ -15,7 +16,6 @@ from pretrain.planning.paces import why_no_time
 from pretrain.report.estimate import RunEstimate
 from pretrain.report.startup import DerivedValue
 
-GIB = 2**30
 NOT_COUNTED = "not counted: CUDA context, NCCL, fragments, kernels' own"
 
 

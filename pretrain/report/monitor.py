@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from common.tables import listed
+from common.units import GIB
 from model.costs import training_flops_per_token
 from pretrain.checkpoint.state import versions
-from pretrain.config.schema import Config, MonitorConfig
+from pretrain.config.schema import Config
+from pretrain.config.watching import MonitorConfig
 from pretrain.engine.details import Details
 from pretrain.report.curves import Curves
 from pretrain.report.estimate import TIMED, SideBySide
@@ -27,8 +29,6 @@ from pretrain.report.source_losses import source_losses, sources_text
 from pretrain.report.tensorboard import TensorBoard
 from pretrain.report.weights_and_biases import WeightsAndBiases
 from pretrain.report.writer import Position, Writer
-
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)

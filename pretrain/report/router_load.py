@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.config import DenseAttentionConfig, MoAConfig, ModelConfig, SigmaMoEConfig
-from pretrain.config.schema import MonitorConfig
+from pretrain.config.watching import MonitorConfig
 
 ATTENTION, FEEDFORWARD = "attention", "feedforward"
 SHORT = {ATTENTION: "attn", FEEDFORWARD: "ffn"}

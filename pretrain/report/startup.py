@@ -67,7 +67,7 @@ def _stage_values(stages: Sequence[Stage]) -> list[DerivedValue]:
     """The stages of a run whose sources or weights were changed."""
     if len(stages) == 1:
         return []
-    why = "data.sources when it began; docs/data.md"
+    why = "data.sources when it began; docs/streaming.md"
     return [DerivedValue(f"data stage {index}", stage.text(), why) for index, stage in enumerate(stages, 1)]
 
 

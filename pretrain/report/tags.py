@@ -8,7 +8,8 @@ import re
 import torch
 from torch import Tensor
 
-GIB = 1 << 30
+from common.units import GIB
+
 TAGS: dict[str, tuple[str, float]] = {
     "loss": ("loss/train", 1.0),
     "auxiliary_loss": ("loss/auxiliary", 1.0),

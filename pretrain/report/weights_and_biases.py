@@ -25,7 +25,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import write_file
-from pretrain.config.schema import MonitorConfig
+from pretrain.config.watching import MonitorConfig
 from pretrain.report.writer import Position
 
 if TYPE_CHECKING:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch.distributed as dist
 
 from common.errors import PassingError, UserError
 from common.run_lock import is_alive, is_same_machine, process_identity
 from common.slurm import node_name
-from pretrain.config.schema import ResilienceConfig
+from pretrain.config.watching import ResilienceConfig
 from pretrain.device import control_group
 from pretrain.parallel.agreement import PeerFailed, agreed, of_all_ranks
 from pretrain.parallel.lost_ranks import lost_connection, lost_text
 from pretrain.phases import Phases
 from pretrain.report.exit_codes import ExitCode, code_of
-from pretrain.report.run_folder import RunFolder
+from pretrain.report.run_folder import RunFolder, note_early_end
 from pretrain.resilience.control import Control
 from pretrain.resilience.signals import Stop
 from pretrain.resilience.watchdog import Peers, Watchdog
@@ -58,6 +59,31 @@ class ReplicasDiffer(RunFailed):
 def collective_timeout(config: ResilienceConfig) -> float:
     """Seconds after which a collective gives up by itself: later than the watchdog, which can say why."""
     return 2 * config.hang_timeout_seconds + 60.0 if config.hang_timeout_seconds else COLLECTIVE_SECONDS
+
+
+@contextlib.contextmanager
+def early_end_noted(run_dir: Path) -> Iterator[None]:
+    """Records how a start ended in the block, before it came to open its folder (run_folder.py: note_early_end)."""
+    try:
+        yield
+    except BaseException as error:
+        if dist.get_rank() == 0:
+            note_early_end(run_dir, *_early_end(error))
+        raise
+
+
+def _early_end(error: BaseException) -> tuple[ExitCode, str]:
+    if isinstance(error, UserError):
+        return code_of(type(error)), str(error)
+    if isinstance(error, PeerFailed):
+        return code_of(error.kind), _told(error)
+    if (reason := lost_connection(error)) is not None:
+        return ExitCode.CUT_OFF, lost_text(reason)
+    return ExitCode.UNFORESEEN, repr(error)
+
+
+def _told(error: PeerFailed) -> str:
+    return error.words or "another rank met an error and said so"
 
 
 @contextlib.contextmanager
@@ -117,7 +143,7 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
         folder.end(code_of(type(error)), str(error))
         raise
     except PeerFailed as error:
-        told = error.words or "another rank met an error and said so"
+        told = _told(error)
         # Of all ranks that were told, the one with the lock writes it down; the others need not look.
         is_needed = issubclass(error.kind, PassingError) and folder.lock is not None
         folder.end(code_of(error.kind), f"{told}. {stop.what_stands()}" if is_needed else told)

@@ -122,15 +122,18 @@ class Stop:
 
     def say_refusal(
         self, error: Exception, ranks: Ranks, *, prefix: str = "error: ", stream: TextIO | None = None
-    ) -> None:
+    ) -> bool:
         """Prints on `stream` (stderr) why this rank refuses the run before the ranks have met. Most often all of a node
         have found it, and the first of them says it; one that alone has found it, such as a GPU that is gone, says it
-        with its number."""
+        with its number. Returns whether it has found it alone; under srun nobody knows."""
         stream = sys.stderr if stream is None else stream
         if ranks.local_rank == 0:
             print(f"{prefix}{error}", file=stream, flush=True)
-        elif self.step_aside():
+            return False
+        is_alone = self.step_aside()
+        if is_alone:
             print(f"{prefix}rank {ranks.rank}: {error}", file=stream, flush=True)
+        return is_alone and not is_task_of_many(os.environ)
 
     def step_aside(self) -> bool:
         """Called if the ranks have not met and this one, which is not the first of its node, refuses the run. Returns

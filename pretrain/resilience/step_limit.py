@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 
-from pretrain.config.schema import ResilienceConfig
+from pretrain.config.watching import ResilienceConfig
 from pretrain.phases import Phases
 
 LEAST_SECONDS = 120.0

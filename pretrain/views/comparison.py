@@ -18,8 +18,10 @@ from common.splits import SPLITS, SplitName
 from common.tables import counted
 from common.terminal import visible
 from common.urls import URL
+from pretrain.config.keys import flatten
+from pretrain.config.loading import MADE_OF_SETTINGS
+from pretrain.config.validated import has_effect
 from pretrain.views.reading import RunView
-from pretrain.views.windows import has_effect
 
 AXES = {"step": "steps", "tokens": "tokens", "flops": "training FLOPs"}
 """Key -> what a person calls it."""
@@ -37,8 +39,6 @@ SAME_RATE = 1e-9
 """Relative difference of two quotients of floats that stand for the same FLOPs per token."""
 DIGEST = "data digest"
 """What differs where data do, wherever they lie."""
-MADE_OF_SETTINGS = " with other values of "
-"""In the description of a run whose `--set` changed what the one in its file describes."""
 VALIDATIONS = 8
 """Most validations that are listed."""
 
@@ -132,15 +132,9 @@ def open_runs(views: Sequence[RunView]) -> list[Run]:
     ]
 
 
-def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Value by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= flattened(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+def flattened(tree: dict[str, Any]) -> dict[str, Any]:
+    """Value by dotted key; an empty section has none."""
+    return {key: value for key, value in flatten(tree).items() if value != {}}
 
 
 def facts(run: Run) -> dict[str, Any]:

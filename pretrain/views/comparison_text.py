@@ -11,6 +11,7 @@ from typing import Any
 from common.splits import SplitName
 from common.tables import DOTS, counted, folded_table
 from common.terminal import visible
+from pretrain.config.validated import MEMORY, WINDOWS, reads_streams, setting
 from pretrain.views.comparison import (
     AXES,
     DIGEST,
@@ -25,7 +26,7 @@ from pretrain.views.comparison import (
     task_accuracies_at_end,
     validation_losses,
 )
-from pretrain.views.windows import MEMORY, WINDOWS, reads_streams, same_sources, setting
+from pretrain.views.windows import same_sources
 
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """Title, header, rows."""

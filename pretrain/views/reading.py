@@ -22,10 +22,11 @@ from common.errors import UserError
 from common.line_log import Row, is_event, is_step
 from common.run_lock import SignOfLife, last_sign_of_life
 from common.splits import SPLITS, SplitName
+from pretrain.config.validated import setting
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.report.source_losses import source_losses
-from pretrain.views.windows import Reads, reads_by_step, setting
+from pretrain.views.windows import Reads, reads_by_step
 
 LOGS = ("metrics.jsonl", "events.jsonl", "config.json")
 """A folder that has one of these is a run folder."""
@@ -37,8 +38,6 @@ TAIL_BYTES = 1000
 """A line of metrics.jsonl or more: its times tell two courses of a run apart."""
 NOT_FOLLOWED = {"superseded_metrics"}
 """Events that repeat what metrics.jsonl once held: of a long run they would be most of what is kept."""
-ENDS_ITS_JOB = (ExitCode.FINISHED, ExitCode.REFUSED, ExitCode.DIVERGED, ExitCode.FOLDER_LOST)
-"""Exit codes after which no job is requeued."""
 BEFORE_A_RUN = re.compile(r"slurm|smoke-\d+|checkpoints|lock-\d+\.json|\..*")
 """What its folder may hold before a run has begun: what submitting it, a smoke test and the first moments of a start
 leave there."""
@@ -218,18 +217,6 @@ class RunView:
         if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
             return State.STOPPED
         return State.DEAD if code is None else State.FAILED
-
-    @property
-    def jobs_that_may_return(self) -> list[str]:
-        """Numbers of the SLURM jobs that trained here, the last one first, if the run has ended in a way for which its
-        job goes back into the queue, or starts it again (docs/operations.md). Those of smoke tests are among them."""
-        if self.state.goes_on or self.outcome.get("exit_code") in ENDS_ITS_JOB:
-            return []
-        try:
-            started = [(path.stat().st_mtime, path.stem) for path in (self.path / "slurm").glob("*.started")]
-        except OSError:
-            return []
-        return [job for _, job in sorted(started, reverse=True)]
 
     def last(self, kind: str) -> Row:
         """The newest event of a kind; empty if there is none."""

@@ -51,6 +51,8 @@ class Result:
     """Exit code of the newest start, if that left no outcome in the run folder."""
     job: str = ""
     """SLURM's number of the newest job."""
+    job_has_ended: bool = False
+    """Where SLURM has said so."""
 
     @classmethod
     def read(cls, run: SweepRun, folder: Path, unrecorded: int | None, job: str) -> Result:
@@ -86,7 +88,8 @@ class Result:
     @property
     def state_text(self) -> str:
         if self.state is None:
-            return f"not begun (job {self.job})" if self.job else "not begun"
+            job = f" (job {self.job}{' has ended' * self.job_has_ended})" if self.job else ""
+            return f"not begun{job}"
         if self.state is State.FAILED:
             return f"diverged at step {self.step}" if self.is_diverged else f"failed, code {self.exit_code}"
         place = f" at step {self.step}" if self.state in (State.STOPPED, State.DEAD) else ""

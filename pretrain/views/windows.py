@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.line_log import Row
+from pretrain.config.validated import WINDOWS, has_effect, setting
 
-WINDOWS = ("evaluate.sequences", "evaluate.placement", "evaluate.streams", "model.sequence_length")
-"""Settings that decide what a validation reads of its split."""
-MEMORY = "model.position.memory_chunks"
 DIGEST = " (digest)"
 """What the name of a change of the data themselves ends with, behind data.manifest or data.sources."""
 DIGEST_LETTERS = 12
@@ -19,29 +17,6 @@ DIGEST_LETTERS = 12
 Reads = dict[str, Any]
 """Setting -> its value, of those in WINDOWS that a start has changed, and the digest of the data if one did; the same
 for the same windows of the same text."""
-
-
-def setting(config: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key of config.json; None if it is not there."""
-    found: Any = config
-    for name in key.split("."):
-        found = found.get(name) if isinstance(found, dict) else None
-    return found
-
-
-def has_effect(key: str, config: dict[str, Any]) -> bool:
-    """Whether a setting of WINDOWS does anything in a run of that configuration: of models without memory every window
-    is a stream of its own, unless `evaluate.placement` is start."""
-    if key != "evaluate.streams" or setting(config, "evaluate.placement") == "start":
-        return True
-    return setting(config, MEMORY) != 0
-
-
-def reads_streams(config: dict[str, Any]) -> bool:
-    """Whether validations of that configuration read on from window to window, with memory: then they read others than
-    those of a model without, unless `evaluate.placement` is start."""
-    has_memory = setting(config, MEMORY) not in (0, None)
-    return has_memory and setting(config, "evaluate.placement") != "start"
 
 
 def same_sources(one: Any, other: Any) -> bool:

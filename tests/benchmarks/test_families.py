@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import families, records
-from benchmarks.families import DENSE, SHAPES, Measured, Step, model_of, orders, rows
-from benchmarks.family_profile import ALL_PARTS, part_of, profiled
+from benchmarks import families, records, rounds
+from benchmarks.families import ALL_PARTS, DENSE, SHAPES, Measured, Step, model_of, part_of, profiled, rows
+from benchmarks.rounds import orders
 from model.config import ModelConfig
 from model.costs import formula_parameters
 
@@ -31,6 +31,14 @@ def test_families_of_a_shape_are_matched(shape: str) -> None:
 
 def test_each_round_begins_with_another_family() -> None:
     assert "".join(orders("abc", 4)) == "abc" + "bca" + "cab" + "abc"
+
+
+@pytest.mark.parametrize("threads, clock", [(1, 5.0), (2, 7.0)])
+def test_one_thread_is_timed_by_the_processor(threads: int, clock: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(rounds.time, "process_time", lambda: 5.0)
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: 7.0)
+    assert rounds.seconds() == clock
 
 
 def test_ratios_are_of_the_same_round() -> None:

@@ -13,11 +13,10 @@ import torch
 
 from benchmarks import page, records
 from benchmarks.growth import __main__, axes, fit, ranks, table
-from benchmarks.growth.axes import AXES, DENSE, FAMILIES, SWITCHALL, Axis, model_of, step_macs
+from benchmarks.growth.axes import AXES, DENSE, FAMILIES, SWITCHALL, model_of, step_macs
 from benchmarks.loop.loops import our_loop
 from benchmarks.loop.speed import Piece
 from common.errors import UserError
-from model.config import ModelConfig
 from model.costs import attention_macs, feedforward_macs, formula_parameters
 from model.language_model import LanguageModel
 from pretrain.config.schema import Config
@@ -44,17 +43,19 @@ def test_an_exact_power_law_is_found(power: float) -> None:
     assert fit.residual(SIZES, values) == pytest.approx(0.0, abs=1e-9)
 
 
-def test_fits_are_those_of_numpy() -> None:
-    draw = np.random.default_rng(0)
-    values = (2.0 * np.array(SIZES) ** 1.3 * np.exp(draw.normal(0, 0.2, len(SIZES)))).tolist()
-    slope, intercept = np.polyfit(np.log(SIZES), np.log(values), 1)
-    assert fit.power_law(SIZES, values) == pytest.approx((np.exp(intercept), slope))
-    without = [np.polyfit(np.log(np.delete(SIZES, n)), np.log(np.delete(values, n)), 1)[0] for n in range(5)]
-    assert fit.leave_one_out(SIZES, values) == pytest.approx((min(without), max(without)))
-    law = np.exp(intercept) * np.array(SIZES) ** slope
-    assert fit.residual(SIZES, values) == pytest.approx(np.abs(values / law - 1).max())
-    slope, intercept = np.polyfit(SIZES, values, 1, w=1 / np.array(values))
-    assert fit.fixed_share(SIZES, values) == pytest.approx(intercept / values[0])
+def test_points_off_the_law_by_hand() -> None:
+    """1, 2, 4 with 1, 4, 4: the line through (0, 0), (1, 2), (2, 2) in powers of two is 1/3 + x."""
+    assert fit.power_law([1, 2, 4], [1.0, 4.0, 4.0]) == pytest.approx((2 ** (1 / 3), 1.0))
+    assert fit.leave_one_out([1, 2, 4], [1.0, 4.0, 4.0]) == pytest.approx((0.0, 2.0))
+    assert fit.residual([1, 2, 4], [1.0, 4.0, 4.0]) == pytest.approx(2 ** (2 / 3) - 1)
+
+
+def test_distances_of_the_fixed_share_count_relative_to_the_values() -> None:
+    """By the normal equations of sum ((a + b x) / y - 1)^2."""
+    x, y = np.array(SIZES, float), np.array([150.0, 260.0, 510.0, 1090.0, 1990.0])
+    u, v = 1 / y, x / y
+    a, _ = np.linalg.solve([[u @ u, u @ v], [u @ v, v @ v]], [u.sum(), v.sum()])
+    assert fit.fixed_share(SIZES, y.tolist()) == pytest.approx(a / y[0])
 
 
 def test_the_fixed_share_is_what_a_straight_line_begins_with() -> None:
@@ -229,7 +230,7 @@ def test_a_step_is_that_of_the_slowest_rank(monkeypatch: pytest.MonkeyPatch, pre
 def test_mistakes_are_refused_before_anything_is_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(__main__.steps, "measured", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(axes, "measured", lambda *_: pytest.fail("measured"))
     assert __main__.main(["--data", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -255,8 +256,3 @@ def test_a_rank_that_fails_is_told_with_its_last_words(prepared: Path, tmp_path:
     gone = config.replaced("data", manifest=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"rank 0 of 1 does not train(?s:.*)gone"), ranks.group(gone, 1, tmp_path / "g"):
         pass
-
-
-def test_axes_are_described_once() -> None:
-    assert set(GROWS) == set(AXES) and all(isinstance(axis, Axis) for axis in AXES.values())
-    assert isinstance(model_of(AXES["layers"], SWITCHALL, 1), ModelConfig)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernels, kernels_switchhead, moe_layers, page, peers, records
+from benchmarks import kernels, kernels_switchhead, moe_layers, page, peers, records, timed_cases
 from benchmarks.moe_layers import OURS, PLAIN, Shape, Work, checked_work, difference, suite_of
-from benchmarks.timed_cases import Case, Suite, Timed, measure
+from benchmarks.timed_cases import Case, Suite, Timed, measure, time_case
 from model.config import ModelConfig, SigmaMoEConfig, SwitchHeadConfig
 from pretrain.config.loading import load_config
 from tests.harness import run_ranks
@@ -76,6 +76,21 @@ def test_every_round_has_other_tokens_and_all_layers_the_same(monkeypatch: pytes
     assert not torch.equal(seen[0], seen[2]) and not torch.equal(seen[2], seen[4])
 
 
+def test_the_two_passes_alone_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second for each look at the clock; what the gradient from above takes is in neither pass."""
+    seen: list[str] = []
+
+    def noted(what: str) -> float:
+        seen.append(what)
+        return float(seen.count("clock"))
+
+    x, ones = torch.ones(3, requires_grad=True), torch.ones_like
+    monkeypatch.setattr(torch, "ones_like", lambda y: noted("gradient") and ones(y))
+    monkeypatch.setattr(timed_cases, "seconds", lambda: noted("clock"))
+    assert time_case(Case("x", lambda: noted("forward") * x, [x])) == (1.0, 2.0)
+    assert seen == ["clock", "forward", "clock", "gradient", "clock", "clock"]
+
+
 def test_the_peers_do_as_much_and_leave_torch_as_it_was() -> None:
     work, keeps_cuda, graphs = run_ranks(names_after_a_forward_pass, 1)[0]
     assert keeps_cuda and graphs == 1
@@ -127,6 +142,14 @@ def test_kept_layers_become_tables_and_pictures(tmp_path: Path) -> None:
     names = ["benchmark-moe-layers.png", "benchmark-switchhead-layers.png"]
     assert sorted(path.name for path in page.draw(tmp_path, tmp_path)) == names
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_the_useful_work_of_a_layer_is_that_of_the_models_formulas() -> None:
+    """4 projections of 1024 x 1024 and two products of [T, T] with 1024 columns; 6 of 1024 x 448, gates, selectors."""
+    T, macs = 1024, kernels_switchhead.useful_macs()
+    assert macs["dense"] == T * (4 * 1024 * 1024 + 2 * 1024 * T)
+    ours = T * (6 * 1024 * 448 + 2 * 448 * T) + 2 * 4 * 2 * T * 112 + 2 * 4 * 1024 * T
+    assert macs["switchhead"] == macs[kernels_switchhead.MASKED] == ours
 
 
 def test_only_the_layers_are_kept(capsys: pytest.CaptureFixture[str]) -> None:

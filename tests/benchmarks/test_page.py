@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import families, page, records
-from benchmarks.family_profile import ALL_PARTS
+from benchmarks.families import ALL_PARTS
 from benchmarks.marked import markdown, with_table
 from common.errors import DataError
 from common.files import write_json

@@ -48,8 +48,8 @@ def test_the_files_of_datatrove_and_dolma_hold_the_raw_documents(tmp_path: Path)
     source = outputs.raw([write_raw(tmp_path / "raw.json.gz")])
     tokenizer = write_byte_level(tmp_path)
     assert source.documents == 3 and source.text_bytes == sum(len(text.encode()) for text in TEXTS)
-    for read in (outputs.datatrove, outputs.dolma):
-        written = read(tmp_path, tokenizer)
+    for names in ("*.ds", "*.npy"):
+        written = outputs.byte_level(tmp_path, names, tokenizer)
         assert written == source._replace(tokens=source.text_bytes + 3)
         outputs.check({"it": written}, source)
 

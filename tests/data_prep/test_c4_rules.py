@@ -199,7 +199,12 @@ def test_page_rules_without_line_rules_look_at_the_whole_text() -> None:
         ("It cost 3.50 at 5 p.m. on Monday.", 1),
         ('"Really?" she said. "Yes!" He left.', 3),
         ("Wait... what is this? Nothing!", 2),
+        (
+            "A page in Chinese has long words. " * 2 + "中" * 300_000 + " end.",
+            3,
+        ),  # minutes with a regex
     ],
+    ids=lambda value: str(value)[:20],
 )
 def test_sentences(line: str, sentences: int) -> None:
     assert count_sentences(line) == sentences

@@ -81,7 +81,7 @@ def test_statistics_are_those_of_the_documents(
         assert np.repeat(lengths.values, lengths.counts).tolist() == sorted(tokens.tolist())
         assert lengths.quantiles() == np.quantile(tokens, list(QUANTILES.values()), method="lower").tolist()
         assert lengths.mean == pytest.approx(tokens.mean())
-        found = pieces(manifest, split, tokenizer.piece_bytes(), tokenizer.prefix_bytes)
+        found = pieces(manifest, split, tokenizer.piece_bytes(), tokenizer.prefix_bytes())
         size = np.array([len(text.encode()) for text in texts])
         assert found.text_bytes == size.sum() == manifest.totals[split].text_bytes
         bins = np.bincount((size / tokens / RATIO_STEP).astype(np.int64), minlength=len(found.ratios))

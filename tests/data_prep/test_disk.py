@@ -47,6 +47,8 @@ def test_the_formula(tmp_path: Path) -> None:
     given = {"model": plain}
     assert estimate(tmp_path, input=plain, tokenizer=given) == 2 * 2 * 250_000, "ids are made while reading"
     assert estimate(tmp_path, input=plain, format="enwik8", tokenizer={"type": "bytes"}) == 2 * 2 * 1_000_000
+    symbols = {"type": "symbols"}
+    assert estimate(tmp_path, input=plain, format="enwik8", tokenizer=symbols) == 400_000 + 2 * 2 * 1_000_000
 
 
 def test_the_estimate_is_near_what_real_text_takes(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import lzma
 import os
 import random
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import zstandard
 
 from common.errors import DataError
-from data_prep.raw.documents import Document, RawFile, Rejected, stable_fraction, stable_fractions
+from data_prep.raw.documents import Document, RawFile, Rejected, stable_fractions
 from data_prep.raw.unpack import DamagedFileError, Unpacked
 from tests.data_prep.conftest import c4_line, pes2o_line, write_dump
 
@@ -153,6 +154,16 @@ def test_a_long_file_of_one_line_costs_no_more_than_the_limit(tmp_path: Path) ->
     assert rejected.size < 3 << 20
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"])
+def test_a_small_text_costs_no_memory_for_the_longest_allowed(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "a.txt").write_bytes(pack(b"text"))
+    tracemalloc.start()
+    (document,) = RawFile(tmp_path / "a.txt", format="text", max_document_bytes=1 << 28).read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(document, Document) and document.data == b"text" and peak < 4 << 20
+
+
 def test_a_giant_document_in_zstd_costs_no_more_than_the_limit(tmp_path: Path) -> None:
     """100 MB of one letter in 4 KB: unpacked at once they were copied for every MB read, 7 s and 200 MB."""
     path = tmp_path / "a.jsonl.zst"
@@ -187,12 +198,6 @@ def test_the_validation_choice_is_stable_and_near_its_fraction() -> None:
     assert 150 < len(chosen) < 250
 
 
-def test_the_fraction_of_one_hash_is_that_of_many() -> None:
-    digests = [hashlib.sha256(str(number).encode()).digest() for number in range(2000)] + [b"\xff" * 32, bytes(32)]
-    many = stable_fractions(np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64))
-    assert [stable_fraction(digest) for digest in digests] == many.tolist()
-
-
 class Block(bytes):
     """Notes how many bytes are copied to put it behind others."""
 
@@ -201,6 +206,19 @@ class Block(bytes):
     def __radd__(self, before: bytes) -> "Block":
         Block.copied += len(before)
         return Block(bytes(before) + bytes(self))
+
+
+def test_a_text_that_comes_in_short_pieces_is_put_together_once() -> None:
+    """As a web server sends it: one of 1 GB has 16,384 pieces."""
+    stream, Block.copied = io.BytesIO(bytes(range(200))), 0
+    read = lambda size: Block(stream.read(min(size, 7)))  # noqa: E731
+    unpacked = Unpacked(read, name="a", stored_bytes=lambda: 0, finish=lambda: ("", 0))
+    assert unpacked.peek(3) == bytes(range(3))
+    copied = Block.copied
+    assert [unpacked.read(size) for size in (1, 0, 99, 1000, 1)] == [
+        bytes(range(1)), b"", bytes(range(1, 100)), bytes(range(100, 200)), b"",
+    ]  # fmt: skip
+    assert unpacked.position == 200 and Block.copied == copied
 
 
 @pytest.mark.parametrize("max_bytes", [1, 9, 40, 10**6])

@@ -33,6 +33,15 @@ def test_nothing_gives_nothing(tmp_path: Path) -> None:
         assert list(sorter.blocks()) == []
 
 
+def test_what_is_added_is_the_sorters_own(tmp_path: Path) -> None:
+    """A view would keep the caller's whole array in memory, and change with it."""
+    rows = np.arange(6, dtype=np.uint64).reshape(3, 2)
+    with ExternalSorter(tmp_path, "t", columns=2, memory_bytes=1000) as sorter:
+        sorter.add(rows[:1])
+        rows[:] = 7
+        assert np.concatenate(list(sorter.blocks())).tolist() == [[0, 1]]
+
+
 def test_blocks_stay_small_while_merging(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 2**63, size=(200_000, 2), dtype=np.uint64)

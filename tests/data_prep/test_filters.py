@@ -11,6 +11,7 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.config.schema import FilterConfig, TokenizerConfig
+from data_prep.run.up_to_date import changed_text
 from data_prep.shards.format import Manifest
 from data_prep.stages.c4_rules import clean_page
 from data_prep.stages.filters import (
@@ -98,6 +99,16 @@ def test_stop_words_are_asked_of_english_alone() -> None:
     recorded = {language: FilterConfig(language=(language,)).settings().get("stop_words") for language in ("en", "de")}
     assert recorded == {"en": None, "de": "en"} and "stop_words" not in FilterConfig().settings()
     assert "stop_words" not in FilterConfig(language=("de",), gopher_quality=False).settings()
+
+
+def test_data_that_were_asked_for_english_stop_words_in_all_languages_are_told_from_others() -> None:
+    """By a key of the config, which what is recorded is none."""
+    now = FilterConfig(language=("de",)).settings()
+    then = {key: value for key, value in now.items() if key != "stop_words"}
+    said = "`filter.gopher_quality` asked every document for English stop words, now those in English alone"
+    assert changed_text("filter", then, now) == said
+    assert changed_text("filter", {**now, "min_words": 3}, now) == "`filter.min_words` was 3, is now 50"
+    assert changed_text("filter", None, now).startswith("`filter` was null, is now {")
 
 
 def test_filters_that_leave_nothing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,14 @@
 
 import bz2
 import codecs
+import contextlib
 import gzip
 import io
+import itertools
 import json
 import lzma
+import random
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -242,6 +246,9 @@ def test_plain_text_is_a_document_or_several(tmp_path: Path) -> None:
     long = write(tmp_path / "c.txt", b"small\n\n" + b"word " * 500 + b"\nmore\n\nsmall too\n")
     texts, (rejected,) = read(long, "text", text_documents="blank_lines", max_document_bytes=1024)
     assert (texts, rejected.reason, rejected.position) == (["small", "small too"], "too long", 3)
+    lines = write(tmp_path / "f.txt", b"a line\n" * 1000 + b"\nsmall")
+    _, (rejected,) = read(lines, "text", text_documents="blank_lines", max_document_bytes=1024)
+    assert (rejected.reason, rejected.size) == ("too long", 147 * len("a line\n") - 1), "no more is kept in memory"
     for end in (b"", b"  "):  # where a piece of the long line ends: no document of its own begins behind it
         cut = write(tmp_path / "d.txt", b"w" * BLOCK_BYTES + end + b"\nmore\n\nsmall")
         texts, (rejected,) = read(cut, "text", text_documents="blank_lines", max_document_bytes=1024)
@@ -250,3 +257,39 @@ def test_plain_text_is_a_document_or_several(tmp_path: Path) -> None:
     assert read(blank, "text", text_documents="blank_lines", max_document_bytes=1024) == (["one", "two"], [])
     with pytest.raises(NoDocumentError, match=r"more than ingest\.max_document_bytes 1024"):
         read(long, "text", max_document_bytes=1024)
+
+
+def plain_reading(data: bytes, max_bytes: int) -> list[tuple[int, bytes | str]]:
+    """(line, text or the reason to reject it) of what stands between blank lines."""
+    found: list[tuple[int, bytes | str]] = []
+    lines = re.findall(rb"[^\n]*\n|[^\n]+", data)
+    for is_blank, group in itertools.groupby(enumerate(lines, 1), lambda line: line[1].isspace()):
+        numbers, of_text = zip(*group, strict=True)
+        text = b"".join(of_text).rstrip(b"\r\n")
+        if not is_blank:
+            found.append((numbers[0], text if len(text) <= max_bytes else "too long"))
+    return found
+
+
+def test_texts_between_blank_lines_are_those_of_a_plain_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the limit falls on lines and their ends, which are no part of the text before them, and blocks on both:
+    what is longer goes whole, and nothing of a text is lost."""
+    rng, kinds = random.Random(0), set[str]()
+    for _ in range(400):
+        monkeypatch.setattr("data_prep.raw.unpack.BLOCK_BYTES", rng.choice([1, 3, 5, 64]))
+        parts = [b"\n", b"\n", b"\r\n", b"\r", b"\n\n", b" ", b"a", b"bc", b"\xc3\xa9", b"defg", b"h" * 9]
+        data = b"".join(rng.choice(parts) for _ in range(rng.randint(1, 14)))
+        max_bytes, records = rng.randint(5, 12), list[Document | Rejected]()
+        with contextlib.suppress(NoDocumentError):  # at the end, or at once for what looks like another file
+            path = write(tmp_path / "a.txt", data)
+            for record in RawFile(
+                path, format="text", text_documents="blank_lines", max_document_bytes=max_bytes
+            ).read():
+                records.append(record)
+        found = [(r.position, r.data if isinstance(r, Document) else r.reason) for r in records]
+        expected = plain_reading(data, max_bytes)
+        assert found == expected, (data, max_bytes)
+        kinds |= {text if isinstance(text, str) else "a text" for _, text in expected}
+    assert kinds == {"a text", "too long"}

@@ -117,7 +117,7 @@ def test_other_settings_are_refused_and_force_rebuilds(
     change = ("--set", "shard.tokens_per_shard=40000")
     assert run(config, *change) == 2
     error = one_error(capsys)
-    assert "`shard` was" in error
+    assert "`shard.tokens_per_shard` was 5000, is now 40000; " in error
     assert "--force" in error
     old = set(outputs(prepared))
     assert run(config, *change, "--force") == 0
@@ -291,7 +291,8 @@ def test_shard_needs_the_tokenizer_of_this_config(
     assert "no tokenizer in" in one_error(capsys)
     assert run(config, command="tokenizer") == 0
     assert run(config, "--set", "tokenizer.vocab_size=450", command="shard") == 2
-    assert "was not made with the `tokenizer` section of this config" in one_error(capsys)
+    said = "was not made with the `tokenizer` section of this config"
+    assert f"{said}: `tokenizer.vocab_size` was 500, is now 450; make it with" in one_error(capsys)
 
 
 def test_no_train_document_is_an_error(

@@ -85,6 +85,18 @@ def test_the_folder_is_bounded_and_the_least_recently_used_go(memory: str, tmp_p
     assert not (folder / entries[1].index_file).exists()
 
 
+def test_what_a_reader_uses_counts_as_used(memory: str, tmp_path: Path) -> None:
+    """Also where all of it happens between two ticks of the kernel's clock."""
+    entries = ShardCache(memory, tmp_path / "cache", 10**9).manifest.split("train")
+    cache = ShardCache(memory, tmp_path / "cache", 3 * max(entry.bytes + entry.index_bytes for entry in entries))
+    starts = np.cumsum([0, *(entry.tokens for entry in entries)]).tolist()
+    with reader_of(cache) as reader:
+        for shard in (0, 1, 2, 0, 2, 3):
+            reader.read(starts[shard], starts[shard] + 1)
+    left = {entry.file for entry in entries if (cache.manifest.folder / entry.file).exists()}
+    assert left == {entries[shard].file for shard in (0, 2, 3)}
+
+
 def test_a_limit_below_one_shard_is_refused(memory: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.cache_bytes: 4000 holds not even one shard"):
         ShardCache(memory, tmp_path / "cache", 4000)

@@ -192,21 +192,6 @@ def test_every_shard_but_the_last_reaches_the_asked_size(manifest: Manifest) -> 
     assert all(entry.tokens >= 5000 for entry in entries[:-1])
 
 
-def test_a_shard_is_hashed_once_even_if_it_is_opened_again(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed: list[ShardReader] = []
-    verify = ShardReader._verify
-
-    def counting_verify(reader: ShardReader) -> None:
-        hashed.append(reader)
-        verify(reader)
-
-    monkeypatch.setattr(ShardReader, "_verify", counting_verify)
-    with SplitReader(manifest, "train", verify_on_first_read=True, max_open_shards=1) as reader:
-        for _ in range(3):
-            reader.read(0, reader.num_tokens)
-    assert len(hashed) == len(manifest.split("train"))
-
-
 def test_nothing_is_left_under_a_temporary_name(prepared: Path) -> None:
     left = [path.name for path in prepared.iterdir() if path.name.startswith(".") or "tmp" in path.name]
     assert left == [".lock"]

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,21 @@ def test_members_of_other_kinds_are_named_and_never_opened(tmp_path: Path) -> No
     stored = tar_of(
         ("__meta__", b"{}"),
         ("a.json", b'{"text": "from json", "n": 1}'),
-        ("b.txt", b"from text"), ("b.json", b'{"text": "only what goes with it"}'), ("b.jpg", b"\xff\xd8"),
+        ("b.txt", b"\xef\xbb\xbffrom text"), ("b.json", b'{"text": "only what goes with it"}'), ("b.jpg", b"\xff\xd8"),
         ("c.pyd", bomb), ("c.cls", b"3"),
         ("d.pth", bomb),
         ("e.json", b"[1]"),
         ("f.en.txt", b"two languages"), ("f.de.txt", b"zwei Sprachen"),
         ("g.txt", b"\xff"),
+        ("g2.txt", b"\xef\xbb\xbf"),
         ("README", b"no ending"),
         ("h.txt", b"x" * 2000),
     )  # fmt: skip
     texts, rejected = read(write(tmp_path / "a.tar", stored), max_document_bytes=1024)
     assert texts == ["from json", "from text", "two languages", "zwei Sprachen"]
     assert [(record.position, record.reason) for record in rejected] == [
-        (3, "no text"), (4, "no text"), (5, "not JSON"), (7, "not UTF-8"), (8, "no text"), (9, "too long"),
+        (3, "no text"), (4, "no text"), (5, "not JSON"), (7, "not UTF-8"), (8, "empty"), (9, "no text"),
+        (10, "too long"),
     ]  # fmt: skip
     assert rejected[0].detail == "sample c has cls, pyd; only .txt and .json members are read"
     assert not (tmp_path / "exploded").exists()
@@ -140,9 +143,22 @@ def test_links_are_no_documents_and_said_to_be(tmp_path: Path) -> None:
 )
 def test_a_tar_is_whole_or_damaged(tmp_path: Path, damage: Any, words: str) -> None:
     raw = RawFile(write(tmp_path / "a.tar", damage(TEXT_TAR)))
-    with pytest.raises(DamagedFileError, match=words):
+    with pytest.raises(DamagedFileError, match=words) as raised:
         list(raw.read())
+    assert str(raised.value).count("is damaged") == 1, "said once, with one thing to do"
     assert raw.bytes == (tmp_path / "a.tar").stat().st_size
+
+
+def test_a_long_tar_is_read_in_the_memory_of_a_sample_whatever_zeros_end_it(tmp_path: Path) -> None:
+    """As `tar --blocking-factor` writes them, more zeros than are read at once."""
+    images = tar_of(*((f"{number:04d}.jpg", bytes(1 << 16)) for number in range(100)), ("a.txt", b"text"))
+    path = write(tmp_path / "a.tar", images + bytes(3 << 20))
+    read(path)  # imports
+    tracemalloc.start()
+    texts, rejected = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (texts, len(rejected)) == (["text"], 100) and peak < 5 << 20
 
 
 def test_samples_are_those_of_webdataset(tmp_path: Path) -> None:

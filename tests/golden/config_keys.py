@@ -22,7 +22,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from data_prep.config.schema import DataConfig
-from pretrain.config.schema import FREE, Config
+from pretrain.config.fields import FREE
+from pretrain.config.schema import Config
 
 FILE = Path(__file__).with_name("config_keys.txt")
 

@@ -27,7 +27,8 @@ def test_every_run_is_submitted_as_a_job_none_twice_and_what_is_in_the_queue_cou
 ) -> None:
     monkeypatch.setenv("SQUEUE_USERS", "me")  # squeue would leave out what others have submitted of the sweep
     squeue, queue = sbatch.parent / "bin" / "squeue", sbatch.parent / "queue"
-    squeue.write_text(f'#!/bin/sh\necho "no error" >&2\ngrep -x "$3$SQUEUE_USERS" "{queue}" || true\n')
+    jobs = '$(echo "${3#--jobs=}$SQUEUE_USERS" | tr , "\\n")'
+    squeue.write_text(f'#!/bin/sh\necho "no error" >&2\ngrep -x "{jobs}" "{queue}" || true\n')
     squeue.chmod(0o755)
     line = case.line("--vary", f"{RATE}=1e-3,2e-3,3e-3", "--submit", "--at-once", "1", *JOB)
 
@@ -47,7 +48,9 @@ def test_every_run_is_submitted_as_a_job_none_twice_and_what_is_in_the_queue_cou
     assert submitted("42") == [["1e-3", "42"], ["3e-3", "44"]]
     assert submitted("42", "44") == [["3e-3", "44"]], "44 was submitted last, though of the first run"
     assert main(["--sweep-dir", str(case.dir), "--table"]) == 0
-    assert "not begun (job 44)" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "not begun (job 42)" in table and "not begun (job 44)" in table
+    assert "not begun (job 46 has ended)" in table, "refused at its first start, or cancelled"
 
 
 def test_of_two_at_once_each_job_waits_for_the_last_but_one(
@@ -65,7 +68,7 @@ def test_of_two_at_once_each_job_waits_for_the_last_but_one(
         arguments=lambda run, config: [run.name],
         note=lambda run, job: None,
     )
-    monkeypatch.setattr(queue, "is_queued", bool)
+    monkeypatch.setattr(queue, "jobs_in_queue", lambda jobs, **options: dict.fromkeys(jobs, "Priority"))
     monkeypatch.setattr(queue, "_submit", submit)
     runs = [SweepRun(name=name, config="x", values={}) for name in in_queue]
     queue.Queue(sweep, [], at_once=2).submit_all(runs)
@@ -93,7 +96,8 @@ def test_no_job_is_submitted_again_unless_slurm_says_that_it_has_ended(
     assert len(calls(sbatch)) == submitted
     if submitted == 2:
         assert (
-            f"squeue: does not say whether job 41 has ended (slurm_load_jobs error: {error})" in capsys.readouterr().err
+            f"squeue: does not say whether the jobs 41, 42 have ended (slurm_load_jobs error: {error})"
+            in capsys.readouterr().err
         )
 
 

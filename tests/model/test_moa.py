@@ -174,6 +174,20 @@ def test_forward_and_every_gradient_equal_the_loop(name: str, backend: str, scop
         assert error < 2e-5, f"gradient of {parameter_name} is off by {error:.1e}"
 
 
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
+def test_each_loss_counts_alone(scope: str) -> None:
+    """Without the other two: together they are the sum of the three."""
+    shape = SHAPES["plain"]
+    context = torch.randn(shape.B, shape.T, shape.d, generator=torch.Generator().manual_seed(1))
+    alone = [{name: weight if name == of else 0.0 for name, weight in LOSSES.items()} for of in LOSSES]
+    together, *each = (
+        build(shape, loss_scope=scope, **weights)(context, shape.T, torch.arange(shape.B))[1].item()
+        for weights in (LOSSES, *alone)
+    )
+    assert min(each) > 0.01 or scope == "global_batch"  # where the cv loss begins at 0
+    assert all(each[:2]) and together == pytest.approx(sum(each), rel=1e-6)
+
+
 def test_permuting_experts_with_their_selector_rows_changes_nothing() -> None:
     shape = SHAPES["plain"]
     layer = build(shape, "cpu", loss_scope="micro_batch", **LOSSES)

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from common.errors import UserError
 from pretrain import device, loop
 from pretrain.cli.train import run
-from pretrain.config.schema import ResilienceConfig, TrainConfig
+from pretrain.config.schema import TrainConfig
+from pretrain.config.watching import ResilienceConfig
 from pretrain.ranks import Ranks
 from pretrain.resilience.signals import Stop
 from tests.harness import LIMIT_SECONDS, forked

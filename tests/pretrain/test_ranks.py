@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from common.errors import UserError
+from common.ports import free_port
 from pretrain import device
 from pretrain.cli import train as cli
 from pretrain.config.schema import TrainConfig
@@ -127,9 +128,7 @@ def test_a_rank_says_that_it_waits_and_ends_with_one_sentence(
     launched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rank 0 of 2, alone: the other one never comes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        launched.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    launched.setenv("MASTER_PORT", str(free_port()))
     launched.setenv("RANK", "0")
     launched.setenv("LOCAL_RANK", "0")
     launched.setattr(device, "REMINDER_SECONDS", 0.1)

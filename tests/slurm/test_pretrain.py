@@ -188,7 +188,7 @@ def test_a_user_stops_for_good_and_goes_on_later(training: Training) -> None:
     cluster.run("scontrol", "update", f"JobId={first}", "Requeue=0")
     cluster.run("scancel", "--signal=USR1", first)
     assert training.finish("stopped", first, "FAILED")["ExitCode"] == "85:0"
-    assert "SLURM refuses it" in (training.logs("stopped") / f"{first}.log").read_text()
+    assert "not requeued, as Requeue=0 asks" in (training.logs("stopped") / f"{first}.log").read_text()
     second = training.start("stopped", stop_after=steps)
     training.wait_for_steps("stopped", len(lines(training.run_dir("stopped"))) + 5)
     cluster.run("scancel", second)

@@ -5,20 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import dropout as masks
 from model.dropout import Draw
 
 
 def dropout(x: Tensor, residual: Tensor | None, draw: Draw) -> Tensor:
     """As `model.kernels.ops.elementwise.dropout`."""
-    y = masks.dropout(
-        x,
-        probability=draw.probability,
-        key=draw.key,
-        sequence_index=draw.sequence_index,
-        columns=draw.columns,
-        first_token=draw.first_token,
-    )
+    y = x * draw.mask(x.shape).to(x.dtype) / (1.0 - draw.probability)
     return y if residual is None else residual + y
 
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.kernels.cpu.sorted_rows import expert_segment, gather, mm_into, mm_rows, sorted_gates, sum_slots
+from model.kernels.cpu.sorted_rows import (
+    clear_unused,
+    expert_segments,
+    gather,
+    mm_into,
+    mm_rows,
+    sorted_gates,
+    sum_slots,
+)
 from model.kernels.cpu.workers import run_tasks, scratch
 from model.kernels.dtypes import cpu_gemm_dtype
 
@@ -19,9 +27,10 @@ def forward(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int) -> 
     N, h = x.shape[0], experts.shape[2]
     dtype, counts, tokens = cpu_gemm_dtype(x.dtype), load.tolist(), order // k
     source, y = x.to(dtype), x.new_empty(N * k, h)
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
+        segment = segments[expert]
         wide = gather("gathered", source, tokens[segment])
         narrow = torch.mm(wide, experts[expert].to(dtype), out=scratch("narrow", (len(wide), h), dtype))
         y.index_copy_(0, order[segment], narrow[: counts[expert]].to(y.dtype))
@@ -32,32 +41,19 @@ def forward(x: Tensor, order: Tensor, load: Tensor, experts: Tensor, k: int) -> 
 
 def backward(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and experts for `grad` [N, k, h]."""
-    (_, k, h), d = grad.shape, x.shape[1]
-    dtype, counts, tokens = cpu_gemm_dtype(x.dtype), load.tolist(), order // k
-    source, narrow_source = x.to(dtype), grad.reshape(-1, h).to(dtype)
-    rows, grad_experts = scratch("rows", (order.shape[0], d), dtype), experts.new_empty(experts.shape)
-
-    def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
-        wide, narrow = gather("gathered", source, tokens[segment]), gather("narrow", narrow_source, order[segment])
-        mm_into(grad_experts[expert], wide.t(), narrow)
-        mm_rows(narrow, experts[expert].to(dtype).t(), rows[segment])
-
-    run_tasks(counts, compute)
-    _clear_unused(grad_experts, counts)
-    return sum_slots(rows, order, k, x), grad_experts
-
-
-# `backward` in two parts: tensor-parallel ranks communicate between them (model/parallel/overlap.py).
+    arguments = grad, x, order, load, experts
+    return input_gradient(*arguments), expert_gradient(*arguments)
 
 
 def input_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
+    """Gradient of x."""
     (_, k, h), d = grad.shape, x.shape[1]
     dtype, counts = cpu_gemm_dtype(x.dtype), load.tolist()
     narrow_source, rows = grad.reshape(-1, h).to(dtype), scratch("rows", (order.shape[0], d), dtype)
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
+        segment = segments[expert]
         narrow = gather("narrow", narrow_source, order[segment])
         mm_rows(narrow, experts[expert].to(dtype).t(), rows[segment])
 
@@ -66,17 +62,19 @@ def input_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts
 
 
 def expert_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
+    """Gradient of the experts."""
     k, h = grad.shape[1:]
     dtype, counts, tokens = cpu_gemm_dtype(x.dtype), load.tolist(), order // k
     source, narrow_source, grad_experts = x.to(dtype), grad.reshape(-1, h).to(dtype), experts.new_empty(experts.shape)
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
+        segment = segments[expert]
         wide, narrow = gather("gathered", source, tokens[segment]), gather("narrow", narrow_source, order[segment])
         mm_into(grad_experts[expert], wide.t(), narrow)
 
     run_tasks(counts, compute)
-    _clear_unused(grad_experts, counts)
+    clear_unused(counts, grad_experts)
     return grad_experts
 
 
@@ -86,9 +84,10 @@ def sum_forward(a: Tensor, gates: Tensor, order: Tensor, load: Tensor, experts: 
     dtype, counts = cpu_gemm_dtype(a.dtype), load.tolist()
     source, gate_column = a.reshape(N * k, h).to(dtype), sorted_gates(gates, order, dtype)
     rows = scratch("rows", (N * k, d), dtype)
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
+        segment = segments[expert]
         narrow = gather("narrow", source, order[segment])
         # The gate multiplies the narrow side: the same product, fewer bytes.
         narrow[: counts[expert]].mul_(gate_column[segment])
@@ -107,9 +106,10 @@ def sum_backward(
     source, wide_source = a.reshape(slots, h).to(dtype), grad.to(dtype)
     gate_column, gate_rows = sorted_gates(gates, order, dtype), a.new_empty(slots, dtype=dtype)
     grad_a, grad_experts = a.new_empty(slots, h), experts.new_empty(experts.shape)
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment, count = expert_segment(counts, expert), counts[expert]
+        segment, count = segments[expert], counts[expert]
         wide, narrow = gather("gathered", wide_source, tokens[segment]), gather("narrow", source, order[segment])
         tile = scratch("grad_narrow", (len(wide), h), dtype)
         grad_narrow = torch.mm(wide, experts[expert].to(dtype).t(), out=tile)[:count]
@@ -119,14 +119,7 @@ def sum_backward(
         mm_into(grad_experts[expert], narrow.t(), wide)
 
     run_tasks(counts, compute)
-    _clear_unused(grad_experts, counts)
+    clear_unused(counts, grad_experts)
     grad_gates = gates.new_empty(slots)
     grad_gates[order] = gate_rows.to(gates.dtype)
     return grad_a.view(N, k, h), grad_gates.view(N, k), grad_experts
-
-
-def _clear_unused(grad_experts: Tensor, counts: list[int]) -> None:
-    """Zero gradient for the experts that no token chose."""
-    for expert, count in enumerate(counts):
-        if count == 0:
-            grad_experts[expert].zero_()

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from model.kernels.activation import activate, activate_kept, activation_gradient, is_swiglu
 from model.kernels.cpu.sorted_rows import (
+    clear_unused,
     empty_tile,
-    expert_segment,
+    expert_segments,
     filled,
     gather,
     mm_into,
@@ -31,9 +32,10 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     dtype, counts = cpu_gemm_dtype(x.dtype), load.tolist()
     source, gates, tokens = x.to(dtype), sorted_gates(scores, order, dtype), order // k
     rows, hidden = slot_rows(order, N * k, d, dtype), x.new_empty(order.shape[0], W, dtype=dtype)
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
+        segment = segments[expert]
         gated = empty_tile("gated", counts[expert], G, dtype)
         mm_rows(gather("gathered", source, tokens[segment]), up_experts[expert].to(dtype), hidden[segment])
         # The gate multiplies the hidden layer, which is narrower than the output: the same product, fewer bytes.
@@ -54,9 +56,10 @@ def backward(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tens
     gates, tokens = sorted_gates(scores, order, dtype), order // k
     rows, grad_gates = slot_rows(order, N * k, d, dtype), x.new_empty(order.shape[0], dtype=dtype)
     grad_up, grad_down = (w.new_empty(w.shape) for w in (up_experts, down_experts))
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment, count = expert_segment(counts, expert), counts[expert]
+        segment, count = segments[expert], counts[expert]
         expert_hidden, expert_gates = hidden[segment], gates[segment]
         activated = activate(expert_hidden, swiglu=True) if swiglu else expert_hidden
         gated = empty_tile("gated", count, G, dtype)
@@ -73,7 +76,7 @@ def backward(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tensor, Tens
         mm_rows(grad_hidden, up_experts[expert].to(dtype).t(), rows[segment])
 
     run_tasks(counts, compute)
-    _clear_unused(counts, grad_up, grad_down)
+    clear_unused(counts, grad_up, grad_down)
     grad_scores = scores.new_zeros(N * k)
     grad_scores[order] = grad_gates.to(scores.dtype)
     return sum_slots(rows, order, k, x), grad_scores.view(N, k), grad_up, grad_down
@@ -92,9 +95,10 @@ def input_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor) -> tuple[Tenso
     grad, gates, tokens = grad.to(dtype).contiguous(), sorted_gates(scores, order, dtype), order // k
     rows, grad_gates = slot_rows(order, N * k, d, dtype), x.new_empty(order.shape[0], dtype=dtype)
     grad_hidden = torch.empty_like(hidden)
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment, count = expert_segment(counts, expert), counts[expert]
+        segment, count = segments[expert], counts[expert]
         gathered, expert_hidden = gather("gathered", grad, tokens[segment]), hidden[segment]
         activated = activate(expert_hidden, swiglu=True) if swiglu else expert_hidden
         tile = scratch("grad_activated", (len(gathered), G), dtype)
@@ -119,9 +123,10 @@ def expert_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor, grad_hidden: 
     source, grad = x.to(dtype), grad.to(dtype).contiguous()
     gates, tokens = sorted_gates(scores, order, dtype), order // k
     grad_up, grad_down = (w.new_empty(w.shape) for w in (up_experts, down_experts))
+    segments = expert_segments(counts)
 
     def compute(expert: int) -> None:
-        segment = expert_segment(counts, expert)
+        segment = segments[expert]
         gated = empty_tile("gated", counts[expert], G, dtype)
         activated = activate(hidden[segment], swiglu=True) if swiglu else hidden[segment]
         torch.mul(activated, gates[segment], out=gated[: counts[expert]])
@@ -130,13 +135,5 @@ def expert_gradients(grad: Tensor, inputs: Inputs, hidden: Tensor, grad_hidden: 
         mm_into(grad_up[expert], gather("gathered", source, tokens[segment]).t(), narrow)
 
     run_tasks(counts, compute)
-    _clear_unused(counts, grad_up, grad_down)
+    clear_unused(counts, grad_up, grad_down)
     return grad_up, grad_down
-
-
-def _clear_unused(counts: list[int], *gradients: Tensor) -> None:
-    """Zero gradient for the experts that no token chose."""
-    for expert, count in enumerate(counts):
-        if count == 0:
-            for gradient in gradients:
-                gradient[expert].zero_()

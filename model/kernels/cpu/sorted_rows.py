@@ -6,6 +6,8 @@ R = N*k, or less where a tensor-parallel rank holds some of the experts: the oth
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,10 +18,10 @@ TILE_STEP = 32
 """Rows. Of 512 rows on average an expert wastes 3%."""
 
 
-def expert_segment(counts: list[int], expert: int) -> slice:
-    """The rows of `expert` in the sorted order."""
-    start = sum(counts[:expert])
-    return slice(start, start + counts[expert])
+def expert_segments(counts: list[int]) -> list[slice]:
+    """The rows of every expert in the sorted order."""
+    ends = itertools.accumulate(counts)
+    return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
 def sorted_gates(scores: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,3 +105,11 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
     else:
         out.copy_(a @ b)
+
+
+def clear_unused(counts: list[int], *gradients: Tensor) -> None:
+    """Zero gradient for the experts that no token chose."""
+    for expert, count in enumerate(counts):
+        if count == 0:
+            for gradient in gradients:
+                gradient[expert].zero_()

@@ -54,6 +54,23 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def backward(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, scores and experts; `saved` is what `forward` gives after v."""
+    return _gradients(grad, inputs, saved, of_inputs=True, of_experts=True)
+
+
+def input_gradients(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, None]:
+    """Gradients of x and scores; nothing is kept for `expert_gradient`."""
+    return *_gradients(grad, inputs, saved, of_inputs=True, of_experts=False)[:2], None
+
+
+def expert_gradient(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], kept: None) -> Tensor:
+    """Gradient of the experts."""
+    return _gradients(grad, inputs, saved, of_inputs=False, of_experts=True)[2]
+
+
+def _gradients(
+    grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], *, of_inputs: bool, of_experts: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scores and experts; what was not asked for is not filled."""
     (x, choice, experts, strategy), (products, token, place, ends) = inputs, saved
     experts, scores = experts.contiguous(), choice.scores
     grouping = Grouping.restore((token, place, ends), experts.shape[1], strategy)
@@ -62,73 +79,27 @@ def backward(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[T
     gates = compute_gates(scores, grouping, dtype)
     products = products.view(*gates.shape, h)
     grad_gates, grad_experts = torch.empty_like(gates), torch.empty_like(experts)
-
-    totals = WideSum.parts(grouping, d, dtype)
+    totals = WideSum.parts(grouping, d if of_inputs else 0, dtype)
 
     def project(part: int, heads: range) -> None:
         wide, narrow = WideRows(x, grouping), NarrowRows(grad, grouping, gates)
         total = WideSum(grouping, totals[part], heads)
         for head in heads:
             rows, gated = narrow.read(head)
-            score_gradient(products[head].to(dtype), rows, grad_gates[head])
-            weights = HeadWeights(experts[head].transpose(1, 2), dtype)
-            gradient = WeightGradient(grad_experts[head].transpose(1, 2), dtype)
-            rows_of = (grouping.token[head], total.rows(head), gated)
-            parts = zip(grouping.groups[head], *(grouping.split(head, t) for t in rows_of), strict=True)
-            for group, token, target, factor in parts:
-                total.add(head, group, target, factor, weights.join(group.experts))
-                gradient.add(group, factor, wide.read(group, token))
-            gradient.finish()
+            groups, factors = grouping.groups[head], grouping.split(head, gated)
+            if of_inputs:
+                score_gradient(products[head].to(dtype), rows, grad_gates[head])
+                weights = HeadWeights(experts[head].transpose(1, 2), dtype)
+                for group, target, factor in zip(groups, grouping.split(head, total.rows(head)), factors, strict=True):
+                    total.add(head, group, target, factor, weights.join(group.experts))
+            if of_experts:
+                gradient = WeightGradient(grad_experts[head].transpose(1, 2), dtype)
+                for group, own, factor in zip(groups, grouping.split(head, grouping.token[head]), factors, strict=True):
+                    gradient.add(group, factor, wide.read(group, own))
+                gradient.finish()
 
     over_heads(project, H, len(x))
+    if not of_inputs:
+        return x.new_empty(0), scores.new_empty(0), grad_experts
     grad_scores = grad_gates.flatten()[grouping.place].to(scores.dtype)
     return add_up(grouping, totals).to(x.dtype), grad_scores, grad_experts
-
-
-# `backward` in two parts: tensor-parallel ranks communicate between them (model/parallel/overlap.py).
-
-
-def input_gradients(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and scores, and the gates of rows and members."""
-    (x, choice, experts, strategy), (products, token, place, ends) = inputs, saved
-    experts, scores = experts.contiguous(), choice.scores
-    grouping = Grouping.restore((token, place, ends), experts.shape[1], strategy)
-    H, d, h = experts.shape[0], experts.shape[2], experts.shape[3]
-    dtype = cpu_gemm_dtype(x.dtype, accumulates=True)
-    gates = compute_gates(scores, grouping, dtype)
-    products = products.view(*gates.shape, h)
-    grad_gates, totals = torch.empty_like(gates), WideSum.parts(grouping, d, dtype)
-
-    def project(part: int, heads: range) -> None:
-        narrow, total = NarrowRows(grad, grouping, gates), WideSum(grouping, totals[part], heads)
-        for head in heads:
-            rows, gated = narrow.read(head)
-            score_gradient(products[head].to(dtype), rows, grad_gates[head])
-            weights = HeadWeights(experts[head].transpose(1, 2), dtype)
-            targets, factors = grouping.split(head, total.rows(head)), grouping.split(head, gated)
-            for group, target, factor in zip(grouping.groups[head], targets, factors, strict=True):
-                total.add(head, group, target, factor, weights.join(group.experts))
-
-    over_heads(project, H, len(x))
-    grad_scores = grad_gates.flatten()[grouping.place].to(scores.dtype)
-    return add_up(grouping, totals).to(x.dtype), grad_scores, gates
-
-
-def expert_gradient(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], gates: Tensor) -> Tensor:
-    """Gradient of the experts; `gates` are those that `input_gradients` gave."""
-    (x, _, experts, strategy), (_, token, place, ends) = inputs, saved
-    grouping = Grouping.restore((token, place, ends), experts.shape[1], strategy)
-    grad_experts = torch.empty_like(experts, memory_format=torch.contiguous_format)
-
-    def project(part: int, heads: range) -> None:
-        wide, narrow = WideRows(x, grouping), NarrowRows(grad, grouping, gates)
-        for head in heads:
-            _, gated = narrow.read(head)
-            gradient = WeightGradient(grad_experts[head].transpose(1, 2), gates.dtype)
-            tokens, factors = grouping.split(head, grouping.token[head]), grouping.split(head, gated)
-            for group, token, factor in zip(grouping.groups[head], tokens, factors, strict=True):
-                gradient.add(group, factor, wide.read(group, token))
-            gradient.finish()
-
-    over_heads(project, len(experts), len(x))
-    return grad_experts

@@ -16,16 +16,15 @@ import torch
 from benchmarks.gpu import command, record
 from benchmarks.gpu.__main__ import COMMANDS, main
 from benchmarks.gpu.command import TIME_OVER, Context, Failed, Part, Unavailable
-from benchmarks.gpu.record import Identity, read
-
-CPU = Identity(card="CPU", driver="none", python="3", torch="2", cuda="none", triton="3", sources="0")
+from benchmarks.gpu.record import read
+from tests.benchmarks.gpu.cases import ON_CPU
 
 
 class Parts:
     """Parts that take ten seconds of a clock of their own."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(command.record, "identity", lambda device: CPU)
+        monkeypatch.setattr(command.record, "identity", lambda device: ON_CPU)
         self.folder, self.now, self.ran = folder, 0.0, [""]
 
     def part(self, name: str, outcome: Exception | dict[str, Any] | None = None) -> Part:

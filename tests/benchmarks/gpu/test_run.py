@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.gpu import carry, run
 from benchmarks.gpu.__main__ import main
@@ -21,6 +21,7 @@ from benchmarks.gpu.processes import end_all_below, ranks_below
 from benchmarks.gpu.record import ROOT, read
 from benchmarks.gpu.run import Lines, different, read_lines
 from data_prep.shards.format import Manifest
+from tests.benchmarks.gpu import cases
 from tests.marks import HAS_SPACE
 
 
@@ -63,7 +64,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> type[FakeLaunch]:
 
 
 def context(folder: Path) -> Context:
-    return Context(device=torch.device("cuda"), tiny=False, results=folder, remaining=lambda: 100.0)
+    return cases.context(folder, device="cuda", tiny=False)
 
 
 def test_a_resume_must_give_the_same_bits(launches: type[FakeLaunch], tmp_path: Path) -> None:
@@ -146,6 +147,13 @@ def test_dropout_must_learn(launches: type[FakeLaunch], tmp_path: Path) -> None:
     launches.losses = [3.0, 2.5, 3.0]
     with pytest.raises(Failed, match="does not fall"):
         run.dropped_out(context(tmp_path), steps=3)
+
+
+def test_the_speed_is_the_median_of_the_later_half(tmp_path: Path) -> None:
+    speeds = (1.0, 2.0, 10.0, 30.0)
+    found: Lines = {step: {"tokens_per_second": speed} for step, speed in enumerate(speeds, start=1)}
+    assert run._speed(context(tmp_path), found) == 20.0
+    assert run._speed(dataclasses.replace(context(tmp_path), shared=True), found) is None
 
 
 def test_two_runs_are_compared_by_bits_and_steps() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import stat
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import op_cases, op_shapes
+from benchmarks import op_cases
 from benchmarks.gpu import (
     block,
-    ceilings,
     counters,
     kernel_peers,
     kernels,
@@ -32,21 +29,19 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import Context, Failed, Unavailable
 from benchmarks.gpu.kernels import Phase, nbytes, work_of
 from benchmarks.gpu.micro_step import Activity, timeline, union
-from benchmarks.gpu.record import Entry, read
+from benchmarks.gpu.record import read
 from benchmarks.gpu.timing import CudaClock, HostClock, draw
 from model.language_model import build_on_meta
 from pretrain.gpus import numerics
-from tests.benchmarks.gpu.cases import CASES, NAMES
+from tests.benchmarks.gpu import cases
+from tests.benchmarks.gpu.cases import CPU, MEASURED, entry
 from tests.benchmarks.gpu.test_tuned import FASTER, recorded
 from tests.marks import HAS_SPACE
 from tests.pretrain.test_gpus import switches
 
-CPU = torch.device("cpu")
-MEASURED = {ceilings.COPY: {"bytes_per_second": 1e9}, ceilings.PRODUCT: {"flops_per_second": 1e12}}
-
 
 def context(folder: Path, **more: dict[str, Any]) -> Context:
-    return Context(device=CPU, tiny=True, results=folder, remaining=lambda: 100.0, measured=MEASURED | more)
+    return cases.context(folder, **(MEASURED | more))
 
 
 def test_least_work_of_an_op() -> None:
@@ -59,15 +54,6 @@ def test_least_work_of_an_op() -> None:
     assert work["backward"] == Phase(8 * N * k * d * G, read_bytes + x + (x + weights + scores))
     assert Phase(6 * 10**9, 10**6).roofline(1e9, 1e12) == pytest.approx(6.0)
     assert Phase(10**6, 6 * 10**6).roofline(1e9, 1e12) == pytest.approx(6.0)
-
-
-@pytest.mark.parametrize("build", CASES, ids=NAMES)
-def test_useful_flops_are_the_ops_own_formula(build: op_cases.Build) -> None:
-    """The loss makes its gradients forward: three products there."""
-    work, case = work_of(build, torch.bfloat16), op_shapes.outlines([build])[0]
-    factor = 3 if case.op == "linear_cross_entropy" else 1
-    assert work["forward"].flops == factor * case.useful_flops
-    assert work["backward"].flops == (0 if factor == 3 else 2 * case.useful_flops)
 
 
 def test_a_kernel_beside_its_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -83,9 +69,8 @@ def test_a_kernel_beside_its_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(kernels, "works_of", lambda *_: 1 / 0)
     with pytest.raises(Failed, match="cpu: ZeroDivisionError"):
         kernels.compute(context(tmp_path), build=partial(op_cases.value_case, 37, 24, 2, 4, 2, 8))
-    nothing = Context(device=CPU, tiny=True, results=tmp_path, remaining=lambda: 100.0)
     with pytest.raises(Unavailable, match="have not been measured"):
-        kernels.compute(nothing, build=partial(op_cases.value_case, 37, 24, 2, 4, 2, 8))
+        kernels.compute(cases.context(tmp_path), build=partial(op_cases.value_case, 37, 24, 2, 4, 2, 8))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +90,7 @@ def test_peers_multiply_what_the_op_does(build: op_cases.Build) -> None:
     t = dict(inputs.tensors)
     t["scores"] = torch.ones_like(t["scores"])
     (wanted,) = inputs.case.compute(t, "reference")
-    for peer in kernel_peers.of(case.op):
+    for peer in kernel_peers.PEERS[case.op]:
         if "one expert" in peer.name:
             continue
         found = peer.compute(*peer.prepare(t))
@@ -183,12 +168,22 @@ def test_a_micro_step_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     result = micro_step.compute(context(tmp_path), name="tiny", sequences=2)
     assert result["tokens"] == 32 and result["launches"] > 10 and result["wall_ms"] >= result["host_ms"] > 0
     assert result["busy_ms"] > 0 and result["kernels"] and "mfu" not in result
-    entry = Entry(
-        part="micro-step tiny 2", status="passed", seconds=1.0, result=result, identity={}, revision="", date="",
-        command="",
-    )  # fmt: skip
-    head, row = tables.step_rows([entry])
+    head, row = tables.step_rows([entry("micro-step tiny 2", **result)])
     assert len(head) == len(row) and row[0] == "tiny 2"
+
+
+@pytest.mark.parametrize("kind, keys", [("", 16), ("documents", 6)])
+def test_attention_inside_documents_has_their_flops(
+    kind: str, keys: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three documents in 16 tokens: no token attends to more than 6."""
+    small = models.load("tiny", num_layers=1, sequence_length=16)
+    monkeypatch.setattr(models, "load", lambda name: small)
+    monkeypatch.setattr(micro_step, "utilisation", lambda config, *_: {"keys": config.sequence_length})
+    result = micro_step.compute(context(tmp_path), name="tiny", sequences=2, kind=kind)
+    assert result["tokens"] == 32 and result["keys"] == keys
+    (documents,) = micro_step.Step(small, CPU, 2, has_documents=True).documents
+    assert int(documents[0].bincount().max()) == 6
 
 
 def test_models_are_timed_with_the_numerics_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -268,13 +263,11 @@ def test_ncu_that_cannot_count(
     script: str, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     measured = {"micro-step tiny 2": {"kernels": [{"name": "void gemm<1>(int)"}]}}
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Unavailable, match="ncu is not on the PATH"):
-        counters.compute(context(tmp_path, **measured), model="tiny", sequences=2)
-    path = tmp_path / "ncu"
-    path.write_text(f'#!/bin/sh\necho "$@" > "{tmp_path}/line"\n{script}\n')
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    with monkeypatch.context() as without:
+        without.setenv("PATH", str(tmp_path))
+        with pytest.raises(Unavailable, match="ncu is not on the PATH"):
+            counters.compute(context(tmp_path, **measured), model="tiny", sequences=2)
+    cases.on_the_path(tmp_path, "ncu", f'echo "$@" > "{tmp_path}/line"\n{script}', monkeypatch)
     with pytest.raises(error, match=words):
         counters.compute(context(tmp_path, **measured), model="tiny", sequences=2)
     line = (tmp_path / "line").read_text()
@@ -295,8 +288,9 @@ class Recorded:
         return call
 
 
-def test_the_side_stream_waits_for_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is captured reads tensors that the current stream has drawn."""
+def test_the_side_stream_waits_for_the_inputs_and_no_round_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured reads tensors that the current stream has drawn; the device has work until all rounds are asked
+    for."""
     import contextlib
 
     log = Recorded()
@@ -327,6 +321,7 @@ def test_the_side_stream_waits_for_the_inputs(monkeypatch: pytest.MonkeyPatch) -
     for name, value in {
         "Stream": Stream, "current_stream": lambda: None, "stream": partial(entered, "side"), "CUDAGraph": Graph,
         "graph": partial(entered, "capture"), "Event": Event, "synchronize": log.named("host waits"),
+        "_sleep": log.named("device sleeps"),
         "current_device": lambda: 0,
         "get_device_properties": lambda _: type("Properties", (), {"L2_cache_size": 1024}),
     }.items():  # fmt: skip
@@ -337,7 +332,8 @@ def test_the_side_stream_waits_for_the_inputs(monkeypatch: pytest.MonkeyPatch) -
     assert found.median == 2.0 and isinstance(timing.clock_of(CPU), HostClock)
     warm_up = ["side waits for current", "side begins", *["work"] * timing.WARM_UP, "side ends"]
     capture = [*warm_up, "host waits for side", "capture begins", "work", "capture ends"]
-    assert log.calls == [*capture, "replay", "host waits", *["event", "replay", "event"] * 2, "host waits"]
+    rounds = ["event", "replay", "event"] * 2
+    assert log.calls == [*capture, "replay", "host waits", "device sleeps", *rounds, "host waits"]
 
 
 def test_kernel_tables() -> None:
@@ -346,14 +342,11 @@ def test_kernel_tables() -> None:
         {"backend": "triton", "forward": times | {"of_roofline": 0.5}, "backward": times | {"of_roofline": 0.25}},
         {"backend": "cuda", "skipped": "no"},
     ]
-    entry = Entry(
-        part="kernel 1b route N=1", status="passed", seconds=1.0, result={"backends": rows}, identity={}, revision="",
-        date="", command="",
-    )  # fmt: skip
-    assert tables.kernel_rows([entry])[1:] == [
+    found = entry("kernel 1b route N=1", backends=rows)
+    assert tables.kernel_rows([found])[1:] == [
         ("1b route N=1", "triton", "2 (1.5 to 2.5)", "50.0%", "2 (1.5 to 2.5)", "25.0%")
     ]
-    assert tables.headline(entry) == "triton forward 2 ms, backward 2 ms"
+    assert tables.headline(found) == "triton forward 2 ms, backward 2 ms"
     assert nbytes([torch.ones(3), torch.ones(2, dtype=torch.int64)]) == 28
 
 
@@ -362,7 +355,7 @@ def test_every_part_on_the_cpu(tmp_path: Path) -> None:
     recorded(tmp_path, FASTER)  # as if tune had run
     words = ["speed", "--device", "cpu", "--tiny", "--results", str(tmp_path), "--seconds", "3000"]
     assert main(words) == int(HAS_SPACE)
-    entries = {entry.part: entry.status for entry in read(tmp_path / "cpu" / "speed.jsonl")}
+    entries = {one.part: one.status for one in read(tmp_path / "cpu" / "speed.jsonl")}
     compiled = entries.pop("micro-step tiny compiled 1")
     assert compiled == ("failed" if HAS_SPACE else "passed")  # see tests/marks.py
     of_a_gpu_alone = {part for part in entries if part.startswith(("counters", "sparse"))}

@@ -19,9 +19,8 @@ from benchmarks import op_cases
 from benchmarks.gpu import timing
 from benchmarks.gpu.timing import Times, Work, backward_of, draw, forward_of, measure, number_of_sets, times
 from model.kernels.backend import BACKENDS
-from tests.benchmarks.gpu.cases import CASES, NAMES
+from tests.benchmarks.gpu.cases import CASES, CPU, NAMES
 
-CPU = torch.device("cpu")
 VIEWS = {"detach", "alias", "view", "transpose"}
 """Operators without a kernel."""
 
@@ -54,6 +53,9 @@ class FakeClock:
         self.log.lines.append("capture")
         work()
         return work
+
+    def hold(self) -> None:
+        self.log.lines.append("hold")
 
     def flush(self) -> None:
         self.log.lines.append("flush")
@@ -98,7 +100,7 @@ def test_the_op_alone_is_timed(build: op_cases.Build) -> None:
         backward = log.lines[before:]
     for lines, words in ((forward, "no backward"), (backward, "backward")):
         assert [line for line in lines if "." not in line] == [
-            "capture", "capture", "wait", *["flush", "start", "end"] * 3, "wait",
+            "capture", "capture", "wait", "hold", *["flush", "start", "end"] * 3, "wait",
         ]  # fmt: skip
         regions = list(timed_regions(lines))
         assert len(regions) == 3 and all(regions)

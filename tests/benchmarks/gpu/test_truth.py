@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import subprocess
 import sys
 from functools import partial
@@ -18,7 +17,7 @@ from benchmarks import compiled, op_cases, op_shapes
 from benchmarks.fake_cuda import backward, fake_cuda
 from benchmarks.gpu import dropout, equality, sanitizer, truth
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.command import Context, Failed, Unavailable
+from benchmarks.gpu.command import Failed, Unavailable
 from benchmarks.gpu.record import ROOT, read
 from benchmarks.gpu.timing import Inputs, draw, tensors_of
 from benchmarks.launch_counter import LaunchCounter
@@ -27,14 +26,9 @@ from model.kernels.backend import BACKENDS
 from model.kernels.ops import elementwise
 from model.kernels.ops.route import Choice
 from model.kernels.ops.sigma_moe import HeldExperts
-from tests.benchmarks.gpu.cases import CASES, NAMES
+from tests.benchmarks.gpu.cases import CASES, CPU, NAMES, context, on_the_path
 
-CPU = torch.device("cpu")
 SIGMA_MOE = partial(op_cases.sigma_moe_case, 37, 24, 4, 2, 16)
-
-
-def context(folder: Path, **measured: dict[str, Any]) -> Context:
-    return Context(device=CPU, tiny=True, results=folder, remaining=lambda: 100.0, measured=measured)
 
 
 def test_every_backend_is_compared(tmp_path: Path) -> None:
@@ -169,18 +163,11 @@ def test_masks_of_every_backend_are_compared(backend: str, monkeypatch: pytest.M
         dropout.masks(context(tmp_path))
 
 
-def tool(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compute-sanitizer on the PATH."""
-    path = folder / "compute-sanitizer"
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-
-
 @pytest.mark.slow  # what the tool says is read in test_what_the_sanitizer_says
 def test_the_sanitizer_runs_a_case_and_hears_of_its_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """For real but the tool, which passes the command on."""
-    tool(tmp_path, 'shift 6; echo "========= RACECHECK SUMMARY: 0 hazards displayed"; exec "$@"', monkeypatch)
+    script = 'shift 6; echo "========= RACECHECK SUMMARY: 0 hazards displayed"; exec "$@"'
+    on_the_path(tmp_path, "compute-sanitizer", script, monkeypatch)
     number = [case.op for case in op_shapes.outlines(sanitizer.cases("tiny", tiny=True))].index("route")
     result = sanitizer.check(context(tmp_path), tool="racecheck", model="tiny", number=number)
     assert {"choose_kernel", "place_kernel", "gradients_kernel"} <= result["kernels"].keys()
@@ -222,7 +209,7 @@ OTHER = "echo '====== at void own<float, 4>(const float *, int)+0x1'"
 def test_what_the_sanitizer_says(
     script: str, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    tool(tmp_path, script, monkeypatch)
+    on_the_path(tmp_path, "compute-sanitizer", script, monkeypatch)
     with pytest.raises(error, match=words):
         sanitizer.check(context(tmp_path), tool="racecheck", model="tiny", number=0)
 

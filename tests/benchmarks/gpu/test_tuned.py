@@ -13,20 +13,20 @@ import torch
 from benchmarks import compiled, compiled_entries
 from benchmarks.compiled import main as compile_command
 from benchmarks.compiled_records import read_records
-from benchmarks.gpu import block, ceilings, models, tables, tuned_kernels, tuned_step, winners
+from benchmarks.gpu import block, models, tables, tuned_kernels, tuned_step, winners
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import Context, Failed, Unavailable
 from benchmarks.gpu.equality import errors
-from benchmarks.gpu.record import Entry, Identity, Record, identity
+from benchmarks.gpu.record import Identity, Record, identity
 from benchmarks.gpu.tile_compilation import Resources
 from benchmarks.gpu.tile_search import Search
 from benchmarks.gpu.tuned_step import compared
 from model.kernels.triton import tiles
 from model.language_model import build_on_meta
+from tests.benchmarks.gpu import cases
+from tests.benchmarks.gpu.cases import CPU, MEASURED, entry
 
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("own_tiles")
-MEASURED = {ceilings.COPY: {"bytes_per_second": 1e9}, ceilings.PRODUCT: {"flops_per_second": 1e12}}
 WIDTH = models.load("tiny").d_model
 NORM = {"kernel": "norm forward", "capability": "9.0", "dtype": "bf16", "shape": {"d": WIDTH}, "rows": 0}
 """Which the tiny model launches."""
@@ -41,7 +41,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def context(folder: Path) -> Context:
-    return Context(device=CPU, tiny=True, results=folder, remaining=lambda: 100.0, measured=dict(MEASURED))
+    return cases.context(folder, **MEASURED)
 
 
 @pytest.fixture
@@ -114,11 +114,7 @@ def test_a_micro_step_with_the_winners_beside_todays(tmp_path: Path, monkeypatch
     assert found["ratio"] == pytest.approx(found["wall_ms"] / found["today"]["wall_ms"], rel=1e-3)
     assert found["tokens"] == 8 and found["launches"] > 10
     assert sorted(calls.values()) == [[False], [False] * 5, [True] * 6]
-    entry = Entry(
-        part="micro-step tiny tuned 1", status="passed", seconds=1.0, result=found, identity={}, revision="", date="",
-        command="",
-    )  # fmt: skip
-    head, row, today = tables.step_rows([entry])
+    head, row, today = tables.step_rows([entry("micro-step tiny tuned 1", **found)])
     assert row[0] == "tiny tuned 1" and today[0] == "tiny tuned 1: with today's tiles"
     assert len(head) == len(row) == len(today)
 
@@ -147,17 +143,7 @@ def test_todays_tiles_are_timed_beside_the_winners(
     monkeypatch.setattr(tuned_step.Step, "timed", times)
     tuned_step.compute(context(tmp_path), name="tiny", sequences=1, kind="tuned")
     won = {"warps": 2}
-    assert [found for _, found in timed] == [
-        None,
-        None,
-        won,
-        won,
-        None,
-        won,
-        None,
-        won,
-        won,
-    ]  # the last for the profiler
+    assert [found for _, found in timed] == [*[None] * 2, *[won] * 2, *[None, won] * 2, won]  # the profiler's last
     today, tuned = timed[0][0], timed[2][0]
     assert today is not tuned and [step for step, _ in timed[4:8]] == [today, tuned] * 2
     assert chosen == [False, True, True]
@@ -251,15 +237,8 @@ def test_a_block_with_the_winners_beside_todays(
     assert found["model"]["parameters"] == found["today"]["parameters"] and found["today"]["block"]["ms"] > 0
     assert seen == [True, True, False, False, False, False]  # block and attention of the model, of dense, of today
     assert found["tiles"] == [f"norm forward d={WIDTH}: warps 2"]
-    entry = Entry(
-        part="block tuned tiny", status="passed", seconds=1.0, result=found, identity={}, revision="", date="",
-        command="",
-    )  # fmt: skip
-    assert [row[:2] for row in tables.block_rows([entry])[1:]] == [
-        ("tuned tiny", "model"),
-        ("tuned tiny", "dense"),
-        ("tuned tiny", "today"),
-    ]
+    rows = tables.block_rows([entry("block tuned tiny", **found)])[1:]
+    assert [row[:2] for row in rows] == [("tuned tiny", kind) for kind in ("model", "dense", "today")]
 
 
 # -------------------------------------------------------------------------------------------------------------- apply

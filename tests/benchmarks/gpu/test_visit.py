@@ -14,13 +14,14 @@ import torch
 from benchmarks.gpu import carry, quality_run, record, tables, visit, visit_numbers
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import TIME_OVER, Context, Failed, Unavailable
-from benchmarks.gpu.record import Entry, Identity, Record, read
+from benchmarks.gpu.record import Record, read
 from benchmarks.gpu.visit import END_SECONDS, START_SECONDS
 from benchmarks.gpu.visit_list import STOPS, Stop
 from common.errors import DataError
+from tests.benchmarks.gpu import cases
+from tests.benchmarks.gpu.cases import ON_CPU, entry
 from tests.benchmarks.gpu.test_command import Parts, parts, parts_of  # noqa: F401
 
-CPU = Identity(card="CPU", driver="none", python="3", torch="2", cuda="none", triton="3", sources="0")
 ROWS = Stop("speed", ("ceiling",), 60, "first")
 TUNE = Stop("tune", ("rope", "route place"), 100, "second")
 STEP = Stop("speed", ("micro-step 1b 1",), 50, "third")
@@ -70,7 +71,7 @@ class Machine:
     """Runs stops on a clock of its own: each missing part takes `part_seconds` and gets the status that is given."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(record, "identity", lambda device: CPU)
+        monkeypatch.setattr(record, "identity", lambda device: ON_CPU)
         self.folder, self.now, self.part_seconds = folder, 0.0, 20.0
         self.begun: list[tuple[str, float, float]] = []
         self.statuses: dict[str, str] = {}
@@ -81,7 +82,7 @@ class Machine:
         assert line[:3] == [sys.executable, "-m", "benchmarks.gpu"] and str(self.folder) in line
         self.begun.append((command, given, seconds))
         self.now += START_SECONDS
-        book, end = Record(self.folder, command, CPU), self.now + given
+        book, end = Record(self.folder, command, ON_CPU), self.now + given
         cut = book.cut()
         for part in sorted(parts_of(command), key=lambda part: part.name in cut):
             if part.name.startswith(only) and part.name not in book.done() and self.now + self.part_seconds <= end:
@@ -118,10 +119,7 @@ def test_each_stop_has_its_own_time_and_the_next_call_goes_on(
     assert [len(each.parts) for each in found] == [2, 5, 1]
     margin = START_SECONDS + END_SECONDS
     assert machine.visit(ROWS, TUNE, STEP, seconds=200.0) == TIME_OVER
-    assert machine.begun == [
-        ("speed", 120.0, 120.0 + margin),
-        ("tune", 200.0 - 55.0 - margin, 200.0 - 55.0),
-    ]
+    assert machine.begun == [("speed", 120.0, 120.0 + margin), ("tune", 200.0 - 55.0 - margin, 200.0 - 55.0)]
     output = capsys.readouterr().out
     assert '=== stop 2 of 3, 95 s left: tune --only "rope" --only "route place"' in output
     assert "| tune rope, route place | 5 | 4 | 0 | 1 | 80 | 100 |" in output
@@ -219,17 +217,13 @@ def test_a_process_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) 
 
 
 def test_a_part_that_was_cut_comes_behind_the_others(parts: Parts) -> None:  # noqa: F811
-    Record(parts.folder, "truth", CPU).append("a", "cut", 1.0, {})
+    Record(parts.folder, "truth", ON_CPU).append("a", "cut", 1.0, {})
     listed = [parts.part(name) for name in "abc"]
     assert parts.run(listed, seconds=22.0) == TIME_OVER and parts.ran == ["b", "c"]
     assert parts.run(listed) == 0 and parts.ran == ["a"]
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
-
-
-def entry(part: str, status: str = "passed", **result: Any) -> Entry:
-    return Entry(part=part, status=status, seconds=1.0, result=result, identity={}, revision="", date="", command="")
 
 
 def test_the_numbers_that_matter() -> None:
@@ -258,7 +252,7 @@ def test_the_numbers_that_matter() -> None:
 
 
 def context(folder: Path, remaining: float = 1000.0) -> Context:
-    return Context(device=torch.device("cpu"), tiny=False, results=folder, remaining=lambda: remaining)
+    return cases.context(folder, tiny=False, remaining=remaining)
 
 
 def test_quality_needs_its_text_and_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -273,15 +267,15 @@ def test_quality_needs_its_text_and_time(monkeypatch: pytest.MonkeyPatch, tmp_pa
     (source / "manifest.json").write_text("{}")
     carry.copy_text(source, carry.FOLDER / "data" / carry.TEXT)
     former = tmp_path / "runs" / "quality-gpu" / "other sources" / "records"
-    kept = tmp_path / "runs" / "quality-gpu" / CPU.sources / "records"
-    monkeypatch.setattr(record, "identity", lambda device: CPU)
+    kept = tmp_path / "runs" / "quality-gpu" / ON_CPU.sources / "records"
+    monkeypatch.setattr(record, "identity", lambda device: ON_CPU)
     for folder in (former, kept):
         folder.mkdir(parents=True)
         (folder / "dense-250-0.001-0.json").write_text(json.dumps({"name": "dense"}))
     lines: list[list[str]] = []
 
     def ended(code: int | None) -> Any:
-        def within(line: list[str], context: Context) -> int | None:
+        def within(line: list[str], seconds: float, cwd: Path) -> int | None:
             lines.append(line)
             return code
 
@@ -297,13 +291,6 @@ def test_quality_needs_its_text_and_time(monkeypatch: pytest.MonkeyPatch, tmp_pa
         quality_run.quality(context(tmp_path))
     assert failure.value.result == {"records": [{"name": "dense"}]}
     assert "--jobs 10 --set batch.micro_sequences=32" in " ".join(lines[0])
-
-
-def test_a_command_within_its_time(tmp_path: Path) -> None:
-    line = [sys.executable, "-S", "-c", "raise SystemExit(3)"]
-    assert quality_run.within(line, context(tmp_path), tmp_path) == 3
-    line = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
-    assert quality_run.within(line, context(tmp_path, remaining=0.0), tmp_path) is None
 
 
 @pytest.mark.slow

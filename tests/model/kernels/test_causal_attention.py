@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.documents import Documents
 from model.kernels.backend import resolve
@@ -129,6 +130,18 @@ def test_the_end_of_a_key_is_the_number_of_queries_that_begin_up_to_it() -> None
             documents = Documents.of(document_index(shape))
             begun = documents.first[:, :, None] <= torch.arange(shape.T)
             assert torch.equal(documents.end, begun.sum(1)) and documents.first.dtype == torch.int32
+
+
+def test_flop_counter() -> None:
+    """Logits and the weighted sum over all keys; twice as much for the gradients."""
+    B, T, L, H, h = 2, 5, 11, 3, 8
+    q, k, v = (torch.empty(B, H, n, h, device="meta", requires_grad=True) for n in (T, L, L))
+    with FlopCounterMode(display=False) as counter:
+        y = causal_attention(Inputs(q, k, v), backend="triton")
+    assert counter.get_total_flops() == 2 * 2 * B * H * T * L * h
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 4 * 2 * B * H * T * L * h
 
 
 def test_auto_takes_triton_on_cuda_where_it_fits_the_registers() -> None:

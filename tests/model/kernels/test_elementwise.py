@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import dropout as masks
 from model.attention import rope
 from model.dropout import Draw, site_key
 from model.kernels import backend as kernel_backend
@@ -123,18 +122,11 @@ def test_dropout_equals_fp64(name: str, backend: str, dtype: torch.dtype, has_re
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_the_cpu_computes_what_it_always_did(dtype: torch.dtype) -> None:
-    """Bit for bit the operators of model/dropout.py and a sum."""
+    """Bit for bit: a product, a quotient and a sum in the dtype of the tensor."""
     shape = SHAPES["a rank's tokens and columns"]
     x, residual = (normal(shape.size, seed, dtype) for seed in range(2))
     draw = shape.draw()
-    expected = masks.dropout(
-        x,
-        probability=draw.probability,
-        key=draw.key,
-        sequence_index=draw.sequence_index,
-        columns=draw.columns,
-        first_token=draw.first_token,
-    )
+    expected = x * draw.mask(x.shape).to(dtype) / (1.0 - draw.probability)
     assert torch.equal(dropout(x, draw, backend="cpu"), expected)
     assert torch.equal(dropout(x, draw, residual, backend="cpu"), residual + expected)
 

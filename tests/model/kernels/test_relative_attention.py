@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels import backend
 from model.kernels.backend import resolve
@@ -108,6 +109,19 @@ def check(shape: Shape, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_reference_equals_the_oracle(name: str) -> None:
     check(SHAPES[name], torch.float64, "reference")
+
+
+def test_flop_counter() -> None:
+    """Logits of content and of places, and the weighted sum, over all keys; twice as much for the gradients."""
+    B, T, L, H, h = 2, 5, 11, 3, 8
+    q, k, v = (torch.empty(B, n, H, h, device="meta", requires_grad=True) for n in (T, L, L))
+    inputs = Inputs(q, q, k, v, torch.empty(L, H, h, device="meta", requires_grad=True))
+    with FlopCounterMode(display=False) as counter:
+        y = relative_attention(inputs, backend="triton")
+    assert counter.get_total_flops() == 3 * 2 * B * H * T * L * h
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 6 * 2 * B * H * T * L * h
 
 
 def test_triton_takes_what_fits_the_registers(monkeypatch: pytest.MonkeyPatch) -> None:

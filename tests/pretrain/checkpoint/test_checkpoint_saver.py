@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import pretrain.checkpoint.saver
+from common.resident import forget_peak, resident_bytes
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.checkpoint.fragments import single_fragment
 from pretrain.checkpoint.loading import load_training_state
@@ -170,16 +171,11 @@ def save_large(rank: int, config: Config, folder: Path) -> tuple[int, int]:
     trainer = trainer_of(config)
     trainer.saver.save(folder, Progress(0, 0), extra={}, retention=Retention(keep_last=1))  # moments are there now
     trainer.saver.finish()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
-    before = _memory("VmRSS")
+    forget_peak()
+    before, _ = resident_bytes()
     trainer.saver.save(folder, Progress(1, 0), extra={}, retention=Retention(keep_last=1))
     trainer.saver.finish()
-    return 12 * sum(p.numel() for p in trainer.engine.module.parameters()), _memory("VmHWM") - before
-
-
-def _memory(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return 1024 * int(line.split()[1])
+    return 12 * sum(p.numel() for p in trainer.engine.module.parameters()), resident_bytes()[1] - before
 
 
 @pytest.mark.slow
@@ -258,6 +254,10 @@ def stage_of(*weights: int, digest: str = "a") -> dict[str, Any]:
     return {"progress": {"stages": [{"sources": [{"digest": "first", "weight": 1}]}, {"sources": sources}]}}
 
 
+def streams_of(number: int, memory: int = 1) -> dict[str, Any]:
+    return {"config": {"model": {"position": {"memory_chunks": memory}}, "evaluate": {"streams": number}}}
+
+
 @pytest.mark.parametrize(
     "before, after, is_kept",
     [
@@ -268,8 +268,10 @@ def stage_of(*weights: int, digest: str = "a") -> dict[str, Any]:
         # The same windows, whatever the weights, and a file from before stages were recorded.
         ({"manifest_digest": "x", **stage_of(1, 2)}, {"manifest_digest": "y", **stage_of(3, 1)}, False),
         ({"manifest_digest": "a0"}, {"manifest_digest": "a0", **stage_of(1, 0)}, False),
+        (streams_of(4), streams_of(8), True),
+        (streams_of(4, memory=0), streams_of(8, memory=0), False),
     ],
-    ids=["split", "length", "data", "sources", "weights", "record of stages"],
+    ids=["split", "length", "data", "sources", "weights", "record of stages", "streams", "streams without memory"],
 )
 def test_losses_of_other_text_do_not_compete(
     saved: list[Path], before: dict[str, Any], after: dict[str, Any], is_kept: bool

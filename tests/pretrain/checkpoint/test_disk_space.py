@@ -8,6 +8,7 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -72,11 +73,15 @@ def test_a_checkpoint_is_as_large_as_was_said(prepared: Path, tmp_path: Path) ->
         (("train.steps=100", "checkpoint.every_steps=10"), 1, 3, 3, 1),
         (("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep_best=2"), 0, 5, 6, 2),
         (("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep_every_steps=20"), 0, 8, 9, 2),
-        (("train.steps=25", "checkpoint.every_steps=10", "checkpoint.keep_last=9"), 0, 3, 4, 2),
-        (("train.steps=5", "checkpoint.every_steps=10"), 0, 1, 2, 2),
+        # None is removed.
+        (("train.steps=25", "checkpoint.every_steps=10", "checkpoint.keep_last=9"), 0, 3, 3, 2),
+        # There is only one.
+        (("train.steps=5", "checkpoint.every_steps=10"), 0, 1, 1, 1),
+        (("train.steps=100", "train.stop_after_steps=5", "checkpoint.every_steps=10"), 0, 1, 1, 1),
+        (("train.steps=100", "train.stop_after_steps=40", "checkpoint.every_steps=10"), 0, 3, 4, 2),
         # By time every step may be saved.
         (("train.steps=5", "checkpoint.every_steps=10", "checkpoint.every_minutes=1"), 0, 3, 4, 2),
-        (("train.steps=2", "checkpoint.every_steps=10", "checkpoint.every_minutes=1"), 0, 2, 3, 2),
+        (("train.steps=2", "checkpoint.every_steps=10", "checkpoint.every_minutes=1"), 0, 2, 2, 2),
         (("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep_last=1"), 0, 1, 2, 2),
     ],
 )
@@ -90,13 +95,16 @@ def test_numbers_of_checkpoints(
 
 
 def test_the_limits_themselves() -> None:
-    space = CheckpointSpace(size=100, per_parameter=12, kept=3, there=0, free=200, folder=Path("run"))
+    sizes: Any = {"size": 100, "per_parameter": 12, "kept": 3, "there": 0, "folder": Path("run")}
+    space = CheckpointSpace(saved=4, free=200, **sizes)
     space.check()
     assert space.warning() == (
         "the disk of run has no room for the 3 checkpoints that the run keeps and one being written: 400 bytes are "
         "needed, 200 are free; make room, or lower checkpoint.keep_last, keep_best or raise keep_every_steps"
     )
-    assert not CheckpointSpace(size=100, per_parameter=12, kept=3, there=0, free=400, folder=Path("run")).warning()
+    assert not CheckpointSpace(saved=4, free=400, **sizes).warning()
+    assert not CheckpointSpace(saved=3, free=300, **sizes).warning()
+    assert "3 checkpoints that the run keeps: 300 bytes" in CheckpointSpace(saved=3, free=200, **sizes).warning()
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run", "--no-step"]])
@@ -107,7 +115,7 @@ def test_a_disk_too_small_is_refused_and_one_without_room_for_all_is_warned_abou
     capsys: pytest.CaptureFixture[str],
     more: list[str],
 ) -> None:
-    config = small_config(prepared, "checkpoint.every_steps=10")
+    config = small_config(prepared, "checkpoint.every_steps=10", "train.steps=40")
     (tmp_path / "c.json").write_text(json.dumps(to_json(config)))
     size = checkpoint_space(config, tmp_path / "run").size
     started: list[object] = []

@@ -124,19 +124,25 @@ def test_inductor_computes_what_operators_do(prepared: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys, programs",
+    "name, keys, programs",
     [
-        ((), 1),
-        (("train.recompute=full",), 1),
-        (("model.dropout=0.1",), 3),
-        (("model.attention.expert_dropout=0.1", "train.recompute=full"), 3),
-        (("model.feedforward.expert_dropout=0.1",), 3),
+        ("switchall", (), 1),
+        ("switchall", ("data.document_mask=true",), 1),
+        ("switchall xl", (), 1),
+        ("switchall", ("train.recompute=full",), 1),
+        ("switchall", ("model.dropout=0.1",), 3),
+        ("switchall", ("model.attention.expert_dropout=0.1", "train.recompute=full"), 3),
+        ("switchall", ("model.feedforward.expert_dropout=0.1",), 3),
     ],
 )
-def test_blocks_without_dropout_share_a_program(prepared: Path, keys: tuple[str, ...], programs: int) -> None:
+def test_blocks_without_dropout_share_a_program(
+    prepared: Path, name: str, keys: tuple[str, ...], programs: int
+) -> None:
     """With dropout, of any kind, each has one of its own, and none has two: of one code torch keeps few."""
-    given, compiled = config_of(prepared, "switchall", Layout(), "model.num_layers=3", *keys), []
+    given, compiled = config_of(prepared, name, Layout(), "model.num_layers=3", *keys), []
     model = model_of(given)
+    for _, memory in layer_memories(model):
+        memory.assign(torch.arange(1), 1)
 
     def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         compiled.append(module)
@@ -144,9 +150,10 @@ def test_blocks_without_dropout_share_a_program(prepared: Path, keys: tuple[str,
 
     compile_blocks(model, given.model, backend=backend)  # type: ignore[arg-type]
     tokens = torch.zeros(1, given.model.sequence_length, dtype=torch.int64)
+    documents = torch.zeros_like(tokens) if given.data.document_mask else None
     with torch._dynamo.config.patch(recompile_limit=1):
         for _ in range(2):
-            model(tokens, tokens, torch.arange(1))[0].backward()
+            model(tokens, tokens, torch.arange(1), documents)[0].backward()
     assert len(compiled) == programs
 
 

@@ -10,12 +10,12 @@ import ctypes
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.resident import forget_peak, resident_bytes
 from model.kernels.cpu import workers
 from pretrain.config.loading import parse_config, to_json
 from pretrain.config.schema import Config
@@ -67,7 +67,7 @@ def count(rank: int, config: Config) -> Counted:
     allocations = ctypes.CDLL(os.environ["LD_PRELOAD"])
     for function in (allocations.allocations_now, allocations.allocations_peak):
         function.restype = ctypes.c_size_t
-    before, resident = allocations.allocations_now(), resident_bytes("VmRSS")
+    before, resident = allocations.allocations_now(), resident_bytes()[0]
     progress = Progress(0, 0)
     trainer = trainer_of(config)
     for _ in range(2):
@@ -77,20 +77,12 @@ def count(rank: int, config: Config) -> Counted:
     kept = sum(buffer.nbytes for buffer in workers._local.__dict__.get("buffers", {}).values())
     resting = allocations.allocations_now() - kept
     allocations.allocations_forget_peak()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident memory so far
+    forget_peak()
     one_step(trainer, progress)
     highest = allocations.allocations_peak()
-    found = Counted(resting - before, highest - before, resident_bytes("VmHWM") - resident)
+    found = Counted(resting - before, highest - before, resident_bytes()[1] - resident)
     trainer.close()
     return found
-
-
-def resident_bytes(name: str) -> int:
-    """VmRSS: now; VmHWM: at the highest point."""
-    status = Path("/proc/self/status").read_text()
-    match = re.search(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)
-    assert match is not None
-    return 1024 * int(match[1])
 
 
 def main() -> None:

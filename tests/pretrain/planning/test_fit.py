@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from common.errors import ConfigError
+from common.units import GIB
 from pretrain.cli.plan import main
 from pretrain.cli.plan_fit import steps_done, verdict, whole_run
 from pretrain.config.loading import load_config
@@ -19,7 +20,7 @@ from pretrain.planning import layout_plan
 from pretrain.planning.fit import changes, fit, with_overrides
 from pretrain.planning.layout_plan import traffic
 from pretrain.planning.links import Collective
-from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
+from pretrain.planning.machine import Machine, MachineOptions, machine
 from pretrain.planning.record import Call, Rehearsal
 from pretrain.planning.step_time import held_by_stages
 from pretrain.planning.stops import CannotRehearse, StepStops
@@ -245,29 +246,36 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     text = capsys.readouterr().out
     for part in ("verdict:    fits", "constraint: ", "time:       ", "memory of a rank", "communication of a rank"):
         assert part in text
-    assert main([*line, "--json"]) == 0
+    assert main([*line, "--json", "--set", "train.stop_after_steps=150"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["steps_left"] == 150
+    of_end = found["seconds"]["slow"]
+    assert of_end["hours_left"] == pytest.approx(0.75 * of_end["run_hours"])
     assert found["fits"] and found["stages"][0]["needed_bytes"] > found["stages"][0]["weights"] > 0
     assert 0 < found["seconds"]["fast"]["total"] < found["seconds"]["slow"]["total"]
     assert {row["source"] for row in found["assumptions"]} and found["machine"]["gpus_per_node"] == 2
 
 
 @pytest.mark.parametrize(
-    "done, said",
+    "done, stop, said",
     [
-        (0, "; 200 steps take "),
-        (150, "; the 50 of 200 steps that are left take "),
-        (200, "; all 200 steps are done"),
+        (0, "null", "; 200 steps take "),
+        (150, "null", "; the 50 of 200 steps that are left take "),
+        (200, "null", "; all 200 steps are done"),
+        (0, "150", "; 150 steps to train.stop_after_steps take "),
+        (50, "150", "; the 100 of 150 steps to train.stop_after_steps that are left take "),
+        (150, "150", "; all 150 steps to train.stop_after_steps are done"),
+        (50, "300", "; the 150 of 200 steps that are left take "),
     ],
 )
-def test_what_is_left_of_a_run_is_priced(tmp_path: Path, by_hand: ByHand, done: int, said: str) -> None:
+def test_what_is_left_of_a_run_is_priced(tmp_path: Path, by_hand: ByHand, done: int, stop: str, said: str) -> None:
     by_hand(lambda config: 1.0)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_bytes(TINY.read_bytes())
     for step in range(50, done + 1, 50):
         (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir()
         (tmp_path / "checkpoints" / f"step-{step:08d}" / "commit.json").touch()
-    report = fit(load_config(TINY), h100(2), results=NOWHERE)
+    report = fit(load_config(TINY, [f"train.stop_after_steps={stop}"]), h100(2), results=NOWHERE)
     assert steps_done(tmp_path / "config.json") == done and steps_done(TINY) == 0 and report.time is not None
     assert said in whole_run(report, report.time, done)
 

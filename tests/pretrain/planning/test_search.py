@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 from common.errors import ConfigError, UserError
+from common.units import GIB
 from pretrain.cli import train
 from pretrain.cli.plan import main
 from pretrain.cli.plan_search import settings
@@ -25,7 +26,7 @@ from pretrain.planning import layout_plan, search
 from pretrain.planning.layout_file import chosen_tree, write_config
 from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.links import Collective
-from pretrain.planning.machine import GIB, Machine, MachineOptions, machine
+from pretrain.planning.machine import Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS, Measurements, measurements
 from pretrain.planning.paces import paces, why_no_time
 from pretrain.planning.search import Found, Layout

@@ -19,7 +19,8 @@ import pytest
 
 from common.errors import ConfigError, UserError
 from pretrain.config.alert_kinds import DEFAULT_ALERTS, AlertKind
-from pretrain.config.schema import Config, MonitorConfig
+from pretrain.config.schema import Config
+from pretrain.config.watching import MonitorConfig
 from pretrain.preflight.whole import Examination, Wanted
 from pretrain.report import alerts as alerts_module
 from pretrain.report.alerts import LONGEST, Alert, Alerts, check_command
@@ -257,7 +258,7 @@ def test_a_sentence_is_utf_8_in_a_locale_that_is_not(tmp_path: Path) -> None:
     given = command(tmp_path, "import os, sys\nopen(sys.argv[1], 'wb').write(os.fsencode(sys.argv[2]))", "got")
     told = f"""
 from pathlib import Path
-from pretrain.config.schema import MonitorConfig
+from pretrain.config.watching import MonitorConfig
 from pretrain.report.alerts import Alerts
 alerts = Alerts(MonitorConfig(alert_command={given!r}), Path("night"))
 alerts.hear({{"event": "loss_spike", "step": 1, "reason": "na\\u00efve \\u03c3"}})

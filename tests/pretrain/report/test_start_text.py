@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,19 @@ def test_a_changed_model_is_described_as_it_is(prepared: Path, capsys: pytest.Ca
     (row,) = [row.split(maxsplit=1)[1] for row in rows if row.startswith("  model ")]
     assert row.startswith("sigma-MoE") and "dense attention: 8 heads of 64; sigma-MoE: 4 of 16 experts of 64" in row
     assert to_json(config)["description"] == first
+
+
+@pytest.mark.parametrize("name_of_copy", ["config.json", "config-5f0c7a9be1d2.json"])
+def test_the_description_of_a_run_keeps_what_it_began_with(tmp_path: Path, name_of_copy: str) -> None:
+    """However often it is continued with --set: the name of its own configuration says nothing, nor that of a job's
+    copy."""
+    saved = tmp_path / name_of_copy
+    for begun, name in ((["train.seed=3"], "switchall_tiny.json"), ([], load_config(TINY).description.rstrip("."))):
+        saved.write_text(json.dumps(to_json(load_config(TINY, begun))))
+        for override in ("train.stop_after_steps=7", "train.stop_after_steps=9", "evaluate.sequences=8"):
+            saved.write_text(json.dumps(to_json(load_config(saved, [override]))))
+        keys = ["evaluate.sequences", *(["train.seed"] if begun else []), "train.stop_after_steps"]
+        assert load_config(saved).description == f"{name} with other values of {', '.join(keys)}"
 
 
 def test_a_description_stays_where_nothing_that_it_speaks_of_changed() -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from pretrain.config.schema import MonitorConfig
+from pretrain.config.watching import MonitorConfig
 from pretrain.preflight.run import preflight
 from pretrain.report import weights_and_biases
 from pretrain.report.monitor import Monitor, Origin

@@ -16,7 +16,7 @@ import torch
 
 import pretrain.resilience.step_limit
 import tests.harness as harness
-from pretrain.config.schema import ResilienceConfig
+from pretrain.config.watching import ResilienceConfig
 from pretrain.phases import Phases, Record, read
 from pretrain.report.exit_codes import ExitCode
 from pretrain.resilience.guard import collective_timeout

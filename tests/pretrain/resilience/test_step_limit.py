@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import pretrain.segment
-from pretrain.config.schema import ResilienceConfig
+from pretrain.config.watching import ResilienceConfig
 from pretrain.data.progress import Progress
 from pretrain.phases import Phases, read
 from pretrain.resilience.step_limit import StepLimit

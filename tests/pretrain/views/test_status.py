@@ -15,16 +15,7 @@ import pytest
 from common.run_lock import DEAD_SECONDS, FolderLock, process_identity
 from pretrain.cli.status import main
 from pretrain.views.reading import Metrics, RunView, State
-from pretrain.views.status import (
-    balance_text,
-    duration,
-    next_text,
-    resume_text,
-    runs_table,
-    screen,
-    speed_text,
-    summary,
-)
+from pretrain.views.status import balance_text, duration, screen, speed_text, summary
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
 from tests.pretrain.views.status_case import row, shown, write
@@ -66,14 +57,6 @@ def test_what_a_start_goes_on_from_still_counts(tmp_path: Path) -> None:
     for split, loss in (("test", 4.0), ("validation", 3.0)):
         (folder / "config.json").write_text(json.dumps({"evaluate": {"split": split}}))
         assert RunView.open(folder).newest_validation == (split, 6, loss)
-
-
-def test_runs_of_one_name_are_told_apart_in_a_narrow_table(tmp_path: Path) -> None:
-    views = [RunView.open(write(tmp_path / f"sweep of rate {n}" / "run")) for n in (1, 2)]
-    title, *rows = runs_table(views, time.time(), width=60).splitlines()
-    assert title.startswith("run ") and max(map(len, rows)) <= 60
-    names = [row.split("  ")[0] for row in rows if "sweep" in row or "run" in row]
-    assert len(names) == 2 == len(set(names)), names
 
 
 @pytest.mark.parametrize(
@@ -338,11 +321,6 @@ def test_json_is_json_where_the_loss_is_none(tmp_path: Path, capsys: pytest.Capt
     assert found["newest"] == {"step": 11, "loss": None, "grad_norm": None}
 
 
-def test_the_next_command_can_be_copied_whatever_the_name(tmp_path: Path) -> None:
-    folder = write(tmp_path / "my run", steps=40, exit_code=0, reason="finished")
-    assert f"python launch/generate.py '{folder}' --interactive" in shown(folder)
-
-
 def test_a_pipe_in_the_place_of_a_log_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("metrics.jsonl", "events.jsonl", "config.json", "outcome.json"):
         folder = write(tmp_path / name)
@@ -395,36 +373,6 @@ def test_a_narrow_screen_loses_no_word(tmp_path: Path) -> None:
     assert max(map(len, lines[:-1])) <= 20
 
 
-def test_a_table_of_runs_has_the_width_of_the_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Names stand for paths, then columns are left out, the least important first; never the loss or a run."""
-    runs = [str(write(tmp_path / f"tiny,learning_rate={n}e-3,weight_decay=0.1", n)) for n in range(1, 4)]
-
-    def table(columns: str | None) -> list[str]:
-        monkeypatch.delenv("COLUMNS", raising=False)
-        if columns is not None:
-            monkeypatch.setenv("COLUMNS", columns)
-        assert main(runs) == 0
-        return capsys.readouterr().out.splitlines()
-
-    whole = table(None)  # stdout is no terminal here
-    assert [line.split()[0] for line in whole[1:]] == runs and "newest line" in whole[0]
-    for columns, titles in [
-        ("40", ["run", "state", "step", "loss"]),
-        ("60", ["run", "state", "step", "of", "loss", "time", "left"]),
-        ("80", ["run", "state", "step", "of", "loss", "validation", "s/step", "time", "left"]),
-        ("110", whole[0].split()),
-    ]:
-        lines = table(columns)
-        assert lines[0].split() == titles and len(lines) == 4 and max(map(len, lines)) <= int(columns), lines
-        assert [line.split()[2] for line in lines[1:]] == ["1", "2", "3"]
-        # What the names differ in stays, whatever else is cut.
-        assert all(f"rate={n}" in line.split()[0] or columns == "40" for n, line in enumerate(lines[1:], 1)), lines
-        assert len({line.split()[0] for line in lines[1:]}) == 3, lines
-        assert [f"{5 - n / 10:.4f}" in line for n, line in enumerate(lines[1:], 1)] == [True] * 3
-
-
 def test_a_file_that_was_replaced_twice_between_two_looks_is_read_anew(tmp_path: Path) -> None:
     """As by two rollbacks. The second file has the first one's number on ext4, which gives freed numbers again; here it
     is the same file with other lines, and longer than what was read."""
@@ -443,39 +391,3 @@ def test_a_file_that_was_replaced_twice_between_two_looks_is_read_anew(tmp_path:
     with path.open("a") as file:
         file.write('{"step": 7, "loss": 5.0}\n')
     assert metrics._file.new_lines() == (False, [b'{"step": 7, "loss": 5.0}'])
-
-
-@pytest.mark.parametrize(
-    "resume, begun, resumed, checkpoints, told",
-    [
-        ("auto", 0, None, (8,), "it continues from step-00000008"),
-        ("never", 0, None, (8,), "with checkpoint.resume=auto it continues from step-00000008"),
-        ("never", 0, None, (), "it begins anew: nothing was saved"),
-        # Of a branch: what is older than its start is another branch's.
-        ("/t/step-00000008", 8, "/t/step-00000008", (8,), "it continues from /t/step-00000008, for nothing was"),
-        ("/t/step-00000008", 8, "/t/step-00000008", (8, 16), "it continues from step-00000016"),
-        ("/t/step-00000008", 16, "/run/checkpoints/step-00000016", (16,), "it continues from /run/checkpoints/step-"),
-        ("/t/step-00000008", None, None, (), "it continues from /t/step-00000008, for nothing was saved since"),
-    ],
-)
-def test_where_the_command_of_a_run_goes_on_follows_its_configuration(
-    tmp_path: Path, resume: str, begun: int | None, resumed: str | None, checkpoints: tuple[int, ...], told: str
-) -> None:
-    view = RunView(tmp_path, config={"checkpoint": {"resume": resume}})
-    view.checkpoints = [f"step-{step:08d}" for step in checkpoints]
-    view.events = [] if begun is None else [{"event": "started", "step": begun}]
-    view.events += [] if resumed is None else [{"event": "resumed", "path": resumed}]
-    assert resume_text(view).startswith(told)
-
-
-@pytest.mark.parametrize(
-    "code, waits", [(85, True), (86, True), (5, True), (1, True), (None, True), (2, False), (3, False)]
-)
-def test_a_run_whose_job_requeues_itself_is_not_to_be_started_beside_it(
-    tmp_path: Path, code: int | None, waits: bool
-) -> None:
-    folder = write(tmp_path / "run", **({} if code is None else {"exit_code": code, "reason": "x"}))
-    assert "squeue" not in next_text(RunView.open(folder))
-    (folder / "slurm").mkdir()
-    told = next_text(RunView.open(folder))
-    assert ("start the same command again, unless its SLURM job is back in the queue (squeue); it" in told) == waits

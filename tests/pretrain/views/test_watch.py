@@ -15,7 +15,8 @@ import pytest
 
 from common.run_lock import FolderLock
 from pretrain.cli.status import main
-from tests.pretrain.views.status_case import CONFIG, row, write
+from pretrain.views.jobs import mark_submitted
+from tests.pretrain.views.status_case import CONFIG, row, shown, write
 
 
 @pytest.mark.parametrize("term, clears", [("xterm", True), ("dumb", False), ("", False)])
@@ -177,7 +178,7 @@ def test_a_watch_waits_for_a_job_that_is_back_in_the_queue(
     said = capsys.readouterr()
     assert not then and said.out.count("stopped: SIGUSR1") == 5 and said.out.count("running: ") == 1
     assert said.err == f"waiting for {folder}: its job 12 has not ended (squeue --job 12)\n"
-    assert slurm.calls.read_text() == "--noheader --format=%A --jobs=11,12\n" * 3, "after 0, 40 and 80 s"
+    assert slurm.calls.read_text() == "--noheader --format=%A %r --jobs=11,12\n" * 3, "after 0, 40 and 80 s"
 
 
 def test_a_smoke_test_while_the_job_waits_ends_no_watch(
@@ -221,3 +222,73 @@ def test_nobody_waits_for_a_job_that_is_never_requeued(
     slurm = Slurm(tmp_path / "bin", monkeypatch, [])
     slurm.says("echo 12")
     assert main([str(folder), "--watch"]) == 0 and not slurm.calls.exists()
+
+
+def test_a_watch_waits_for_a_job_that_was_submitted_since_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However it ended: while the job waits, and while it starts. And says where it waits for a person."""
+    folder = write(tmp_path / "run", exit_code=2, reason="no data")
+    (folder / "slurm").mkdir()
+    os.utime(folder / "outcome.json", (1, 1))
+    mark_submitted(folder, "12")
+    (tmp_path / "bin").mkdir()
+
+    def start() -> None:
+        (folder / "slurm" / "12.started").touch()
+
+    def finish() -> None:
+        (folder / "outcome.json").write_text('{"exit_code": 0, "reason": "finished"}')
+        os.utime(folder / "slurm" / "12.started", (2, 2))
+
+    then = list[Callable[[], object]]()
+    slurm = Slurm(tmp_path / "bin", monkeypatch, then)
+    slurm.says("echo '12 JobHeldUser'")
+    then += [lambda: slurm.says("echo '12 DependencyNeverSatisfied'"), lambda: slurm.says("echo '12 None'"), start]
+    then.append(finish)
+    assert main([str(folder), "--watch", "--every", "40"]) == 0 and not then
+    said = capsys.readouterr()
+    assert said.out.count("failed: no data") == 4 and said.out.count("state      finished") == 1
+    assert said.err.splitlines() == [
+        f"waiting for {folder}: its job 12 is held, JobHeldUser (scontrol release 12)",
+        f"waiting for {folder}: its job 12 waits for one that has failed, and will never start (scancel 12)",
+        f"waiting for {folder}: its job 12 has not ended (squeue --job 12)",
+    ]
+
+
+def test_a_job_that_has_started_since_the_run_ended_is_named(tmp_path: Path) -> None:
+    """Its node may have failed before it opened the run; what stands there is of the start before. A smoke test, which
+    has a job of its own, and a job whose start the outcome is of, are none."""
+    folder = write(tmp_path / "run", exit_code=85, reason="SIGUSR1")
+    (folder / "slurm").mkdir()
+    os.utime(folder / "outcome.json", (10, 10))
+    for job, begun, trains in (("11", 9, True), ("12", 11, True), ("13", 12, False)):
+        (folder / "slurm" / f"{job}.started").touch()
+        os.utime(folder / "slurm" / f"{job}.started", (begun, begun))
+        if trains:
+            mark_submitted(folder, job)
+    told = " ".join(shown(folder).split())
+    assert (
+        f"job 12 has started since, and has not come to open the run so far; its log is {folder}/slurm/12.log" in told
+    )
+    os.utime(folder / "outcome.json", (20, 20))
+    assert " has started since" not in shown(folder)
+
+
+def test_of_a_run_that_has_not_begun_a_watch_knows_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    (folder / "slurm").mkdir(parents=True)
+    mark_submitted(folder, "12")
+    (tmp_path / "bin").mkdir()
+    then = list[Callable[[], object]]()
+    slurm = Slurm(tmp_path / "bin", monkeypatch, then)
+    slurm.says("echo '12 JobHeldAdmin'")
+
+    then += [lambda: slurm.says(DOWN), lambda: slurm.says(UNKNOWN)]
+    assert main([str(folder), "--watch", "--every", "40"]) == 0 and not then
+    assert capsys.readouterr().err.splitlines() == [
+        f"waiting for {folder}: its job 12 is held, JobHeldAdmin (scontrol release 12)",
+        f"passed over: {folder}: its job 12 has ended, and no run has begun ({folder}/slurm/12.log)",
+    ]

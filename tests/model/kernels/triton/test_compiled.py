@@ -18,8 +18,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks import compiled, compiled_case, compiled_tables
-from benchmarks.compiled_records import in_one_table, read_records, write_records
+from benchmarks import compiled, compiled_case
+from benchmarks.compiled_records import in_one_table, read_records, summary, write_records
 from benchmarks.marked import with_table
 from model.kernels.backend import attention_limit
 
@@ -249,5 +249,5 @@ def test_float_atomics_are_known(name: str) -> None:
 
 def test_the_table_of_the_documentation_is_that_of_the_records() -> None:
     text = compiled.DOCUMENT.read_text()
-    table = compiled_tables.summary(list(in_one_table(read_records(compiled.RECORDS))))
+    table = summary(list(in_one_table(read_records(compiled.RECORDS))))
     assert text == with_table(text, "benchmarks.compiled", table)

@@ -1,0 +1,26 @@
+"""Resident memory of this process, by /proc; where that is absent, the most that the system knows."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+
+
+def resident_bytes() -> tuple[int, int]:
+    """Now, and at its peak since the process began or `forget_peak` was called. Not getrusage's maximum: a process
+    inherits that of the one that started it."""
+    try:
+        found = dict(re.findall(r"(?m)^(VmRSS|VmHWM):\s+(\d+) kB$", STATUS.read_text(encoding="ascii")))
+    except OSError:  # not Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak, peak
+    return 1024 * int(found["VmRSS"]), 1024 * int(found["VmHWM"])
+
+
+def forget_peak() -> None:
+    """From here on the peak is that of the present memory and of what comes. Linux alone."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -1,0 +1,39 @@
+"""common/resident.py: what this process holds, whatever started it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import resident
+from common.paths import REPOSITORY
+
+CHILD = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from common.resident import resident_bytes; print(*resident_bytes())"
+)
+PARENT = "import subprocess, sys; held = b'x' * 200_000_000; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+
+
+def test_the_peak_is_not_that_of_the_process_that_started_this_one() -> None:
+    line = [sys.executable, "-c", PARENT, CHILD, str(REPOSITORY)]
+    now, peak = map(int, subprocess.run(line, capture_output=True, text=True, check=True).stdout.split())
+    assert 1_000_000 < now <= peak < 100_000_000
+
+
+def test_a_peak_is_of_what_came_since_it_was_forgotten() -> None:
+    held = b"x" * 60_000_000
+    del held
+    resident.forget_peak()
+    before, peak = resident.resident_bytes()
+    assert peak - before < 30_000_000
+    held = b"x" * 60_000_000
+    assert resident.resident_bytes()[1] - before > 50_000_000 < len(held)
+
+
+def test_without_proc_both_are_what_the_system_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident, "STATUS", tmp_path / "none")
+    now, peak = resident.resident_bytes()
+    assert now == peak > 1_000_000

@@ -1,0 +1,52 @@
+"""What launch/status.py says is to be done next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.views.next_step import next_text, resume_text
+from pretrain.views.reading import RunView
+from tests.pretrain.views.status_case import shown, write
+
+
+def test_the_next_command_can_be_copied_whatever_the_name(tmp_path: Path) -> None:
+    folder = write(tmp_path / "my run", steps=40, exit_code=0, reason="finished")
+    assert f"python launch/generate.py '{folder}' --interactive" in shown(folder)
+
+
+@pytest.mark.parametrize(
+    "resume, begun, resumed, checkpoints, told",
+    [
+        ("auto", 0, None, (8,), "it continues from step-00000008"),
+        ("never", 0, None, (8,), "with checkpoint.resume=auto it continues from step-00000008"),
+        ("never", 0, None, (), "it begins anew: nothing was saved"),
+        # Of a branch: what is older than its start is another branch's.
+        ("/t/step-00000008", 8, "/t/step-00000008", (8,), "it continues from /t/step-00000008, for nothing was"),
+        ("/t/step-00000008", 8, "/t/step-00000008", (8, 16), "it continues from step-00000016"),
+        ("/t/step-00000008", 16, "/run/checkpoints/step-00000016", (16,), "it continues from /run/checkpoints/step-"),
+        ("/t/step-00000008", None, None, (), "it continues from /t/step-00000008, for nothing was saved since"),
+    ],
+)
+def test_where_the_command_of_a_run_goes_on_follows_its_configuration(
+    tmp_path: Path, resume: str, begun: int | None, resumed: str | None, checkpoints: tuple[int, ...], told: str
+) -> None:
+    view = RunView(tmp_path, config={"checkpoint": {"resume": resume}})
+    view.checkpoints = [f"step-{step:08d}" for step in checkpoints]
+    view.events = [] if begun is None else [{"event": "started", "step": begun}]
+    view.events += [] if resumed is None else [{"event": "resumed", "path": resumed}]
+    assert resume_text(view).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "code, waits", [(85, True), (86, True), (5, True), (1, True), (None, True), (2, False), (3, False)]
+)
+def test_a_run_whose_job_requeues_itself_is_not_to_be_started_beside_it(
+    tmp_path: Path, code: int | None, waits: bool
+) -> None:
+    folder = write(tmp_path / "run", **({} if code is None else {"exit_code": code, "reason": "x"}))
+    assert "squeue" not in next_text(RunView.open(folder))
+    (folder / "slurm").mkdir()
+    told = next_text(RunView.open(folder))
+    assert ("start the same command again, unless its SLURM job is back in the queue (squeue); it" in told) == waits
