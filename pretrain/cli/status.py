@@ -174,7 +174,8 @@ def passed_over(error: UserError | str) -> str:
 
 
 def show(views: list[RunView], *, as_json: bool, clear: bool, fit: bool = False) -> None:
-    """fit: a single run takes no more lines than the terminal has."""
+    """fit: takes no more lines than the terminal has, whose top the rest would push out. Of several runs those that go
+    on stay."""
     now, terminal = time.time(), shutil.get_terminal_size()
     if as_json:
         text = "\n".join(dumps(summary(view)) for view in views)
@@ -182,5 +183,16 @@ def show(views: list[RunView], *, as_json: bool, clear: bool, fit: bool = False)
         height = terminal.lines if fit else None
         text = screen(views[0], width=min(120, terminal.columns), now=now, height=height)
     else:
-        text = runs_table(views, now, width=columns_of(sys.stdout))
+        shown = fitting(views, terminal.lines) if fit else views
+        text = runs_table(shown, now, width=columns_of(sys.stdout))
+        text += f"\nand {len(views) - len(shown)} more, without --watch" * (len(shown) < len(views))
     print((CLEAR if clear and not as_json else "") + text, flush=True)
+
+
+def fitting(views: Sequence[RunView], lines: int) -> list[RunView]:
+    """As many runs as a table in so many lines has room for, in their order: first those that go on."""
+    room = lines - 2  # the titles, and the line of the cursor
+    if len(views) <= room:
+        return list(views)
+    numbers = sorted(range(len(views)), key=lambda number: not views[number].state.goes_on)
+    return [views[number] for number in sorted(numbers[: max(1, room - 1)])]  # a line says how many are left out

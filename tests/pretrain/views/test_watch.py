@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 
 from common.run_lock import FolderLock
-from pretrain.cli.status import main
+from pretrain.cli.status import fitting, main
 from pretrain.views.jobs import mark_submitted
+from pretrain.views.reading import RunView
 from tests.pretrain.views.status_case import CONFIG, row, shown, write
 
 
@@ -46,6 +47,34 @@ def test_watching_ends_with_the_run(
     assert "stopped: SIGTERM to rank 1" in printed and "step       11 of 40" in printed
     assert ("\x1b" in printed) == clears
     assert (max(len(screen.splitlines()) for screen in printed.split("\x1b[H\x1b[2J")) < 20) == clears
+
+
+def test_a_watched_table_fits_the_terminal_and_keeps_what_goes_on(tmp_path: Path) -> None:
+    folders = [write(tmp_path / f"run-{number}", 3, exit_code=0) for number in range(30)]
+    (folders[20] / "outcome.json").unlink()
+    lock = FolderLock(folders[20])
+    try:
+        views = [RunView.open(folder) for folder in folders]
+        assert fitting(views, 32) == views
+        shown = fitting(views, 24)
+    finally:
+        lock.release()
+    assert [view.path.name for view in shown] == [*(f"run-{number}" for number in range(20)), "run-20"]
+    assert len(fitting(views, 1)) == 1
+
+
+def test_what_a_watched_table_leaves_out_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [str(write(tmp_path / f"run-{number}", 3, exit_code=0)) for number in range(12)]
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("LINES", "10")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(folders) == 0 and "more, without --watch" not in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main([*folders, "--watch"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 9 and lines[0].startswith("run ") and lines[-1] == "and 5 more, without --watch"
 
 
 def test_a_run_that_is_removed_ends_no_watch_of_the_others(
