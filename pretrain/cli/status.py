@@ -65,7 +65,10 @@ def look(args: argparse.Namespace) -> None:
     try:
         while True:
             if views:
-                show(views, as_json=args.json, clear=clears, fit=args.watch and follows_escapes(sys.stdout))
+                fit = args.watch and follows_escapes(sys.stdout)
+                below = len(gone) + max(len(said.splitlines()), bool(awaited))  # what follows, as it was the last time
+                lines = shutil.get_terminal_size().lines - below if fit else None
+                show(views, as_json=args.json, clear=clears, lines=lines)
             for error in gone:  # after the screen, which the next one clears
                 print(passed_over(error), file=sys.stderr, flush=True)
             queued = queue.jobs_of(views, awaited) if args.watch else {}
@@ -173,17 +176,15 @@ def passed_over(error: UserError | str) -> str:
     return visible(f"passed over: {str(error).removeprefix('RUN: ')}")
 
 
-def show(views: list[RunView], *, as_json: bool, clear: bool, fit: bool = False) -> None:
-    """fit: takes no more lines than the terminal has, whose top the rest would push out. Of several runs those that go
-    on stay."""
-    now, terminal = time.time(), shutil.get_terminal_size()
+def show(views: list[RunView], *, as_json: bool, clear: bool, lines: int | None = None) -> None:
+    """lines: what the terminal has room for, whose top more would push out. Of several runs those that go on stay."""
+    now = time.time()
     if as_json:
         text = "\n".join(dumps(summary(view)) for view in views)
     elif len(views) == 1:
-        height = terminal.lines if fit else None
-        text = screen(views[0], width=min(120, terminal.columns), now=now, height=height)
+        text = screen(views[0], width=min(120, shutil.get_terminal_size().columns), now=now, height=lines)
     else:
-        shown = fitting(views, terminal.lines) if fit else views
+        shown = views if lines is None else fitting(views, lines)
         text = runs_table(shown, now, width=columns_of(sys.stdout))
         text += f"\nand {len(views) - len(shown)} more, without --watch" * (len(shown) < len(views))
     print((CLEAR if clear and not as_json else "") + text, flush=True)

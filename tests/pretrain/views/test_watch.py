@@ -76,6 +76,14 @@ def test_what_a_watched_table_leaves_out_is_said(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and lines[0].startswith("run ") and lines[-1] == "and 5 more, without --watch"
 
+    def stop(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    patched = SimpleNamespace(sleep=stop, time=time.time, monotonic=time.monotonic)
+    monkeypatch.setattr("pretrain.cli.status.time", patched)
+    assert main([*folders, str(tmp_path / "not begun"), "--watch"]) == 0  # which a line below says is waited for
+    assert "and 6 more, without --watch" in capsys.readouterr().out
+
 
 def test_a_run_that_is_removed_ends_no_watch_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
