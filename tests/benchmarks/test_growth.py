@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,7 @@ def test_mistakes_are_refused_before_anything_is_measured(
 @pytest.mark.slow
 def test_processes_of_ranks_train_in_turns(prepared: Path) -> None:
     """test_our_loop_trains_the_same_on_two_ranks has the loop, test_a_step_is_that_of_the_slowest_rank the turns."""
+    importlib.import_module("deepspeed")  # which sets a variable of its own
     before = dict(os.environ)
     words = [f"data.manifest={prepared}", *SMALL]
     configs = {n: ranks.config_for(Path("configs/switchall_tiny.json"), words, n) for n in (1, 2)}

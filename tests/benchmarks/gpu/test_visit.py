@@ -295,7 +295,7 @@ def test_quality_needs_its_text_and_time(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.mark.slow
 def test_a_whole_visit_on_the_cpu(tmp_path: Path) -> None:
-    """Two calls; every part of the tiny model is recorded once, but for what needs a GPU."""
+    """Two calls; every part of the tiny model is recorded once, but for what needs a GPU, or tiles that are faster."""
     words = ["visit", "--device", "cpu", "--tiny", "--results", str(tmp_path), "--seconds"]
     main([*words, "120"])
     main([*words, "3000"])
@@ -307,5 +307,5 @@ def test_a_whole_visit_on_the_cpu(tmp_path: Path) -> None:
         wanted = {part.name for each in plan if each.stop.command == command for part in each.parts}
         others = {one.part: one.status for one in entries if one.part in wanted - set(passed)}
         for part, status in others.items():
-            assert part.startswith(("counters", "sparse", "racecheck")) or status == "failed", part
+            assert part.startswith(("counters", "sparse", "racecheck")) or "tuned" in part or status == "failed", part
         assert set(passed) | others.keys() == wanted
