@@ -33,7 +33,20 @@ def test_a_peak_is_of_what_came_since_it_was_forgotten() -> None:
     assert resident.resident_bytes()[1] - before > 50_000_000 < len(held)
 
 
-def test_without_proc_both_are_what_the_system_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resident, "STATUS", tmp_path / "none")
+@pytest.mark.parametrize("status", [None, b"Name:\tpython\nVmRSS:\t  12 kB\n"])
+def test_without_proc_both_are_what_the_system_knows(
+    status: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a sandbox leaves a line out."""
+    monkeypatch.setattr(resident, "STATUS", tmp_path / "status")
+    if status is not None:
+        resident.STATUS.write_bytes(status)
     now, peak = resident.resident_bytes()
     assert now == peak > 1_000_000
+
+
+def test_a_name_that_was_cut_within_a_letter_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel keeps 15 bytes of a process's name."""
+    monkeypatch.setattr(resident, "STATUS", tmp_path / "status")
+    resident.STATUS.write_bytes(b"Name:\tpyth\xc3\nVmHWM:\t      30 kB\nVmRSS:\t      20 kB\n")
+    assert resident.resident_bytes() == (20 * 1024, 30 * 1024)
