@@ -16,6 +16,7 @@ import torch
 
 import pretrain.resilience.step_limit
 import tests.harness as harness
+from common.ports import free_port
 from pretrain.config.watching import ResilienceConfig
 from pretrain.phases import Phases, Record, read
 from pretrain.report.exit_codes import ExitCode
@@ -32,7 +33,7 @@ LIMIT = "resilience.hang_timeout_seconds = 30"
 
 def exit_codes(function: object, world_size: int, *args: object, timeout_seconds: float) -> list[int | None]:
     """Runs `function(rank, *args)` on forked ranks and waits until all have left by themselves; their exit codes."""
-    port, processes = harness._free_port(), []
+    port, processes = free_port(), []
     for rank in range(world_size):
         _, sender = harness._context.Pipe(duplex=False)
         process = harness._context.Process(
