@@ -101,6 +101,17 @@ def test_no_job_is_submitted_again_unless_slurm_says_that_it_has_ended(
         )
 
 
+def test_an_end_of_squeue_without_a_word_says_nothing_of_a_job(case: Case, sbatch: Path) -> None:
+    """As of one that was killed."""
+    squeue = sbatch.parent / "bin" / "squeue"
+    squeue.write_text("#!/bin/sh\nkill -9 $$\n")
+    squeue.chmod(0o755)
+    line = case.line(*VARY, "--submit", *JOB)
+    assert main(line) == 0
+    assert main(line) == 2
+    assert len(calls(sbatch)) == 2
+
+
 def test_a_job_that_sbatch_refuses_ends_the_command_with_its_words_and_the_run(
     case: Case,
     sbatch: Path,
