@@ -14,11 +14,16 @@ def resident_bytes() -> tuple[int, int]:
     """Now, and at its peak since the process began or `forget_peak` was called. Not getrusage's maximum: a process
     inherits that of the one that started it."""
     try:
-        found = dict(re.findall(r"(?m)^(VmRSS|VmHWM):\s+(\d+) kB$", STATUS.read_text("utf-8", "replace")))
-        return 1024 * int(found["VmRSS"]), 1024 * int(found["VmHWM"])
-    except (OSError, KeyError):  # not Linux, or a sandbox that leaves lines out
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return peak, peak
+        lines = re.findall(r"(?m)^(VmRSS|VmHWM):\s+(\d+) kB$", STATUS.read_text("utf-8", "replace"))
+    except OSError:  # not Linux
+        lines = []
+    found = {name: 1024 * int(size) for name, size in lines}  # sandboxes leave lines out, most often the peak's
+    peak = found.get("VmHWM") or _most()
+    return found.get("VmRSS", peak), peak
+
+
+def _most() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def forget_peak() -> None:

@@ -77,7 +77,7 @@ def jobs_in_queue(jobs: Collection[str], *, timeout_seconds: float = 20.0) -> di
         done = subprocess.run(
             line, capture_output=True, text=True, timeout=timeout_seconds, check=False, env=squeue_environment()
         )
-        said = done.stderr.strip() if done.returncode else ""
+        said = (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
     except subprocess.TimeoutExpired:
         said = f"no answer in {timeout_seconds:.0f} s"
     if said and "Invalid job id" not in said:  # which it says where none of them is known any more

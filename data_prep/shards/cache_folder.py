@@ -155,7 +155,10 @@ def mark_used(path: Path) -> None:
     """Now, by a clock that goes on between two calls: that of os.utime stands still for milliseconds. FileNotFoundError
     for a file that another process removed."""
     now = time.time_ns()
-    os.utime(path, ns=(now, now))
+    try:
+        os.utime(path, ns=(now, now))
+    except PermissionError:  # another user's, whose group may write it: that lets nobody name the time
+        os.utime(path)
 
 
 def partial(path: Path) -> Path:

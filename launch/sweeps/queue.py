@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.slurm import jobs_in_queue
 from launch.slurm import training
 from launch.sweeps.record import Sweep
+from pretrain.cli.refusals import INTERRUPTED
 from pretrain.views.sweep import SweepRun
 
 OWN = ("--config", "--set", "--run-dir", "--job-name", "--smoke", "--dry-run", "--help", "-h")
@@ -87,6 +88,8 @@ def _submit(arguments: Sequence[str]) -> tuple[int, str, str]:
             code = training.main(arguments)
         except SystemExit as refused:  # argparse
             code = refused.code if isinstance(refused.code, int) else 1
+    if code == INTERRUPTED:  # Ctrl-C is meant for the sweep, not for this run alone
+        raise KeyboardInterrupt
     return code, printed.getvalue(), said.getvalue()
 
 

@@ -101,7 +101,8 @@ def _correct_description(tree: dict[str, Any], path: Path, overrides: Sequence[s
         if NAMELESS.fullmatch(name) and isinstance(tree["description"], str):
             name, _, before = tree["description"].partition(MADE_OF_SETTINGS)
             name, changed = name.rstrip("."), sorted({*changed, *filter(None, before.split(", "))})
-        tree["description"] = f"{name}{MADE_OF_SETTINGS}{', '.join(changed)}"
+        if name:  # a file without a description has none in its run's configuration
+            tree["description"] = f"{name}{MADE_OF_SETTINGS}{', '.join(changed)}"
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

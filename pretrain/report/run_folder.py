@@ -237,6 +237,6 @@ def _tree(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last: too deep for Python
         return {}
     return found if isinstance(found, dict) else {}

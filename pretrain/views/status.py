@@ -51,8 +51,8 @@ def screen(view: RunView, *, width: int, now: float, height: int | None = None) 
     events = [wrapped(f"  {text}", width, indent=4) for text in told]
     # The newest line of the terminal is the cursor's, and the last line of the screen, after a blank one, may wrap.
     room = math.inf if height is None else height - len(lines) - 2 - math.ceil(len(last) / width)
-    high, many = _fitting(room, [len(event) for event in events])
     x, y = view.metrics.column("step"), view.metrics.column("loss")
+    high, many = _fitting(room, [len(event) for event in events], has_curve=any(map(math.isfinite, y)))
     plot = text_plot(x, y, width=width, height=high, braille=can_print_braille()) if high else []
     if plot:
         lines += ["", "training loss by step", *plot]
@@ -61,9 +61,11 @@ def screen(view: RunView, *, width: int, now: float, height: int | None = None) 
     return "\n".join(beginning(visible(line), width) for line in [*lines, ""]) + "\n" + last
 
 
-def _fitting(room: float, events: Sequence[int]) -> tuple[int, int]:
+def _fitting(room: float, events: Sequence[int], *, has_curve: bool) -> tuple[int, int]:
     """The rows of the curve and the number of events that fit into `room` lines. events: lines of each. The oldest
     events go first, then the curve gets lower."""
+    if not has_curve:
+        return 0, next((many for many in range(len(events), 0, -1) if 2 + sum(events[-many:]) <= room), 0)
     few = min(FEW_EVENTS, len(events))
     choices = [(PLOT_ROWS, many) for many in range(len(events), few, -1)]
     choices += [(high, few) for high in range(PLOT_ROWS, LOWEST_PLOT - 1, -1)]

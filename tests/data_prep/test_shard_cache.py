@@ -97,6 +97,25 @@ def test_what_a_reader_uses_counts_as_used(memory: str, tmp_path: Path) -> None:
     assert left == {entries[shard].file for shard in (0, 2, 3)}
 
 
+def test_shards_of_another_user_whose_group_may_write_them_are_used(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system lets only a file's owner name a time of use; whoever may write it can make that now."""
+    utime, marked = os.utime, []
+
+    def utime_of_another_user(path: Path, times: None = None, *, ns: tuple[int, int] | None = None) -> None:
+        if ns is not None:
+            raise PermissionError(1, "Operation not permitted", str(path))
+        utime(path)
+        marked.append(path.name)
+
+    monkeypatch.setattr(os, "utime", utime_of_another_user)
+    cache = ShardCache(memory, tmp_path / "cache", 10**9)
+    with reader_of(cache) as reader:
+        np.testing.assert_array_equal(reader.read(0, len(EVERYTHING)), EVERYTHING)
+    assert set(marked) == {entry.file for entry in cache.manifest.split("train")}
+
+
 def test_a_limit_below_one_shard_is_refused(memory: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.cache_bytes: 4000 holds not even one shard"):
         ShardCache(memory, tmp_path / "cache", 4000)

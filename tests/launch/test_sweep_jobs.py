@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from launch.slurm import training
 from launch.sweeps import queue
 from launch.sweeps.command import main
+from pretrain.cli.refusals import INTERRUPTED
 from pretrain.views.reading import State
 from pretrain.views.sweep import Result, SweepRun
 from tests.launch.slurm.conftest import sbatch
@@ -99,6 +102,34 @@ def test_no_job_is_submitted_again_unless_slurm_says_that_it_has_ended(
             f"squeue: does not say whether the jobs 41, 42 have ended (slurm_load_jobs error: {error})"
             in capsys.readouterr().err
         )
+
+
+def test_an_end_of_squeue_without_a_word_says_nothing_of_a_job(case: Case, sbatch: Path) -> None:
+    """As of one that was killed."""
+    squeue = sbatch.parent / "bin" / "squeue"
+    squeue.write_text("#!/bin/sh\nkill -9 $$\n")
+    squeue.chmod(0o755)
+    line = case.line(*VARY, "--submit", *JOB)
+    assert main(line) == 0
+    assert main(line) == 2
+    assert len(calls(sbatch)) == 2
+
+
+@pytest.mark.parametrize("at_dry_run", [True, False])
+def test_ctrl_c_ends_the_sweep_whichever_run_is_checked_or_submitted(
+    case: Case, sbatch: Path, at_dry_run: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    met = []
+
+    def script(args: argparse.Namespace, *rest: object) -> str:
+        if args.dry_run == at_dry_run:
+            met.append(args.run_dir)
+            raise KeyboardInterrupt
+        return "#!/bin/sh\n"
+
+    monkeypatch.setattr(training, "_script", script)
+    assert main(case.line(*VARY, "--submit", *JOB)) == INTERRUPTED
+    assert len(met) == 1 and capsys.readouterr().err.endswith("interrupted\n")
 
 
 def test_a_job_that_sbatch_refuses_ends_the_command_with_its_words_and_the_run(

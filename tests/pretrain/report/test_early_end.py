@@ -92,6 +92,14 @@ def test_a_run_that_has_taken_all_steps_stays_finished(run: Path, step: int, is_
     assert (RunView.open(run).state is State.FAILED) == is_noted
 
 
+@pytest.mark.parametrize("content", ["3", "{", "[" * 100_000])
+def test_what_the_folder_holds_does_not_change_how_the_start_ends(run: Path, content: str) -> None:
+    for name in ("outcome.json", "config.json"):
+        (run / name).write_text(content)
+    assert started(run, "data.manifest=nowhere") == ExitCode.REFUSED
+    assert RunView.open(run).outcome["exit_code"] == ExitCode.REFUSED
+
+
 def test_ranks_that_cannot_meet_are_the_outcome(
     run: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,8 @@ def test_the_description_of_a_run_keeps_what_it_began_with(tmp_path: Path, name_
             saved.write_text(json.dumps(to_json(load_config(saved, [override]))))
         keys = ["evaluate.sequences", *(["train.seed"] if begun else []), "train.stop_after_steps"]
         assert load_config(saved).description == f"{name} with other values of {', '.join(keys)}"
+    saved.write_text(json.dumps({**to_json(load_config(TINY)), "description": ""}))
+    assert load_config(saved, ["train.seed=3"]).description == ""
 
 
 def test_a_description_stays_where_nothing_that_it_speaks_of_changed() -> None:

@@ -356,6 +356,15 @@ def test_a_small_terminal_keeps_the_state_and_what_to_do(tmp_path: Path) -> None
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 8
 
 
+def test_events_of_a_run_without_a_loss_have_the_room_of_its_curve(tmp_path: Path) -> None:
+    events = [{"event": "checkpoint", "time": 2.0, "step": n, "path": f"step-{n:08d}"} for n in range(6)]
+    view = RunView.open(write(tmp_path / "run", 0, events=events))
+    whole = screen(view, width=80, now=3.0).splitlines()
+    needed = len(whole) + math.ceil(len(whole[-1]) / 80)
+    sizes = [len(screen(view, width=80, now=3.0, height=needed - less).splitlines()) for less in (0, 2, 10, 11)]
+    assert sizes == [len(whole) - less for less in (0, 2, 10, 14)], "two lines each, and their title goes with the last"
+
+
 def test_the_heads_of_moa_are_its_experts(tmp_path: Path) -> None:
     """So that the load of the busiest one has its bound, as that of other models."""
     attention = {"type": "moa", "num_heads": 2, "num_experts": 8}
