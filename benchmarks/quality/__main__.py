@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.quality.plan import Training, missing
 from benchmarks.quality.records import RESULTS, check_data, keep, read_records, record_of
-from benchmarks.quality.table import origins, page, picture, table
+from benchmarks.quality.table import page, picture, report
 from common.arguments import add_overrides, set_options
 from common.errors import DataError, UserError
 from common.paths import REPOSITORY
@@ -57,7 +57,7 @@ def main() -> int:
             if not args.results.is_dir():
                 raise DataError(f"--results: there is no folder {args.results}; `run` with it makes it")
             records = read_records(args.results)
-            print(f"{origins(records)}\n\n{table(records)}")
+            print(report(records))
             ours = args.results.resolve() == RESULTS
             picture(records, args.picture or (REPOSITORY / PICTURE if ours else args.results / "quality.png"))
             if args.page is not None:

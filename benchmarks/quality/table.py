@@ -51,6 +51,28 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join([*rows, *(["", r"\* " + " ".join(notes)] if notes else [])])
 
 
+def short_table(records: Sequence[Record]) -> str:
+    """Markdown: how each model's short runs ended, by learning rate; the lowest loss in bold. Models without are left
+    out."""
+    short = {(r.model, r.rate): r.last_loss for r in records if r.steps == TUNED_STEPS and r.seed == 0}
+    tried = sorted({rate for _, rate in short})
+    rows = ["| model | " + " | ".join(f"{rate:g}" for rate in tried) + " |", "|---" * (1 + len(tried)) + "|"]
+    for model in SEEDS:
+        losses = [short.get((model, rate)) for rate in tried]
+        lowest = min((loss for loss in losses if loss is not None and loss == loss), default=None)
+        cells = [_cell(loss, lowest) for loss in losses]
+        if any(cells):
+            rows.append(f"| {NAMES[model]} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _cell(loss: float | None, lowest: float | None) -> str:
+    if loss is None:
+        return ""
+    text = "failed" if loss != loss else f"{loss:.3f}"
+    return f"**{text}**" if loss == lowest else text
+
+
 def note(model: str, losses: dict[str, float], rate: float) -> str:
     """What the short runs of a model say of a rate that they did not choose, or do not choose yet."""
     short = {each: losses.get(Training(model, each, 0, TUNED_STEPS).name) for each in (*rates(model, losses), rate)}
@@ -86,8 +108,15 @@ def origins(records: Sequence[Record]) -> str:
 
 
 def page(text: str, records: Sequence[Record]) -> str:
-    """`text` with the table between its two marks anew. Raises ValueError if it lacks them."""
-    return with_table(text, "benchmarks.quality", f"{origins(records)}\n\n{table(records)}")
+    """`text` with the report between its two marks anew. Raises ValueError if it lacks them."""
+    return with_table(text, "benchmarks.quality", report(records))
+
+
+def report(records: Sequence[Record]) -> str:
+    """Markdown: where the runs were made, the comparison, and the short runs that chose its rates."""
+    tokens = next((r.tokens_per_step * r.steps / 1e6 for r in records if r.steps == TUNED_STEPS), 0)
+    short = f"Validation loss after {tokens:.2f} million tokens, by learning rate:\n\n{short_table(records)}"
+    return f"{origins(records)}\n\n{table(records)}" + (f"\n\n{short}" if tokens else "")
 
 
 def of_model(records: Sequence[Record], model: str) -> list[Record]:

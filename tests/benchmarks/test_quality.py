@@ -28,7 +28,7 @@ from benchmarks.quality.plan import (
     tuning,
 )
 from benchmarks.quality.records import RESULTS, Record, digest_of, keep, read_records, record_of
-from benchmarks.quality.table import page, picture, table
+from benchmarks.quality.table import page, picture, short_table, table
 from common.errors import DataError
 from common.paths import REPOSITORY
 from model.costs import formula_parameters
@@ -73,7 +73,7 @@ def trained_until_nothing_is_missing(best: dict[str, float]) -> list[Training]:
 
 
 def test_rates_are_chosen_first_and_the_lowest_loss_wins() -> None:
-    best = dict.fromkeys(SEEDS, 0.002)
+    best = dict.fromkeys(SEEDS, RATES[1])
     order = trained_until_nothing_is_missing(best)
     assert [(run.model, run.rate) for run in order[:15]] == [(model, rate) for model in SEEDS for rate in RATES]
     assert all(run.steps == TUNED_STEPS for run in order[:15]) and all(run.steps == STEPS for run in order[15:])
@@ -86,21 +86,21 @@ def test_rates_are_chosen_first_and_the_lowest_loss_wins() -> None:
 
 def test_rates_beyond_the_best_are_tried_until_one_is_worse() -> None:
     """The best rate is never the highest or the lowest of those that were tried, but at the bounds."""
-    best = {"dense": 0.002, "dense_2heads": 0.004, "moa": 0.016, "switchhead": 0.0005, "switchall": 1.0}
+    best = {"dense": 0.008, "dense_2heads": 0.016, "moa": 0.032, "switchhead": 0.0005, "switchall": 1.0}
     order = trained_until_nothing_is_missing(best)
     tried = {
         model: sorted(run.rate for run in order if run.model == model and run.steps == TUNED_STEPS) for model in SEEDS
     }
-    assert tried["dense"] == list(RATES) and tried["dense_2heads"] == [*RATES, 0.008]
-    assert tried["moa"] == [*RATES, 0.008, 0.016, 0.032] and tried["switchhead"] == [LOWEST, 0.0005, *RATES]
-    assert tried["switchall"] == [*RATES, 0.008, 0.016, 0.032, HIGHEST]
+    assert tried["dense"] == list(RATES) and tried["dense_2heads"] == [*RATES, 0.032]
+    assert tried["moa"] == tried["switchall"] == [*RATES, 0.032, HIGHEST]
+    assert tried["switchhead"] == [LOWEST, 0.0005, 0.001, 0.002, *RATES]
     assert {(run.model, run.rate) for run in order if run.steps == STEPS} == {*best.items()} - {("switchall", 1.0)} | {
         ("switchall", HIGHEST)
     }
 
 
 def test_a_run_that_diverged_is_not_chosen() -> None:
-    names = [Training("dense", rate, 0, TUNED_STEPS).name for rate in (*RATES, 0.008)]
+    names = [Training("dense", rate, 0, TUNED_STEPS).name for rate in (*RATES, 0.032)]
     assert chosen_rate("dense", {names[0]: 4.0, names[1]: 3.0, names[2]: math.nan}) == RATES[1]
     assert chosen_rate("dense", {names[0]: 4.0, names[1]: 3.5, names[2]: 3.0, names[3]: math.nan}) == RATES[2]
     assert chosen_rate("dense", dict.fromkeys(names, math.nan)) is None
@@ -129,17 +129,29 @@ def test_records_become_a_table_and_a_picture(tmp_path: Path) -> None:
 
 
 def test_the_table_says_of_a_rate_that_others_were_better_or_were_not_tried() -> None:
-    short = [record(training, 5.0 - 100 * training.rate) for training in tuning({})]
+    short = [record(training, 5.0 - 25 * training.rate) for training in tuning({})]
     long = [record(Training(model, RATES[2], 0, STEPS), 3.0) for model in ("dense", "moa")]
-    moa = [record(Training("moa", rate, 0, TUNED_STEPS), loss) for rate, loss in ((0.008, 4.25), (0.016, 4.5))]
+    moa = [record(Training("moa", rate, 0, TUNED_STEPS), loss) for rate, loss in ((0.032, 4.25), (0.064, 4.5))]
     lines = table([*short, *long, *moa]).splitlines()
     assert [line.split("|")[5].strip() for line in lines if line.startswith(("| dense, 8", "| MoA"))] == [
-        r"0.004\*",
-        r"0.004\*",
+        r"0.016\*",
+        r"0.016\*",
     ]
     assert lines[-2:] == [
         "",
-        r"\* dense, 8 heads: 0.008 not tried. MoA, 4 of 8: in short runs 0.008 was better by 0.35 nats.",
+        r"\* dense, 8 heads: 0.032 not tried. MoA, 4 of 8: in short runs 0.032 was better by 0.35 nats.",
+    ]
+
+
+def test_the_short_runs_have_a_table_of_their_losses() -> None:
+    records = [record(Training("moa", rate, 0, TUNED_STEPS), loss) for rate, loss in ((0.016, 4.25), (0.001, 4.125))]
+    failed = record(Training("dense", 0.016, 0, TUNED_STEPS), 4.0, diverged=True)
+    other_seed = record(Training("moa", 0.064, 1, TUNED_STEPS), 1.0)
+    assert short_table([*records, failed, other_seed]).splitlines() == [
+        "| model | 0.001 | 0.016 |",
+        "|---|---|---|",
+        "| dense, 8 heads |  | failed |",
+        "| MoA, 4 of 8 | **4.125** | 4.250 |",
     ]
 
 
