@@ -74,6 +74,18 @@ def test_what_is_kept_is_counted_once_and_parameters_are_not() -> None:
     assert step() > 0
 
 
+def test_the_work_of_a_step_is_that_of_the_layers_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters and the work of a block are the whole model's."""
+    attention = {"type": "dense", "num_heads": 2, "head_dim": 4}
+    base = {"d_model": 8, "vocab_size": 11, "sequence_length": 6, "attention": attention}
+    whole, one = (ModelConfig.model_validate(base | {"num_layers": layers}) for layers in (3, 1))
+    monkeypatch.setattr(families, "SHAPES", {"small": {DENSE: ("", None)}})
+    monkeypatch.setattr(families, "model_of", lambda *_: whole)
+    found = families.measured("small", 1, 1, 1)[DENSE]
+    assert found.step_macs == families.forward_macs(one) == found.macs + 11 * 8 * 6
+    assert found.parameters == formula_parameters(whole).total
+
+
 def test_the_command_prints_a_line_for_each_family(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 
 from benchmarks import launches
+from benchmarks.launch_counter import Counts, Tally
 from benchmarks.marked import with_table
+
+
+def counts(kernels: int) -> Counts:
+    """Of a model with so many layers, beside which one kernel stands."""
+    places = {"layer": Tally(kernels=kernels, bytes=10 * kernels), "other": Tally(kernels=1)}
+    operators = Counter({("layer", "mm"): kernels, ("other", "sum"): 1})
+    return Counts(places, operators, Counter({"item": kernels}), to_host=kernels, to_device=2 * kernels)
+
+
+def test_further_layers_add_what_the_second_adds() -> None:
+    assert counts(1).plus(counts(2).plus(counts(1), -1), 4) == counts(5)
 
 
 def test_table() -> None:

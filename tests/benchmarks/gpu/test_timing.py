@@ -100,7 +100,7 @@ def test_the_op_alone_is_timed(build: op_cases.Build) -> None:
         backward = log.lines[before:]
     for lines, words in ((forward, "no backward"), (backward, "backward")):
         assert [line for line in lines if "." not in line] == [
-            "capture", "capture", "wait", "hold", *["flush", "start", "end"] * 3, "wait",
+            "capture", "capture", "flush", "wait", "hold", *["flush", "start", "end"] * 3, "wait",
         ]  # fmt: skip
         regions = list(timed_regions(lines))
         assert len(regions) == 3 and all(regions)

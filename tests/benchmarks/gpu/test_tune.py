@@ -198,6 +198,12 @@ def test_a_lucky_round_of_a_candidate_is_no_gain(four: Search, monkeypatch: pyte
     assert found["best"] == found["today"] == {"tiles": four.today, "ms": 4.0} and found["gain_percent"] == 0.0
 
 
+def test_a_candidate_that_does_not_work_again_is_no_gain() -> None:
+    rows = [{"tiles": {"tile": 1}, "ms": 4.0}, {"tiles": {"tile": 2}, "ms": 3.0}]
+    found = tune.chosen(rows, {"ms": 4.1}, {"rejected": "another result: output 0 differs"})
+    assert found["best"] == found["today"] == rows[0] and found["gain_percent"] == 0.0
+
+
 def test_what_spills_or_does_not_fit_is_not_timed(
     four: Search, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

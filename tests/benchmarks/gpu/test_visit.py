@@ -276,6 +276,7 @@ def test_quality_needs_its_text_and_time(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     def ended(code: int | None) -> Any:
         def within(line: list[str], seconds: float, cwd: Path) -> int | None:
+            assert seconds == 1000.0 and cwd == tmp_path
             lines.append(line)
             return code
 
