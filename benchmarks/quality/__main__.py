@@ -21,14 +21,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from benchmarks.quality.plan import Training, missing
-from benchmarks.quality.records import RESULTS, check_data, keep, read_records, record_of
+from benchmarks.quality.records import RESULTS, SHIPPED, check_data, keep, read_records, record_of
 from benchmarks.quality.table import page, picture, report
 from common.arguments import add_overrides, set_options
 from common.errors import DataError, UserError
 from common.paths import REPOSITORY
 from pretrain.report.exit_codes import ExitCode
-
-PICTURE = Path("docs", "pictures", "quality.png")
 
 
 def main() -> int:
@@ -48,7 +46,7 @@ def main() -> int:
     parser.add_argument(
         "--picture",
         type=Path,
-        help=f"table: the PNG that it writes (default: quality.png in --results; of ours, {PICTURE})",
+        help="table: the PNG that it writes (default: quality.png in --results; of ours, in docs/pictures)",
     )
     parser.add_argument("--page", type=Path, help="table: also the page that has it between its marks")
     args = parser.parse_args()
@@ -58,10 +56,11 @@ def main() -> int:
                 raise DataError(f"--results: there is no folder {args.results}; `run` with it makes it")
             records = read_records(args.results)
             print(report(records))
-            ours = args.results.resolve() == RESULTS
-            picture(records, args.picture or (REPOSITORY / PICTURE if ours else args.results / "quality.png"))
+            shown = SHIPPED.get(args.results.resolve(), SHIPPED[RESULTS]._replace(picture=args.results / "quality.png"))
+            picture(records, args.picture or shown.picture)
             if args.page is not None:
-                args.page.write_text(page(args.page.read_text(encoding="utf-8"), records), encoding="utf-8")
+                text = page(args.page.read_text(encoding="utf-8"), records, shown.mark)
+                args.page.write_text(text, encoding="utf-8")
             return 0
         if args.data is None:
             raise DataError("--data: name the manifest.json of the prepared text")

@@ -14,12 +14,29 @@ from benchmarks import records
 from benchmarks.quality.plan import Training
 from common.errors import DataError
 from common.files import write_json
+from common.paths import REPOSITORY
 from data_prep.shards.format import Manifest
 from pretrain.views.reading import RunView, setting
 
 RESULTS = Path(__file__).resolve().parent / "results"
 EVERY = 10
 """Steps between two points of the kept curve, each the mean of the losses since the last one."""
+
+
+class Shipped(NamedTuple):
+    """Where the docs show results of ours."""
+
+    mark: str
+    """In docs/benchmarks.md: the table stands between its two."""
+    picture: Path
+
+
+PICTURES = REPOSITORY / "docs" / "pictures"
+SHIPPED = {
+    RESULTS: Shipped("benchmarks.quality", PICTURES / "quality.png"),
+    RESULTS.with_name("results_cpu"): Shipped("benchmarks.quality cpu", PICTURES / "quality_cpu.png"),
+}
+"""By folder of results: of one text each."""
 
 
 class Record(NamedTuple):

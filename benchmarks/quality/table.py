@@ -31,7 +31,7 @@ def table(records: Sequence[Record]) -> str:
         "| model | parameters | MFLOP a token | attention floats | rate | seeds | perplexity | spread | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for model in SEEDS:
+    for model in (each for each in SEEDS if any(record.model == each for record in records)):
         config = load_config(CONFIGS / f"{model}.json").model
         rate, chosen = compared_rate(records, model), chosen_rate(model, losses)
         whole = of_model(records, model)
@@ -107,9 +107,9 @@ def origins(records: Sequence[Record]) -> str:
     )
 
 
-def page(text: str, records: Sequence[Record]) -> str:
+def page(text: str, records: Sequence[Record], mark: str) -> str:
     """`text` with the report between its two marks anew. Raises ValueError if it lacks them."""
-    return with_table(text, "benchmarks.quality", report(records))
+    return with_table(text, mark, report(records))
 
 
 def report(records: Sequence[Record]) -> str:
@@ -131,6 +131,7 @@ def picture(records: Sequence[Record], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
     for color, model in enumerate(SEEDS):
@@ -147,6 +148,8 @@ def picture(records: Sequence[Record], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation perplexity")
     axes[0].set_yscale("log")
+    for of_axis in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        of_axis(ScalarFormatter())  # 60 and not 6 x 10^1
     if axes[0].lines:
         axes[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from benchmarks.quality.plan import (
     rates,
     tuning,
 )
-from benchmarks.quality.records import RESULTS, Record, digest_of, keep, read_records, record_of
+from benchmarks.quality.records import RESULTS, SHIPPED, Record, digest_of, keep, read_records, record_of
 from benchmarks.quality.table import page, picture, short_table, table
 from common.errors import DataError
 from common.paths import REPOSITORY
@@ -242,7 +242,7 @@ def test_a_users_own_results_get_a_picture_beside_them(
 ) -> None:
     keep(record(Training("moa", RATES[1], 0, STEPS), 3.0), tmp_path)
     monkeypatch.setattr("sys.argv", ["quality", "table", "--results", str(tmp_path)])
-    ours = REPOSITORY / command.PICTURE
+    ours = SHIPPED[RESULTS].picture
     before = ours.stat().st_mtime_ns
     assert command.main() == 0 and "| MoA, 4 of 8 |" in capsys.readouterr().out
     assert (tmp_path / "quality.png").is_file() and ours.stat().st_mtime_ns == before
@@ -253,6 +253,9 @@ def test_a_users_own_results_get_a_picture_beside_them(
 
 def test_the_page_has_the_table_of_the_records() -> None:
     text = (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert page(text, read_records(RESULTS)) == text, "python -m benchmarks.quality table --page docs/benchmarks.md"
+    for folder, shown in SHIPPED.items():
+        again = f"python -m benchmarks.quality table --results {folder} --page docs/benchmarks.md"
+        assert page(text, read_records(folder), shown.mark) == text, again
+        assert shown.picture.is_file() and f"(pictures/{shown.picture.name})" in text
     with pytest.raises(ValueError, match=r"lacks <!-- benchmarks.quality: begin -->"):
-        page("no marks", [])
+        page("no marks", [], SHIPPED[RESULTS].mark)
