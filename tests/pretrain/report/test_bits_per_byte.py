@@ -59,9 +59,7 @@ def bytes_of_targets(data: Path, config: Config) -> int:
     return size
 
 
-def test_bits_per_byte_are_of_the_text_whatever_the_tokens(
-    prepared: Path, tmp_path: Path
-) -> None:
+def test_bits_per_byte_are_of_the_text_whatever_the_tokens(prepared: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     keys = ("train.steps=2", "evaluate.sequences=8")
