@@ -110,7 +110,7 @@ class Tokenizer:
             )
         return ids.tolist()
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         if not self.has_text:
             return "".join(map(self._piece, ids))

@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel, build_model, routing_statistics
 from model.memory import layer_memories
+from tests.tensors import gradient_of
 
 ATTENTION: dict[str, dict[str, Any]] = {
     "switchhead": {"type": "switchhead", "num_heads": 2, "head_dim": 6, "num_experts": 3, "active_experts": 2},
@@ -57,7 +58,7 @@ def two_steps(config: ModelConfig, recompute: Any, backends: Backends | None = N
             memory.advance()
             assert memory.kept is not None
             found[f"memory {name} {step}"] = memory.kept.clone()
-    return found | {name: p.grad for name, p in model.named_parameters()}
+    return found | {name: gradient_of(p) for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("position", ["rope", "xl"])
