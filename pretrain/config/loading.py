@@ -11,6 +11,7 @@ from common import json_config
 from common.errors import ConfigError
 from pretrain.config.rules import check_rules
 from pretrain.config.schema import Config
+from pretrain.config.watching import MonitorConfig
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--config") -> Config:
@@ -36,15 +37,9 @@ def inspect_config(
     """As `load_config`, with every problem of the file and of the overrides, but for rules that join keys (see
     `broken_rules`). The configuration is None where the problems leave none."""
     try:
-        tree = _read(path, option)
+        tree, problems = _readable_tree(path, overrides, option)
     except ConfigError as error:
         return None, [error]
-    problems = []
-    for override in _in_order(overrides):
-        try:
-            apply_override(tree, override)
-        except ConfigError as error:
-            problems.append(error)
     try:
         _check_manifest(tree, overrides)
     except ConfigError as error:
@@ -52,6 +47,31 @@ def inspect_config(
     _correct_description(tree, path, overrides)
     config, found = json_config.validate_all(Config, tree)
     return config, problems + found
+
+
+def alert_settings(path: Path, overrides: Sequence[str] = ()) -> MonitorConfig | None:
+    """What a configuration that may be wrong in every other place says of alerts, in a MonitorConfig; None where it
+    cannot be read, or is wrong there."""
+    try:
+        tree, _ = _readable_tree(path, overrides, "--config")
+    except ConfigError:
+        return None
+    monitor = tree.get("monitor", {})
+    if not isinstance(monitor, dict):
+        return None
+    return json_config.validate_all(MonitorConfig, {key: monitor[key] for key in monitor if key.startswith("alert")})[0]
+
+
+def _readable_tree(path: Path, overrides: Sequence[str], option: str) -> tuple[dict[str, Any], list[ConfigError]]:
+    """The tree of the file with those overrides that can be applied, and what is wrong with the others. Raises
+    ConfigError."""
+    tree, problems = _read(path, option), []
+    for override in _in_order(overrides):
+        try:
+            apply_override(tree, override)
+        except ConfigError as error:
+            problems.append(error)
+    return tree, problems
 
 
 def _read(path: Path, option: str) -> dict[str, Any]:

@@ -47,15 +47,14 @@ def changes_since(
         key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)
     }
     data_key = "data.sources" if config.data.sources else "data.manifest"
-    data_changed = saved.manifest_digest != manifest_digest
-    if data_changed:
+    if saved.manifest_digest != manifest_digest:
         changes[f"{data_key} (digest)"] = (saved.manifest_digest[:12], manifest_digest[:12])
     allowed = free_keys() | set(config.checkpoint.allow_changes)
+    if _is_under(data_key, config.checkpoint.allow_changes):  # that it is free allows no other contents
+        allowed.add(f"{data_key} (digest)")
     if any(_is_under(key, SCHEDULE) for key in changes) and _keeps_learning_rates(saved, config):
         allowed |= SCHEDULE
     refused = [key for key in changes if not _is_under(key, allowed)]
-    if data_changed and _is_under(data_key, config.checkpoint.allow_changes):
-        refused.remove(f"{data_key} (digest)")
     if refused:
         key = refused[0]
         more = f" (and {len(refused) - 1} more: {', '.join(refused[1:])})" if len(refused) > 1 else ""
