@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel, build_model, routing_statistics
 from model.memory import layer_memories
+from tests.model.options import ATTENTIONS, check_kinds
 
 ATTENTION: dict[str, dict[str, Any]] = {
     "switchhead": {"type": "switchhead", "num_heads": 2, "head_dim": 6, "num_experts": 3, "active_experts": 2},
@@ -58,6 +59,10 @@ def two_steps(config: ModelConfig, recompute: Any, backends: Backends | None = N
             assert memory.kept is not None
             found[f"memory {name} {step}"] = memory.kept.clone()
     return found | {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_every_attention_is_here() -> None:
+    check_kinds(ATTENTION, "ATTENTION of tests/model/test_recompute.py", ATTENTIONS)
 
 
 @pytest.mark.parametrize("position", ["rope", "xl"])
