@@ -14,7 +14,7 @@ class Routers(NamedTuple):
 
     num_experts: int
     active: int
-    """Experts that a token chooses (k); where that varies, the most."""
+    """Experts that a token chooses (k); where that varies, the fewest."""
     scores: Literal["sigmoid", "softmax"]
     """What a router makes of its logits."""
 

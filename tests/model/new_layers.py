@@ -49,7 +49,7 @@ class TopPConfig(LayerSection):
 
     @property
     def routers(self) -> Routers:
-        return Routers(self.num_experts, self.num_experts, "softmax")
+        return Routers(self.num_experts, 1, "softmax")
 
     @property
     def divided(self) -> Mapping[str, int]:

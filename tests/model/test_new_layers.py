@@ -78,7 +78,7 @@ def test_they_are_called_by_their_names() -> None:
     assert model_text(model).startswith(
         "2 x (top-p SwitchHead: 2 heads of 6, up to 4 experts for 0.7; softmax MoE: 2 of 5 experts of 7), d_model 12"
     )
-    assert choices(model) == {"attention": Choice(4, 4), "feedforward": Choice(5, 2)}
+    assert choices(model) == {"attention": Choice(4, 1), "feedforward": Choice(5, 2)}
     assert is_softmax(model, "blocks.0.attention.value") and is_softmax(model, "blocks.0.feedforward")
     # Expert tensors in the share that a token uses: 2 of 5 feed-forward experts, and all of attention's.
     count = count_parameters(build_model(model, seed=0), model)
