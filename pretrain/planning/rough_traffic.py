@@ -25,8 +25,9 @@ def rough_collectives(config: Config, num_ranks: int, stage: int) -> list[Collec
 def expert_parameters(config: Config, stage: int) -> int:
     """Of sigma-MoE experts that expert-parallel ranks divide, on one rank of a stage; 0 without expert parallelism."""
     feedforward, expert = config.model.feedforward, config.parallel.expert
-    if expert == 1 or not isinstance(feedforward, SigmaMoEConfig):
+    if expert == 1:
         return 0
+    assert isinstance(feedforward, SigmaMoEConfig), "the one layer whose experts travel"
     one = config.model.d_model * (feedforward.up_width + feedforward.expert_size)
     return blocks_of_stages(config)[stage] * feedforward.num_experts // expert * one
 
@@ -67,8 +68,9 @@ def _activations(config: Config, num_ranks: int, stage: int) -> Iterator[Collect
         kinds = ("all_gather", "reduce_scatter") if parallel.sequence else ("all_reduce",)
         for kind in kinds:
             yield Collective(kind, "tensor", parallel.tensor, hidden, "micro-step", passes * blocks * micro_steps)
-    if parallel.expert > 1 and isinstance(model.feedforward, SigmaMoEConfig):
-        routed = hidden * model.feedforward.active_experts // (parallel.tensor if parallel.sequence else 1)
+    if parallel.expert > 1:
+        assert model.feedforward.routers is not None
+        routed = hidden * model.feedforward.routers.active // (parallel.tensor if parallel.sequence else 1)
         times = (6 if config.train.recompute == "full" else 4) * blocks * micro_steps
         yield Collective("all_to_all", "expert", parallel.expert, routed, "micro-step", times)
     borders = (stage > 0) + (stage < parallel.pipeline - 1)
