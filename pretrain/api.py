@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,8 @@ class TextLoss(NamedTuple):
     """nats per token."""
     perplexity: float
     bits_per_byte: float
-    """All of them over the bytes of the text (UTF-8) behind the first token's."""
+    """All of them over the bytes of the text (UTF-8) behind the first token's; NaN where these are not known, as of a
+    character that the tokenizer has not."""
 
 
 class AttentionMaps(NamedTuple):
@@ -117,7 +119,7 @@ class OpenModel:
         targets = torch.tensor(ids[1:])[:, None]
         tokens = -self.logits(ids)[:-1].log_softmax(1).gather(1, targets)[:, 0]
         total = float(tokens.sum(dtype=torch.float64))
-        size = sum(len(self.tokenizer.content(number)) for number in ids[1:]) if self.tokenizer.has_text else 0
+        size = self.tokenizer.bytes_of(np.bincount(ids[1:]))
         mean = total / len(tokens)
         return TextLoss(tokens, mean, math.exp(min(mean, 700.0)), total / math.log(2) / size if size else math.nan)
 

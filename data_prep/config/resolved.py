@@ -4,6 +4,7 @@ recorded."""
 import hashlib
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def _check_once(found: dict[str, list[InputFile]], *, format: str) -> None:
         raise DataError(f"input: format enwik8 is one file, {len(found['input'])} are matched; name that one")
 
 
-def _names(paths: list[InputFile]) -> dict[InputFile, str]:
+def _names(paths: Sequence[InputFile]) -> dict[InputFile, str]:
     """The name of each file, preceded by just enough folders to tell it from others of that name (2019/a.gz,
     2020/a.gz), so that records do not depend on where the dumps lie. Bytes that are not UTF-8 are written as \\xff, and
     the query of a URL is left out; files that differ only in these are numbered."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,22 +73,11 @@ def _write_weights(checkpoint: Checkpoint, path: Path, kind: str) -> int:
     """Returns the size of the file in bytes. Holds one parameter in memory at a time."""
     import torch
 
-    from pretrain.checkpoint import loading
-    from pretrain.checkpoint.fragments import single_fragment
-    from pretrain.checkpoint.storage import Entry, Reader, write_safetensors
+    from pretrain.checkpoint.loading import whole_parameters
+    from pretrain.checkpoint.storage import Entry, write_safetensors
 
-    reader = Reader(checkpoint)
-    loading.check_kind(reader, kind)
-
-    def parameter(name: str, shape: list[int]) -> torch.Tensor:
-        tensor = torch.empty(shape)
-        loading.read(reader, checkpoint, {f"{kind}/{name}": single_fragment(tensor)})
-        return tensor
-
-    entries = [
-        Entry(name, torch.float32, shape, lambda name=name, shape=shape: parameter(name, shape))  # type: ignore[misc]
-        for name, shape in checkpoint.state["parameters"].items()
-    ]
+    parameter, shapes = whole_parameters(checkpoint, kind), checkpoint.state["parameters"]
+    entries = [Entry(name, torch.float32, shape, partial(parameter, name)) for name, shape in shapes.items()]
     return write_safetensors(path, entries)["bytes"]
 
 

@@ -248,7 +248,7 @@ def _load(location: str, key: str, config: Config, *, follow_links: bool) -> tup
     path = find_input(location)
     if not _is_there(path):
         recipe = f"configs/data/{_below_data(location)}.json"
-        known = find_input(recipe).is_file()
+        known = os.path.isfile(find_input(recipe))  # pathlib's raises for a long name
         raise UserError(
             f"{key}: there is no {path}; prepare the data first: python -m data_prep run --config "
             f"{recipe if known else 'FILE, one of configs/data or your own'}"

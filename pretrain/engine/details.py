@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.config import MoAConfig, ModelConfig
+from model.config import ModelConfig
 from model.language_model import routing_statistics
 from model.parallel.context import ParallelContext
 from model.parameter_spec import ParameterSpec
@@ -98,8 +98,8 @@ class ScoreCounter:
 
 def is_softmax(model: ModelConfig, router: str) -> bool:
     """Whether the scores of the router with this canonical name are a softmax of its logits, not sigmoids."""
-    attention = model.attention
-    return isinstance(attention, MoAConfig) and attention.router == "softmax" and ".attention." in router
+    found = (model.attention if ".attention." in router else model.feedforward).routers
+    return found is not None and found.scores == "softmax"
 
 
 def _counted(scores: Tensor) -> Tensor:

@@ -144,12 +144,13 @@ class HarnessModel(LM):
         open_rows = [row for row in range(len(rows)) if most[row] > 0]
         with torch.no_grad(), without_memory(model, len(rows), self._opened.place.device):
             while open_rows:
-                following = _likeliest(model, [[*rows[r], *made[r]] for r in open_rows], self._opened.place.device)
+                texts = [[*rows[row], *made[row]] for row in open_rows]
+                following = _likeliest(model, texts, self._tokenizer.vocab_size, self._opened.place.device)
                 for row, token in zip(open_rows, following, strict=True):
                     made[row].append(token)
                 open_rows = [row for row in open_rows if not ended(row)]
-        texts = [self._text(rows[row], tokens) for row, tokens in enumerate(made)]
-        return [_before(text, settings["until"]) for text, settings in zip(texts, wanted, strict=True)]
+        said = [self._text(rows[row], tokens) for row, tokens in enumerate(made)]
+        return [_before(text, settings["until"]) for text, settings in zip(said, wanted, strict=True)]
 
     def _text(self, prompt: list[int], tokens: list[int]) -> str:
         """What the tokens add to the prompt's text; EOS adds nothing."""
@@ -157,13 +158,13 @@ class HarnessModel(LM):
         return self._tokenizer.decode([*prompt, *kept])[len(self._tokenizer.decode(prompt)) :]
 
 
-def _likeliest(model: Any, rows: Sequence[Sequence[int]], device: torch.device) -> list[int]:
-    """The likeliest token after each row."""
+def _likeliest(model: Any, rows: Sequence[Sequence[int]], num_ids: int, device: torch.device) -> list[int]:
+    """The likeliest of the first `num_ids` tokens after each row."""
     length = -(-max(map(len, rows)) // LENGTH_STEP) * LENGTH_STEP
     tokens: Tensor = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
     logits, _ = model.logits(tokens)
     last = torch.tensor([len(row) - 1 for row in rows], device=device)
-    found: list[int] = logits[torch.arange(len(rows), device=device), last].argmax(-1).tolist()
+    found: list[int] = logits[torch.arange(len(rows), device=device), last, :num_ids].argmax(-1).tolist()
     return found
 
 

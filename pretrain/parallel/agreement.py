@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -110,11 +111,10 @@ def check_same(what: str, value: str) -> None:
 def check_shared(folder: Path) -> None:
     """Collective: raises UserError (agreed) unless every rank sees the folder that rank 0 writes."""
     path = folder / from_first_rank(lambda: _seen_file(folder))
-    visible = path.exists()
     try:
         agree(
             None
-            if visible
+            if os.path.exists(path)  # pathlib's raises where this rank may not look, and leaves the others waiting
             else UserError(
                 f"--run-dir: rank {dist.get_rank()} does not see the folder {folder} of rank 0; name one on a file "
                 f"system that all nodes share"

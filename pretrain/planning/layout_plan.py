@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -120,11 +117,10 @@ _rehearsed: dict[tuple[str, int, int, str, int | None], Rehearsal] = {}
 def rehearsed(
     config: Config, num_ranks: int, rank: int, device_type: str, most_micro_steps: int | None = None
 ) -> Rehearsal:
-    """A rehearsal, each once in a process. What DeepSpeed prints goes to stderr. Raises StepStops or CannotRehearse."""
+    """A rehearsal, each once in a process. Raises StepStops or CannotRehearse."""
     key = config.model_dump_json(), num_ranks, rank, device_type, most_micro_steps
     if key not in _rehearsed:
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), told():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's, of functions that DeepSpeed calls
+        with told():
             from pretrain.planning.rehearsal import rehearse  # imports DeepSpeed
 
             _rehearsed[key] = rehearse(config, num_ranks, rank, device_type, most_micro_steps=most_micro_steps)

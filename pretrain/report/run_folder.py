@@ -18,7 +18,7 @@ from pretrain.report import console
 from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
 
-REPLACED = ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json", "verified.json")
+REPLACED = ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json", "verified.json", "rollbacks.json")
 LEFTOVERS = (
     ".seen-by-rank-0-*",
     ".clock-*",
@@ -176,10 +176,7 @@ class RunFolder:
                 self._told_end = kind  # alerts hear of it from `end`, with its code
             elif self._alerts is not None:
                 self._alerts.hear(row)
-            if self._listener is not None:
-                self._listener(row)
-            else:
-                self._unheard.append(row)
+            (self._listener or self._unheard.append)(row)
 
     def listen(self, listener: Callable[[Row], None] | None) -> None:
         """From now on `listener` hears of every event, in the thread where it happens; first of those that nobody has
@@ -206,8 +203,8 @@ class RunFolder:
         superseded = [row for row in self._metrics.rows() if row["step"] > step]
         if not superseded:
             return
-        for row in superseded:
-            self.event("superseded_metrics", metrics=row)
+        for row in superseded:  # for nobody's ears: they would crowd out what the board has not heard yet
+            self._events.append({"event": "superseded_metrics", "time": time.time(), "metrics": row})
         self._events.make_durable()
         self._metrics.keep(lambda row: row["step"] <= step)
 

@@ -96,19 +96,11 @@ def _told(error: PeerFailed) -> str:
 def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Phases) -> Iterator[Control]:
     """Runs the block with a watchdog, signs of life and agreement; on exit records the run's outcome, releases the
     lock and waits a moment for alerts. Collective."""
-    own = {**process_identity(os.getpid()), "node": node_name(os.environ)}
-    identities = of_all_ranks(own)
-    neighbours = [other for other in identities if is_same_machine(own, other)]
-    group = control_group(collective_timeout(config))
-    control = Control(stop, group, [str(identity["node"]) for identity in identities])
+    watchdog: Watchdog | None = None
 
     def leave(code: ExitCode, message: str) -> None:
         folder.end(code, message)
         folder.finish_alerts()
-
-    stop.before_leaving.append(leave)
-    stop.peer_is_dead = lambda: not all(is_alive(other) for other in neighbours)
-    watchdog: Watchdog | None = None
 
     def watch() -> None:
         nonlocal watchdog
@@ -127,7 +119,14 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
                 f"{error.strerror}"
             ) from None
 
+    stop.before_leaving.append(leave)
     try:
+        own = {**process_identity(os.getpid()), "node": node_name(os.environ)}
+        identities = of_all_ranks(own)
+        neighbours = [other for other in identities if is_same_machine(own, other)]
+        stop.peer_is_dead = lambda: not all(is_alive(other) for other in neighbours)
+        group = control_group(collective_timeout(config))
+        control = Control(stop, group, [str(identity["node"]) for identity in identities])
         agreed(watch)
         try:
             yield control

@@ -42,7 +42,7 @@ def task(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     recipe = IdRecipe(model=None, settings=TokenizerConfig(type="bytes"))
     names = (FIRST, "b.jsonl")
     return IngestTask(
-        config=DataConfig(input=list(names), output="out", ingest=IngestConfig(max_bad_files=0.5)),
+        config=DataConfig(input=names, output="out", ingest=IngestConfig(max_bad_files=0.5)),
         files=tuple(RawInput(raw=RemoteFile(f"http://host/{name}"), name=name, size=100) for name in names),
         split="train",
         folder=tmp_path,

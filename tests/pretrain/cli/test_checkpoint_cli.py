@@ -300,9 +300,9 @@ def test_the_page_shows_how_to_load_the_weights(
 def test_convert_holds_one_parameter_at_a_time(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, read = [], pretrain.checkpoint.loading.read
 
-    def noted(reader, checkpoint, state):  # type: ignore[no-untyped-def]
+    def noted(reader, state):  # type: ignore[no-untyped-def]
         asked.append(list(state))
-        read(reader, checkpoint, state)
+        read(reader, state)
 
     monkeypatch.setattr(pretrain.checkpoint.loading, "read", noted)
     assert main(["convert", str(run_dir), "--to", str(tmp_path / "out")]) == 0

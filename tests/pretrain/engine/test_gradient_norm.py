@@ -163,12 +163,16 @@ def updates(rank: int, config: Config, left_out: str = "") -> tuple[list[tuple[i
     step, tensor = optimizer.step, torch.tensor
     made: list[Any] = []
 
+    def noted(*values: Any, **options: Any) -> torch.Tensor:
+        made.append(values)
+        return tensor(*values, **options)
+
     def stepping() -> Any:
         if len(seen) == 1 and rank == 0:
             optimizer.averaged_gradients[0][0].view(-1)[0] = math.inf
         with (
             Questions() as questions,
-            mock.patch.object(torch, "tensor", lambda *a, **k: made.append(a) or tensor(*a, **k)),
+            mock.patch.object(torch, "tensor", noted),
         ):
             made.clear()
             result = step()

@@ -98,6 +98,7 @@ def _primitives(rank: int, folder: Path) -> list[str]:
             outcomes.append(f"{type(error).__name__}: {error}")
         except PeerFailed as error:
             outcomes.append(f"PeerFailed of {error.kind.__name__}: {error.words}")
+    attempt(lambda: check_shared(own if rank == 0 else folder / ("x" * 300)))  # to ask after it is an error itself
     return outcomes
 
 
@@ -110,6 +111,7 @@ def test_primitives(tmp_path: Path) -> None:
     assert first[4] == second[4] == "None"
     assert "rank 1 does not see the folder" in second[5]
     assert first[5] == second[5].replace("UserError: ", "PeerFailed: rank 1: ")
+    assert first[8].startswith("PeerFailed: rank 1: --run-dir") and "rank 1 does not see the folder" in second[8]
     assert not list(tmp_path.glob("*/.seen*"))
     # An error that stays goes before one that may pass, which would be waited for in vain.
     assert (first[6], second[6]) == ("PeerFailed of UserError: rank 1: stays", "UserError: stays")

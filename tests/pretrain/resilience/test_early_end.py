@@ -7,12 +7,14 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import pretrain.device
-from common.errors import UserError
+import pretrain.resilience.guard
+from common.errors import PassingError, UserError
 from common.paths import REPOSITORY
 from common.run_lock import DEAD_SECONDS, FolderLock
 from data_prep.shards.format import Manifest
@@ -233,3 +235,20 @@ def test_what_the_ranks_refuse_once_they_have_met_is_the_outcome_and_told(
     assert outcome["exit_code"] == ExitCode.REFUSED and shard in outcome["reason"]
     ((_, given),) = calls(tmp_path / "got")
     assert given["event"]["event"] == "failed" and shard in given["event"]["reason"]
+
+
+def _unconnected(rank: int, config: Config, run: Path) -> None:
+    def unreachable(timeout_seconds: float) -> Any:
+        raise PassingError("GLOO_SOCKET_IFNAME: gloo does not connect the ranks")
+
+    pretrain.resilience.guard.control_group = unreachable  # this process ends with the test
+    with pytest.raises(PassingError):
+        train(config, Sources.load(config), run, torch.device("cpu"))
+
+
+def test_ranks_that_meet_and_cannot_agree_are_the_outcome(prepared: Path, tmp_path: Path) -> None:
+    """The folder is open by then."""
+    run_ranks(_unconnected, 1, light_config(prepared), tmp_path)
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert outcome["exit_code"] == ExitCode.CUT_OFF and outcome["reason"].startswith("GLOO_SOCKET_IFNAME: ")
+    assert not list(tmp_path.glob("lock-*"))

@@ -94,11 +94,11 @@ def _stop_and_resume(rank: int, config: Config, cases: list[tuple]) -> list[tupl
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the case before left it ignored
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         stop.install(launched=False)
-        Phases.enter = entered  # type: ignore[method-assign]
+        Phases.enter = entered
         try:
             code = pretrain.loop.train(config, Sources.load(config), run_dir, torch.device("cpu"), stop)
         finally:
-            Phases.enter = enter  # type: ignore[method-assign]
+            Phases.enter = enter
         dist.barrier()
         saved = len(metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
         dist.barrier()

@@ -197,6 +197,20 @@ def test_the_bytes_of_counted_ids_are_those_of_their_text(prepared: Path) -> Non
     assert tokenizer.bytes_of(np.bincount([*ids, 0])) is None, "an unknown piece stands for any text"
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_ids_of_a_wider_model_have_no_text(prepared: Path, kind: str) -> None:
+    manifest = Manifest.load(prepared)
+    if kind == "bytes":
+        entry = {"kind": kind, "file": None, "sha256": None, "eos_id": None, "vocab_size": 256}
+        manifest = manifest.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update=entry)})
+    tokenizer = Tokenizer(manifest)
+    ids = tokenizer.encode("gab")
+    wider = [*ids, tokenizer.vocab_size, tokenizer.vocab_size + 9]
+    assert tokenizer.decode(wider) == "gab" and tokenizer.content(wider[-1]) == b""
+    assert tokenizer.pieces(wider)[-1] == f"<unused {wider[-1]}>"
+    assert tokenizer.bytes_of(np.bincount(wider)) == tokenizer.bytes_of(np.bincount(ids))
+
+
 def test_lines_are_cut_one_by_one_where_the_data_were(prepared: Path) -> None:
     raw = json.loads((prepared / "manifest.json").read_text())
     manifest = Manifest.load(prepared)

@@ -344,7 +344,9 @@ def test_every_line_with_a_name_in_the_legend_looks_different(tmp_path: Path, mo
 
     def noted(canvas: FigureCanvasAgg, *given: Any, **options: Any) -> Any:
         for axes in canvas.figure.axes:
-            lines = axes.get_legend().get_lines()
+            legend = axes.get_legend()
+            assert legend is not None
+            lines = legend.get_lines()
             looks.append({(to_hex(line.get_color()), line.get_linestyle(), line.get_fillstyle()) for line in lines})
         return print_png(canvas, *given, **options)
 
