@@ -142,14 +142,14 @@ def facts(run: Run) -> dict[str, Any]:
     data.manifest, which the file of its configuration most often has."""
     started = run.view.last("started")
     extra = {key: started[key] for key in ("software", "layout") if isinstance(started.get(key), dict)}
-    found = flattened({**run.view.config, **extra, "ranks": started.get("ranks"), DIGEST: data_digest(run)})
+    found = flattened({**run.view.config, **extra, "ranks": started.get("ranks"), DIGEST: data_digest(run.view)})
     return {key: value for key, value in found.items() if key != "data.manifest" or not found.get("data.sources")}
 
 
-def data_digest(run: Run) -> str | None:
+def data_digest(view: RunView) -> str | None:
     """The first letters, as other texts show them, of what identifies the data of the newest start; None of a version
     that did not record it."""
-    found = run.view.last("started").get("data_digest")
+    found = view.last("started").get("data_digest")
     return found[:12] if isinstance(found, str) else None
 
 

@@ -120,7 +120,7 @@ def _notes_on_text(runs: Sequence[Run], keys: Collection[str]) -> list[str]:
 
 def _other_text(runs: Sequence[Run], keys: Collection[str]) -> list[str]:
     """What says that runs read other texts or tokens, among the keys of what differs."""
-    if None not in (digests := [data_digest(run) for run in runs]) and len(set(digests)) == 1:
+    if None not in (digests := [data_digest(run.view) for run in runs]) and len(set(digests)) == 1:
         return []  # data that lie elsewhere, and rows of the embedding that no piece uses
     return [key for key in (DIGEST, "data.manifest", "data.sources", "model.vocab_size") if key in keys]
 
