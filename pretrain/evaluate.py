@@ -154,29 +154,31 @@ def validate(
         with trainer.average.in_place_of_weights():
             averaged = evaluated()
         values = None if averaged is None else values | _of_average(averaged)
-    if values is None or monitor is None:
-        return None if values is None else finite(values["loss"])
-    if is_last or not reader.tokens_are_bytes:
-        text = _held_out_text(trainer, reader)
-        if not reader.tokens_are_bytes:
+    if values is None:
+        return None
+    text = trainer.held_out_text
+    if text is None and (is_last or not reader.tokens_are_bytes):
+        text = trainer.held_out_text = _held_out_text(trainer, reader, reads=monitor is not None)
+    if monitor is not None:
+        if text is not None and not reader.tokens_are_bytes:
             values |= _bits_per_byte(values, text.bytes)
-        if is_last:
+        if text is not None and is_last:
             values["unigram_perplexity"] = text.unigram_perplexity
-    monitor.validation(step, without_nan(values), split=config.evaluate.split)
-    if is_last and math.isfinite(values["loss"]):
-        print(_last_line(values, config.evaluate.split), flush=True)
+        monitor.validation(step, without_nan(values), split=config.evaluate.split)
+        if is_last and math.isfinite(values["loss"]):
+            print(_last_line(values, config.evaluate.split), flush=True)
     return finite(values["loss"])
 
 
-def _held_out_text(trainer: Trainer, reader: Windows) -> HeldOutText:
-    """What the validations of this start predict; read once."""
-    if trainer.held_out_text is None:
-        counts = target_counts(reader, evaluation_windows(reader, trainer.setup.config))
-        size = None
-        with contextlib.suppress(UserError):  # without its tokenizer nobody knows the text
-            size = Tokenizer(trainer.setup.sources.sources[0].manifest).bytes_of(counts)
-        trainer.held_out_text = HeldOutText(unigram_perplexity(counts), size)
-    return trainer.held_out_text
+def _held_out_text(trainer: Trainer, reader: Windows, *, reads: bool) -> HeldOutText:
+    """What the validations of this start predict, on the one rank that `reads` all windows again; nothing known on the
+    others. Collective, because that one may fail."""
+    windows = evaluation_windows(reader, trainer.setup.config)
+    counts = agreed(lambda: target_counts(reader, windows) if reads else np.zeros(0, np.int64))
+    size = None
+    with contextlib.suppress(UserError):  # without its tokenizer nobody knows the text
+        size = Tokenizer(trainer.setup.sources.sources[0].manifest).bytes_of(counts) if reads else None
+    return HeldOutText(unigram_perplexity(counts) if reads else math.nan, size)
 
 
 def _bits_per_byte(values: dict[str, float], size: int | None) -> dict[str, float]:

@@ -99,7 +99,7 @@ class LaunchedStep:
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """The tokens that each validation of a start predicts, on rank 0."""
+    """The tokens that each validation of a start predicts; known on rank 0."""
 
     unigram_perplexity: float
     bytes: int | None
