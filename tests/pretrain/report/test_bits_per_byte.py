@@ -13,10 +13,14 @@ import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
 
+import pretrain.evaluate
+from common.errors import DataError, UserError
 from data_prep.cli import main as data_prep
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
+from pretrain.data.windows import Windows
 from pretrain.evaluate import evaluation_windows, target_counts, unigram_perplexity
+from pretrain.parallel.agreement import PeerFailed
 from tests.harness import run_ranks
 from tests.pretrain.runs import events, light_config, train_runs
 
@@ -89,6 +93,25 @@ def test_bits_per_byte_are_of_the_text_whatever_the_tokens(prepared: Path, tmp_p
     (last,) = [line for line in printed if f"({values['bits_per_byte']:.4f} bits per byte)" in line]
     assert last.startswith("validation perplexity")
     assert sum("bits per byte" in line for line in printed) == 6
+
+
+def end_without_a_second_look(rank: int, config: Config, run_dir: Path) -> str:
+    """How a run ends whose held-out windows cannot be read again."""
+
+    def gone(reader: Windows, windows: np.ndarray) -> np.ndarray:
+        raise DataError("validation-00000.tar is gone")
+
+    pretrain.evaluate.target_counts = gone  # this process ends with the test
+    try:
+        train_runs(rank, [(config, run_dir)])
+    except (UserError, PeerFailed) as error:
+        return type(error).__name__
+    return "trained"
+
+
+def test_the_first_rank_alone_reads_the_windows_again_and_all_hear_if_it_cannot(prepared: Path, tmp_path: Path) -> None:
+    config = light_config(prepared, "train.steps=1", "evaluate.sequences=8", ranks=2)
+    assert run_ranks(end_without_a_second_look, 2, config, tmp_path / "run") == ["DataError", "PeerFailed"]
 
 
 def test_the_unigram_perplexity_counts_each_window_once_and_none_of_a_stream_that_has_ended() -> None:
