@@ -151,13 +151,18 @@ def validate(
         with trainer.average.in_place_of_weights():
             averaged = evaluated()
         values = None if averaged is None else values | _of_average(averaged)
-    if values is None or monitor is None:
-        return None if values is None else finite(values["loss"])
-    if is_last:
-        values["unigram_perplexity"] = unigram_perplexity(target_counts(reader, evaluation_windows(reader, config)))
-    monitor.validation(step, without_nan(values), split=config.evaluate.split)
-    if is_last and math.isfinite(values["loss"]):
-        print(_last_line(values, config.evaluate.split), flush=True)
+    if values is None:
+        return None
+    counts: np.ndarray | None = None
+    if is_last:  # agreed, because the first rank alone reads the windows again
+        windows = evaluation_windows(reader, config)
+        counts = agreed(lambda: target_counts(reader, windows) if monitor is not None else None)
+    if monitor is not None:
+        if counts is not None:
+            values["unigram_perplexity"] = unigram_perplexity(counts)
+        monitor.validation(step, without_nan(values), split=config.evaluate.split)
+        if is_last and math.isfinite(values["loss"]):
+            print(_last_line(values, config.evaluate.split), flush=True)
     return finite(values["loss"])
 
 
