@@ -104,6 +104,9 @@ def empty_splits(manifest: Manifest, config: DataConfig) -> None:
 
 def _more_for_validation(documents: int, config: DataConfig) -> str:
     """What would hold out something of so many documents."""
+    alone = "validation_fraction is a share of whole documents, and there is one"
+    if config.format in ID_FORMATS and documents == 1:
+        return f"{alone}; name a file with its end as validation_input, and one without it as input"
     raised = "raise validation_fraction to get some"
     if config.format not in ("auto", "text") and documents > 1:
         return raised
@@ -111,7 +114,6 @@ def _more_for_validation(documents: int, config: DataConfig) -> str:
         "of plain text (format=text) validation_from=end holds out the end of each file, and "
         "text_documents=blank_lines makes documents of what stands between blank lines"
     )
-    alone = "validation_fraction is a share of whole documents, and there is one"
     return f"{raised}; or, {by_file}" if documents > 1 else f"{alone}; {by_file}"
 
 

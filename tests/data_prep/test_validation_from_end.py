@@ -85,6 +85,15 @@ def test_one_document_alone_is_said_with_what_would_hold_out_some_of_it(
     assert f"no document went to validation; validation_fraction {words}" in capsys.readouterr().err
 
 
+def test_of_ids_that_are_one_document_it_is_said_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "a.npy", np.arange(1000, dtype=np.uint16) % 90)
+    tokenizer = {"type": "ids", "name": "mine", "vocab_size": 100}
+    ids = {"format": "token_array", "end_of_document": 99, "tokenizer": tokenizer}
+    assert prepare(tmp_path, input=str(tmp_path / "a.npy"), **ids) == 0
+    said = capsys.readouterr().err
+    assert "and there is one; name a file with its end as validation_input, and one without it as input" in said
+
+
 @pytest.mark.parametrize("settings", [(), ("format=jsonl",), ("format=text", "text_documents=blank_lines")])
 def test_it_is_refused_where_files_are_no_documents(
     tmp_path: Path, books: str, capsys: pytest.CaptureFixture[str], settings: tuple[str, ...]
