@@ -80,8 +80,8 @@ class Sweep:
         if set(keys) != set(found.keys):
             solved_for = " (solved for by --equal-parameters)" if found.solved else ""
             raise UserError(
-                f"--vary: {folder} is a sweep of {' and '.join(found.keys) or 'no key'}{solved_for}, and this command varies "
-                f"{' and '.join(keys) or 'none'}; vary the same keys, or name another --sweep-dir"
+                f"--vary: {folder} is a sweep of {' and '.join(found.keys) or 'no key'}{solved_for}, and this command "
+                f"varies {' and '.join(keys) or 'none'}; vary the same keys, or name another --sweep-dir"
             )
         for name, path in configs.items():
             found._check_unchanged(name, path, overrides)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,23 @@ def group_of(name: str, spec: ParameterSpec) -> str:
     return "attention" if module == "attention" else "feed-forward"
 
 
+class Part(NamedTuple):
+    """Some parameters of a model."""
+
+    block: str
+    """`blocks.3`; empty outside of the blocks."""
+    group: str
+
+    def __str__(self) -> str:
+        return f"{self.block}.{self.group}" if self.block else self.group
+
+
+def part_of(name: str, spec: ParameterSpec) -> Part:
+    """The part of the parameter with this canonical name."""
+    parts = name.split(".")
+    return Part(".".join(parts[:2]) if parts[0] == "blocks" else "", group_of(name, spec))
+
+
 @dataclass(frozen=True)
 class Details:
     """Of one optimizer step, the same on every rank."""
@@ -57,6 +74,8 @@ class Details:
     scores: dict[str, Tensor]
     """Router -> [BINS] fp64: the share of the scores of all its experts in each of BINS equal parts of 0 .. 1. Empty
     with CUDA graphs and with compiled blocks."""
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """As `norms`, of each group in each block: `blocks.3.experts`, `embedding`."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +83,28 @@ class DetailsReading:
     """Details that the device may still be computing."""
 
     reading: Reading
+    parts: Sequence[Part]
     routers: Sequence[str]
 
     def read(self) -> Details:
         """Waits for the device."""
         values = self.reading.get()
-        squares = values[: len(KINDS) * len(GROUPS)].view(len(KINDS), len(GROUPS)).tolist()
-        norms = {
-            kind: {group: math.sqrt(square) for group, square in zip(GROUPS, row, strict=True) if square > 0.0}
+        split = len(KINDS) * len(self.parts)
+        squares = values[:split].view(len(KINDS), -1).tolist()
+        parts = {
+            kind: {part: square for part, square in zip(self.parts, row, strict=True) if square > 0.0}
             for kind, row in zip(KINDS, squares, strict=True)
         }
-        counts = values[len(KINDS) * len(GROUPS) :].view(-1, BINS)
-        return Details(norms, {n: c / c.sum() for n, c in zip(self.routers, counts, strict=True) if c.sum() > 0})
+        norms: dict[str, dict[str, float]] = {}
+        for kind, of_part in parts.items():
+            sums = {group: sum(x for part, x in of_part.items() if part.group == group) for group in GROUPS}
+            norms[kind] = {group: math.sqrt(square) for group, square in sums.items() if square > 0.0}
+        counts = values[split:].view(-1, BINS)
+        return Details(
+            norms,
+            {name: row / row.sum() for name, row in zip(self.routers, counts, strict=True) if row.sum() > 0},
+            {kind: {str(part): math.sqrt(x) for part, x in of_part.items()} for kind, of_part in parts.items()},
+        )
 
 
 class ScoreCounter:
@@ -123,9 +152,10 @@ class Survey:
         """`routers`: canonical names of all routers of the model, those of other pipeline stages included."""
         self._engine, self._config, self._parallel = engine, config, parallel
         self._names = list(routers)
-        self._flat = torch.zeros(len(KINDS) * len(GROUPS) + len(routers) * BINS, dtype=torch.float64, device=device)
-        split = len(KINDS) * len(GROUPS)
-        self._squares = self._flat[:split].view(len(KINDS), len(GROUPS))
+        self._parts = list(dict.fromkeys(part_of(*item) for item in parameter_specs(config.model).items()))
+        split = len(KINDS) * len(self._parts)
+        self._flat = torch.zeros(split + len(routers) * BINS, dtype=torch.float64, device=device)
+        self._squares = self._flat[:split].view(len(KINDS), -1)
         self._counts = self._flat[split:].view(-1, BINS)
         self._listening: list[tuple[RoutingStatistics, Choices | None]] = []
         """What counts scores now, or did in the last step that was surveyed, and its choices before and after."""
@@ -153,31 +183,31 @@ class Survey:
         """After the update, made with this learning rate."""
         for router, before in self._listening:
             router.choices = before
-        for group, piece, decayed in self._own_pieces():
-            self._add(1, group, piece.master)
-            self._add(2, group, self._update(piece, learning_rate, decayed=decayed))
+        for part, piece, decayed in self._own_pieces():
+            self._add(1, part, piece.master)
+            self._add(2, part, self._update(piece, learning_rate, decayed=decayed))
         summed = on_collective_device(self._flat.clone())
         dist.all_reduce(summed)
-        return DetailsReading(Reading(summed), self._names)
+        return DetailsReading(Reading(summed), self._parts, self._names)
 
     def _take_gradients(self) -> None:
         from deepspeed.utils import safe_get_full_grad
 
         # Each element is counted by the rank that would save it, so that no layout counts one twice.
-        own = {piece.name: (group, piece) for group, piece, _ in self._own_pieces()}
+        own = {piece.name: (place, piece) for place, piece, _ in self._own_pieces()}
         scale = float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
         for name, parameter in self._engine.module.named_parameters():
             gradient = safe_get_full_grad(parameter)  # collective, one parameter at a time
             if name in own and gradient is not None:
-                group, piece = own[name]
+                place, piece = own[name]
                 part = gradient.detach().reshape(-1)[piece.start : piece.start + piece.master.numel()]
-                self._add(0, group, part.float() / scale)
+                self._add(0, place, part.float() / scale)
 
-    def _own_pieces(self) -> list[tuple[str, Piece, bool]]:
-        """Group, piece and whether it is decayed, of what this rank alone would save."""
+    def _own_pieces(self) -> list[tuple[Part, Piece, bool]]:
+        """Part, piece and whether it is decayed, of what this rank alone would save."""
         parallel, specs = self._parallel, parameter_specs(self._config.model)
         return [
-            (group_of(piece.name, specs[piece.name]), piece, specs[piece.name].decayed)
+            (part_of(piece.name, specs[piece.name]), piece, specs[piece.name].decayed)
             for piece in pieces(self._engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=True)
             if (parallel.tensor_rank == 0 or specs[piece.name].divided is not None)
             and owner_of(piece.name, self._config.model) == piece.name  # not a last stage's copy of a tied embedding
@@ -194,6 +224,6 @@ class Survey:
         decay = learning_rate * settings.weight_decay if decayed else 0.0
         return change + decay * (piece.master + change) / (1.0 - decay)
 
-    def _add(self, kind: int, group: str, values: Tensor) -> None:
+    def _add(self, kind: int, part: Part, values: Tensor) -> None:
         square = torch.linalg.vector_norm(values, dtype=torch.float64) ** 2
-        self._squares[kind, GROUPS.index(group)] += square.to(self._flat.device)
+        self._squares[kind, self._parts.index(part)] += square.to(self._flat.device)
