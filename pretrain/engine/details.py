@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,53 +15,20 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.language_model import routing_statistics
 from model.parallel.context import ParallelContext
-from model.parameter_spec import ParameterSpec
 from model.parameters import owner_of, parameter_specs
 from model.routing import Choices, Place, RoutingStatistics
 from pretrain.config.schema import Config
 from pretrain.device import on_collective_device
 from pretrain.engine.compiled import is_compiled
 from pretrain.engine.graphed import GraphedForward
+from pretrain.engine.optimizer import Rates, rates_of
+from pretrain.engine.parts import GROUPS, Part, part_of
 from pretrain.engine.zero_state import Piece, pieces, step_counter
 from pretrain.late_reading import Reading
 
-GROUPS = ("embedding", "attention", "routers", "experts", "feed-forward", "norms", "head")
-"""Of parameters: `attention` and `feed-forward` are what is neither expert nor router of theirs."""
 KINDS = ("gradient norm", "parameter norm", "update norm")
 BINS = 20
 """Of a histogram of scores, which lie between 0 and 1."""
-
-
-def group_of(name: str, spec: ParameterSpec) -> str:
-    """The group of the parameter with this canonical name."""
-    parts = name.split(".")
-    if parts[0] in ("embedding", "head"):
-        return parts[0]
-    if spec.experts is not None:
-        return "experts"
-    if parts[-1] == "router" or parts[-1].endswith("selector"):
-        return "routers"
-    module = parts[-2] if parts[0] != "blocks" else parts[2]
-    if module.endswith("norm"):
-        return "norms"
-    return "attention" if module == "attention" else "feed-forward"
-
-
-class Part(NamedTuple):
-    """Some parameters of a model."""
-
-    block: str
-    """`blocks.3`; empty outside of the blocks."""
-    group: str
-
-    def __str__(self) -> str:
-        return f"{self.block}.{self.group}" if self.block else self.group
-
-
-def part_of(name: str, spec: ParameterSpec) -> Part:
-    """The part of the parameter with this canonical name."""
-    parts = name.split(".")
-    return Part(".".join(parts[:2]) if parts[0] == "blocks" else "", group_of(name, spec))
 
 
 @dataclass(frozen=True)
@@ -183,9 +150,9 @@ class Survey:
         """After the update, made with this learning rate."""
         for router, before in self._listening:
             router.choices = before
-        for part, piece, decayed in self._own_pieces():
+        for part, piece, rates in self._own_pieces():
             self._add(1, part, piece.master)
-            self._add(2, part, self._update(piece, learning_rate, decayed=decayed))
+            self._add(2, part, self._update(piece, learning_rate * rates.ratio, rates.weight_decay))
         summed = on_collective_device(self._flat.clone())
         dist.all_reduce(summed)
         return DetailsReading(Reading(summed), self._parts, self._names)
@@ -203,17 +170,18 @@ class Survey:
                 part = gradient.detach().reshape(-1)[piece.start : piece.start + piece.master.numel()]
                 self._add(0, place, part.float() / scale)
 
-    def _own_pieces(self) -> list[tuple[Part, Piece, bool]]:
-        """Part, piece and whether it is decayed, of what this rank alone would save."""
+    def _own_pieces(self) -> list[tuple[Part, Piece, Rates]]:
+        """Part, piece and rates, of what this rank alone would save."""
         parallel, specs = self._parallel, parameter_specs(self._config.model)
         return [
-            (part_of(piece.name, specs[piece.name]), piece, specs[piece.name].decayed)
+            (part_of(piece.name, spec), piece, rates_of(piece.name, spec, self._config.optimizer))
             for piece in pieces(self._engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=True)
-            if (parallel.tensor_rank == 0 or specs[piece.name].divided is not None)
+            for spec in (specs[piece.name],)
+            if (parallel.tensor_rank == 0 or spec.divided is not None)
             and owner_of(piece.name, self._config.model) == piece.name  # not a last stage's copy of a tied embedding
         ]
 
-    def _update(self, piece: Piece, learning_rate: float, *, decayed: bool) -> Tensor:
+    def _update(self, piece: Piece, learning_rate: float, weight_decay: float) -> Tensor:
         """What AdamW has added to the weights, computed back from the state that it left (Loshchilov & Hutter 2019,
         algorithm 2): a copy of the weights before the step would cost as much memory as the weights."""
         settings, (beta1, beta2) = self._config.optimizer, self._config.optimizer.betas
@@ -221,7 +189,7 @@ class Survey:
         first = piece.moments["exp_avg"] / (1.0 - beta1**steps)
         second = piece.moments["exp_avg_sq"] / (1.0 - beta2**steps)
         change = learning_rate * first / (second.sqrt() + settings.eps)
-        decay = learning_rate * settings.weight_decay if decayed else 0.0
+        decay = learning_rate * weight_decay
         return change + decay * (piece.master + change) / (1.0 - decay)
 
     def _add(self, kind: int, part: Part, values: Tensor) -> None:

@@ -1,4 +1,5 @@
-"""The run folder: config.json, metrics.jsonl, details.jsonl, events.jsonl, checkpoints/, tensorboard/. Written by rank 0 only."""
+"""The run folder, written by rank 0 only: config.json, metrics.jsonl, details.jsonl, events.jsonl, checkpoints/,
+tensorboard/."""
 
 from __future__ import annotations
 

@@ -24,8 +24,9 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.engine import zero_1
 from pretrain.engine.compiled import compile_blocks
-from pretrain.engine.details import BINS, GROUPS, KINDS, Details, ScoreCounter, Survey, group_of, is_softmax
+from pretrain.engine.details import BINS, KINDS, Details, ScoreCounter, Survey, is_softmax
 from pretrain.engine.graphed import GraphedForward
+from pretrain.engine.parts import GROUPS, group_of
 from tests.harness import run_ranks
 from tests.pretrain.engine.recorded import Pool
 from tests.pretrain.export.models import model_of
@@ -47,7 +48,13 @@ FOUR = [
 ]
 
 
-ADAMW = ("optimizer.eps=1e-4", "optimizer.betas=[0.7, 0.9]", "optimizer.weight_decay=5.0")
+ADAMW = (
+    "optimizer.eps=1e-4",
+    "optimizer.betas=[0.7, 0.9]",
+    "optimizer.weight_decay=5.0",
+    "optimizer.groups.routers.weight_decay=0.5",
+    "optimizer.groups.head.learning_rate_ratio=2",
+)
 """A step decays by 2%, so that what is left out of its square shows."""
 
 
