@@ -42,10 +42,19 @@ def grouped(names: Iterable[str], config: Config) -> dict[Rates, list[str]]:
     """The parameters, all of a model's or a stage's, by what the optimizer does with them; the ones that decay most
     first. Raises ConfigError if optimizer.groups has a group of which the model has no parameter."""
     specs, groups = parameter_specs(config.model), config.optimizer.groups
-    had = {group_of(name, spec).replace("-", "") for name, spec in specs.items()}
-    for group in sorted(groups.model_fields_set - had):
-        if getattr(groups, group) != type(groups).model_fields[group].default:
+    decayed: dict[str, bool] = {}
+    for name, spec in specs.items():
+        group = group_of(name, spec).replace("-", "")
+        is_copy = owner_of(name, config.model) != name
+        decayed[group] = decayed.get(group, False) or (spec.decayed and not is_copy)
+    for group in sorted(groups.model_fields_set):
+        own, has_decayed = getattr(groups, group), decayed.get(group)
+        if own == type(groups).model_fields[group].default:
+            continue
+        if has_decayed is None:
             raise ConfigError(f"optimizer.groups.{group}: this model has no such parameters; remove the key")
+        if not has_decayed and getattr(own, "weight_decay", None) is not None:
+            raise ConfigError(f"optimizer.groups.{group}.weight_decay: nothing of it is decayed; remove the key")
     found: dict[Rates, list[str]] = {}
     for name in names:
         owner = owner_of(name, config.model)  # both stages that hold a tied embedding change it in the same way

@@ -154,5 +154,8 @@ def test_a_group_that_a_model_does_not_have_is_refused(prepared: Path) -> None:
     config = small_config(prepared, *dense, "optimizer.groups.routers.weight_decay=0.1")
     with pytest.raises(ConfigError, match=r"^optimizer\.groups\.routers: this model has no such parameters; remove"):
         build_optimizer(build_on_meta(config.model), config)
+    config = small_config(prepared, "model.tied_embedding=true", "optimizer.groups.head.weight_decay=0.1")
+    with pytest.raises(ConfigError, match=r"^optimizer\.groups\.head\.weight_decay: nothing of it is decayed; remove"):
+        build_optimizer(build_on_meta(config.model), config)
     with pytest.raises(ConfigError, match=r"optimizer\.groups\.norms\.weight_decay: unknown key"):
         small_config(prepared, "optimizer.groups.norms.weight_decay=0.1")
