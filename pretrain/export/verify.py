@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from model.decoding import uncached_logits
 from model.language_model import LanguageModel
-from model.memory import layer_memories, separate_streams
 from pretrain.checkpoint.folder import Checkpoint
 from pretrain.saved_model.loading import load_model
 from pretrain.saved_model.tokenizer import Tokenizer
@@ -85,15 +85,7 @@ def verify(
 
 def logits_of(model: LanguageModel, tokens: Tensor) -> Tensor:
     """Logits [1, L, vocab_size] of `tokens` [1, L], chunk by chunk if the model has a memory."""
-    if not model.config.memory_length:
-        return model.logits(tokens)[0]
-    stream, parts = torch.zeros(1, dtype=torch.int64), []
-    with separate_streams(model, stream, 1):
-        for chunk in tokens.split(model.config.sequence_length, dim=1):
-            parts.append(model.logits(chunk, stream)[0])
-            for _, memory in layer_memories(model):
-                memory.advance()
-    return torch.cat(parts, dim=1)
+    return uncached_logits(model, tokens[0].tolist())[None] if model.config.memory_length else model.logits(tokens)[0]
 
 
 def _any_ids(tokenizer: Tokenizer) -> list[int]:

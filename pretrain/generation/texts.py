@@ -78,12 +78,9 @@ class Piece:
     """The whole text, with its last piece."""
 
 
-def generate(
-    saved: SavedModel, prompts: Sequence[str], settings: Settings | None = None, *, cost: Cost | None = None
-) -> list[Generated]:
-    """The texts: prompts in order, of each its samples in order. Adds to `cost`. Raises UserError as `stream`."""
-    pieces = stream(saved, prompts, settings or Settings(), cost or Cost())
-    return [piece.finished for piece in pieces if piece.finished is not None]
+def generate(saved: SavedModel, prompts: Sequence[str], settings: Settings) -> list[Generated]:
+    """The texts: prompts in order, of each its samples in order. Raises UserError as `stream`."""
+    return [piece.finished for piece in stream(saved, prompts, settings, Cost()) if piece.finished is not None]
 
 
 def stream(
@@ -94,7 +91,8 @@ def stream(
     *,
     names: Sequence[str] | None = None,
 ) -> Iterator[Piece]:
-    """Pieces of the texts as they are certain, one text after the other. `names`: of each prompt, for messages.
+    """Pieces of the texts as they are certain, one text after the other. Adds to `cost`. `names`: of each prompt, for
+    messages.
 
     Raises UserError: no prompt, an empty one, one that does not fit into the context, ids that the model does not have,
     logits that are not finite.
