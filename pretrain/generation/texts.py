@@ -94,11 +94,9 @@ def stream(
     """Pieces of the texts as they are certain, one text after the other. Adds to `cost`. `names`: of each prompt, for
     messages.
 
-    Raises UserError: no prompt, an empty one, one that does not fit into the context, ids that the model does not have,
-    logits that are not finite.
+    Raises UserError: no prompt, an empty one, one that does not fit into the context, logits that are not finite.
     """
     model, tokenizer = saved.model, saved.tokenizer
-    check_vocabulary(saved)
     if settings.until is not None and not tokenizer.has_text:
         raise UserError(f"--until: {NO_TEXT}; leave the option out")
     names = names or [f"prompt {number}" if len(prompts) > 1 else "the prompt" for number, _ in enumerate(prompts, 1)]
@@ -135,16 +133,6 @@ def stream(
                 f"checkpoint {path} (step {step:,}): the logits of new token {error.place} of "
                 f"{names[part[error.text][0]]} are not finite; name a checkpoint from before the run diverged"
             ) from None
-
-
-def check_vocabulary(saved: SavedModel) -> None:
-    """Raises UserError if the tokenizer has ids that the model has not."""
-    ids, rows = saved.tokenizer.vocab_size, saved.model.config.vocab_size
-    if ids > rows:
-        raise UserError(
-            f"checkpoint {saved.checkpoint.path}: its tokenizer has {ids:,} ids, but model.vocab_size is {rows:,}, so "
-            f"they do not belong together; name the data of this run with --data"
-        )
 
 
 class _Text:
