@@ -71,7 +71,7 @@ class PreparedTask:
         try:
             found = task.read(path)
             examples = limited(found.examples, limit)
-            queries = [query for example in shown(examples) for query in encoder.queries(example)]
+            queries = [query for example in shown(examples) for query in encoder.of_example(example)]
             check_lengths(queries, limits)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
