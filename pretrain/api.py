@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.tables import beginning
 from model.decoding import hidden_states, uncached_logits
 from pretrain.analysis.trace import Request, RouterTrace, Trace, trace_text
 from pretrain.export.loading import load_any
@@ -74,8 +75,7 @@ def _ids(numbers: Any) -> list[int]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return beginning(repr(value), 60)
 
 
 class OpenModel:
