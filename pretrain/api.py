@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.tables import beginning
 from model.decoding import hidden_states, uncached_logits
 from model.parameters import owner_of
 from pretrain.analysis.trace import Request, RouterTrace, Trace, trace_text
@@ -79,8 +80,7 @@ def _ids(numbers: Any) -> list[int]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return beginning(repr(value), 60)
 
 
 class OpenModel:
