@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -84,7 +85,7 @@ def is_there(dotted: str) -> bool:
     if isinstance(node, ast.Import | ast.ImportFrom):
         return is_there(".".join([source_of(name, node), *further]))
     if isinstance(node, ast.ClassDef) and further and not node.bases:
-        return further[0] in names_of(node.body) or f"self.{further[0]} " in ast.unparse(node)
+        return further[0] in names_of(node.body) or bool(re.search(rf"self\.{further[0]}\b", ast.unparse(node)))
     return node is not None or "__getattr__" in bound(module)
 
 
@@ -119,10 +120,21 @@ def names_in_strings(nodes: list[ast.AST]) -> Iterator[str]:
         text = None if id(node) in parts else text_of(node)
         if text is not None and PROGRAM.search(text):
             yield from of_program(text)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in PATCHES:
+        if is_patch(node):
             name = text_of(node.args[0]) if node.args else None
             if name is not None and "." in name and isinstance(node.args[0], ast.Constant):
                 yield name
+
+
+def is_patch(node: ast.AST) -> TypeGuard[ast.Call]:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in PATCHES
+
+
+def put_where_nothing_is(nodes: list[ast.AST]) -> Iterator[str]:
+    """Patches that are made whether what they replace is there or not."""
+    for node in filter(is_patch, nodes):
+        if {ast.unparse(word) for word in node.keywords} & {"raising=False", "create=True"}:
+            yield ast.unparse(node)
 
 
 def started(nodes: list[ast.AST]) -> Iterator[str]:
@@ -144,6 +156,7 @@ def missing(source: str) -> list[str]:
     modules = {*started(nodes), *AS_MODULE.findall(source)}
     return sorted(
         {name for name in names_in_strings(nodes) if not is_there(name)}
+        | set(put_where_nothing_is(nodes))
         | {f"-m {module}" for module in modules if not can_be_run(module)}
     )
 
@@ -169,6 +182,10 @@ def test_modules_that_other_files_start_are_there() -> None:
     [
         ("monkeypatch.setattr('common.files.gone', 1)", "common.files.gone"),
         ("mock.patch('pretrain.trainer.Gone.launch')", "pretrain.trainer.Gone"),
+        (
+            "monkeypatch.setattr(files, 'gone', 1, raising=False)",
+            "monkeypatch.setattr(files, 'gone', 1, raising=False)",
+        ),
         ("mock.patch('pretrain.trainer.Trainer.gone')", "pretrain.trainer.Trainer.gone"),
         ("importlib.import_module('common.gone')", "common.gone"),
         ("RUN = 'import sys; from common.files import gone'", "common.files.gone"),

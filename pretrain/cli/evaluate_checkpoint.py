@@ -187,12 +187,7 @@ def _task(opened: OpenedModel, name: str, place: str | None, choices: Choices, l
                 yield example
                 progress.update(1)
 
-    def read() -> PreparedTask:
-        prepared = PreparedTask.of(name, path, encoder, limit=choices.limit, shown=shown)
-        prepared.check(limits)
-        return prepared
-
-    return agreed(read)
+    return agreed(lambda: PreparedTask.of(name, path, encoder, limits, limit=choices.limit, shown=shown))
 
 
 def _run_task(opened: OpenedModel, prepared: PreparedTask, limits: Limits) -> TaskResult:

@@ -38,6 +38,8 @@ class HarnessModel(LM):
         super().__init__()
         self._opened, self._limits = opened, limits
         self._encoder, self._tokenizer = Encoder(opened.tokenizer), opened.tokenizer
+        self.cut = 0
+        """Texts so far whose beginning was cut off, because they are longer than the context."""
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: Any = None) -> HarnessModel:
@@ -65,10 +67,7 @@ class HarnessModel(LM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p, whether greedy decoding gives it) of each (context, continuation). Raises UserError."""
         pairs = [request.args for request in requests]
-        queries = [
-            self._encoder.continuation(context, target) if context.strip() else self._encoder.whole(context + target)
-            for context, target in pairs
-        ]
+        queries = [self._encoder.queries(context, [target])[0] for context, target in pairs]
         found = [(one.log_likelihood, one.is_likeliest) for one in self._answers(queries, disable_tqdm)]
         for pair, result in zip(pairs, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, result)
@@ -97,7 +96,7 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations, up to the first stop sequence of `until` or EOS. Raises UserError for a task that
-        draws."""
+        draws, or whose texts leave no room in the context for what they continue."""
         found: list[str] = []
         batch = self._limits.batch
         with tqdm(total=len(requests), desc="generate_until", leave=False, disable=disable_tqdm or None) as bar:
@@ -118,6 +117,7 @@ class HarnessModel(LM):
 
             found = answer(self._opened.evaluator, queries, self._limits, self._opened.place, goes_on=goes_on)
         assert found is not None
+        self.cut += found.cut
         if any(one.log_likelihood != one.log_likelihood for one in found.answers):
             raise UserError(f"--harness: the outputs of checkpoint {self._opened.checkpoint.path} are not finite")
         return found.answers
@@ -126,11 +126,16 @@ class HarnessModel(LM):
         wanted = [dict(normalize_gen_kwargs(settings, MOST_NEW_TOKENS)) for _, settings in pairs]
         if any(settings["do_sample"] for settings in wanted):
             raise UserError("--harness: a task draws its texts (do_sample); this model decodes greedily")
-        most = [min(settings["max_gen_toks"], self._limits.context - 1) for settings in wanted]
-        rows = [
-            self._encoder.prompt(text)[-(self._limits.context - new) :]
-            for (text, _), new in zip(pairs, most, strict=True)
-        ]
+        most, context = [settings["max_gen_toks"] for settings in wanted], self._limits.context
+        if (longest := max(most)) >= context:
+            raise UserError(
+                f"--harness: a task wants texts of {longest} tokens (max_gen_toks), and the model looks back over "
+                f"{context}: no room is left for what they continue; leave the task out, or set --context to more than "
+                f"{longest}, which the model may not have learned"
+            )
+        prompts = [self._encoder.prompt(text) for text, _ in pairs]
+        rows = [prompt[-(context - new) :] for prompt, new in zip(prompts, most, strict=True)]
+        self.cut += sum(len(row) < len(prompt) for row, prompt in zip(rows, prompts, strict=True))
         made: list[list[int]] = [[] for _ in rows]
 
         def ended(row: int) -> bool:

@@ -50,9 +50,15 @@ def names_of(load: dict[str, Tensor], kind: str) -> list[tuple[str, int | None]]
     names: list[tuple[str, int | None]] = []
     for name, counts in load.items():
         if f".{kind}." in name:
-            short = re.sub(r"[._]?statistics$", "", name)
-            names += [(short, head if counts.ndim > 1 else None) for head in range(counts[..., 0].numel())]
+            names += [
+                (without_ending(name), head if counts.ndim > 1 else None) for head in range(counts[..., 0].numel())
+            ]
     return names
+
+
+def without_ending(name: str) -> str:
+    """The name of a router, of that of its statistics: `blocks.3.attention.value`."""
+    return re.sub(r"[._]?statistics$", "", name)
 
 
 def load_max(counts: Tensor) -> float:

@@ -36,6 +36,7 @@ class Tokenizer:
     def __init__(self, source: Manifest | StoredTokenizer) -> None:
         """Raises UserError if the file is missing or is no tokenizer."""
         stored = StoredTokenizer.of(source) if isinstance(source, Manifest) else source
+        self.stored = stored
         entry, path = stored.entry, stored.path
         self.vocab_size, self.eos_id, self.kind = entry.vocab_size, entry.eos_id, entry.kind
         self.has_text = entry.has_text

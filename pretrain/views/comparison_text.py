@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from common.splits import SplitName
-from common.tables import DOTS, counted, folded_table, listed
+from common.tables import DOTS, beginning, counted, folded_table, listed, same_letters
 from common.terminal import visible
 from pretrain.config.validated import MEMORY, WINDOWS, reads_streams, setting
 from pretrain.views.comparison import (
@@ -201,17 +201,12 @@ def _shown(values: Sequence[Any], longest: int) -> list[str]:
     that differs, or they would look the same."""
     texts = ["-" if value is None else value if isinstance(value, str) else json.dumps(value) for value in values]
     given = [text for value, text in zip(values, texts, strict=True) if value is not None]
-    differing = (n for n, letters in enumerate(zip(*given, strict=False)) if len(set(letters)) > 1)
-    alike = next(differing, min(map(len, given)))
+    alike = same_letters(given)
     if max(map(len, texts)) <= longest or alike < longest - len(DOTS):
-        return [_cut(text, longest) for text in texts]
+        return [beginning(text, longest) for text in texts]
     begin = alike - min(CONTEXT, longest // 3)
-    cut = [DOTS + _cut(text[begin:], longest - len(DOTS)) for text in texts]
+    cut = [DOTS + beginning(text[begin:], longest - len(DOTS)) for text in texts]
     return ["-" if value is None else text for value, text in zip(values, cut, strict=True)]
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - len(DOTS)] + DOTS
 
 
 def _place(value: float) -> str:

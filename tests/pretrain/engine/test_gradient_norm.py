@@ -157,6 +157,7 @@ def updates(rank: int, config: Config, left_out: str = "") -> tuple[list[tuple[i
     """Of four optimizer steps, the second of whose gradients is not finite in one value: questions and small tensors
     copied to the device while the optimizer steps; losses, norms and whether it skipped; and the weights."""
     if left_out:
+        assert callable(getattr(build, left_out))
         setattr(build, left_out, lambda optimizer: None)  # this process ends with the test
     trainer = trainer_of(config)
     optimizer, seen, found = trainer.engine.optimizer, [], []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pretrain.checkpoint.convert import convert
 from pretrain.export.loading import load_any
 from pretrain.export.reading import open_export
 from pretrain.report.run_paths import SWEEP_RECORD
-from pretrain.saved_model import Tokenizer, find_checkpoint, load_model
+from pretrain.saved_model import Tokenizer, find_checkpoint, load_model, loading
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
 from tests.pretrain.saved import rewrite_state, whole_tensors
@@ -115,6 +116,12 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     older = copy / "checkpoints" / "step-00000001"
     rewrite_state(older, lambda state: state["config"]["model"].update(novelty=1))
     refused(older, "another version wrote its configuration .*novelty")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "Tokenizer", lambda stored: SimpleNamespace(vocab_size=401))
+    with pytest.raises(UserError, match=r"its tokenizer has 401 ids, but model\.vocab_size is 400"):
+        load_model(run)
 
 
 def test_a_checkpoint_that_its_run_removes_meanwhile(
