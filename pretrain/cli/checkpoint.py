@@ -129,7 +129,7 @@ def average_of(args: argparse.Namespace) -> None:
         raise UserError("CHECKPOINT: the mean of one checkpoint is itself; name two or more, or --ema")
     weights = None if args.weights is None else read_weights(args.weights)
     shares_of(weights, len(args.folders))
-    check_new_checkpoint(args.to)  # before every file is read
+    check_new_checkpoint(args.to, "--to")  # before every file is read
     folders = [_newest(folder) for folder in args.folders]
     from pretrain.checkpoint.average import average  # imports torch, for which what is refused above need not wait
 

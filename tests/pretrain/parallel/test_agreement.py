@@ -58,7 +58,7 @@ def test_an_altered_validation_shard_too(prepared: Path, tmp_path: Path) -> None
 
 
 def _outcome_without_a_second_look(rank: int, config: Config, run_dir: Path) -> str:
-    def gone(*arguments: Any) -> Any:
+    def gone(reader: Any, windows: Any) -> Any:
         raise DataError("validation-00000.tar is gone")
 
     pretrain.evaluate.target_counts = gone  # this process ends with the test
