@@ -14,7 +14,7 @@ from typing import Any
 from common.errors import ConfigError
 from common.json_config import validate
 from pretrain.views.reading import State
-from pretrain.views.sweep import Result, content_of, loss_name, short_keys
+from pretrain.views.sweep import BITS, Result, content_of, loss_name, short_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class Means:
     """validation, test or training."""
     losses: list[float]
     """Of each run, in nats per token."""
+    bits_per_byte: list[float]
+    """Of each run, where the runs are ranked by that: their data may have different tokenizers."""
     parameters: int | None
     active_parameters: int | None
     """That a token uses."""
@@ -40,8 +42,9 @@ class Means:
 
 
 def summarised(results: Sequence[Result], keys: Sequence[str]) -> list[Means]:
-    """The lowest mean loss first."""
-    name, others = loss_name(results), _without_seeds(keys)
+    """The lowest mean loss first, or the lowest bits per byte (sweep.py: loss_name)."""
+    ranked_by, others = loss_name(results), _without_seeds(keys)
+    name = ranked_by.removesuffix(BITS)
     groups: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
         if result.state is State.FINISHED and math.isfinite(result.loss(name)):
@@ -55,12 +58,13 @@ def summarised(results: Sequence[Result], keys: Sequence[str]) -> list[Means]:
                 values=dict(zip(others, values, strict=True)),
                 loss_of=name,
                 losses=[result.loss(name) for result in members],
+                bits_per_byte=[] if name == ranked_by else [result.loss(ranked_by) for result in members],
                 parameters=total,
                 active_parameters=active,
                 flops_per_token=flops,
             )
         )
-    return sorted(found, key=lambda means: statistics.fmean(means.losses))
+    return sorted(found, key=lambda means: statistics.fmean(means.bits_per_byte or means.losses))
 
 
 def means_csv(found: Sequence[Means], keys: Sequence[str]) -> str:
@@ -70,25 +74,29 @@ def means_csv(found: Sequence[Means], keys: Sequence[str]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     costs = ["parameters", "active_parameters", "training_flops_per_token"]
     name = found[0].loss_of if found else "validation"
-    numbers = [f"{name}_{what}_{of}" for what in ("loss", "perplexity") for of in ("mean", "deviation")]
+    has_bits = any(means.bits_per_byte for means in found)
+    measures = ["loss", "perplexity", *["bits_per_byte"] * has_bits]
+    numbers = [f"{name}_{what}_{of}" for what in measures for of in ("mean", "deviation")]
     writer.writerow(["config", *others, *costs, "seeds", *numbers])
     for means in found:
         row: list[Any] = [means.config, *(means.values[key] for key in others)]
         row += ["" if cost is None else cost for cost in _costs_of(means)]
         row.append(len(means.losses))
-        for values in (means.losses, means.perplexities):
+        for values in (means.losses, means.perplexities, *[means.bits_per_byte] * has_bits):
             row += [repr(statistics.fmean(values)), repr(statistics.stdev(values)) if len(values) > 1 else ""]
         writer.writerow(row)
     return text.getvalue()
 
 
 def means_latex(found: Sequence[Means], keys: Sequence[str]) -> str:
-    """A tabular for the package booktabs: perplexity with its deviation, parameters in millions, MFLOP per token."""
+    """A tabular for the package booktabs: perplexity with its deviation (or bits per byte, if the runs are ranked by
+    them), parameters in millions, MFLOP per token."""
     others = _without_seeds(keys)
     short = short_keys(others)
     has_configs = len({means.config for means in found}) > 1
     named = ["config"] * has_configs + [short[key].replace("_", " ") for key in others]
-    titles = [*map(_escaped, named), "parameters (M)", "active (M)", "MFLOP/token", "seeds", "perplexity"]
+    titles = [*map(_escaped, named), "parameters (M)", "active (M)", "MFLOP/token", "seeds"]
+    titles.append("bits per byte" if any(means.bits_per_byte for means in found) else "perplexity")
     lines = [
         f"% loss on: {found[0].loss_of if found else 'nothing yet'}; the deviation is that of a sample",
         rf"\begin{{tabular}}{{{'l' * len(named)}{'r' * 5}}}",
@@ -99,9 +107,10 @@ def means_latex(found: Sequence[Means], keys: Sequence[str]) -> str:
     for means in found:
         words = [means.config] * has_configs + [" ".join(content_of(means.values[key])) for key in others]
         costs = ["--" if cost is None else f"{cost / 1e6:.1f}" for cost in _costs_of(means)]
-        mean = f"{statistics.fmean(means.perplexities):.2f}"
-        if len(means.losses) > 1:
-            mean += rf" $\pm$ {statistics.stdev(means.perplexities):.2f}"
+        values, digits = (means.bits_per_byte, 4) if means.bits_per_byte else (means.perplexities, 2)
+        mean = f"{statistics.fmean(values):.{digits}f}"
+        if len(values) > 1:
+            mean += rf" $\pm$ {statistics.stdev(values):.{digits}f}"
         lines.append(" & ".join([*map(_escaped, words), *costs, f"{len(means.losses)}", mean]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
