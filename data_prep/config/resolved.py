@@ -60,8 +60,8 @@ class ResolvedConfig:
 
     @property
     def validation_fraction(self) -> float:
-        """The fraction that goes to validation by hash; 0 with predefined splits."""
-        predefined = self.config.validation_input or self.config.format == "enwik8"
+        """The fraction that goes to validation by hash; 0 with predefined splits, and where files are divided."""
+        predefined = self.config.validation_input or self.config.format == "enwik8" or self.config.held_out_of_files
         return 0.0 if predefined else self.config.validation_fraction
 
     @property
@@ -125,7 +125,7 @@ def resolve(config: DataConfig) -> ResolvedConfig:
         if not model.is_file():
             raise DataError(f"tokenizer.model: no file {config.tokenizer.model}; null trains a new one")
     train_split: SourceSplit = "train" if found["validation_input"] else "hash"
-    if config.format == "enwik8":
+    if config.format == "enwik8" or config.validation_from == "end":
         train_split = "position"
     names = _names([path for paths in found.values() for path in paths])
     splits: dict[str, SourceSplit] = {"input": train_split, "validation_input": "validation", "test_input": "test"}

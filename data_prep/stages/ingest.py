@@ -220,6 +220,7 @@ def _read_file(task: IngestTask, file: RawInput, cutter: PartCutter, quarantine:
         max_document_bytes=task.config.ingest.max_document_bytes,
         text_key=task.config.text_key,
         text_documents=task.config.text_documents,
+        held_out=task.config.held_out_of_files,
         ids=_id_reading(task),
     )
     rejected: Counter[str] = Counter()

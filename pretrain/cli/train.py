@@ -126,6 +126,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         end = early_end(path, args.overrides, args.run_dir)
         if ranks.rank == 0:
             end.hear(stop)
+        stop.enter(ProcessState.JOINING)
         run_dir = run_folder(path, args.run_dir)
         config = load_config(path, args.overrides)
         with contextlib.ExitStack() as stack:

@@ -1,4 +1,5 @@
-"""The run folder: config.json, metrics.jsonl, events.jsonl, checkpoints/, tensorboard/. Written by rank 0 only."""
+"""The run folder, written by rank 0 only: config.json, metrics.jsonl, details.jsonl, events.jsonl, checkpoints/,
+tensorboard/."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ from pretrain.report import console
 from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
 
-REPLACED = ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json", "verified.json", "rollbacks.json")
+REPLACED = (
+    *("config.json", "metrics.jsonl", "details.jsonl", "events.jsonl"),
+    *("outcome.json", "verified.json", "rollbacks.json"),
+)
 LEFTOVERS = (
     ".seen-by-rank-0-*",
     ".clock-*",
@@ -52,6 +56,7 @@ class RunFolder:
         """The kind of the last event about the end of this start."""
         self._writes, self._alerts = writes, alerts
         self._metrics = LineLog(path / "metrics.jsonl", is_step, self._disk_failed)
+        self._details = LineLog(path / "details.jsonl", is_step, self._disk_failed)
         self._events = LineLog(path / "events.jsonl", is_event, self._disk_failed)
         if not writes:
             return
@@ -59,7 +64,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.lock = FolderLock(path)
             self._remove_leftovers()
-            damaged = {log.path.name: log.repair() for log in (self._metrics, self._events)}
+            damaged = {log.path.name: log.repair() for log in (self._metrics, self._details, self._events)}
             self.event("opened", process=self.lock.owner)
             self._events.flush()
         except (UserError, OSError) as error:
@@ -190,6 +195,11 @@ class RunFolder:
         if self._writes:
             self._metrics.append(values)
 
+    def details(self, values: dict[str, Any]) -> None:
+        """One line of details.jsonl."""
+        if self._writes:
+            self._details.append(values)
+
     def make_durable(self) -> None:
         """Brings metrics.jsonl to the disk, so that no committed checkpoint is ahead of it, even after a power loss or
         on a full disk. Raises OSError."""
@@ -197,8 +207,10 @@ class RunFolder:
             self._metrics.make_durable()
 
     def rewind_metrics(self, step: int) -> None:
-        """Moves the lines of steps after `step` to events.jsonl: they will be computed again. Raises OSError, and then
-        nothing is lost."""
+        """Moves the lines of steps after `step` to events.jsonl: they will be computed again. Those of details.jsonl
+        are dropped. Raises OSError, and then nothing else is lost."""
+        if any(row["step"] > step for row in self._details.rows()):
+            self._details.keep(lambda row: row["step"] <= step)
         self._metrics.flush()
         superseded = [row for row in self._metrics.rows() if row["step"] > step]
         if not superseded:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def open_record(config: Config, sources: Sources, stage: Stage) -> Record:
     """The record to be replayed by a run in `stage` of its data. Raises UserError if there is none,
     or one of another model, batch or text."""
     assert config.train.replay_routing is not None
-    record = Record(Path(config.train.replay_routing).expanduser())
+    record = Record(Path(os.path.expanduser(config.train.replay_routing)))  # pathlib raises for ~NAME of nobody
     record.check(description(config, sources.digest, stage))
     return record
 

@@ -13,6 +13,7 @@ from model.config import ModelConfig
 from model.decoding import Decoding, context_limit, uncached_logits
 from model.language_model import LanguageModel, build_model
 from model.memory import layer_memories
+from tests.model.options import check_kinds, kinds
 
 SWITCHHEAD = {"type": "switchhead", "num_heads": 2, "head_dim": 6, "num_experts": 4, "active_experts": 2}
 ALL_EXPERTS = {**SWITCHHEAD, "expert_projections": ["query", "key", "value", "output"]}
@@ -80,6 +81,12 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     assert expected.std() > 0.3, "so even that a mistake would not be seen"
     assert found.dtype == expected.dtype
     assert (found - expected).abs().max() < (1e-5 if found.dtype == torch.float32 else 1e-11)
+
+
+def test_every_layer_is_in_a_model_here() -> None:
+    models = [tiny(case).config for case in CASES]
+    types = {layer.type for model in models for layer in (model.attention, model.feedforward)}
+    check_kinds(types, "CASES of tests/model/test_decoding.py", kinds())
 
 
 @pytest.mark.parametrize("case", CASES)

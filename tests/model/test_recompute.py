@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel, build_model, routing_statistics
 from model.memory import layer_memories
+from tests.model.options import ATTENTIONS, check_kinds
 from tests.tensors import gradient_of
 
 ATTENTION: dict[str, dict[str, Any]] = {
@@ -59,6 +60,10 @@ def two_steps(config: ModelConfig, recompute: Any, backends: Backends | None = N
             assert memory.kept is not None
             found[f"memory {name} {step}"] = memory.kept.clone()
     return found | {name: gradient_of(p) for name, p in model.named_parameters()}
+
+
+def test_every_attention_is_here() -> None:
+    check_kinds(ATTENTION, "ATTENTION of tests/model/test_recompute.py", ATTENTIONS)
 
 
 @pytest.mark.parametrize("position", ["rope", "xl"])

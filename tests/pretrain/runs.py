@@ -215,18 +215,31 @@ def _of_all_stages(own: dict[str, torch.Tensor], trainer: Trainer) -> dict[str, 
     return found
 
 
+def one_parameter_group(name: str, parameter: torch.nn.Parameter, config: Config) -> dict[str, Any]:
+    """Of torch's AdamW, by what names of parameters look like alone."""
+    own, decay = config.optimizer.groups, config.optimizer.weight_decay
+    if "norm" in name:
+        return {"params": [parameter], "weight_decay": 0.0, "ratio": own.norms.learning_rate_ratio}
+    if name.startswith(("embedding", "head")):
+        group = own.embedding if name.startswith("embedding") else own.head
+    elif name.endswith("_experts"):
+        group = own.experts
+    elif name.endswith(("selector", "router")):
+        group = own.routers
+    else:
+        group = own.attention if ".attention." in name else own.feedforward
+    decay = decay if group.weight_decay is None else group.weight_decay
+    decay = 0.0 if name.endswith(("bias", "scale")) else decay
+    return {"params": [parameter], "weight_decay": decay, "ratio": group.learning_rate_ratio}
+
+
 def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> Trace:
     """The same training in one process without DeepSpeed: plain backward, torch clipping, torch AdamW."""
     reader = Sources.load(config).reader("train", config)
     stream = TrainingStream(reader, config, data_rank=0, data_size=1)
     network = build_model(config.model, seed=config.train.seed)
     names = dict(network.named_parameters())
-    undecayed = [p for n, p in names.items() if "norm" in n or n.endswith(("bias", "scale"))]
-    decayed = [p for n, p in names.items() if not ("norm" in n or n.endswith(("bias", "scale")))]
-    groups = [
-        {"params": undecayed, "weight_decay": 0.0},
-        {"params": decayed, "weight_decay": config.optimizer.weight_decay},
-    ]
+    groups = [one_parameter_group(name, parameter, config) for name, parameter in names.items()]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
     for _, memory in layer_memories(network):
         memory.assign(stream.streams(), config.batch.global_sequences)
@@ -262,7 +275,7 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
     try:
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
+                group["lr"] = learning_rate(config, step) * group["ratio"]
             if step % max(1, reader.num_windows // config.batch.global_sequences) == 0:
                 for _, memory in layer_memories(network):
                     memory.forget()

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness import run_ranks
+from tests.model.options import check_kinds, kinds
+from tests.pretrain import family
 from tests.pretrain.matrix import GRADIENT_STEPS, MODELS, STEPS, Layout, config_of
 from tests.pretrain.runs import Trace, assert_same, engine_trace, plain_trace
 
@@ -121,6 +123,14 @@ def test_every_legal_pair_occurs() -> None:
     wanted = {frozenset(pair) for pair in itertools.combinations(names, 2)} - ILLEGAL
     assert wanted <= covered, sorted(map(sorted, wanted - covered))
     assert not covered & ILLEGAL
+
+
+def test_every_layer_that_ranks_divide_is_in_a_model(prepared: Path) -> None:
+    """Here, or in test_tensor_parallel.py."""
+    configs = [config_of(prepared, model, Layout()).model for model in MODELS]
+    configs += [family.config_of(prepared, model).model for model in family.MODELS]
+    types = {layer.type for model in configs for layer in (model.attention, model.feedforward)}
+    check_kinds(types, "MODELS of tests/pretrain/matrix.py or family.py", kinds("tensor"))
 
 
 References = dict[tuple[str, bool, bool, int], Trace]

@@ -14,14 +14,14 @@ import model.attention.moa
 import model.attention.switchhead
 import model.feedforward.sigma_moe
 from model.attention.switchhead import SwitchHeadAttention
-from model.config import DenseAttentionConfig, MoAConfig, RopeConfig, SigmaMoEConfig, SwitchHeadConfig, XLConfig
+from model.config import RopeConfig, XLConfig
 from model.feedforward.sigma_moe import SigmaMoE
 from model.kernels.ops.route import route_handing_on
 from model.memory import layer_memories
 from pretrain.analysis.counting import Counts, Favourite, favourites, gate_matrix
 from pretrain.analysis.findings import Findings, shown
 from pretrain.analysis.trace import Request, RouterTrace, trace_text
-from tests.model.options import left_out
+from tests.model.options import ATTENTIONS, check_options, kinds
 from tests.pretrain.analysis.models import CASES, some_tokens, tiny
 
 ROUTED = [case for case in CASES if case not in ("dense", "dense xl")]
@@ -63,8 +63,9 @@ def test_the_choices_are_the_routers_own(case: str, monkeypatch: pytest.MonkeyPa
 
 def test_every_option_of_attention_and_of_a_router_is_in_a_model_here() -> None:
     """Maps and gates are computed apart from the layers, which a new option changes."""
-    sections = (SwitchHeadConfig, DenseAttentionConfig, MoAConfig, RopeConfig, XLConfig, SigmaMoEConfig)
-    assert left_out([tiny(case).config for case in CASES], *sections) == []
+    sections = [kind for kind in kinds("analysis") if kind in ATTENTIONS or kind().routers]
+    models = [tiny(case).config for case in CASES]
+    check_options(models, "CASES of tests/pretrain/analysis/models.py", RopeConfig, XLConfig, *sections)
 
 
 @pytest.mark.parametrize("case", ROUTED)

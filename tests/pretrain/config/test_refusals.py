@@ -195,6 +195,18 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
         [*RESUME, "checkpoint.resume=" + "x" * 300],
         "(File name too long)",
     ),
+    "initial weights are somebody's": (
+        None,
+        [*CONFIG, "--set", "train.init_from=~nobody-here/x"],
+        "init_from: there is no",
+    ),
+    "initial weights have a long name": (
+        None,
+        [*CONFIG, "--set", f"train.init_from={'x' * 300}"],
+        "init_from: there is no",
+    ),
+    "choices are somebody's": (None, [*CONFIG, "--set", "train.replay_routing=~nobody-here/x"], "holds no record.json"),
+    "choices have a long name": (None, [*CONFIG, "--set", f"train.replay_routing={'x' * 300}"], "is not a record of"),
     "resume is damaged": (
         damage_all,
         [*RESUME, "checkpoint.resume=run/checkpoints/step-00000001"],
@@ -213,7 +225,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     ),
     # the rest of a start
     "data is nowhere": (None, [*CONFIG, "--set", "data.manifest=gone"], "data.manifest: there is no"),
-    "data has a long name": (None, [*CONFIG, "--set", "data.manifest=" + "x" * 300], "data.manifest: there is no"),
+    "data has a long name": (
+        lambda place: (place / "configs" / "data").mkdir(parents=True),  # where its recipe is looked for
+        [*CONFIG, "--set", "data.manifest=" + "x" * 300],
+        "data.manifest: there is no",
+    ),
     "data is somebody's": (None, [*CONFIG, "--set", "data.manifest=~nobody-here/x"], "data.manifest: there is no"),
     "the layout needs more ranks": (None, [*CONFIG, "--set", "batch.global_sequences=9"], "batch.global_sequences: 9"),
 }

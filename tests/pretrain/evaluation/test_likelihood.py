@@ -191,13 +191,13 @@ class Characters:
 
 def test_blanks_before_a_target_are_its_own_and_a_text_alone_follows_the_end_of_another() -> None:
     encoder = Encoder(Characters(eos_id=3))  # type: ignore[arg-type]
-    for query in (encoder.queries(Example("", "", "ab  ", ("c",)))[0], encoder.continuation("ab  ", "c")):
+    for query in (encoder.of_example(Example("", "", "ab  ", ("c",)))[0], encoder.queries("ab  ", ["c"])[0]):
         assert (query.context.tolist(), query.target.tolist()) == ([97, 98], [32, 32, 99])
-    first, second = encoder.queries(Example("", "", "", ("ab", "c")))
+    first, second = encoder.queries("", ("ab", "c"))
     assert (first.context.tolist(), first.target.tolist()) == ([3], [97, 98])
     assert (second.context.tolist(), second.target.tolist()) == ([3], [99])
     without_end = Encoder(Characters(eos_id=None)).whole("abc")  # type: ignore[arg-type]
     assert (without_end.context.tolist(), without_end.target.tolist()) == ([97], [98, 99])
     assert encoder.prompt("a") == [97] and encoder.prompt("") == [3]
     with pytest.raises(UserError, match="file line 2: the target gives no token"):
-        encoder.queries(Example("file line 2", "", "ab", ("",)))
+        encoder.of_example(Example("file line 2", "", "ab", ("",)))

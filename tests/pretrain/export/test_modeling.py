@@ -18,7 +18,7 @@ from pretrain.export import layers_switchall
 from pretrain.export.hf_config import NAMES, hf_config
 from pretrain.export.layers_switchall import SigmaMoE, relative_shift
 from tests.marks import NO_SPACE
-from tests.model.options import TRAINING_ALONE, left_out
+from tests.model.options import TRAINING_ALONE, check_kinds, check_options, kinds, sections_of
 from tests.pretrain.export.models import CHUNK, MODELS, config_of, model_of, our_logits, some_tokens
 from tests.tensors import gradient_of
 
@@ -39,7 +39,11 @@ def theirs(model: LanguageModel, attention: str) -> Any:
 def test_every_option_of_a_model_is_exported_and_compared_here() -> None:
     """One that is not would be lost on the way, and the export compute something else without a word."""
     assert ModelConfig.model_fields.keys() - TRAINING_ALONE <= NAMES.keys()
-    assert left_out(map(config_of, MODELS)) == []
+    lacking = set(kinds()) - set(kinds("export"))
+    sections = [section for section in sections_of(ModelConfig) if section not in lacking]
+    check_options(map(config_of, MODELS), "MODELS of tests/pretrain/export/models.py", *sections)
+    computed = {*layers_switchall.ATTENTIONS, *layers_switchall.FEEDFORWARDS}
+    check_kinds(computed, "ATTENTIONS and FEEDFORWARDS of pretrain/export/layers_switchall.py", kinds("export"))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+import pretrain.evaluate
 from common.errors import DataError, PassingError, UserError
 from data_prep.shards.format import Manifest
 from pretrain.config.schema import Config
@@ -54,6 +55,20 @@ def test_an_altered_validation_shard_too(prepared: Path, tmp_path: Path) -> None
     config = small_config(folder, "train.steps=1", "evaluate.sequences=8")
     outcomes = run_ranks(_outcome_of_training, 2, config, tmp_path / "run")
     assert sorted(outcome.split(":")[0] for outcome in outcomes) == ["DataError", "PeerFailed"]
+
+
+def _outcome_without_a_second_look(rank: int, config: Config, run_dir: Path) -> str:
+    def gone(reader: Any, windows: Any) -> Any:
+        raise DataError("validation-00000.tar is gone")
+
+    pretrain.evaluate.target_counts = gone  # this process ends with the test
+    return _outcome_of_training(rank, config, run_dir)
+
+
+def test_a_validation_shard_that_the_first_rank_alone_reads_again_too(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, "train.steps=1", "evaluate.sequences=8")
+    outcomes = run_ranks(_outcome_without_a_second_look, 2, config, tmp_path / "run")
+    assert [outcome.split(":")[0] for outcome in outcomes] == ["DataError", "PeerFailed"]
 
 
 def test_a_run_folder_that_cannot_be_written(prepared: Path, tmp_path: Path) -> None:

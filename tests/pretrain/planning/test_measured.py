@@ -101,6 +101,9 @@ def test_a_micro_step_of_the_same_model_takes_its_measured_time(tmp_path: Path) 
     assert graphs.fast.flops == pytest.approx(flops / 0.06)
     small = paces(load_config(ONE_BILLION, ["batch.micro_sequences=1", LAUNCHED]), H100, found)
     assert small.slow.flops == pytest.approx(flops / 4 / 0.04)  # the nearest, of 2
+    for other in ("model.sequence_length=1024", "train.precision=fp32", "train.precision=fp16"):
+        config = load_config(ONE_BILLION, [other, LAUNCHED])
+        assert found.of_model(config) is None and paces(config, H100, found).slow.launches > 0.0, other
 
 
 def test_other_models_of_its_kind_bound_the_range(tmp_path: Path) -> None:

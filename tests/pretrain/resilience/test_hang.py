@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from pretrain.phases import Phases, Record, read
 from pretrain.report.exit_codes import ExitCode
 from pretrain.resilience.guard import collective_timeout
 from pretrain.resilience.signals import Stop
-from pretrain.resilience.watchdog import LISTED, Peers, Report, Watchdog, describe, read_reports
+from pretrain.resilience.watchdog import LISTED, READER, Peers, Report, Watchdog, describe, read_reports
 from pretrain.trainer import Trainer
 from tests.pretrain.resilience.faults import outcome, train_with
 from tests.pretrain.runs import events, small_config
@@ -216,6 +217,26 @@ def ranks_of_two(tmp_path: Path, codes: list[int]) -> tuple[list[Phases], list[W
         Watchdog(tmp_path, own, leaving(codes), Peers(rank, identities), hang_timeout_seconds=60.0, lock=None)
         for rank, own in enumerate(phases)
     ]
+
+
+def test_a_file_system_that_does_not_answer_does_not_end_the_watchdog(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that looks for the report of another."""
+    (phases, _), watchdogs = ranks_of_two(tmp_path, [])
+    for watchdog in watchdogs:
+        watchdog.close()
+
+    def unanswered(*args: Any, **options: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    phases.enter("reading batches")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", unanswered)
+        assert not watchdogs[0]._is_called(phases.since + 20.0)
+    (tmp_path / "hang").mkdir()
+    (tmp_path / "hang" / READER).touch()
+    assert watchdogs[0]._is_called(phases.since + 40.0)
 
 
 def test_the_limit_of_a_step_holds_in_quick_phases_alone(tmp_path: Path) -> None:

@@ -149,6 +149,25 @@ def test_before_the_ranks_have_met_a_signal_ends_the_process_at_once(name: str) 
     assert f"{name} during start-up" in done.stderr
 
 
+def test_while_the_program_is_loading_a_signal_waits_for_the_run_to_be_known() -> None:
+    """So that the run folder can say how the start ended; not for ever, if the loading hangs."""
+    script = """
+        signals.START_UP_SECONDS = {seconds}
+        stop.enter(ProcessState.LOADING)
+        stop.install(launched=False)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while stop.requested is None:
+            time.sleep(0.01)
+        time.sleep({loading})
+        stop.before_leaving.append(lambda code, message: print("left with", int(code), message, flush=True))
+        stop.enter(ProcessState.JOINING)
+        print("no")
+        """
+    done = run_process(script.format(seconds=600, loading=0.0))
+    assert (done.returncode, done.stdout) == (85, "left with 85 SIGTERM during start-up: nothing was trained\n")
+    assert run_process(script.format(seconds=0.1, loading=20)).returncode == 85
+
+
 def test_a_second_signal_counts_after_a_while_and_works_although_the_main_thread_waits() -> None:
     done = run_process(
         """

@@ -335,3 +335,38 @@ def test_the_text_has_the_width_of_the_terminal(
     numbers = set(re.findall(r"\d+\.\d{4}\b", wide))
     assert numbers and numbers <= set(re.findall(r"\d+\.\d{4}\b", narrow))
     assert max(map(len, wide.splitlines())) > 100
+
+
+def of_text(folder: Path, digest: str, *validations: tuple[int, float, float | None]) -> Path:
+    """A run of the data with that digest, validated after these steps with these losses and bits per byte."""
+    path = write(folder, [row(step, 5.0) for step in range(1, 9)], {"data": {"manifest": f"data/{digest}"}})
+    events: list[dict[str, Any]] = [{"event": "started", "step": 0, "time": 1e9, "data_digest": digest * 64}]
+    for step, loss, bits in validations:
+        known = {} if bits is None else {"bits_per_byte": bits}
+        events.append({"event": "validation", "time": 1e9, "step": step, "split": "validation", "loss": loss, **known})
+    (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return path
+
+
+def test_runs_of_other_tokenizers_are_compared_by_bits_per_byte(tmp_path: Path) -> None:
+    small = of_text(tmp_path / "small", "a", (4, 4.0, 1.9), (8, 3.5, 1.75))
+    large = of_text(tmp_path / "large", "b", (4, 6.0, 1.8), (8, 5.0, 1.5))
+    said = text(runs_of(small, large), 1e-5)
+    (table,) = re.findall(r"Validation bits per byte at equal steps\n(?:.+\n)+", said)
+    assert [line.split() for line in table.splitlines()[-2:]] == [
+        ["4", "1.9000", "1.8000", "(-0.1000)"],
+        ["8", "1.7500", "1.5000", "(-0.2500)"],
+    ]
+    assert "note: data digest and data.manifest differ: losses per token of different texts or tokenizers say " in said
+    assert "; bits per byte of validations compare models of different tokenizers on the same text\n" in said
+    # Of the same text and tokens the losses say it all.
+    assert "bits per byte" not in text(runs_of(small, of_text(tmp_path / "again", "a", (8, 3.0, 1.5))), 1e-5)
+
+
+def test_of_runs_without_bits_per_byte_it_is_said_how_to_get_them(tmp_path: Path) -> None:
+    """Of an earlier version."""
+    runs = runs_of(of_text(tmp_path / "new", "a", (8, 3.5, 1.75)), of_text(tmp_path / "old", "b", (8, 5.0, None)))
+    said = text(runs, 1e-5)
+    assert "those of old are not recorded: python launch/evaluate.py RUN computes them" in said
+    (table,) = re.findall(r"Validation bits per byte at equal steps\n(?:.+\n)+", said)
+    assert table.splitlines()[-1].split() == ["8", "1.7500", "-"]
