@@ -23,6 +23,7 @@ from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import Stage, first_stage
 from pretrain.parallel.agreement import agreed, from_first_rank, of_all_ranks
+from pretrain.report.code_patch import keep_patch
 from pretrain.report.event_text import value_text
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.rollback import Rollback, pending, read_rollbacks, record_made, serving, with_skips
@@ -343,8 +344,10 @@ def record_start(
     `layout`: see checkpoint.layout. Raises UserError where the disk refuses."""
     from pretrain.checkpoint.state import versions  # see environment_changes
 
-    about = {"layout": layout, "software": versions(), "data_digest": data_digest}
     try:
+        patch = keep_patch(folder.path)
+        software = dict(versions()) if patch is None else {**versions(), "changes": patch}
+        about = {"layout": layout, "software": software, "data_digest": data_digest}
         _record_start(folder, start, config, {"last_step": last_step, **about})
     except OSError as error:
         raise UserError(f"--run-dir: {error.filename or folder.path} cannot be written: {error.strerror}") from None
