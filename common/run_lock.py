@@ -170,6 +170,7 @@ def last_sign_of_life(folder: Path) -> SignOfLife | None:
         owner = _read(path)
         if _is_copy(path, owner or {}):
             continue
+        age: float | None = None
         try:
             age = _age(path)
         except OSError:  # nothing may be written there, so this machine's clock has to do

@@ -14,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.tables import beginning
 from model.decoding import hidden_states, uncached_logits
 from model.parameters import owner_of
 from pretrain.analysis.trace import Request, RouterTrace, Trace, trace_text
@@ -42,7 +44,8 @@ class TextLoss(NamedTuple):
     """nats per token."""
     perplexity: float
     bits_per_byte: float
-    """All of them over the bytes of the text (UTF-8) behind the first token's."""
+    """All of them over the bytes of the text (UTF-8) behind the first token's; NaN where these are not known, as of a
+    character that the tokenizer has not."""
 
 
 class AttentionMaps(NamedTuple):
@@ -77,8 +80,7 @@ def _ids(numbers: Any) -> list[int]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return beginning(repr(value), 60)
 
 
 class OpenModel:
@@ -122,7 +124,7 @@ class OpenModel:
         targets = torch.tensor(ids[1:])[:, None]
         tokens = -self.logits(ids)[:-1].log_softmax(1).gather(1, targets)[:, 0]
         total = float(tokens.sum(dtype=torch.float64))
-        size = sum(len(self.tokenizer.content(number)) for number in ids[1:]) if self.tokenizer.has_text else 0
+        size = self.tokenizer.bytes_of(np.bincount(ids[1:]))
         mean = total / len(tokens)
         return TextLoss(tokens, mean, math.exp(min(mean, 700.0)), total / math.log(2) / size if size else math.nan)
 

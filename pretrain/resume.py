@@ -209,8 +209,12 @@ def newest_committed(paths: list[Path], *, check_sizes: bool = True) -> Checkpoi
     return None
 
 
+Found = tuple[bool, str] | None
+"""What one rank says against a checkpoint: whether no other one may be taken for it, and why; None: it is whole."""
+
+
 def newest_valid(
-    paths: list[Path], *, rank: int, world_size: int, gather: Callable[[str | None], list[str | None]] | None = None
+    paths: list[Path], *, rank: int, world_size: int, gather: Callable[[Found], list[Found]] | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
     """The first of `paths` whose files match their sha256, and the reasons why others were passed over. Collective,
     unless `gather` is given: it turns what this rank found into what all ranks found.
@@ -220,17 +224,20 @@ def newest_valid(
     reasons: list[str] = []
     for path in paths:
         checkpoint: Checkpoint | None = None
-        problem: str | None = None
+        own: Found = None
         try:
             checkpoint = Checkpoint.open(path, rank=rank, world_size=world_size)
             damaged = checkpoint.damaged_file(rank=rank, world_size=world_size)
-            problem = f"checkpoint {path}: {damaged}" if damaged else None
-        except DamagedCheckpoint as error:
-            problem = str(error)
-        found = next((p for p in (gather or of_all_ranks)(problem) if p), None)
+            own = (False, f"checkpoint {path}: {damaged}") if damaged else None
+        except UserError as error:  # on this rank alone, perhaps, while the others ask what all have found
+            own = (not isinstance(error, DamagedCheckpoint), str(error))
+        found = next((one for one in (gather or of_all_ranks)(own) if one), None)
         if found is None:
             return checkpoint, reasons
-        reasons.append(found)
+        is_refusal, reason = found
+        if is_refusal:
+            raise UserError(reason)
+        reasons.append(reason)
     _refuse_without(reasons)
     return None, reasons
 

@@ -349,7 +349,7 @@ class Segment:
             print(f"going back to before step {rollback.first_step}{data}: {reason}", flush=True)
         # First: killed in between, the next start says the event.
         decided = replace(rollback, is_pending=True)
-        agreed(partial(record, self.folder.path, decided, writes=self.setup.parallel.is_first))
+        from_first_rank(lambda: record(self.folder.path, decided))
         self.folder.event("rollback", **rollback.to_json())
         return rollback
 

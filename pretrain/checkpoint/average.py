@@ -15,11 +15,9 @@ from torch import Tensor
 from common.errors import UserError
 from common.progress_bar import count_bytes
 from pretrain.checkpoint.folder import Checkpoint, names_of
-from pretrain.checkpoint.fragments import single_fragment
-from pretrain.checkpoint.loading import check_kind, read
+from pretrain.checkpoint.loading import whole_parameters
 from pretrain.checkpoint.prepared_data import stored_tokenizer_of
 from pretrain.checkpoint.shares import shares_of
-from pretrain.checkpoint.storage import Reader
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin, write_weights
 from pretrain.config.keys import flatten
@@ -54,18 +52,14 @@ def average(
         _check_same_model(checkpoints[0], other)
     for checkpoint in checkpoints:
         checkpoint.check_files()
-    readers = [Reader(checkpoint) for checkpoint in checkpoints]
-    for reader in readers:
-        check_kind(reader, kind)
+    parameters = [whole_parameters(checkpoint, kind) for checkpoint in checkpoints]
     newest = max(checkpoints, key=lambda checkpoint: checkpoint.progress.step)
     shapes = newest.state["parameters"]
 
     def mean(name: str) -> Tensor:
         total = torch.zeros(shapes[name], dtype=torch.float64)
-        for checkpoint, reader, share in zip(checkpoints, readers, shares, strict=True):
-            values = torch.empty(shapes[name])
-            read(reader, checkpoint, {f"{kind}/{name}": single_fragment(values)})
-            total.add_(values.double(), alpha=share)
+        for parameter, share in zip(parameters, shares, strict=True):
+            total.add_(parameter(name).double(), alpha=share)
         return total.float()
 
     bar = count_bytes(out.name, sum(4 * math.prod(shape) for shape in shapes.values()))

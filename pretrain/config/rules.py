@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
+from common.json_config import keys
 from common.tables import counted
 from pretrain.config.compile_rules import check_compile
 from pretrain.config.data_rules import check_data
 from pretrain.config.deepspeed_keys import check_deepspeed
 from pretrain.config.graph_rules import check_graphs
-from pretrain.config.keys import fields
 from pretrain.config.schema import BatchConfig, Config
 
 if TYPE_CHECKING:
@@ -371,8 +371,8 @@ def _nearest_multiple(value: int, divisor: int) -> int:
 
 def _check_allow_changes(config: Config) -> None:
     """Every entry of checkpoint.allow_changes must name a key or a section: a misspelt one would allow nothing."""
-    keys = {key for key, _, _ in fields()}
-    known = keys | {key[:i] for key in keys for i, letter in enumerate(key) if letter == "."}
+    dotted = {key.dotted for key in keys(Config)}
+    known = dotted | {key[:i] for key in dotted for i, letter in enumerate(key) if letter == "."}
     for entry in config.checkpoint.allow_changes:
         if entry not in known and not entry.startswith("deepspeed."):
             close = difflib.get_close_matches(entry, sorted(known), n=1, cutoff=0.0)[0]

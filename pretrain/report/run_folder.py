@@ -4,8 +4,6 @@ tensorboard/."""
 from __future__ import annotations
 
 import collections
-import contextlib
-import json
 import secrets
 import sys
 import time
@@ -16,15 +14,15 @@ from typing import Any
 from common.errors import UserError
 from common.files import write_json
 from common.line_log import LineLog, Row, is_event, is_step
-from common.presence import exists
 from common.run_lock import FolderLock
-from pretrain.config.validated import setting
 from pretrain.report import console
 from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
-from pretrain.report.run_paths import SAVED_CONFIG
 
-REPLACED = ("config.json", "metrics.jsonl", "details.jsonl", "events.jsonl", "outcome.json", "verified.json")
+REPLACED = (
+    *("config.json", "metrics.jsonl", "details.jsonl", "events.jsonl"),
+    *("outcome.json", "verified.json", "rollbacks.json"),
+)
 LEFTOVERS = (
     ".seen-by-rank-0-*",
     ".clock-*",
@@ -109,7 +107,7 @@ class RunFolder:
         outcome = {"exit_code": int(code), "reason": reason, "step": step, "time": time.time()}
         if node is not None:
             outcome["node"] = node
-        event = {"event": ENDS.get(code, FAILED), **{key: value for key, value in outcome.items() if value is not None}}
+        event = end_event(outcome)
         if self._alerts is not None:
             self._alerts.hear(event, is_end=True)
         if code is ExitCode.FOLDER_LOST:  # from now on the folder is another run's
@@ -183,10 +181,7 @@ class RunFolder:
                 self._told_end = kind  # alerts hear of it from `end`, with its code
             elif self._alerts is not None:
                 self._alerts.hear(row)
-            if self._listener is not None:
-                self._listener(row)
-            else:
-                self._unheard.append(row)
+            (self._listener or self._unheard.append)(row)
 
     def listen(self, listener: Callable[[Row], None] | None) -> None:
         """From now on `listener` hears of every event, in the thread where it happens; first of those that nobody has
@@ -220,32 +215,13 @@ class RunFolder:
         superseded = [row for row in self._metrics.rows() if row["step"] > step]
         if not superseded:
             return
-        for row in superseded:
-            self.event("superseded_metrics", metrics=row)
+        for row in superseded:  # for nobody's ears: they would crowd out what the board has not heard yet
+            self._events.append({"event": "superseded_metrics", "time": time.time(), "metrics": row})
         self._events.make_durable()
         self._metrics.keep(lambda row: row["step"] <= step)
 
 
-def note_early_end(path: Path, code: ExitCode, reason: str) -> None:
-    """Writes down how a start ended that has not come to open its folder: readers would take the outcome of the start
-    before for its. Nothing where no start has opened it, where the run has taken its last step, where another process
-    has it, or where it cannot be written. By the one rank that says why."""
-    with contextlib.suppress(UserError, OSError):
-        if exists(path / "events.jsonl") and not _is_complete(path):
-            RunFolder(path, writes=True).end(code, reason)
-
-
-def _is_complete(path: Path) -> bool:
-    """Whether the run has taken all steps of its configuration. Such a run is finished, whatever was asked of it
-    since."""
-    outcome, steps = _tree(path / "outcome.json"), setting(_tree(path / SAVED_CONFIG), "train.steps")
-    return outcome.get("exit_code") == ExitCode.FINISHED and outcome.get("step") == steps
-
-
-def _tree(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):  # the last: too deep for Python
-        return {}
-    return found if isinstance(found, dict) else {}
+def end_event(outcome: dict[str, Any]) -> Row:
+    """The event of the end of a start, given what its outcome.json says."""
+    kind = ENDS.get(outcome["exit_code"], FAILED)
+    return {"event": kind, **{key: value for key, value in outcome.items() if value is not None}}

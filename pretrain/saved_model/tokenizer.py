@@ -111,19 +111,23 @@ class Tokenizer:
             )
         return ids.tolist()
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Ids behind the last one of the tokenizer, which a
+        wider model may have, are nothing."""
         if not self.has_text:
             return "".join(map(self._piece, ids))
+        known = [int(number) for number in ids if number < self.vocab_size]
         if self._model is None:
-            return self._values[np.asarray(ids, np.int64)].tobytes().decode("utf-8", errors="replace")
-        return str(self._model.decode([int(number) for number in ids]))
+            return self._values[np.asarray(known, np.int64)].tobytes().decode("utf-8", errors="replace")
+        return str(self._model.decode(known))
 
     def content(self, number: int) -> bytes:
-        """What an id adds to a text that goes on, in UTF-8: a byte's id one byte of a character, a control id (EOS)
-        nothing."""
+        """What an id adds to a text that goes on, in UTF-8: a byte's id one byte of a character, a control id (EOS) and
+        one behind the tokenizer's last nothing."""
         if not self.has_text:
             return self._piece(number).encode()
+        if number >= self.vocab_size:
+            return b""
         if self._model is None:
             return self._values[number].tobytes()
         if self._model.is_control(number):
@@ -137,7 +141,7 @@ class Tokenizer:
     def bytes_of(self, counts: np.ndarray) -> int | None:
         """Bytes in UTF-8 of a text that has each id as often as `counts` [n] says, with the blank that SentencePiece
         puts before a document; None where ids have no text, or some are unknown, whose text is lost."""
-        present = np.flatnonzero(counts).tolist()
+        present = np.flatnonzero(counts[: self.vocab_size]).tolist()
         if not self.has_text or (self._model is not None and any(map(self._model.is_unknown, present))):
             return None
         return int(sum(int(counts[number]) * len(self.content(number)) for number in present))
@@ -149,10 +153,10 @@ class Tokenizer:
     def _piece(self, number: int) -> str:
         if not self.has_text:
             return f" {int(number)}"
-        if self._model is None:
-            return _byte(int(self._values[number]))
         if number >= self.vocab_size:
             return f"<unused {number}>"
+        if self._model is None:
+            return _byte(int(self._values[number]))
         if self._model.is_byte(number):
             return _byte(int(self._model.id_to_piece(number)[3:-1], 16))
         return str(self._model.id_to_piece(number)).replace(SPACE_SYMBOL, " ")

@@ -55,7 +55,7 @@ def tiny(case: str) -> LanguageModel:
     with torch.no_grad():
         for parameter in model.parameters():  # the biases of XL begin at 0
             parameter.mul_(1.5).add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-        model.head.weight.mul_(0.3)  # logits as large as those of a trained model
+        model.get_parameter("head.weight").mul_(0.3)  # logits as large as those of a trained model
     return model
 
 

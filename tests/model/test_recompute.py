@@ -15,6 +15,7 @@ from model.kernels.choice import Backends
 from model.language_model import LanguageModel, build_model, routing_statistics
 from model.memory import layer_memories
 from tests.model.options import ATTENTIONS, check_kinds
+from tests.tensors import gradient_of
 
 ATTENTION: dict[str, dict[str, Any]] = {
     "switchhead": {"type": "switchhead", "num_heads": 2, "head_dim": 6, "num_experts": 3, "active_experts": 2},
@@ -58,7 +59,7 @@ def two_steps(config: ModelConfig, recompute: Any, backends: Backends | None = N
             memory.advance()
             assert memory.kept is not None
             found[f"memory {name} {step}"] = memory.kept.clone()
-    return found | {name: p.grad for name, p in model.named_parameters()}
+    return found | {name: gradient_of(p) for name, p in model.named_parameters()}
 
 
 def test_every_attention_is_here() -> None:

@@ -53,6 +53,7 @@ def test_logits_hidden_states_and_losses(opened: OpenModel) -> None:
     )
     size = len(TEXT.encode()) - len(opened.tokenizer.decode(ids[:1]).encode())
     assert loss.bits_per_byte == pytest.approx(sum(expected) / math.log(2) / size)
+    assert math.isnan(opened.loss([*ids, 0]).bits_per_byte), "an unknown piece stands for any text"
 
 
 def test_a_model_on_a_cpu_is_ready_for_single_tokens(opened: OpenModel, trained: Path) -> None:

@@ -22,7 +22,7 @@ TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
 TABLES = (OWNED, NO_EFFECT, BREAKS, EXTRA)
 
 
-class Asked(dict):  # type: ignore[type-arg]
+class Asked(dict):
     """An empty configuration that remembers which keys DeepSpeed asked for."""
 
     def __init__(self, names: set[str]) -> None:

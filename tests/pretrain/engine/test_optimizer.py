@@ -4,6 +4,7 @@ A run takes the fused one; checkpoints of before may come from the other."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,8 @@ from tests.pretrain.runs import small_config, state_tensors, train_runs
 def train_in_forms(rank: int, runs: list[tuple[Config, Path, bool]]) -> None:
     """As train_runs, each run with AdamW in the form that it names: fused or not."""
     for config, folder, fused in runs:
-        pretrain.engine.build.build_optimizer = build_optimizer if fused else plain_optimizer
+        made: Callable[..., Any] = build_optimizer if fused else plain_optimizer
+        pretrain.engine.build.build_optimizer = made
         train_runs(rank, [(config, folder)])
 
 
@@ -61,7 +63,7 @@ def test_a_run_goes_on_in_the_other_form(prepared: Path, tmp_path: Path, precisi
             assert (other[key].dtype, other[key].shape) == (expected.dtype, expected.shape)
             if expected.is_floating_point():
                 # A counter that began again at 0 would move every weight: the correction of the moments is 10 then.
-                torch.testing.assert_close(other[key], expected, rtol=2e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+                torch.testing.assert_close(other[key], expected, rtol=2e-3, atol=2e-4, msg=f"{{}} of {key}".format)
 
 
 @pytest.mark.parametrize("fused, place", [(True, "meta"), (False, "cpu")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def some_queries(model: Bigrams) -> list[Query]:
     chosen = np.random.default_rng(0)
     queries = []
     for context, target in ((1, 1), (30, 10), (3, 2), (5, 1), (1, 9), (12, 3), (20, 1)):
-        queries.append(as_query(chosen.integers(V, size=context), chosen.integers(V, size=target)))
+        queries.append(as_query(chosen.integers(V, size=context).tolist(), chosen.integers(V, size=target).tolist()))
     for tokens in (1, 4):
         queries.append(as_query([2, 5], greedy(model, 5, tokens)))
     almost = greedy(model, 5, 3)
@@ -133,7 +134,7 @@ def test_a_target_may_be_as_long_as_the_context() -> None:
 
 
 def test_texts_are_computed_with_empty_memory_and_leave_none() -> None:
-    model = nn.Module()
+    model: Any = nn.Module()
     memory = model.memory = LayerMemory(4)
     memory.assign(torch.tensor([0, 1]), 2)
     memory.kept = before = torch.randn(2, 4, 3)
@@ -190,13 +191,13 @@ class Characters:
 
 def test_blanks_before_a_target_are_its_own_and_a_text_alone_follows_the_end_of_another() -> None:
     encoder = Encoder(Characters(eos_id=3))  # type: ignore[arg-type]
-    for query in (encoder.queries(Example("", "", "ab  ", ("c",)))[0], encoder.continuation("ab  ", "c")):
+    for query in (encoder.of_example(Example("", "", "ab  ", ("c",)))[0], encoder.queries("ab  ", ["c"])[0]):
         assert (query.context.tolist(), query.target.tolist()) == ([97, 98], [32, 32, 99])
-    first, second = encoder.queries(Example("", "", "", ("ab", "c")))
+    first, second = encoder.queries("", ("ab", "c"))
     assert (first.context.tolist(), first.target.tolist()) == ([3], [97, 98])
     assert (second.context.tolist(), second.target.tolist()) == ([3], [99])
     without_end = Encoder(Characters(eos_id=None)).whole("abc")  # type: ignore[arg-type]
     assert (without_end.context.tolist(), without_end.target.tolist()) == ([97], [98, 99])
     assert encoder.prompt("a") == [97] and encoder.prompt("") == [3]
     with pytest.raises(UserError, match="file line 2: the target gives no token"):
-        encoder.queries(Example("file line 2", "", "ab", ("",)))
+        encoder.of_example(Example("file line 2", "", "ab", ("",)))

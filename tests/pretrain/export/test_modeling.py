@@ -20,6 +20,7 @@ from pretrain.export.layers_switchall import SigmaMoE, relative_shift
 from tests.marks import NO_SPACE
 from tests.model.options import TRAINING_ALONE, check_kinds, check_options, kinds, sections_of
 from tests.pretrain.export.models import CHUNK, MODELS, config_of, model_of, our_logits, some_tokens
+from tests.tensors import gradient_of
 
 LENGTH, TOLERANCE = 3 * CHUNK + 2, 1e-5  # the last chunk of a text is seldom whole
 
@@ -52,13 +53,13 @@ def test_logits_and_gradients(name: str) -> None:
     # A memory carries no gradient, while here keys get one from all later tokens: the same within a chunk.
     text = tokens[:, :CHUNK] if ours.config.memory_length else tokens
     F.cross_entropy(our_logits(ours, text)[:, :-1].flatten(0, 1), text[:, 1:].flatten()).backward()
-    gradients = {parameter: value.grad for parameter, value in ours.named_parameters()}
+    gradients = {parameter: gradient_of(value) for parameter, value in ours.named_parameters()}
     for attention in ("sdpa", "eager"):
         model = theirs(ours, attention)
         output = model(tokens, output_hidden_states=True, output_attentions=attention == "eager")
         assert torch.allclose(output.logits, logits, atol=TOLERANCE, rtol=0)
         model(text, labels=text).loss.backward()
-        found = {parameter: value.grad for parameter, value in model.named_parameters()}
+        found = {parameter: gradient_of(value) for parameter, value in model.named_parameters()}
         assert found.keys() == gradients.keys()
         for parameter, gradient in found.items():
             assert torch.allclose(gradient, gradients[parameter], atol=TOLERANCE, rtol=1e-4), parameter
@@ -84,6 +85,7 @@ def test_cache_and_padding(name: str) -> None:
             parts.append(output.logits)
         assert torch.allclose(torch.cat(parts, dim=1), logits, atol=TOLERANCE, rtol=0)
         if ours.config.memory_length:
+            assert cache is not None
             kept = cache.layers[0].keys.shape[2]
             assert kept == min(LENGTH, ours.config.memory_length + CHUNK - 1) < LENGTH
 

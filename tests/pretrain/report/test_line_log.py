@@ -102,6 +102,19 @@ def test_a_run_folder_repairs_its_logs_and_says_so(tmp_path: Path, capsys: pytes
     folder.end(ExitCode.FINISHED, "finished")
 
 
+def test_a_board_hears_of_a_start_that_moves_many_lines_away(tmp_path: Path) -> None:
+    """A run without a newer checkpoint computes 1,500 steps again."""
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps({'step': step})}\n" for step in range(1, 1502)))
+    folder, heard = RunFolder(tmp_path, writes=True), list[str]()
+    folder.event("checkpoint_passed_over", reason="damaged")
+    folder.rewind_metrics(1)
+    folder.listen(lambda row: heard.append(row["event"]))
+    assert heard == ["opened", "checkpoint_passed_over"]
+    moved = [row["metrics"]["step"] for row in LineLog(tmp_path / "events.jsonl", is_event).rows() if "metrics" in row]
+    assert moved == [*range(2, 1502)] and (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    folder.end(ExitCode.FINISHED, "finished")
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "checkpoints", "outcome.json"])
 def test_what_is_in_the_way_is_named(tmp_path: Path, name: str) -> None:
     if name == "checkpoints":
