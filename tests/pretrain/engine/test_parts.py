@@ -7,9 +7,9 @@ import pytest
 
 from model.config import ModelConfig
 from model.layer_section import LayerSection
-from model.layers import ATTENTIONS, FEEDFORWARDS, Block
+from model.layers import ATTENTIONS, Block
 from pretrain.engine.parts import Part, group_of, part_of
-from tests.model.new_layers import SoftmaxMoE, SoftmaxMoEConfig, TopPAttention, TopPConfig
+from tests.model.new_layers import SoftmaxMoEConfig, TopPConfig, make_known
 from tests.model.options import kinds
 
 
@@ -17,8 +17,7 @@ from tests.model.options import kinds
 def test_routers_and_experts_are_told_by_their_parameters(
     kind: type[LayerSection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(ATTENTIONS, TopPConfig, TopPAttention)
-    monkeypatch.setitem(FEEDFORWARDS, SoftmaxMoEConfig, SoftmaxMoE)
+    make_known(monkeypatch)
     place, section = "attention" if kind in ATTENTIONS else "feedforward", kind()
     model = ModelConfig(d_model=8, num_layers=1, vocab_size=9, sequence_length=4).model_copy(update={place: section})
     specs = {name: spec for name, spec in Block.parameter_specs(model).items() if name.startswith(f"{place}.")}
