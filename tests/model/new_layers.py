@@ -1,11 +1,13 @@
 """Two layers that the project does not have, each as a researcher would try it first: in plain PyTorch, on whole
-parameters. docs/new-layer.md explains them line by line."""
+parameters. docs/new-layer.md says what each part is for. (In model/ the section would be in the union of its kind, and
+`assert isinstance(config.attention, TopPConfig)` would stand where a cast does here.)"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from model.distributions import Normal, block_std
 from model.documents import Seen, causal_attention
 from model.kernels.choice import Backends
 from model.layer_section import Lacks, LayerSection, Routers
+from model.layers import ATTENTIONS, FEEDFORWARDS
 from model.parallel.context import ParallelContext
 from model.parameter_spec import Experts, ParameterSpec, Specs
 from model.routing import RoutingStatistics
@@ -61,8 +64,7 @@ class TopPAttention(nn.Module):
 
     @staticmethod
     def parameter_specs(config: ModelConfig) -> Specs:
-        assert isinstance(config.attention, TopPConfig)
-        own, d = config.attention, config.d_model
+        own, d = cast("TopPConfig", config.attention), config.d_model
         H, h, E = own.num_heads, own.head_dim, own.num_experts
         experts = Experts(active=E, total=E, exchanged=False)
         inner, outer = block_std(config, d), block_std(config, H * h)
@@ -83,8 +85,8 @@ class TopPAttention(nn.Module):
         self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int
     ) -> None:
         super().__init__()
-        assert isinstance(config.attention, TopPConfig) and isinstance(config.position, RopeConfig)
-        self.config, self.backends = config.attention, backends
+        assert isinstance(config.position, RopeConfig)
+        self.config, self.backends = cast("TopPConfig", config.attention), backends
         d, H, h, E = config.d_model, self.config.num_heads, self.config.head_dim, self.config.num_experts
         self.rope = RopeTables(h, config.position)
         self.query, self.key = (nn.Linear(d, H * h, bias=False) for _ in range(2))
@@ -157,9 +159,9 @@ class SoftmaxMoE(nn.Module):
 
     @staticmethod
     def parameter_specs(config: ModelConfig) -> Specs:
-        assert isinstance(config.feedforward, SoftmaxMoEConfig)
-        d, E, G = config.d_model, config.feedforward.num_experts, config.feedforward.expert_size
-        experts = Experts(active=config.feedforward.active_experts, total=E, exchanged=False)
+        own, d = cast("SoftmaxMoEConfig", config.feedforward), config.d_model
+        E, G = own.num_experts, own.expert_size
+        experts = Experts(active=own.active_experts, total=E, exchanged=False)
         up, down = Normal(block_std(config, d)), Normal(block_std(config, E * G))
         return {
             "router": ParameterSpec(shape=(E, d), divided=None, experts=None, decayed=False, initial=up),
@@ -171,8 +173,7 @@ class SoftmaxMoE(nn.Module):
         self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int
     ) -> None:
         super().__init__()
-        assert isinstance(config.feedforward, SoftmaxMoEConfig)
-        self.config = config.feedforward
+        self.config = cast("SoftmaxMoEConfig", config.feedforward)
         d, E, G = config.d_model, self.config.num_experts, self.config.expert_size
         self.router = nn.Parameter(torch.empty(E, d))
         self.up_experts = nn.Parameter(torch.empty(E, d, 2 * G))
@@ -188,3 +189,10 @@ class SoftmaxMoE(nn.Module):
         gate, up = torch.einsum("btd,edg->bteg", x, self.up_experts).chunk(2, -1)
         y = torch.einsum("bte,bteg,egd->btd", gates, F.silu(gate) * up, self.down_experts)
         return y, y.new_zeros((), dtype=torch.float32)
+
+
+def make_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of each in model/layers.py, for one test. The unions of model/config.py are only what reads JSON."""
+    tables: tuple[Any, Any] = (ATTENTIONS, FEEDFORWARDS)
+    monkeypatch.setitem(tables[0], TopPConfig, TopPAttention)
+    monkeypatch.setitem(tables[1], SoftmaxMoEConfig, SoftmaxMoE)

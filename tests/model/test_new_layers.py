@@ -4,6 +4,7 @@ with its own words, and what nobody has said of it is asked for, not guessed. ne
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from model.config import MoAConfig, ModelConfig
 from model.decoding import Decoding
 from model.language_model import build_model, routing_statistics
 from model.layer_section import LayerSection
-from model.layers import ATTENTIONS, FEEDFORWARDS
+from model.layers import Block
 from model.parameters import count_parameters
 from pretrain.analysis.routers import routers_of
 from pretrain.analysis.trace import Request, trace_text
@@ -29,7 +30,7 @@ from pretrain.engine.details import is_softmax
 from pretrain.export.hf_config import check_layers
 from pretrain.report.model_text import model_family, model_text
 from pretrain.report.router_load import Choice, choices
-from tests.model.new_layers import SoftmaxMoE, SoftmaxMoEConfig, TopPAttention, TopPConfig
+from tests.model.new_layers import SoftmaxMoEConfig, TopPConfig, make_known
 
 Tree = dict[str, Any]
 TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
@@ -37,9 +38,7 @@ TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line of each in model/layers.py; those in the unions of model/config.py are only what reads JSON."""
-    monkeypatch.setitem(ATTENTIONS, TopPConfig, TopPAttention)
-    monkeypatch.setitem(FEEDFORWARDS, SoftmaxMoEConfig, SoftmaxMoE)
+    make_known(monkeypatch)
 
 
 def new_model() -> ModelConfig:
@@ -58,9 +57,8 @@ def test_they_train_count_and_read_on() -> None:
     model(tokens, tokens.roll(1, 1), torch.arange(2))[0].backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
     load = {name: statistics.load for name, statistics in routing_statistics(model)}
-    assert len(load) == 6 and {statistics for b in model.blocks for statistics in b.recorders} == {
-        statistics for _, statistics in routing_statistics(model)
-    }
+    recorders = {recorder for b in model.modules() if isinstance(b, Block) for recorder in b.recorders}
+    assert len(load) == 6 and recorders == {statistics for _, statistics in routing_statistics(model)}
     assert load["blocks.1.feedforward.statistics"].sum() == 2 * 7 * 2
     chosen = load["blocks.0.attention.value_statistics"].sum(-1)
     assert (chosen > 2 * 7).all() and (chosen < 2 * 7 * 4).all(), "some tokens choose one expert, some more"
@@ -159,7 +157,7 @@ def test_what_nobody_said_is_asked_for() -> None:
         costs.training_flops_per_token,
     ],
 )
-def test_no_cost_is_guessed(cost) -> None:
+def test_no_cost_is_guessed(cost: Callable[[ModelConfig], object]) -> None:
     with pytest.raises(AssertionError, match=r"TopPConfig|SoftmaxMoEConfig"):
         cost(new_model())
 
