@@ -132,10 +132,10 @@ def _primitives(rank: int, folder: Path) -> list[str]:
             outcomes.append(f"PeerFailed of {error.kind.__name__}: {error.words}")
     attempt(lambda: check_shared(own if rank == 0 else folder / ("x" * 300)))  # to ask after it is an error itself
 
-    def unanswered(path: Path) -> None:
-        raise OSError(errno.EIO, "Input/output error", str(path))
+    def unanswered(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(self))
 
-    Path.unlink = unanswered  # type: ignore[assignment,method-assign]  # this process ends with the test
+    Path.unlink = unanswered  # this process ends with the test
     attempt(lambda: check_shared(folder))
     return outcomes
 
