@@ -14,7 +14,7 @@ from typing import Any
 from common.errors import ConfigError
 from common.json_config import validate
 from pretrain.views.reading import State
-from pretrain.views.sweep import Result, content_of, loss_name, short_keys
+from pretrain.views.sweep import BITS, Result, content_of, loss_name, short_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,19 @@ class Means:
     values: dict[str, str]
     """Dotted key -> value."""
     loss_of: str
-    """validation, test or training."""
+    """As `loss_name` says it."""
     losses: list[float]
-    """Of each run, in nats per token."""
+    """Of each run, in nats per token, or in bits per byte."""
     parameters: int | None
     active_parameters: int | None
     """That a token uses."""
     flops_per_token: int | None
     """Of training. These three: None where the run's configuration says too little."""
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether the losses are bits per byte, as of several tokenizers, of which no perplexities compare."""
+        return self.loss_of.endswith(BITS)
 
     @property
     def perplexities(self) -> list[float]:
@@ -69,26 +74,29 @@ def means_csv(found: Sequence[Means], keys: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     costs = ["parameters", "active_parameters", "training_flops_per_token"]
-    name = found[0].loss_of if found else "validation"
-    numbers = [f"{name}_{what}_{of}" for what in ("loss", "perplexity") for of in ("mean", "deviation")]
+    name = found[0].loss_of.replace(" ", "_") if found else "validation"
+    names = [name] if found and found[0].has_bits else [f"{name}_loss", f"{name}_perplexity"]
+    numbers = [f"{what}_{of}" for what in names for of in ("mean", "deviation")]
     writer.writerow(["config", *others, *costs, "seeds", *numbers])
     for means in found:
         row: list[Any] = [means.config, *(means.values[key] for key in others)]
         row += ["" if cost is None else cost for cost in _costs_of(means)]
         row.append(len(means.losses))
-        for values in (means.losses, means.perplexities):
+        for values in (means.losses,) if means.has_bits else (means.losses, means.perplexities):
             row += [repr(statistics.fmean(values)), repr(statistics.stdev(values)) if len(values) > 1 else ""]
         writer.writerow(row)
     return text.getvalue()
 
 
 def means_latex(found: Sequence[Means], keys: Sequence[str]) -> str:
-    """A tabular for the package booktabs: perplexity with its deviation, parameters in millions, MFLOP per token."""
+    """A tabular for the package booktabs: perplexity (or bits per byte) with its deviation, parameters in millions,
+    MFLOP per token."""
     others = _without_seeds(keys)
     short = short_keys(others)
     has_configs = len({means.config for means in found}) > 1
     named = ["config"] * has_configs + [short[key].replace("_", " ") for key in others]
-    titles = [*map(_escaped, named), "parameters (M)", "active (M)", "MFLOP/token", "seeds", "perplexity"]
+    unit = "bits per byte" if found and found[0].has_bits else "perplexity"
+    titles = [*map(_escaped, named), "parameters (M)", "active (M)", "MFLOP/token", "seeds", unit]
     lines = [
         f"% loss on: {found[0].loss_of if found else 'nothing yet'}; the deviation is that of a sample",
         rf"\begin{{tabular}}{{{'l' * len(named)}{'r' * 5}}}",
@@ -99,9 +107,10 @@ def means_latex(found: Sequence[Means], keys: Sequence[str]) -> str:
     for means in found:
         words = [means.config] * has_configs + [" ".join(content_of(means.values[key])) for key in others]
         costs = ["--" if cost is None else f"{cost / 1e6:.1f}" for cost in _costs_of(means)]
-        mean = f"{statistics.fmean(means.perplexities):.2f}"
-        if len(means.losses) > 1:
-            mean += rf" $\pm$ {statistics.stdev(means.perplexities):.2f}"
+        values, digits = (means.losses, 4) if means.has_bits else (means.perplexities, 2)
+        mean = f"{statistics.fmean(values):.{digits}f}"
+        if len(values) > 1:
+            mean += rf" $\pm$ {statistics.stdev(values):.{digits}f}"
         lines.append(" & ".join([*map(_escaped, words), *costs, f"{len(means.losses)}", mean]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
