@@ -274,14 +274,25 @@ def number_of(value: str) -> float | None:
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
+def _best(results: Sequence[Result]) -> Result | None:
+    """A finished run of the combination whose mean loss over seeds is the lowest; None where none has finished."""
+    name, groups = loss_name(results), dict[tuple[str, ...], list[Result]]()
+    for result in results:
+        if result.state is State.FINISHED and math.isfinite(result.loss(name)):
+            others = tuple(value for key, value in result.run.values.items() if not key.endswith("seed"))
+            groups.setdefault(others, []).append(result)
+    means = {group: statistics.fmean(result.loss(name) for result in found) for group, found in groups.items()}
+    return groups[min(means, key=means.__getitem__)][0] if means else None
+
+
 def edges(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
     """For every configuration all of whose runs have ended: each key whose best value is the lowest or the highest
-    tried, as a sentence. Seeds have no better side."""
+    tried, as a sentence. Seeds have no better side; of runs that differ in them alone the mean counts."""
     said, configs = [], dict.fromkeys(result.run.config for result in results)
     for config in configs:
         of_config = [result for result in results if result.run.config == config]
-        best = ranked(of_config)[0]
-        if not all(result.has_ended for result in of_config) or best.state is not State.FINISHED:
+        best = _best(of_config)
+        if best is None or not all(result.has_ended for result in of_config):
             continue
         for key in (key for key in keys if not key.endswith("seed")):
             tried = [number for result in of_config if (number := number_of(result.run.values[key])) is not None]

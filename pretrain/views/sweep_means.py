@@ -25,11 +25,9 @@ class Means:
     values: dict[str, str]
     """Dotted key -> value."""
     loss_of: str
-    """validation, test or training."""
+    """As `loss_name` says it."""
     losses: list[float]
-    """Of each run, in nats per token."""
-    bits_per_byte: list[float]
-    """Of each run, where the runs are ranked by that: their data may have different tokenizers."""
+    """Of each run, in nats per token, or in bits per byte."""
     parameters: int | None
     active_parameters: int | None
     """That a token uses."""
@@ -37,14 +35,18 @@ class Means:
     """Of training. These three: None where the run's configuration says too little."""
 
     @property
+    def has_bits(self) -> bool:
+        """Whether the losses are bits per byte, as of several tokenizers, of which no perplexities compare."""
+        return self.loss_of.endswith(BITS)
+
+    @property
     def perplexities(self) -> list[float]:
         return [math.exp(min(loss, 700.0)) for loss in self.losses]
 
 
 def summarised(results: Sequence[Result], keys: Sequence[str]) -> list[Means]:
-    """The lowest mean loss first, or the lowest bits per byte (sweep.py: loss_name)."""
-    ranked_by, others = loss_name(results), _without_seeds(keys)
-    name = ranked_by.removesuffix(BITS)
+    """The lowest mean loss first."""
+    name, others = loss_name(results), _without_seeds(keys)
     groups: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
         if result.state is State.FINISHED and math.isfinite(result.loss(name)):
@@ -58,13 +60,12 @@ def summarised(results: Sequence[Result], keys: Sequence[str]) -> list[Means]:
                 values=dict(zip(others, values, strict=True)),
                 loss_of=name,
                 losses=[result.loss(name) for result in members],
-                bits_per_byte=[] if name == ranked_by else [result.loss(ranked_by) for result in members],
                 parameters=total,
                 active_parameters=active,
                 flops_per_token=flops,
             )
         )
-    return sorted(found, key=lambda means: statistics.fmean(means.bits_per_byte or means.losses))
+    return sorted(found, key=lambda means: statistics.fmean(means.losses))
 
 
 def means_csv(found: Sequence[Means], keys: Sequence[str]) -> str:
@@ -73,30 +74,29 @@ def means_csv(found: Sequence[Means], keys: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     costs = ["parameters", "active_parameters", "training_flops_per_token"]
-    name = found[0].loss_of if found else "validation"
-    has_bits = any(means.bits_per_byte for means in found)
-    measures = ["loss", "perplexity", *["bits_per_byte"] * has_bits]
-    numbers = [f"{name}_{what}_{of}" for what in measures for of in ("mean", "deviation")]
+    name = found[0].loss_of.replace(" ", "_") if found else "validation"
+    names = [name] if found and found[0].has_bits else [f"{name}_loss", f"{name}_perplexity"]
+    numbers = [f"{what}_{of}" for what in names for of in ("mean", "deviation")]
     writer.writerow(["config", *others, *costs, "seeds", *numbers])
     for means in found:
         row: list[Any] = [means.config, *(means.values[key] for key in others)]
         row += ["" if cost is None else cost for cost in _costs_of(means)]
         row.append(len(means.losses))
-        for values in (means.losses, means.perplexities, *[means.bits_per_byte] * has_bits):
+        for values in (means.losses,) if means.has_bits else (means.losses, means.perplexities):
             row += [repr(statistics.fmean(values)), repr(statistics.stdev(values)) if len(values) > 1 else ""]
         writer.writerow(row)
     return text.getvalue()
 
 
 def means_latex(found: Sequence[Means], keys: Sequence[str]) -> str:
-    """A tabular for the package booktabs: perplexity with its deviation (or bits per byte, if the runs are ranked by
-    them), parameters in millions, MFLOP per token."""
+    """A tabular for the package booktabs: perplexity (or bits per byte) with its deviation, parameters in millions,
+    MFLOP per token."""
     others = _without_seeds(keys)
     short = short_keys(others)
     has_configs = len({means.config for means in found}) > 1
     named = ["config"] * has_configs + [short[key].replace("_", " ") for key in others]
-    titles = [*map(_escaped, named), "parameters (M)", "active (M)", "MFLOP/token", "seeds"]
-    titles.append("bits per byte" if any(means.bits_per_byte for means in found) else "perplexity")
+    unit = "bits per byte" if found and found[0].has_bits else "perplexity"
+    titles = [*map(_escaped, named), "parameters (M)", "active (M)", "MFLOP/token", "seeds", unit]
     lines = [
         f"% loss on: {found[0].loss_of if found else 'nothing yet'}; the deviation is that of a sample",
         rf"\begin{{tabular}}{{{'l' * len(named)}{'r' * 5}}}",
@@ -107,7 +107,7 @@ def means_latex(found: Sequence[Means], keys: Sequence[str]) -> str:
     for means in found:
         words = [means.config] * has_configs + [" ".join(content_of(means.values[key])) for key in others]
         costs = ["--" if cost is None else f"{cost / 1e6:.1f}" for cost in _costs_of(means)]
-        values, digits = (means.bits_per_byte, 4) if means.bits_per_byte else (means.perplexities, 2)
+        values, digits = (means.losses, 4) if means.has_bits else (means.perplexities, 2)
         mean = f"{statistics.fmean(values):.{digits}f}"
         if len(values) > 1:
             mean += rf" $\pm$ {statistics.stdev(values):.{digits}f}"

@@ -34,10 +34,10 @@ def test_runs_of_different_data_are_ranked_by_bits_per_byte(tmp_path: Path) -> N
     assert (best["validation_bits_per_byte"], best["validation_loss"]) == ("1.4", "4.0")
     assert losses_drawn(results, ["data.manifest"])
     best_mean, other = summarised(results, ["data.manifest"])
-    assert (best_mean.values["data.manifest"], best_mean.losses, best_mean.bits_per_byte) == ("32k", [4.0], [1.4])
-    assert other.loss_of == "validation"
+    assert (best_mean.values["data.manifest"], best_mean.losses) == ("32k", [1.4])
+    assert other.has_bits
     (row, _) = csv.DictReader(io.StringIO(means_csv([best_mean, other], ["data.manifest"])))
-    assert (row["validation_bits_per_byte_mean"], row["validation_loss_mean"]) == ("1.4", "4.0")
+    assert row["validation_bits_per_byte_mean"] == "1.4"
     drawn = means_latex([best_mean, other], ["data.manifest"])
     assert "& bits per byte" in drawn and "& 1.4000" in drawn and "perplexity" not in drawn
     same = [of_data("x", 3.0, 1.5, "a"), of_data("y", 4.0, 1.4, "a")]
