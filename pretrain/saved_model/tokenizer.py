@@ -139,11 +139,19 @@ class Tokenizer:
 
     def bytes_of(self, counts: np.ndarray) -> int | None:
         """Bytes in UTF-8 of a text that has each id as often as `counts` [n] says, with the blank that SentencePiece
-        puts before a document; None where ids have no text, or some are unknown, whose text is lost."""
+        puts before a document (not those before its other lines, where these were cut one by one); None where ids have
+        no text, or some are unknown, whose text is lost."""
         present = np.flatnonzero(counts[: self.vocab_size]).tolist()
         if not self.has_text or (self._model is not None and any(map(self._model.is_unknown, present))):
             return None
-        return int(sum(int(counts[number]) * len(self.content(number)) for number in present))
+        contents, is_cut = {number: self.content(number) for number in present}, self._has_blanks_before_lines
+        return sum(int(counts[n]) * (len(text) - is_cut * text.count(b"\n")) for n, text in contents.items())
+
+    @functools.cached_property
+    def _has_blanks_before_lines(self) -> bool:
+        """Whether ids hold a blank before each line, which the text does not have."""
+        model = self._model
+        return self._by_line and model is not None and model.id_to_piece(model.encode("a")[0])[0] == SPACE_SYMBOL
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each id stands for inside a text; a byte that is no character of its own as <0xE2>."""

@@ -226,5 +226,9 @@ def test_lines_are_cut_one_by_one_where_the_data_were(prepared: Path) -> None:
     changed = manifest.model_copy(update={"provenance": provenance})
     changed._folder = manifest.folder
     reference = TextTokenizer.load(prepared / "tokenizer.model")
-    assert Tokenizer(changed).encode(TEXT) == reference.encode_lines(TEXT).tolist()
+    tokenizer = Tokenizer(changed)
+    assert tokenizer.encode(TEXT) == reference.encode_lines(TEXT).tolist()
+    for text in (TEXT, f"{TEXT}\n\n  and two blanks\n"):
+        size = tokenizer.bytes_of(np.bincount(tokenizer.encode(text)))
+        assert size == len(text.encode()) + (not text.endswith("\n")), "of all blanks before lines one at most counts"
     assert reference.encode_lines(TEXT).tolist() != reference.encode(TEXT).tolist()
