@@ -10,6 +10,7 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,12 @@ from torch import Tensor
 from common.errors import UserError
 from common.tables import beginning
 from model.decoding import hidden_states, uncached_logits
+from model.parameters import owner_of
 from pretrain.analysis.trace import Request, RouterTrace, Trace, trace_text
+from pretrain.checkpoint.average import origin_of
+from pretrain.checkpoint.weights import write_weights
 from pretrain.export.loading import load_any
+from pretrain.export.reading import is_export, open_export
 from pretrain.generation import Generated, Sampling, Settings, generate
 from pretrain.saved_model import SavedModel
 
@@ -165,6 +170,23 @@ class OpenModel:
             return generate(self.saved, prompts, settings)
         except UserError as error:  # names the command's options
             raise UserError(_OPTION.sub(lambda found: found[1].replace("-", "_"), str(error))) from None
+
+    def save(self, folder: str | Path, source: str = "a program") -> Path:
+        """Writes the weights as `model` has them now (trained on, interpolated, ...) as a new checkpoint of weights
+        alone, with the tokenizer: `open_model`, every command that reads a checkpoint, and train.init_from take it.
+        `source`: what the weights are, in a few words that are recorded with them. Raises UserError."""
+        opened = self.checkpoint.path
+        if is_export(opened):
+            origin = replace(open_export(opened).weights_origin(), source=source, loss=None, validation_loss=None)
+        else:
+            origin = origin_of(self.checkpoint, source, self.tokenizer.stored)
+        parameters = dict(self.model.named_parameters())
+        tensors = {
+            name: lambda name=name: parameters[name].detach().float().cpu()
+            for name in parameters
+            if owner_of(name, self.config.model) == name
+        }
+        return write_weights(Path(folder), origin, tensors, option="folder").path
 
     def _trace(self, ids: Sequence[int], request: Request) -> Trace:
         return trace_text(self.model, ids, request)

@@ -23,6 +23,7 @@ from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import Stage, first_stage
 from pretrain.parallel.agreement import agreed, from_first_rank, of_all_ranks
+from pretrain.report.code_patch import keep_patch
 from pretrain.report.event_text import value_text
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.rollback import Rollback, pending, read_rollbacks, record_made, serving, with_skips
@@ -208,8 +209,12 @@ def newest_committed(paths: list[Path], *, check_sizes: bool = True) -> Checkpoi
     return None
 
 
+Found = tuple[bool, str] | None
+"""What one rank says against a checkpoint: whether no other one may be taken for it, and why; None: it is whole."""
+
+
 def newest_valid(
-    paths: list[Path], *, rank: int, world_size: int, gather: Callable[[str | None], list[str | None]] | None = None
+    paths: list[Path], *, rank: int, world_size: int, gather: Callable[[Found], list[Found]] | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
     """The first of `paths` whose files match their sha256, and the reasons why others were passed over. Collective,
     unless `gather` is given: it turns what this rank found into what all ranks found.
@@ -219,17 +224,20 @@ def newest_valid(
     reasons: list[str] = []
     for path in paths:
         checkpoint: Checkpoint | None = None
-        problem: str | None = None
+        own: Found = None
         try:
             checkpoint = Checkpoint.open(path, rank=rank, world_size=world_size)
             damaged = checkpoint.damaged_file(rank=rank, world_size=world_size)
-            problem = f"checkpoint {path}: {damaged}" if damaged else None
-        except DamagedCheckpoint as error:
-            problem = str(error)
-        found = next((p for p in (gather or of_all_ranks)(problem) if p), None)
+            own = (False, f"checkpoint {path}: {damaged}") if damaged else None
+        except UserError as error:  # on this rank alone, perhaps, while the others ask what all have found
+            own = (not isinstance(error, DamagedCheckpoint), str(error))
+        found = next((one for one in (gather or of_all_ranks)(own) if one), None)
         if found is None:
             return checkpoint, reasons
-        reasons.append(found)
+        is_refusal, reason = found
+        if is_refusal:
+            raise UserError(reason)
+        reasons.append(reason)
     _refuse_without(reasons)
     return None, reasons
 
@@ -340,17 +348,12 @@ def record_start(
     folder: RunFolder, start: StartPoint, config: Config, layout: dict[str, int], *, data_digest: str, last_step: int
 ) -> None:
     """Rank 0, before the first step: sets aside what this start supersedes, records and prints where it begins.
-    `layout`: see checkpoint.layout. Raises UserError where the disk refuses."""
+    `layout`: see checkpoint.layout. Raises OSError."""
     from pretrain.checkpoint.state import versions  # see environment_changes
 
-    about = {"layout": layout, "software": versions(), "data_digest": data_digest}
-    try:
-        _record_start(folder, start, config, {"last_step": last_step, **about})
-    except OSError as error:
-        raise UserError(f"--run-dir: {error.filename or folder.path} cannot be written: {error.strerror}") from None
-
-
-def _record_start(folder: RunFolder, start: StartPoint, config: Config, about: dict[str, Any]) -> None:
+    patch = keep_patch(folder.path)
+    software = dict(versions()) if patch is None else {**versions(), "changes": patch}
+    about = {"last_step": last_step, "layout": layout, "software": software, "data_digest": data_digest}
     resumed = start.checkpoint
     step = resumed.progress.step if resumed else 0
     for reason in start.damaged:
@@ -372,7 +375,7 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, about: d
         return
     print(f"resuming from {resumed.path} at step {step}", flush=True)
     folder.event("resumed", step=step, path=str(resumed.path))
-    for key, (then, now) in {**start.changes, **environment_changes(resumed, about["layout"])}.items():
+    for key, (then, now) in {**start.changes, **environment_changes(resumed, layout)}.items():
         if key == "description":  # of a run with --set it names the keys that are said here anyway
             continue
         print(f"  changed on resume: {key}: {value_text(then)} -> {value_text(now)}", flush=True)

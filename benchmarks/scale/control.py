@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmarks.scale.figures import Figure
 from model.config import ModelConfig
 from model.parameters import parameter_specs
+from pretrain.parallel.agreement import agreement, said
 from pretrain.parallel.rounds import Message, maximum_in_rounds
-from pretrain.resilience.control import agreement, said
 from pretrain.resilience.replicas import both_ways
 
 

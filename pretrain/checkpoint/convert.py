@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ def convert(folder: Path, out: Path, *, data: str | None = None, ema: bool = Fal
     """Checks the files of the checkpoint `folder` and writes its fp32 weights to `out`/model.safetensors, with
     config.json, weights.json and the tokenizer beside them. `data`: where the prepared data are now. `ema`: the moving
     average instead of the weights. Raises UserError; `out` then holds what it held before."""
-    check_output_folder(out.absolute(), "OUT")
+    check_output_folder(out.absolute(), "--to")
     checkpoint = Checkpoint.open(folder)
     found, reason = stored_tokenizer_of(checkpoint, data)
     tokenizer = None if found is None else found.entry.file
     for name in (MODEL, MODEL + PARTIAL, CONFIG, WEIGHTS, tokenizer or ""):
         if name and os.path.lexists(out / name):
-            raise UserError(f"OUT: {out / name} exists; name another folder")
+            raise UserError(f"--to: {out / name} exists; name another folder")
     checkpoint.check_files()
     with making(out), _removed_if_it_fails(out) as made:
         if found is not None and tokenizer is not None:
@@ -72,22 +73,11 @@ def _write_weights(checkpoint: Checkpoint, path: Path, kind: str) -> int:
     """Returns the size of the file in bytes. Holds one parameter in memory at a time."""
     import torch
 
-    from pretrain.checkpoint import loading
-    from pretrain.checkpoint.fragments import single_fragment
-    from pretrain.checkpoint.storage import Entry, Reader, write_safetensors
+    from pretrain.checkpoint.loading import whole_parameters
+    from pretrain.checkpoint.storage import Entry, write_safetensors
 
-    reader = Reader(checkpoint)
-    loading.check_kind(reader, kind)
-
-    def parameter(name: str, shape: list[int]) -> torch.Tensor:
-        tensor = torch.empty(shape)
-        loading.read(reader, checkpoint, {f"{kind}/{name}": single_fragment(tensor)})
-        return tensor
-
-    entries = [
-        Entry(name, torch.float32, shape, lambda name=name, shape=shape: parameter(name, shape))  # type: ignore[misc]
-        for name, shape in checkpoint.state["parameters"].items()
-    ]
+    parameter, shapes = whole_parameters(checkpoint, kind), checkpoint.state["parameters"]
+    entries = [Entry(name, torch.float32, shape, partial(parameter, name)) for name, shape in shapes.items()]
     return write_safetensors(path, entries)["bytes"]
 
 

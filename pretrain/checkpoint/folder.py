@@ -239,8 +239,8 @@ def names_of(checkpoints: Sequence[Path]) -> list[str]:
 
 
 def check_new_checkpoint(folder: Path, option: str) -> None:
-    """Raises UserError where weights alone cannot become the new checkpoint `folder`: it is there, or a run would take
-    it for its own."""
+    """Raises UserError, which names `option`, where weights alone cannot become the new checkpoint `folder`: it is
+    there, or a run would take it for its own."""
     if os.path.lexists(folder):
         raise UserError(f"{option}: {folder} exists; name a folder that does not")
     if is_among_checkpoints(folder.absolute()):

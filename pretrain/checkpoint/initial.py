@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def initial_checkpoint(
     place = config.train.init_from
     if place is None:
         return None
-    path = Path(place).expanduser()
-    if not path.is_dir():
+    path = Path(os.path.expanduser(place))  # pathlib raises for ~NAME of nobody and, when it looks, for long names
+    if not os.path.isdir(path):
         raise UserError(f"{KEY}: there is no folder {path}; name a checkpoint (step-...) or a run folder")
     if not (path / STATE_FILE).exists():
         found = list_checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)

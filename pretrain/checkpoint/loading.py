@@ -6,7 +6,7 @@ Every rank reads its own part of every tensor (state.py describes it), of whatev
 from __future__ import annotations
 
 import warnings
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def load_weights(
             fragments = fragments_of(parameter.detach().view(-1), 0, specs[name], parallel)
             state[_saved_as(reader, kind, name, config)] = fragments
     if state:
-        read(reader, checkpoint, state)
+        read(reader, state)
 
 
 def check_kind(reader: Reader, kind: str) -> None:
@@ -93,6 +93,20 @@ def check_kind(reader: Reader, kind: str) -> None:
         raise UserError(
             f"{reader.what}: holds no moving average of the weights; leave --ema out, or train with train.ema_decay"
         )
+
+
+def whole_parameters(checkpoint: Checkpoint, kind: str) -> Callable[[str], Tensor]:
+    """A function of a canonical name that reads the whole parameter, fp32, or with `kind` ema its moving average. Both
+    raise UserError."""
+    reader, shapes = Reader(checkpoint), checkpoint.state["parameters"]
+    check_kind(reader, kind)
+
+    def parameter(name: str) -> Tensor:
+        values = torch.empty(shapes[name])
+        read(reader, {f"{kind}/{name}": single_fragment(values)})
+        return values
+
+    return parameter
 
 
 def load_training_state(
@@ -128,7 +142,7 @@ def load_training_state(
     if has_generator:
         state[rng_key(dist.get_rank())] = single_fragment(generator)
 
-    read(reader, checkpoint, state)
+    read(reader, state)
 
     for piece in begun:
         assert piece.average is not None
@@ -142,12 +156,12 @@ def load_training_state(
         setattr(engine.optimizer.loss_scaler, key, value)
 
 
-def read(reader: Reader, checkpoint: Checkpoint, state: State) -> None:
+def read(reader: Reader, state: State) -> None:
     """Fills `state` in place, on this rank alone. Raises UserError with what is missing."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # what no_dist asks for
         try:
-            dcp.load(state, storage_reader=reader, planner=LoadPlanner(f"checkpoint {checkpoint.path}"), no_dist=True)
+            dcp.load(state, storage_reader=reader, planner=LoadPlanner(reader.what), no_dist=True)
         except dcp.CheckpointException as failure:
             error, _ = next(iter(failure.failures.values()))
             raise error from None

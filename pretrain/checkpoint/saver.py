@@ -195,9 +195,7 @@ class Saver:
             if dist.get_rank() == 0:
                 _clear(writer.partial.parent)
             self._saved = None
-            newest = list_checkpoints(writer.partial.parent)[-1:]
-            stands = f"the newest checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
-            return f"checkpoint.every_steps: rank {rank} could not save {error}; {stands}"
+            return f"checkpoint.every_steps: rank {rank} could not save {error}; {_stands(writer.partial.parent)}"
         return None
 
     def _raise_if(self, condition: bool) -> None:
@@ -256,6 +254,15 @@ def _own_group(world: Any) -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(hours=2), group_desc="saver")
 
 
+def _stands(folder: Path) -> str:
+    """What a save that failed leaves; raises nothing, for the ranks count failures alike."""
+    try:
+        newest = list_checkpoints(folder)[-1:]
+    except UserError as error:
+        return f"which checkpoints there are is not known ({error})"
+    return f"the newest checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
+
+
 def _clear(folder: Path) -> None:
     try:
         remove_partials(folder)
@@ -267,5 +274,5 @@ def _remove_old(folder: Path, retention: Retention) -> None:
     """Removes what `retention` does not keep. A checkpoint that cannot be removed does not end the run."""
     try:
         retention.apply(folder)
-    except OSError as error:
+    except (OSError, UserError) as error:
         print(f"warning: {folder}: an old checkpoint cannot be removed: {error}", file=sys.stderr, flush=True)

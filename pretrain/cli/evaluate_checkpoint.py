@@ -22,8 +22,8 @@ from common.urls import URL
 from pretrain.checkpoint.folder import check_output_folder, while_they_are_there
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources, check_held_out, open_sources
+from pretrain.evaluate import bits_per_byte, evaluation_windows, target_counts, unigram_perplexity
 from pretrain.evaluate import evaluate as validation
-from pretrain.evaluate import evaluation_windows, target_counts, unigram_perplexity
 from pretrain.evaluation import results
 from pretrain.evaluation.examples import Encoder, Example
 from pretrain.evaluation.harness_run import evaluate_with_harness, task_specs
@@ -236,7 +236,7 @@ def _validate(opened: OpenedModel, found: HeldOut, *, is_other: bool) -> dict[st
     assert values is not None
     counts = target_counts(reader, evaluation_windows(reader, config))
     if size := opened.tokenizer.bytes_of(counts):
-        values["bits_per_byte"] = values["loss"] * values["tokens"] / math.log(2) / size
+        values["bits_per_byte"] = bits_per_byte(values["loss"], values["tokens"], size)
     unigram = unigram_perplexity(counts)
     content = {"task": "validation", "split": config.evaluate.split, **values, "unigram_perplexity": unigram}
     if not is_other:

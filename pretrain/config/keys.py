@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
-
-from common.json_config import Key, keys
-from pretrain.config.schema import Config
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -18,8 +14,3 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def fields() -> Iterator[Key]:
-    """Every leaf key as (dotted key, owning section class, field name), those of each kind of layer in turn."""
-    return keys(Config)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common import json_config
-from common.errors import ConfigError
+from common.errors import ConfigError, Problem, UserError, refuse
 from pretrain.config.rules import check_rules
 from pretrain.config.schema import Config
+from pretrain.config.watching import MonitorConfig
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--config") -> Config:
@@ -19,39 +21,47 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--c
     return parse_config(config_tree(path, overrides, option=option))
 
 
-def config_tree(path: Path, overrides: Sequence[str] = (), *, option: str = "--config") -> dict[str, Any]:
+def config_tree(
+    path: Path, overrides: Sequence[str] = (), *, option: str = "--config", problem: Problem = refuse
+) -> dict[str, Any]:
     """The tree of the JSON file at `path` with `--set` overrides applied in order, before anything is validated. Raises
-    ConfigError."""
+    ConfigError where there is no tree; what is wrong with overrides too, unless `problem` takes it."""
     tree = _read(path, option)
-    for override in _in_order(overrides):
-        apply_override(tree, override)
-    _check_manifest(tree, overrides)
+    checks = [partial(apply_override, tree, override) for override in _in_order(overrides)]
+    for check in (*checks, partial(_check_manifest, tree, overrides)):
+        try:
+            check()
+        except ConfigError as error:
+            problem(error)
     _correct_description(tree, path, overrides)
     return tree
 
 
 def inspect_config(
-    path: Path, overrides: Sequence[str] = (), *, option: str = "--config"
-) -> tuple[Config | None, list[ConfigError]]:
+    path: Path, overrides: Sequence[str], *, option: str = "--config"
+) -> tuple[Config | None, list[UserError]]:
     """As `load_config`, with every problem of the file and of the overrides, but for rules that join keys (see
     `broken_rules`). The configuration is None where the problems leave none."""
+    problems: list[UserError] = []
     try:
-        tree = _read(path, option)
+        tree = config_tree(path, overrides, option=option, problem=problems.append)
     except ConfigError as error:
         return None, [error]
-    problems = []
-    for override in _in_order(overrides):
-        try:
-            apply_override(tree, override)
-        except ConfigError as error:
-            problems.append(error)
-    try:
-        _check_manifest(tree, overrides)
-    except ConfigError as error:
-        problems.append(error)
-    _correct_description(tree, path, overrides)
     config, found = json_config.validate_all(Config, tree)
-    return config, problems + found
+    return config, [*problems, *found]
+
+
+def alert_settings(path: Path, overrides: Sequence[str] = ()) -> MonitorConfig | None:
+    """What a configuration that may be wrong in every other place says of alerts, in a MonitorConfig; None where it
+    cannot be read, or is wrong there."""
+    try:
+        tree = config_tree(path, overrides, problem=lambda error: None)
+    except ConfigError:
+        return None
+    monitor = tree.get("monitor", {})
+    if not isinstance(monitor, dict):
+        return None
+    return json_config.validate_all(MonitorConfig, {key: monitor[key] for key in monitor if key.startswith("alert")})[0]
 
 
 def _read(path: Path, option: str) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
+from common.json_config import keys
 from pretrain.config.fields import FREE
-from pretrain.config.keys import fields, flatten
+from pretrain.config.keys import flatten
 from pretrain.config.loading import to_json
 from pretrain.config.schedule import SPANNING, keeps_the_past
 from pretrain.config.schema import Config, ScheduleConfig
@@ -47,15 +48,14 @@ def changes_since(
         key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)
     }
     data_key = "data.sources" if config.data.sources else "data.manifest"
-    data_changed = saved.manifest_digest != manifest_digest
-    if data_changed:
+    if saved.manifest_digest != manifest_digest:
         changes[f"{data_key} (digest)"] = (saved.manifest_digest[:12], manifest_digest[:12])
     allowed = free_keys() | set(config.checkpoint.allow_changes)
+    if _is_under(data_key, config.checkpoint.allow_changes):  # that it is free allows no other contents
+        allowed.add(f"{data_key} (digest)")
     if any(_is_under(key, SCHEDULE) for key in changes) and _keeps_learning_rates(saved, config):
         allowed |= SCHEDULE
     refused = [key for key in changes if not _is_under(key, allowed)]
-    if data_changed and _is_under(data_key, config.checkpoint.allow_changes):
-        refused.remove(f"{data_key} (digest)")
     if refused:
         key = refused[0]
         more = f" (and {len(refused) - 1} more: {', '.join(refused[1:])})" if len(refused) > 1 else ""
@@ -84,7 +84,7 @@ def _allowing(change: str) -> str:
     """What allow_changes must list to allow `change`: its key, or the section of a key that this version does not
     have."""
     name = change.removesuffix(" (digest)")
-    known = [key for key, _, _ in fields()]
+    known = [key.dotted for key in keys(Config)]
     while "." in name and not name.startswith("deepspeed.") and not any(_is_under(key, [name]) for key in known):
         name = name.rpartition(".")[0]
     return name
@@ -113,18 +113,17 @@ def _why_not_extended(config: Config, done: int) -> str:
 
 def free_keys() -> set[str]:
     """Dotted keys that may change on resume: layout, machine, logging and stop settings."""
-    return {key for key, section, name in fields() if section.model_fields[name].json_schema_extra == FREE}
+    return {key.dotted for key in keys(Config) if key.field.json_schema_extra == FREE}
 
 
 @functools.cache
 def _defaults() -> dict[str, list[tuple[str | None, Any]]]:
     """{dotted key: [(`type` of a section that has it, or None if it is the only one, default as plain JSON)]}."""
     owners: dict[str, list[tuple[str | None, Any]]] = {}
-    for key, section, name in fields():
-        field = section.model_fields[name]
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
-        kind = section.model_fields["type"].default if "type" in section.model_fields else None
-        owners.setdefault(key, []).append((kind, list(default) if isinstance(default, tuple) else default))
+    for key in keys(Config):
+        default = None if key.field.is_required() else key.field.get_default(call_default_factory=True)
+        kind = key.section.model_fields["type"].default if "type" in key.section.model_fields else None
+        owners.setdefault(key.dotted, []).append((kind, list(default) if isinstance(default, tuple) else default))
     return {key: [(None, found[0][1])] if len(found) == 1 else found for key, found in owners.items()}
 
 

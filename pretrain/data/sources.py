@@ -206,6 +206,11 @@ def _check_splits(source: Source, config: Config) -> None:
 
 def _check_length(source: Source, split: SplitName, config: Config, remedy: str = "") -> None:
     manifest, T = source.manifest, config.model.sequence_length
+    if split != "train" and not manifest.num_tokens(split):
+        raise UserError(
+            f"{source.key}: no document of {manifest.folder} went to {split}; prepare the data again, with a larger "
+            f"validation_fraction, or with validation_from=end if it is one long text{remedy}"
+        )
     if num_windows(manifest, split, T) < 1:
         raise UserError(
             f"{source.key}: the {split} split of {manifest.folder} holds {manifest.num_tokens(split)} tokens, "
@@ -243,7 +248,7 @@ def _load(location: str, key: str, config: Config, *, follow_links: bool) -> tup
     path = find_input(location)
     if not _is_there(path):
         recipe = f"configs/data/{_below_data(location)}.json"
-        known = find_input(recipe).is_file()
+        known = os.path.isfile(find_input(recipe))  # pathlib's raises for a long name
         raise UserError(
             f"{key}: there is no {path}; prepare the data first: python -m data_prep run --config "
             f"{recipe if known else 'FILE, one of configs/data or your own'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,9 +13,8 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import write_json
 from pretrain.checkpoint.folder import Checkpoint
-from pretrain.checkpoint.fragments import single_fragment
-from pretrain.checkpoint.loading import check_kind, read
-from pretrain.checkpoint.storage import Entry, Reader, write_safetensors
+from pretrain.checkpoint.loading import whole_parameters
+from pretrain.checkpoint.storage import Entry, write_safetensors
 from pretrain.export.folder import INDEX, WEIGHTS, shard_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,12 +47,10 @@ def write_weights(
     is more than one file; returns the bytes of the tensors. A parameter is in memory at a time. `wrote` is called with
     the size of every block. Raises UserError."""
     shapes: dict[str, list[int]] = checkpoint.state["parameters"]
-    reader, kind, held = Reader(checkpoint), DTYPES[dtype], "ema" if ema else "master"
-    check_kind(reader, held)
+    kind, read = DTYPES[dtype], whole_parameters(checkpoint, "ema" if ema else "master")
 
     def parameter(name: str) -> Tensor:
-        tensor = torch.empty(shapes[name])
-        read(reader, checkpoint, {f"{held}/{name}": single_fragment(tensor)})
+        tensor = read(name)
         rounded = tensor.to(kind)
         if not rounded.isfinite().all() and tensor.isfinite().all():
             raise UserError(f"--dtype: {name} has values that {dtype} has not; use bfloat16 or float32")
@@ -62,7 +60,7 @@ def write_weights(
     places: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else shard_name(number, len(shards))
-        entries = [Entry(name, kind, shapes[name], lambda name=name: parameter(name)) for name in names]  # type: ignore[misc]
+        entries = [Entry(name, kind, shapes[name], partial(parameter, name)) for name in names]
         write_safetensors(folder / file, entries, wrote)
         places |= dict.fromkeys(names, file)
     total = bytes_of(shapes, dtype)

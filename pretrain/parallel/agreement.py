@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from common.errors import PassingError, UserError
 from pretrain.device import on_collective_device
@@ -24,6 +27,33 @@ class PeerFailed(Exception):
         this rank was not told."""
         super().__init__()
         self.kind, self.words = kind, words
+
+
+class Agreement(NamedTuple):
+    """What the ranks said in one message; the same on every rank."""
+
+    first_failed: int | None
+    """The first rank that met an error."""
+    stopping: bool
+    """Whether any rank was asked to stop."""
+    flags: list[bool]
+    passes: bool = False
+    """That rank's error may pass; no rank has met one that stays."""
+
+
+def said(rank: int, size: int, failed: bool, stopping: bool, *flags: bool, passes: bool = False) -> Tensor:
+    """What a rank says, [2 + flags] int64: the largest of what all say is their agreement. `passes`: its error may
+    pass, and gives way to one that stays."""
+    failure = size - rank + (0 if passes else size) if failed else 0
+    return torch.tensor([failure, stopping, *flags], dtype=torch.int64)
+
+
+def agreement(largest: Tensor, size: int) -> Agreement:
+    """What the largest of the numbers of `size` ranks mean."""
+    failed, stopping, *flags = largest.tolist()
+    passes = 0 < failed <= size
+    first = (size if passes else 2 * size) - failed if failed else None
+    return Agreement(first, bool(stopping), [bool(flag) for flag in flags], passes)
 
 
 def agreed(function: Callable[[], Result]) -> Result:
@@ -74,12 +104,11 @@ def agree(error: Exception | None) -> None:
         if error is not None:
             raise error
         return
-    size = dist.get_world_size()
-    own = 2 * size if error is None else dist.get_rank() + size * isinstance(error, PassingError)
-    failed = on_collective_device(torch.tensor([own]))
-    dist.all_reduce(failed, op=dist.ReduceOp.MIN)
-    first = int(failed)
-    raise_agreed(error, first % size if first < 2 * size else None, passes=first >= size)
+    size, passes = dist.get_world_size(), isinstance(error, PassingError)
+    largest = on_collective_device(said(dist.get_rank(), size, error is not None, stopping=False, passes=passes))
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    found = agreement(largest, size)
+    raise_agreed(error, found.first_failed, passes=found.passes)
 
 
 def raise_agreed(
@@ -110,11 +139,10 @@ def check_same(what: str, value: str) -> None:
 def check_shared(folder: Path) -> None:
     """Collective: raises UserError (agreed) unless every rank sees the folder that rank 0 writes."""
     path = folder / from_first_rank(lambda: _seen_file(folder))
-    visible = path.exists()
     try:
         agree(
             None
-            if visible
+            if os.path.exists(path)  # pathlib's raises where this rank may not look, and leaves the others waiting
             else UserError(
                 f"--run-dir: rank {dist.get_rank()} does not see the folder {folder} of rank 0; name one on a file "
                 f"system that all nodes share"
@@ -122,7 +150,8 @@ def check_shared(folder: Path) -> None:
         )
     finally:
         if dist.get_rank() == 0:
-            path.unlink()
+            with contextlib.suppress(OSError):  # the next start removes it
+                path.unlink()
 
 
 def _seen_file(folder: Path) -> str:

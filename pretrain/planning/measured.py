@@ -78,7 +78,7 @@ def kind_of(config: Config, data_size: int | None = None) -> str:
 
 
 def has_experts(model: ModelConfig) -> bool:
-    return model.attention.type != "dense" or model.feedforward.type == "sigma_moe"
+    return model.attention.routers is not None or model.feedforward.routers is not None
 
 
 def measurements(device: Device, folder: Path = RESULTS) -> Measurements:

@@ -25,8 +25,9 @@ def rough_collectives(config: Config, num_ranks: int, stage: int) -> list[Collec
 def expert_parameters(config: Config, stage: int) -> int:
     """Of sigma-MoE experts that expert-parallel ranks divide, on one rank of a stage; 0 without expert parallelism."""
     feedforward, expert = config.model.feedforward, config.parallel.expert
-    if expert == 1 or not isinstance(feedforward, SigmaMoEConfig):
+    if expert == 1:
         return 0
+    assert isinstance(feedforward, SigmaMoEConfig), "the one layer whose experts travel"
     one = config.model.d_model * (feedforward.up_width + feedforward.expert_size)
     return blocks_of_stages(config)[stage] * feedforward.num_experts // expert * one
 
@@ -61,7 +62,7 @@ def _activations(config: Config, num_ranks: int, stage: int) -> Iterator[Collect
     micro_steps, blocks = config.micro_steps(config.data_size(num_ranks)), blocks_of_stages(config)[stage]
     tokens = config.batch.micro_sequences * model.sequence_length
     hidden = item * tokens * model.d_model
-    divided = model.feedforward if parallel.expert > 1 and isinstance(model.feedforward, SigmaMoEConfig) else None
+    divided = model.feedforward.routers if parallel.expert > 1 else None
     if parallel.tensor > 1:
         layers = 1 if divided else 2  # experts of other ranks take the tokens that a rank has
         times = {"all_reduce": 2 * layers + again}
@@ -70,7 +71,7 @@ def _activations(config: Config, num_ranks: int, stage: int) -> Iterator[Collect
         for kind, of_a_block in times.items():
             yield Collective(kind, "tensor", parallel.tensor, hidden, "micro-step", of_a_block * blocks * micro_steps)
     if divided:
-        routed = hidden * divided.active_experts // (parallel.tensor if parallel.sequence else 1)
+        routed = hidden * divided.active // (parallel.tensor if parallel.sequence else 1)
         count = (4 + 2 * again) * blocks * micro_steps
         yield Collective("all_to_all", "expert", parallel.expert, routed, "micro-step", count)
     borders = (stage > 0) + (stage < parallel.pipeline - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,10 +79,10 @@ class CheckpointSpace:
 def checkpoint_space(config: Config, run_dir: Path) -> CheckpointSpace:
     """Counts parameters on the meta device, and the checkpoints that are there."""
     saving, model = config.checkpoint, config.model
-    # By time the run may save after any step.
-    steps = config.train.last_step
-    saved = steps if saving.every_minutes else -(-steps // saving.every_steps)
-    forever = steps // saving.keep_every_steps if saving.keep_every_steps else 0
+    every = 1 if saving.every_minutes else saving.every_steps  # by time the run may save after any step
+    saved = -(-config.train.last_step // every)
+    apart = saving.keep_every_steps // math.gcd(saving.keep_every_steps, every)
+    forever = max(0, saved - saving.keep_last) // apart if apart else 0  # beside the last ones
     per_parameter = state_bytes(config)
     return CheckpointSpace(
         size=per_parameter * _parameters(model) + _memory_bytes(config),

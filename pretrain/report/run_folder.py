@@ -1,29 +1,28 @@
-"""The run folder: config.json, metrics.jsonl, events.jsonl, checkpoints/, tensorboard/. Written by rank 0 only."""
+"""The run folder, written by rank 0 only: config.json, metrics.jsonl, details.jsonl, events.jsonl, checkpoints/,
+tensorboard/."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import json
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.files import write_json
 from common.line_log import LineLog, Row, is_event, is_step
-from common.presence import exists
 from common.run_lock import FolderLock
-from pretrain.config.validated import setting
 from pretrain.report import console
 from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
-from pretrain.report.run_paths import SAVED_CONFIG
 
-REPLACED = ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json", "verified.json")
+REPLACED = (
+    *("config.json", "metrics.jsonl", "details.jsonl", "events.jsonl"),
+    *("outcome.json", "verified.json", "rollbacks.json"),
+)
 LEFTOVERS = (
     ".seen-by-rank-0-*",
     ".clock-*",
@@ -57,6 +56,7 @@ class RunFolder:
         """The kind of the last event about the end of this start."""
         self._writes, self._alerts = writes, alerts
         self._metrics = LineLog(path / "metrics.jsonl", is_step, self._disk_failed)
+        self._details = LineLog(path / "details.jsonl", is_step, self._disk_failed)
         self._events = LineLog(path / "events.jsonl", is_event, self._disk_failed)
         if not writes:
             return
@@ -64,7 +64,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.lock = FolderLock(path)
             self._remove_leftovers()
-            damaged = {log.path.name: log.repair() for log in (self._metrics, self._events)}
+            damaged = {log.path.name: log.repair() for log in (self._metrics, self._details, self._events)}
             self.event("opened", process=self.lock.owner)
             self._events.flush()
         except (UserError, OSError) as error:
@@ -107,7 +107,7 @@ class RunFolder:
         outcome = {"exit_code": int(code), "reason": reason, "step": step, "time": time.time()}
         if node is not None:
             outcome["node"] = node
-        event = {"event": ENDS.get(code, FAILED), **{key: value for key, value in outcome.items() if value is not None}}
+        event = end_event(outcome)
         if self._alerts is not None:
             self._alerts.hear(event, is_end=True)
         if code is ExitCode.FOLDER_LOST:  # from now on the folder is another run's
@@ -141,19 +141,18 @@ class RunFolder:
             self._alerts.finish()
 
     def losses(self, last_step: int, count: int) -> list[float]:
-        """The last `count` finite losses up to step `last_step`, from metrics.jsonl."""
+        """The last `count` finite losses up to step `last_step`, from metrics.jsonl. Raises UserError."""
         found: collections.deque[float] = collections.deque(maxlen=count)
-        if self._writes:
-            for row in self._metrics.rows():
-                if row["step"] <= last_step and isinstance(row.get("loss"), int | float):
-                    found.append(row["loss"])
+        for row in self._rows(self._metrics):
+            if row["step"] <= last_step and isinstance(row.get("loss"), int | float):
+                found.append(row["loss"])
         return list(found)
 
     def was_validated(self, step: int, kind: str = "validation") -> bool:
         """Whether events.jsonl holds a validation (or another event of `kind`) after `step` that still counts: a start
-        from before that step computes it again."""
+        from before that step computes it again. Raises UserError."""
         found = False
-        for row in self._events.rows() if self._writes else ():
+        for row in self._rows(self._events):
             if row["event"] in ("started", kind) and isinstance(row.get("step"), int):
                 if row["event"] == kind:
                     found = found or row["step"] == step
@@ -162,11 +161,18 @@ class RunFolder:
         return found
 
     def has_said_since_start(self, kind: str) -> bool:
-        """Whether events.jsonl holds an event of `kind` after the newest start."""
+        """Whether events.jsonl holds an event of `kind` after the newest start. Raises UserError."""
         found = False
-        for row in self._events.rows() if self._writes else ():
+        for row in self._rows(self._events):
             found = row["event"] == kind or (found and row["event"] != "started")
         return found
+
+    def _rows(self, log: LineLog) -> Iterator[Row]:
+        """Nothing on ranks that do not write. Raises UserError if the file cannot be read."""
+        try:
+            yield from log.rows() if self._writes else ()
+        except OSError as error:
+            raise UserError(f"--run-dir: {log.path} cannot be read: {error.strerror}") from None
 
     def write_config(self, tree: dict[str, Any]) -> None:
         """config.json: the resolved configuration of the newest start."""
@@ -181,10 +187,7 @@ class RunFolder:
                 self._told_end = kind  # alerts hear of it from `end`, with its code
             elif self._alerts is not None:
                 self._alerts.hear(row)
-            if self._listener is not None:
-                self._listener(row)
-            else:
-                self._unheard.append(row)
+            (self._listener or self._unheard.append)(row)
 
     def listen(self, listener: Callable[[Row], None] | None) -> None:
         """From now on `listener` hears of every event, in the thread where it happens; first of those that nobody has
@@ -198,6 +201,11 @@ class RunFolder:
         if self._writes:
             self._metrics.append(values)
 
+    def details(self, values: dict[str, Any]) -> None:
+        """One line of details.jsonl."""
+        if self._writes:
+            self._details.append(values)
+
     def make_durable(self) -> None:
         """Brings metrics.jsonl to the disk, so that no committed checkpoint is ahead of it, even after a power loss or
         on a full disk. Raises OSError."""
@@ -205,38 +213,21 @@ class RunFolder:
             self._metrics.make_durable()
 
     def rewind_metrics(self, step: int) -> None:
-        """Moves the lines of steps after `step` to events.jsonl: they will be computed again. Raises OSError, and then
-        nothing is lost."""
+        """Moves the lines of steps after `step` to events.jsonl: they will be computed again. Those of details.jsonl
+        are dropped. Raises OSError, and then nothing else is lost."""
+        if any(row["step"] > step for row in self._details.rows()):
+            self._details.keep(lambda row: row["step"] <= step)
         self._metrics.flush()
         superseded = [row for row in self._metrics.rows() if row["step"] > step]
         if not superseded:
             return
-        for row in superseded:
-            self.event("superseded_metrics", metrics=row)
+        for row in superseded:  # for nobody's ears: they would crowd out what the board has not heard yet
+            self._events.append({"event": "superseded_metrics", "time": time.time(), "metrics": row})
         self._events.make_durable()
         self._metrics.keep(lambda row: row["step"] <= step)
 
 
-def note_early_end(path: Path, code: ExitCode, reason: str) -> None:
-    """Writes down how a start ended that has not come to open its folder: readers would take the outcome of the start
-    before for its. Nothing where no start has opened it, where the run has taken its last step, where another process
-    has it, or where it cannot be written. By the one rank that says why."""
-    with contextlib.suppress(UserError, OSError):
-        if exists(path / "events.jsonl") and not _is_complete(path):
-            RunFolder(path, writes=True).end(code, reason)
-
-
-def _is_complete(path: Path) -> bool:
-    """Whether the run has taken all steps of its configuration. Such a run is finished, whatever was asked of it
-    since."""
-    outcome, steps = _tree(path / "outcome.json"), setting(_tree(path / SAVED_CONFIG), "train.steps")
-    return outcome.get("exit_code") == ExitCode.FINISHED and outcome.get("step") == steps
-
-
-def _tree(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):  # the last: too deep for Python
-        return {}
-    return found if isinstance(found, dict) else {}
+def end_event(outcome: dict[str, Any]) -> Row:
+    """The event of the end of a start, given what its outcome.json says."""
+    kind = ENDS.get(outcome["exit_code"], FAILED)
+    return {"event": kind, **{key: value for key, value in outcome.items() if value is not None}}

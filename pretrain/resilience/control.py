@@ -3,43 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import PassingError
-from pretrain.parallel.agreement import of_all_ranks
+from pretrain.parallel.agreement import Agreement, agreement, of_all_ranks, said
 from pretrain.parallel.rounds import maximum
 from pretrain.resilience.signals import Stop
-
-
-class Agreement(NamedTuple):
-    """What the ranks said in one message; the same on every rank."""
-
-    first_failed: int | None
-    """The first rank that met an error."""
-    stopping: bool
-    """Whether any rank was asked to stop."""
-    flags: list[bool]
-    passes: bool = False
-    """That rank's error may pass; no rank has met one that stays."""
-
-
-def said(rank: int, size: int, failed: bool, stopping: bool, *flags: bool, passes: bool = False) -> Tensor:
-    """What a rank says, [2 + flags] int64: the largest of what all say is their agreement. `passes`: its error may
-    pass, and gives way to one that stays."""
-    failure = size - rank + (0 if passes else size) if failed else 0
-    return torch.tensor([failure, stopping, *flags], dtype=torch.int64)
-
-
-def agreement(largest: Tensor, size: int) -> Agreement:
-    """What the largest of the numbers of `size` ranks mean."""
-    failed, stopping, *flags = largest.tolist()
-    passes = 0 < failed <= size
-    first = (size if passes else 2 * size) - failed if failed else None
-    return Agreement(first, bool(stopping), [bool(flag) for flag in flags], passes)
 
 
 class Control:

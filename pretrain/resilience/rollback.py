@@ -71,14 +71,11 @@ def pending(rollbacks: list[Rollback]) -> Rollback | None:
     return rollbacks[-1] if rollbacks and rollbacks[-1].is_pending else None
 
 
-def record(run_dir: Path, rollback: Rollback, *, writes: bool = True) -> None:
-    """Adds a rollback, durably, before anything is undone; does nothing on ranks that do not write. Raises UserError if
-    the disk refuses."""
-    if not writes:
-        return
+def record(run_dir: Path, rollback: Rollback) -> None:
+    """Adds a rollback, durably, before anything is undone. Raises UserError if the disk refuses."""
     path = run_dir / "rollbacks.json"
-    rows = json.loads(path.read_text(encoding="utf-8")) if exists(path) else []
     try:
+        rows = json.loads(path.read_text(encoding="utf-8")) if exists(path) else []
         write_json(path, [*rows, rollback.to_json()])
     except OSError as error:
         raise UserError(f"--run-dir: {path} cannot be written: {error.strerror}") from None

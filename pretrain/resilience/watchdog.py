@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from os.path import exists  # pathlib's raises if the file system does not answer, which would end the thread
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ class Watchdog:
         if now - self._listened < min(self._grace / 3, max(1.0, len(self._identities) / 1000)):
             return False
         self._listened = now
-        return (self._hang / READER).exists()
+        return exists(self._hang / READER)
 
     def _report(self) -> None:
         """Says what this rank waits for and, unless it goes on meanwhile, ends it."""
@@ -180,23 +181,23 @@ class Watchdog:
         is_reader = self._has_hung(time.monotonic()) and self._becomes_reader()
         deadline = time.monotonic() + self._grace
         message = self._hang / "message.txt"
-        while time.monotonic() < deadline and not message.exists() and not (is_reader and self._all_have_reported()):
+        while time.monotonic() < deadline and not exists(message) and not (is_reader and self._all_have_reported()):
             time.sleep(self._pause)
         # Once the message is out, ranks are woken and killed, so it means nothing if this one then gets further.
         # The file of a reader is its own, and tells it nothing: its phase may have become one that may take long.
-        is_called = not is_reader and (self._hang / READER).exists()
+        is_called = not is_reader and exists(self._hang / READER)
         is_stuck = self._phases.record.count == record.count and (self._has_hung(time.monotonic()) or is_called)
-        if not is_stuck and not message.exists():
+        if not is_stuck and not exists(message):
             self._go_on(path, is_reader)
             return
         deadline = time.monotonic() + 5.0 + READ_SECONDS * len(self._identities)
-        while not message.exists() and time.monotonic() < deadline:
+        while not exists(message) and time.monotonic() < deadline:
             # The one before went on.
             has_hung = self._has_hung(time.monotonic())
             is_reader = is_reader or (has_hung and self._becomes_reader())
             if is_reader:
                 self._describe_for_all(message)
-            elif has_hung or (self._hang / READER).exists() or message.exists():
+            elif has_hung or exists(self._hang / READER) or exists(message):
                 time.sleep(self._pause)
             else:  # the rank that called this one has just gone on
                 self._go_on(path, is_reader)
@@ -271,7 +272,7 @@ class Watchdog:
         """Once per machine: makes its silent ranks write their stacks, if they can. Returns those ranks, nothing on the
         other ranks of the machine."""
         here = [rank for rank in range(len(self._identities)) if self._is_here(rank)]
-        silent = [rank for rank in here if not (self._hang / f"rank-{rank:05d}.json").exists()]
+        silent = [rank for rank in here if not exists(self._hang / f"rank-{rank:05d}.json")]
         if self._rank != min(set(here) - set(silent)):
             return []
         stacks = {}

@@ -12,6 +12,7 @@ any layout puts the pieces together. Nothing that is read is executed.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -82,7 +83,7 @@ class Record:
 
     def __init__(self, folder: Path) -> None:
         """Raises UserError if `folder` holds no record."""
-        self.folder = folder if (folder / "record.json").exists() else folder / "routing"
+        self.folder = folder if os.path.exists(folder / "record.json") else folder / "routing"
         path = self.folder / "record.json"
         try:
             self.content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

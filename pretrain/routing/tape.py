@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from pretrain.data.stages import Stage
 from pretrain.data.training_data import TrainingData
 from pretrain.data.windows import Batch
 from pretrain.device import on_collective_device
-from pretrain.parallel.agreement import agreed
+from pretrain.parallel.agreement import agreed, from_first_rank
 from pretrain.routing.record import KEY, Record, begin_record, description, write_step
 
 
@@ -77,7 +78,7 @@ def open_tape(
     sources, stage = data.sources, data.stream.stage
     if config.train.record_routing:
         folder, content = recording(config, sources, stage, run_dir)
-        agreed(lambda: begin_record(folder, content, steps.start - 1) if parallel.is_first else None)
+        from_first_rank(lambda: begin_record(folder, content, steps.start - 1))
         return Recording(folder, module, parallel)
     if config.train.replay_routing is not None:
         record = agreed(lambda: open_record(config, sources, stage))
@@ -95,7 +96,7 @@ def open_record(config: Config, sources: Sources, stage: Stage) -> Record:
     """The record to be replayed by a run in `stage` of its data. Raises UserError if there is none,
     or one of another model, batch or text."""
     assert config.train.replay_routing is not None
-    record = Record(Path(config.train.replay_routing).expanduser())
+    record = Record(Path(os.path.expanduser(config.train.replay_routing)))  # pathlib raises for ~NAME of nobody
     record.check(description(config, sources.digest, stage))
     return record
 

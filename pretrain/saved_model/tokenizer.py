@@ -36,6 +36,7 @@ class Tokenizer:
     def __init__(self, source: Manifest | StoredTokenizer) -> None:
         """Raises UserError if the file is missing or is no tokenizer."""
         stored = StoredTokenizer.of(source) if isinstance(source, Manifest) else source
+        self.stored = stored
         entry, path = stored.entry, stored.path
         self.vocab_size, self.eos_id, self.kind = entry.vocab_size, entry.eos_id, entry.kind
         self.has_text = entry.has_text
@@ -110,7 +111,7 @@ class Tokenizer:
             )
         return ids.tolist()
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Ids behind the last one of the tokenizer, which a
         wider model may have, are nothing."""
         if not self.has_text:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from common.tables import shortened
 from pretrain.views.comparison_page import fill, look, set_scale
 from pretrain.views.reading import State
-from pretrain.views.sweep import Result, content_of, loss_name, number_of, ranked, short_keys
+from pretrain.views.sweep import BITS, Result, content_of, loss_name, number_of, ranked, short_keys
 
 CONFIG = "config"
 """Stands for the configuration where keys stand."""
@@ -70,7 +70,7 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
     axes.set_xticks(list(places.values()), labels=[shown.get(value, "") for value in places])
     axes.set_xticks([], minor=True)
     axes.set_xlabel(key, parse_math=False)
-    axes.set(ylabel=f"{name} loss, nats per token")
+    axes.set(ylabel=name if name.endswith(BITS) else f"{name} loss, nats per token")
     set_scale(axes)
     axes.grid(alpha=0.3)
     for text in axes.get_xticklabels():

@@ -263,7 +263,12 @@ def test_a_shard_is_hashed_once_unless_its_file_is_replaced(
     """Between the hash and the first opening, or where it was closed to open others."""
     entries, hashed = manifest.split("train"), list[str]()
     verify = ShardReader._verify
-    monkeypatch.setattr(ShardReader, "_verify", lambda self: (hashed.append(self._path.name), verify(self)))
+
+    def noted(reader: ShardReader) -> None:
+        hashed.append(reader._path.name)
+        verify(reader)
+
+    monkeypatch.setattr(ShardReader, "_verify", noted)
     status = (manifest.folder / entries[0].file).stat()
     known = {entries[0].file: (status.st_size, status.st_mtime_ns)}
     end = entries[0].tokens

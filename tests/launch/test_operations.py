@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from common.json_config import keys
 from launch.slurm import preparation, training
 from pretrain.cli import plan as plan_cli
 from pretrain.cli import status as status_cli
 from pretrain.cli import train as cli
-from pretrain.config.keys import fields
+from pretrain.config.schema import Config
 from pretrain.report.exit_codes import MEANING
 from pretrain.smoke import cli as smoke_cli
 
@@ -48,11 +49,11 @@ def test_every_option_key_file_and_target_exists() -> None:
     deepspeed = {"--log_level"}
     for option in set(re.findall(r"`(--[a-z_-]+)", TEXT)):
         assert option in options | sbatch | deepspeed, option
-    keys = {key for key, _, _ in fields()}
-    sections = {key.partition(".")[0] for key in keys}
+    known = {key.dotted for key in keys(Config)}
+    sections = {key.partition(".")[0] for key in known}
     for key in set(re.findall(r"`([a-z]+\.[a-z_]+)(?:=[a-z]+)?`", TEXT)):
         if key.partition(".")[0] in sections and key != "model.safetensors":
-            assert key in keys, key
+            assert key in known, key
     for path in set(re.findall(r"`((?:launch|configs|tests)/[\w./-]+)`", TEXT)):
         assert (ROOT / path).is_file(), path
     for target in set(re.findall(r"(?:`|    )make ([a-z-]+)", TEXT)):

@@ -101,6 +101,26 @@ def test_an_export_is_opened_like_its_run(opened: OpenModel, tmp_path: Path) -> 
     assert exported.generate("gab", tokens=5, seed=4) == opened.generate("gab", tokens=5, seed=4)
 
 
+def test_what_a_program_made_of_the_weights_is_a_checkpoint(opened: OpenModel, trained: Path, tmp_path: Path) -> None:
+    """Trained on in plain PyTorch, of a run and of an export of it."""
+    export(opened.checkpoint, tmp_path / "exported", ExportOptions())
+    for number, place in enumerate((trained, tmp_path / "exported")):
+        tuned = open_model(place)
+        before = tuned.logits(TEXT)
+        model = tuned.model.train().requires_grad_(True)
+        tokens = torch.tensor([tuned.encode(TEXT)])
+        model(tokens[:, :-1], tokens[:, 1:], torch.arange(1))[0].backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        model.eval()
+        found = open_model(tuned.save(tmp_path / f"tuned {number}", "one more step"))
+        assert torch.equal(found.logits(TEXT), tuned.logits(TEXT)) and not torch.equal(found.logits(TEXT), before)
+        assert found.checkpoint.state["weights_only"]["source"] == "one more step"
+        assert found.checkpoint.progress.step == 1 and found.encode(TEXT) == tuned.encode(TEXT)
+        assert (found.checkpoint.path / "tokenizer.model").exists(), "no data are needed to read text"
+    with pytest.raises(UserError, match=r"^folder: .*tuned 0"):
+        tuned.save(tmp_path / "tuned 0")
+
+
 def test_a_text_ends_where_it_is_told(opened: OpenModel) -> None:
     free, other = opened.generate(["gab", "de"], tokens=12, seed=4)
     word = free.text[4:6]

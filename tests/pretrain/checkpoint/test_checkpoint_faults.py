@@ -10,6 +10,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +175,21 @@ def test_damage_is_named_and_the_checkpoint_before_serves(prepared: Path, tmp_pa
     shutil.copytree(tmp_path / "truncated file", tmp_path / "run" / "checkpoints")
     run_ranks(train_runs, 2, [(config, tmp_path / "run")])
     assert curve(tmp_path / "run") == expected
+
+
+def test_what_one_rank_alone_refuses_all_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its node does not see the folder yet. The others, whose files are whole, ask it what it has found."""
+    asked: list[Any] = []
+
+    def from_all(own: Any) -> list[Any]:
+        asked.append(own)
+        return [None, own or (True, "there is no checkpoint folder")]
+
+    for opened in (Checkpoint.open, lambda path, **share: SimpleNamespace(damaged_file=lambda **share: None)):
+        monkeypatch.setattr(Checkpoint, "open", opened)
+        with pytest.raises(UserError, match="there is no checkpoint folder"):
+            newest_valid([tmp_path / "step-00000003"], rank=1, world_size=2, gather=from_all)
+    assert [own and own[0] for own in asked] == [True, None]
 
 
 def kill_after(count: int) -> None:

@@ -78,9 +78,9 @@ def test_another_cut_reads_the_same_elements(tmp_path: Path, dim: int, parts: in
         for part, shard in enumerate(full.chunk(pieces, other)):
             target = torch.zeros(shard.numel(), dtype=dtype)[2:-1]
             where = {"dim": other, "offset": part * shard.shape[other]}
-            piece = flat_range(target, 2, local_shape=shard.shape, shape=full.shape, **where)  # type: ignore[arg-type]
+            piece = flat_range(target, 2, local_shape=shard.shape, shape=full.shape, **where)
             scalar = torch.tensor(0.0)
-            read(Reader(checkpoint), checkpoint, {"x": piece, "scalar": single_fragment(scalar)})
+            read(Reader(checkpoint), {"x": piece, "scalar": single_fragment(scalar)})
             assert torch.equal(target, shard.reshape(-1)[2:-1]) and scalar == 3.5
 
 
@@ -93,7 +93,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         ({"y": single_fragment(torch.empty(4))}, "holds no y"),
     ]:
         with pytest.raises(UserError, match=words):
-            read(Reader(checkpoint), checkpoint, state)
+            read(Reader(checkpoint), state)
     (checkpoint.path / "tensors.json").write_text('{"files": ["../x"], "tensors": {}}')
     with pytest.raises(
         DamagedCheckpoint, match=r"tensors\.json cannot be read .*names files that state\.json does not"

@@ -15,13 +15,15 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import pretrain.checkpoint.folder
 import pretrain.checkpoint.saver
+from common.errors import UserError
 from common.resident import forget_peak, resident_bytes
 from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.checkpoint.fragments import single_fragment
 from pretrain.checkpoint.loading import load_training_state
 from pretrain.checkpoint.planners import AgreedPlan, SavePlanner
-from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.saver import Saver, _remove_old
 from pretrain.checkpoint.storage import Writer
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
@@ -37,22 +39,22 @@ def train_while_a_save_waits(rank: int, config: Config, run_dir: Path) -> list[i
     condition = threading.Condition()
     launch, write = Trainer.launch, Writer.write_data
 
-    def counted(trainer: Trainer, *args: Any) -> Any:
-        result = launch(trainer, *args)
+    def counted(self: Trainer, *args: Any, **options: Any) -> Any:
+        result = launch(self, *args, **options)
         with condition:
             taken[0] += 1
             condition.notify_all()
         return result
 
-    def held(writer: Writer, *args: Any) -> Any:
-        saved = int(writer.final.name.removeprefix("step-"))
+    def held(self: Writer, *args: Any, **options: Any) -> Any:
+        saved = int(self.final.name.removeprefix("step-"))
         with condition:
             wanted = min(saved + 2, config.train.steps)
             assert condition.wait_for(lambda: taken[0] >= wanted, timeout=60), "training waited for the write"
             began.append(taken[0])
-        return write(writer, *args)
+        return write(self, *args, **options)
 
-    Trainer.launch, Writer.write_data = counted, held  # type: ignore[method-assign]
+    Trainer.launch, Writer.write_data = counted, held
     train_runs(rank, [(config, run_dir)])
     return began
 
@@ -77,16 +79,16 @@ def save_four_times(rank: int, config: Config, folder: Path) -> list[int]:
     trainer, sent = trainer_of(config), []
     create = SavePlanner.create_local_plan
 
-    def created(planner: SavePlanner) -> Any:
-        plan = create(planner)
+    def created(self: SavePlanner) -> Any:
+        plan = create(self)
         sent.append(len(plan.items))
         return plan
 
-    SavePlanner.create_local_plan = created  # type: ignore[method-assign]
+    SavePlanner.create_local_plan = created
     owned = pretrain.checkpoint.saver.owned_state
 
-    def owned_and_more(*args: Any) -> Any:
-        return owned(*args) | {"more": single_fragment(torch.arange(5.0))}
+    def owned_and_more(*args: Any, **options: Any) -> Any:
+        return owned(*args, **options) | {"more": single_fragment(torch.arange(5.0))}
 
     for step in range(4):
         if step == 2 and rank == 1:
@@ -164,6 +166,30 @@ def test_an_error_that_is_no_fault_of_the_disk_ends_the_save(
     with pytest.raises(CheckpointException):
         saver._write({}, writer, AgreedPlan())
     assert writer.partial.exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_a_warning_and_no_other_end_of_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the first rank alone it would end the run: the others, whose save has ended well, go on."""
+
+    def unread(folder: Path) -> list[Path]:
+        raise UserError("--run-dir: checkpoints cannot be read: Input/output error")
+
+    for module in (pretrain.checkpoint.saver, pretrain.checkpoint.folder):
+        monkeypatch.setattr(module, "list_checkpoints", unread)
+    _remove_old(tmp_path, Retention(keep_last=1))
+    assert "an old checkpoint cannot be removed: --run-dir: checkpoints cannot be read" in capsys.readouterr().err
+
+    def full(*args: Any, **options: Any) -> None:
+        raise CheckpointException("save", {1: (OSError(errno.ENOSPC, "No space left on device"), None)})  # type: ignore[dict-item]
+
+    saver = object.__new__(Saver)
+    saver._group = None
+    monkeypatch.setattr(dcp, "save", full)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    said = saver._write({}, Writer(tmp_path / "step-00000001", {}), AgreedPlan())
+    assert said is not None and "rank 1 could not save" in said and said.endswith("Input/output error)")
 
 
 def save_large(rank: int, config: Config, folder: Path) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import pytest
 
 from common.folders import room_text
 from model.language_model import build_on_meta
-from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint import Retention, list_checkpoints
 from pretrain.cli import train as cli
 from pretrain.config.loading import to_json
 from pretrain.report.disk_space import CheckpointSpace, checkpoint_space
@@ -72,7 +72,9 @@ def test_a_checkpoint_is_as_large_as_was_said(prepared: Path, tmp_path: Path) ->
         (("train.steps=100", "checkpoint.every_steps=10"), 3, 3, 1, 1),
         (("train.steps=100", "checkpoint.every_steps=10"), 1, 3, 3, 1),
         (("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep_best=2"), 0, 5, 6, 2),
-        (("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep_every_steps=20"), 0, 8, 9, 2),
+        # 20, 40 and 60 beside 80, 90 and 100; of the steps divisible by 15 only 30, 60 and 90 are saved.
+        (("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep_every_steps=20"), 0, 6, 7, 2),
+        (("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep_every_steps=15"), 0, 5, 6, 2),
         # None is removed.
         (("train.steps=25", "checkpoint.every_steps=10", "checkpoint.keep_last=9"), 0, 3, 3, 2),
         # There is only one.
@@ -92,6 +94,23 @@ def test_numbers_of_checkpoints(
         (tmp_path / "checkpoints" / f"step-{number:08d}").mkdir(parents=True)
     space = checkpoint_space(small_config(prepared, *keys), tmp_path)
     assert (space.kept, space.wanted, space.least) == (kept, wanted * space.size, least * space.size)
+
+
+@pytest.mark.parametrize(
+    "every, keep_every, last", [(10, 20, 3), (10, 15, 3), (7, 4, 1), (4, 8, 2), (30, 7, 9), (3, 3, 2)]
+)
+def test_as_many_are_kept_as_outlive_newer_ones(
+    prepared: Path, tmp_path: Path, every: int, keep_every: int, last: int
+) -> None:
+    settings = {"every_steps": every, "keep_every_steps": keep_every, "keep_last": last}
+    for steps in (every, 3 * every + 1, 100):
+        keys = [f"checkpoint.{key}={value}" for key, value in settings.items()]
+        space = checkpoint_space(small_config(prepared, *keys, f"train.steps={steps}"), tmp_path)
+        kept: list[Path] = []
+        for step in [*range(every, steps, every), steps]:
+            there = [*kept, Path(f"step-{step:08d}")]
+            kept = sorted(Retention(keep_last=last, keep_every_steps=keep_every).kept(there))
+        assert space.kept == len(kept)
 
 
 def test_the_limits_themselves() -> None:
@@ -119,7 +138,12 @@ def test_a_disk_too_small_is_refused_and_one_without_room_for_all_is_warned_abou
     (tmp_path / "c.json").write_text(json.dumps(to_json(config)))
     size = checkpoint_space(config, tmp_path / "run").size
     started: list[object] = []
-    monkeypatch.setattr(cli, "run", lambda *_: (started.append(1), 0)[1])
+
+    def run(*given: object) -> int:
+        started.append(given)
+        return 0
+
+    monkeypatch.setattr(cli, "run", run)
     arguments = ["--config", str(tmp_path / "c.json"), "--run-dir", str(tmp_path / "run"), *more]
     for free, code in ((2 * size - 1, 2), (2 * size, 0), (4 * size - 1, 0), (4 * size, 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(free, 0, free))

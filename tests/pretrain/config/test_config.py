@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError, UserError
+from common.json_config import keys
+from model.config import SigmaMoEConfig, SwitchHeadConfig
 from pretrain.cli.train import keys_help
 from pretrain.config.compile_rules import compile_decision
 from pretrain.config.graph_rules import graph_decision
-from pretrain.config.keys import fields, flatten
+from pretrain.config.keys import flatten
 from pretrain.config.loading import apply_override, inspect_config, load_config, parse_config, to_json
 from pretrain.config.resume_rules import SavedRun, changes_since, free_keys
 from pretrain.config.rules import check_device, check_ranks
@@ -34,6 +36,7 @@ def test_tiny_is_even_enough_for_every_later_layout() -> None:
     config = load_config(TINY)
     model = config.model
     assert model.num_layers >= 4
+    assert isinstance(model.attention, SwitchHeadConfig) and isinstance(model.feedforward, SigmaMoEConfig)
     even = (
         model.attention.num_heads,
         model.attention.num_experts,
@@ -274,9 +277,9 @@ def test_broken_files(tmp_path: Path) -> None:
 
 def test_every_key_is_documented_and_in_the_help() -> None:
     text = keys_help()
-    for dotted, section, name in fields():
-        assert section.model_fields[name].description, f"{dotted} has no docstring"
-        assert f"  {dotted} = " in text
+    for key in keys(Config):
+        assert key.field.description, f"{key.dotted} has no docstring"
+        assert f"  {key.dotted} = " in text
 
 
 def test_what_may_change_on_resume() -> None:

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from common.errors import ConfigError
+from common.json_config import keys
 from model.language_model import build_model
 from model.memory import layer_memories
 from pretrain.cli import train as cli
-from pretrain.config.keys import fields
 from pretrain.config.loading import load_config
+from pretrain.config.schema import Config
 from pretrain.preflight.whole import Wanted
 from pretrain.report.model_text import parameter_count
+from tests.model.options import ATTENTIONS, FEEDFORWARDS, check_kinds
 
 TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
 VALUES = ("0", "1", "-1", str(2**31 - 1), str(10**30), "1e-300", "1e300", "1e400", "NaN")
@@ -33,17 +35,17 @@ def is_numeric(annotation: typing.Any) -> bool:
 
 def numeric_keys() -> Iterator[tuple[str, tuple[str, ...]]]:
     """(dotted key, overrides that make it a key of the configuration), keys of every type of layer included."""
-    for key, section, name in fields():
-        if is_numeric(section.model_fields[name].annotation):
-            kind = section.model_fields.get("type")
-            yield key, () if kind is None else (f"{key.rpartition('.')[0]}.type={kind.default}",)
+    for key in keys(Config):
+        if is_numeric(key.field.annotation):
+            kind = key.section.model_fields.get("type")
+            yield key.dotted, () if kind is None else (f"{key.dotted.rpartition('.')[0]}.type={kind.default}",)
 
 
 def test_there_are_numeric_keys() -> None:
-    keys = [key for key, _ in numeric_keys()]
-    assert len(keys) > 50
-    assert {"model.d_model", "model.attention.num_heads", "train.threads", "resilience.hang_timeout_seconds"} <= {*keys}
-    assert "train.precision" not in keys and "monitor.tensorboard" not in keys
+    found = {key for key, _ in numeric_keys()}
+    assert len(found) > 50
+    assert {"model.d_model", "model.attention.num_heads", "train.threads", "resilience.hang_timeout_seconds"} <= found
+    assert "train.precision" not in found and "monitor.tensorboard" not in found
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,11 @@ FEEDFORWARD = {
     "dense": {"hidden_size": 4},
     "swiglu": {"hidden_size": 4},
 }
+
+
+def test_every_layer_is_among_the_smallest() -> None:
+    check_kinds(ATTENTION, "ATTENTION of tests/pretrain/config/test_numeric_keys.py", ATTENTIONS)
+    check_kinds(FEEDFORWARD, "FEEDFORWARD of tests/pretrain/config/test_numeric_keys.py", FEEDFORWARDS)
 
 
 @pytest.mark.parametrize("attention, feedforward", itertools.product(ATTENTION, FEEDFORWARD))

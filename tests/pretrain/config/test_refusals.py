@@ -7,11 +7,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pretrain.cli import train as cli
 from pretrain.config.loading import to_json
+from pretrain.config.schema import Config
+from pretrain.data.sources import Sources
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
 from tests.pretrain.saved import rewrite_state
@@ -76,7 +79,10 @@ def link(name: str, target: str) -> Callable[[Path], None]:
 
 
 def file(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda place: (place / name).write_bytes(content) and None
+    def write(place: Path) -> None:
+        (place / name).write_bytes(content)
+
+    return write
 
 
 DRY = ["--dry-run", "--no-step"]
@@ -189,6 +195,18 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
         [*RESUME, "checkpoint.resume=" + "x" * 300],
         "(File name too long)",
     ),
+    "initial weights are somebody's": (
+        None,
+        [*CONFIG, "--set", "train.init_from=~nobody-here/x"],
+        "init_from: there is no",
+    ),
+    "initial weights have a long name": (
+        None,
+        [*CONFIG, "--set", f"train.init_from={'x' * 300}"],
+        "init_from: there is no",
+    ),
+    "choices are somebody's": (None, [*CONFIG, "--set", "train.replay_routing=~nobody-here/x"], "holds no record.json"),
+    "choices have a long name": (None, [*CONFIG, "--set", f"train.replay_routing={'x' * 300}"], "is not a record of"),
     "resume is damaged": (
         damage_all,
         [*RESUME, "checkpoint.resume=run/checkpoints/step-00000001"],
@@ -207,7 +225,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     ),
     # the rest of a start
     "data is nowhere": (None, [*CONFIG, "--set", "data.manifest=gone"], "data.manifest: there is no"),
-    "data has a long name": (None, [*CONFIG, "--set", "data.manifest=" + "x" * 300], "data.manifest: there is no"),
+    "data has a long name": (
+        lambda place: (place / "configs" / "data").mkdir(parents=True),  # where its recipe is looked for
+        [*CONFIG, "--set", "data.manifest=" + "x" * 300],
+        "data.manifest: there is no",
+    ),
     "data is somebody's": (None, [*CONFIG, "--set", "data.manifest=~nobody-here/x"], "data.manifest: there is no"),
     "the layout needs more ranks": (None, [*CONFIG, "--set", "batch.global_sequences=9"], "batch.global_sequences: 9"),
 }
@@ -275,7 +297,12 @@ def test_advice_for_a_key_that_this_version_has_not(
 @pytest.mark.parametrize("given", ["run", "run/config.json", "./run/"])
 def test_the_configuration_of_a_run_means_that_run(place: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    monkeypatch.setattr(cli, "run", lambda config, sources, run_dir, *_: started.append((config, run_dir)) or 0)
+
+    def run(config: Config, sources: Sources, run_dir: Path, *_: Any) -> int:
+        started.append((config, run_dir))
+        return 0
+
+    monkeypatch.setattr(cli, "run", run)
     assert cli.main(["--config", given]) == 0
     assert started[0][1] == place / "run"
     assert to_json(started[0][0]) == json.loads((place / "run" / "config.json").read_text())

@@ -25,7 +25,8 @@ def changes(*overrides: str, then: dict[str, Any] | None = None, digest: str = "
 def test_other_data_must_be_allowed_and_allow_nothing_else() -> None:
     with pytest.raises(UserError, match=r"^data\.manifest \(digest\): was \"a{12}\" .* is \"b{12}\" now"):
         changes(digest="b" * 64)
-    assert changes(DATA, digest="b" * 64)["data.manifest (digest)"] == ("a" * 12, "b" * 12)
+    for allowed in (DATA, 'checkpoint.allow_changes=["data"]'):
+        assert changes(allowed, digest="b" * 64)["data.manifest (digest)"] == ("a" * 12, "b" * 12)
     with pytest.raises(UserError, match=r"^optimizer\.learning_rate: was .* is 0\.5 now"):
         changes(DATA, "optimizer.learning_rate=0.5", digest="b" * 64)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def some_queries(model: Bigrams) -> list[Query]:
     chosen = np.random.default_rng(0)
     queries = []
     for context, target in ((1, 1), (30, 10), (3, 2), (5, 1), (1, 9), (12, 3), (20, 1)):
-        queries.append(as_query(chosen.integers(V, size=context), chosen.integers(V, size=target)))
+        queries.append(as_query(chosen.integers(V, size=context).tolist(), chosen.integers(V, size=target).tolist()))
     for tokens in (1, 4):
         queries.append(as_query([2, 5], greedy(model, 5, tokens)))
     almost = greedy(model, 5, 3)
@@ -132,7 +133,7 @@ def test_a_target_may_be_as_long_as_the_context() -> None:
 
 
 def test_texts_are_computed_with_empty_memory_and_leave_none() -> None:
-    model = nn.Module()
+    model: Any = nn.Module()
     memory = model.memory = LayerMemory(4)
     memory.assign(torch.tensor([0, 1]), 2)
     memory.kept = before = torch.randn(2, 4, 3)

@@ -108,6 +108,7 @@ class Loop:
 
     def blimp_sets(self, folder: Path) -> dict[str, float]:
         """File -> accuracy."""
+        assert self.eos is not None
         of_sets = {}
         for path in folder.glob("*.jsonl"):
             rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+import pretrain.evaluate
+import pretrain.report.tensorboard
 from common.errors import DataError, PassingError, UserError
 from data_prep.shards.format import Manifest
 from pretrain.config.schema import Config
@@ -56,11 +59,40 @@ def test_an_altered_validation_shard_too(prepared: Path, tmp_path: Path) -> None
     assert sorted(outcome.split(":")[0] for outcome in outcomes) == ["DataError", "PeerFailed"]
 
 
+def _outcome_without_a_second_look(rank: int, config: Config, run_dir: Path) -> str:
+    def gone(reader: Any, windows: Any) -> Any:
+        raise DataError("validation-00000.tar is gone")
+
+    pretrain.evaluate.target_counts = gone  # this process ends with the test
+    return _outcome_of_training(rank, config, run_dir)
+
+
+def test_a_validation_shard_that_the_first_rank_alone_reads_again_too(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, "train.steps=1", "evaluate.sequences=8")
+    outcomes = run_ranks(_outcome_without_a_second_look, 2, config, tmp_path / "run")
+    assert [outcome.split(":")[0] for outcome in outcomes] == ["DataError", "PeerFailed"]
+
+
 def test_a_run_folder_that_cannot_be_written(prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     outcomes = run_ranks(_outcome_of_training, 2, small_config(prepared), tmp_path / "file" / "run")
     assert outcomes[0].startswith("UserError: --run-dir:")
     assert outcomes[1].startswith("PeerFailed")
+
+
+def _outcome_without_earlier_texts(rank: int, config: Config, run_dir: Path) -> str:
+    def unanswered(folder: Path) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    pretrain.report.tensorboard.texts_of = unanswered  # this process ends with the test
+    return _outcome_of_training(rank, config, run_dir)
+
+
+def test_a_board_that_the_first_rank_cannot_open(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, "monitor.tensorboard=true")
+    first, second = run_ranks(_outcome_without_earlier_texts, 2, config, tmp_path / "run")
+    assert first.startswith("UserError: --run-dir:") and "tensorboard/events cannot be written" in first
+    assert second.startswith("PeerFailed")
 
 
 def _primitives(rank: int, folder: Path) -> list[str]:
@@ -98,6 +130,13 @@ def _primitives(rank: int, folder: Path) -> list[str]:
             outcomes.append(f"{type(error).__name__}: {error}")
         except PeerFailed as error:
             outcomes.append(f"PeerFailed of {error.kind.__name__}: {error.words}")
+    attempt(lambda: check_shared(own if rank == 0 else folder / ("x" * 300)))  # to ask after it is an error itself
+
+    def unanswered(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    Path.unlink = unanswered  # type: ignore[assignment,method-assign]  # this process ends with the test
+    attempt(lambda: check_shared(folder))
     return outcomes
 
 
@@ -110,6 +149,8 @@ def test_primitives(tmp_path: Path) -> None:
     assert first[4] == second[4] == "None"
     assert "rank 1 does not see the folder" in second[5]
     assert first[5] == second[5].replace("UserError: ", "PeerFailed: rank 1: ")
+    assert first[8].startswith("PeerFailed: rank 1: --run-dir") and "rank 1 does not see the folder" in second[8]
+    assert first[9] == second[9] == "None"
     assert not list(tmp_path.glob("*/.seen*"))
     # An error that stays goes before one that may pass, which would be waited for in vain.
     assert (first[6], second[6]) == ("PeerFailed of UserError: rank 1: stays", "UserError: stays")

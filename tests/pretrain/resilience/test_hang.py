@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from pretrain.phases import Phases, Record, read
 from pretrain.report.exit_codes import ExitCode
 from pretrain.resilience.guard import collective_timeout
 from pretrain.resilience.signals import Stop
-from pretrain.resilience.watchdog import LISTED, Peers, Report, Watchdog, describe, read_reports
+from pretrain.resilience.watchdog import LISTED, READER, Peers, Report, Watchdog, describe, read_reports
 from pretrain.trainer import Trainer
 from tests.pretrain.resilience.faults import outcome, train_with
 from tests.pretrain.runs import events, small_config
@@ -69,7 +70,7 @@ def stop_in(trainer: Trainer, rank: int, phase: str, step: int, sleeps: bool) ->
             else:
                 os.kill(os.getpid(), signal.SIGSTOP)
 
-    trainer.setup.phases.enter = entered  # type: ignore[method-assign]
+    trainer.setup.phases.enter = entered
 
 
 def hang(prepared: Path, run_dir: Path, rank: int, phase: str, step: int, *, sleeps: bool) -> list[int | None]:
@@ -218,6 +219,26 @@ def ranks_of_two(tmp_path: Path, codes: list[int]) -> tuple[list[Phases], list[W
     ]
 
 
+def test_a_file_system_that_does_not_answer_does_not_end_the_watchdog(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that looks for the report of another."""
+    (phases, _), watchdogs = ranks_of_two(tmp_path, [])
+    for watchdog in watchdogs:
+        watchdog.close()
+
+    def unanswered(*args: Any, **options: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    phases.enter("reading batches")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", unanswered)
+        assert not watchdogs[0]._is_called(phases.since + 20.0)
+    (tmp_path / "hang").mkdir()
+    (tmp_path / "hang" / READER).touch()
+    assert watchdogs[0]._is_called(phases.since + 40.0)
+
+
 def test_the_limit_of_a_step_holds_in_quick_phases_alone(tmp_path: Path) -> None:
     """By an invented clock."""
     (phases, _), watchdogs = ranks_of_two(tmp_path, [])
@@ -267,7 +288,7 @@ def test_a_rank_that_was_called_goes_on_with_the_one_that_called_it(
     for watchdog, grace in zip(watchdogs, graces, strict=True):
         watchdog._grace = grace
     monotonic = time.monotonic
-    watchdogs[0]._all_have_reported = lambda: False  # type: ignore[method-assign]  # it waits until its time is over
+    watchdogs[0]._all_have_reported = lambda: False  # it waits until its time is over
     phases[0].enter("forward", quick=True)
     while len(list(hang.glob("rank-*.json"))) < 2 and monotonic() < deadline:
         time.sleep(0.02)
@@ -287,7 +308,7 @@ def test_a_step_that_ended_late_and_is_being_written_down_is_no_hang(tmp_path: P
     hang, deadline = tmp_path / "hang", time.monotonic() + 60
     watchdogs[1].close()
     watchdogs[0]._grace = 1.0
-    watchdogs[0]._wake_silent_ranks_here = list  # type: ignore[method-assign]  # as one that is on another node
+    watchdogs[0]._wake_silent_ranks_here = list  # as one that is on another node
     phases[0].enter("reading the step's sums", quick=True)
     while not (hang / "reader").exists() and time.monotonic() < deadline:
         time.sleep(0.01)

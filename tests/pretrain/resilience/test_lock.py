@@ -86,6 +86,27 @@ def test_a_folder_in_use_that_was_moved_stays_in_use(tmp_path: Path) -> None:
         FolderLock(moved)
 
 
+def test_no_lock_stays_where_the_folder_cannot_be_listed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep another node out for a minute."""
+    monkeypatch.setattr(locks, "_locks", Mock(side_effect=[[], OSError(errno.EIO, "no answer")]))
+    with pytest.raises(OSError, match="no answer"):
+        FolderLock(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_goes_while_a_reader_who_may_not_write_looks_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FolderLock(tmp_path)
+
+    def gone(path: Path) -> float:
+        path.unlink()
+        raise PermissionError(path)
+
+    monkeypatch.setattr(locks, "_age", gone)
+    assert locks.last_sign_of_life(tmp_path) is None
+
+
 def _written_elsewhere(folder: Path, age: float, **changes: object) -> Path:
     """The lock of a process of another machine."""
     owner = {"host": "node7", "boot": "b", "namespace": "n", "pid": 1, "start": 1, "token": "t", **changes}

@@ -1,0 +1,64 @@
+"""Means over seeds as a table for a paper, against run folders written by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+
+from model.config import ModelConfig
+from pretrain.views.sweep import Result, SweepRun
+from pretrain.views.sweep_means import means_csv, means_latex, summarised
+from tests.pretrain.views.compared import row, write
+
+EXPERTS, SEED = "model.feedforward.num_experts", "train.seed"
+MODEL = ModelConfig(d_model=8, num_layers=1, vocab_size=10, sequence_length=4)
+
+
+def result(folder: Path, experts: str, seed: str, loss: float, code: int = 0, model: object = None) -> Result:
+    run = SweepRun(name=f"x_1,{experts},{seed}", config="x_1", values={EXPERTS: experts, SEED: seed})
+    config = {"train": {"steps": 1}, "model": MODEL.model_dump(mode="json") if model is None else model}
+    path = write(folder / run.name, [row(1, loss)], config)
+    (path / "events.jsonl").write_text(json.dumps({"event": "validation", "step": 1, "loss": loss}) + "\n")
+    (path / "outcome.json").write_text(json.dumps({"exit_code": code}))
+    return Result.read(run, folder, None, "")
+
+
+def test_means_deviations_and_costs(tmp_path: Path) -> None:
+    found = summarised(
+        [
+            result(tmp_path, "4", "0", 3.0),
+            result(tmp_path, "4", "1", 3.4),
+            result(tmp_path, "4", "2", 1.0, 3),  # diverged: no result of the model
+            result(tmp_path, "8", "0", 3.1, model={"of": "another version"}),
+        ],
+        [EXPERTS, SEED],
+    )
+    eight, four = csv.DictReader(io.StringIO(means_csv(found, [EXPERTS, SEED])))
+    assert [means.values[EXPERTS] for means in found] == ["8", "4"], "the best first"
+    assert four["seeds"] == "2" and eight["seeds"] == "1"
+    perplexities = [math.exp(3.0), math.exp(3.4)]
+    assert math.isclose(float(four["validation_loss_mean"]), 3.2)
+    assert math.isclose(float(four["validation_loss_deviation"]), stdev([3.0, 3.4]))
+    assert math.isclose(float(four["validation_perplexity_mean"]), fmean(perplexities))
+    assert math.isclose(float(four["validation_perplexity_deviation"]), stdev(perplexities))
+    assert eight["validation_loss_deviation"] == eight["parameters"] == ""
+    # 4 heads of 64 with 4 experts each; 16 experts of 128; three norms; embedding, output layer and its bias.
+    d, heads, experts = 8, 4 * 64, 4
+    attention = 2 * d * heads + 2 * experts * d * heads + 2 * 4 * experts * d
+    feedforward = 16 * d + 16 * 2 * d * 128
+    assert int(four["parameters"]) == attention + feedforward + 4 * d + 2 * 10 * d + 10 + 2 * d
+    assert int(four["parameters"]) - int(four["active_parameters"]) == 2 * 2 * d * heads + 12 * 2 * d * 128
+    latex = means_latex(found, [EXPERTS, SEED])
+    assert "num experts & parameters (M) & active (M) & MFLOP/token & seeds & perplexity" in latex
+    assert rf"4 & 0.1 & 0.0 & 0.1 & 2 & {fmean(perplexities):.2f} $\pm$ {stdev(perplexities):.2f} \\" in latex
+    assert rf"8 & -- & -- & -- & 1 & {math.exp(3.1):.2f} \\" in latex
+
+
+def test_nothing_of_a_value_is_a_command_of_tex(tmp_path: Path) -> None:
+    found = summarised([result(tmp_path, '{"type": "sigma_moe", "a%b": "~^"}', "0", 3.0)], [EXPERTS, SEED])
+    assert r"sigma\_moe \textasciitilde{}\textasciicircum{} &" in means_latex(found, [EXPERTS, SEED])
+    assert "nothing yet" in means_latex([], [EXPERTS])
