@@ -159,8 +159,8 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
 def early_end(path: Path, overrides: Sequence[str], given: str | None) -> EarlyEnd:
     """Notes how a start ends before its ranks have met, of which nothing is known yet but its arguments: the path of
     its configuration, `--set` and `--run-dir`. Where that configuration cannot be read, the one that the run has saved
-    says whom to tell."""
-    run_dir = asked_folder(path, given or None)
+    says whom to tell. Raises UserError where there is no folder to note it in."""
+    run_dir = asked_folder(path, given)
 
     def monitor() -> MonitorConfig | None:
         return alert_settings(path, overrides) or alert_settings(run_dir / SAVED_CONFIG, overrides)

@@ -40,8 +40,6 @@ def config_file(given: str | Path, option: str = "--config") -> Path:
 def run_folder(config: Path, given: str | Path | None) -> Path:
     """The run folder: `given` if it is not None, else the run whose own configuration `config` is, else runs/NAME.
     Checks, without writing, that it can be a run folder. Raises UserError."""
-    if given is not None and not str(given).strip():
-        raise UserError("--run-dir: is empty; name a folder, or leave the option out for runs/NAME")
     folder = asked_folder(config, given)
     from pretrain.checkpoint.folder import check_output_folder  # here: readers of a run do not wait for it
 
@@ -57,7 +55,9 @@ def run_folder(config: Path, given: str | Path | None) -> Path:
 
 
 def asked_folder(config: Path, given: str | Path | None) -> Path:
-    """As `run_folder`, of which nothing is checked."""
+    """As `run_folder`, of which nothing is checked but that it has a name."""
+    if given is not None and not str(given).strip():  # runs/NAME would be another run, of which nothing was asked
+        raise UserError("--run-dir: is empty; name a folder, or leave the option out for runs/NAME")
     if given is not None:
         folder = Path(given)
     elif config.name == SAVED_CONFIG and is_run(config.parent):

@@ -86,6 +86,18 @@ def test_of_other_ranks_the_one_that_alone_has_found_it_notes_it(
     assert (RunView.open(run).outcome["exit_code"] == ExitCode.REFUSED) == is_alone
 
 
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_name_of_a_folder_ends_no_other_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: str
+) -> None:
+    """As of a script's variable that is not set: runs/NAME, the default, was not asked for."""
+    monkeypatch.chdir(tmp_path)
+    other = shutil.copytree(run, tmp_path / "runs" / "switchall_tiny")
+    config = REPOSITORY / "configs" / "switchall_tiny.json"
+    assert main(["--config", str(config), "--run-dir", empty]) == ExitCode.REFUSED
+    assert RunView.open(other).outcome == RunView.open(run).outcome
+
+
 def test_a_run_that_has_diverged_still_says_so(run: Path) -> None:
     before = json.dumps({"exit_code": 3, "reason": "10 updates skipped in a row", "step": 9, "time": 1.0})
     (run / "outcome.json").write_text(before)
