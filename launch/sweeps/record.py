@@ -95,7 +95,8 @@ class Sweep:
         for key in sorted((old.keys() | new.keys()) - {"description"}):
             is_varied = any(f"{key}.".startswith(f"{varied}.") for varied in self.keys)  # no run has the file's value
             is_same = as_meant(key, old.get(key)) == as_meant(key, new.get(key))
-            if not is_same and not is_varied:
+            is_target = self.solved is not None and key.startswith("model.")  # its parameters are those of all runs
+            if not is_same and (is_target or not is_varied):
                 before, now = (json.dumps(tree[key]) if key in tree else "not given" for tree in (old, new))
                 raise UserError(
                     f"{key}: is {before} in the runs of {self.folder}, and {now} in this command; a sweep takes other "

@@ -133,6 +133,22 @@ def test_widths_are_solved_for_so_that_all_runs_have_as_many_parameters(
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["num_experts", "expert_size"])
+def test_runs_that_are_added_have_as_many_parameters_as_those_before(
+    case: Case, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    """The file's own values of what is varied and solved for say how many; no run has them."""
+    width, vary = "model.feedforward.expert_size", "model.feedforward.num_experts=2,8"
+    line = ("--equal-parameters", width, "--vary", vary, "--vary", f"{RATE}=1e-3")
+    assert case.run(*line) == 0
+    tree = json.loads(case.config.read_text())
+    tree["model"]["feedforward"][key] = 4 * getattr(load_config(case.config).model.feedforward, key)
+    case.config.write_text(json.dumps(tree))
+    capsys.readouterr()
+    assert case.run(*line) == 2
+    assert capsys.readouterr().err.startswith(f"error: model.feedforward.{key}: is ")
+
+
 def test_a_run_without_validation_ends_without_a_validation_loss(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
