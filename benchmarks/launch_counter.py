@@ -20,7 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 from unittest import mock
 
 import torch
@@ -114,7 +114,7 @@ class LaunchCounter(TorchDispatchMode):
         """For each operator of a forward pass: the number of the next node of autograd, and the operator's place."""
         self._stack, self._depth = contextlib.ExitStack(), 0
 
-    def __enter__(self) -> LaunchCounter:
+    def __enter__(self) -> Self:
         self._depth += 1
         if self._depth == 1:  # a body of an op enters again
             self._stack.enter_context(_launches_go_to(self))

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from common.arguments import add_overrides
 from common.errors import UserError
-from common.resident import forget_peak, resident_bytes
+from common.resident import CLEAR, forget_peak, resident_bytes
 from common.units import GIB
 from pretrain import device as devices
 from pretrain.config.loading import load_config
@@ -69,9 +69,15 @@ def measure(config: Config) -> dict[str, Any]:
         sources = open_sources(config)
         sources.check("size")
         expected = None if why_unknown(config) else estimate(config, 1, device.type)
-        forget_peak()  # of the estimate
-        before, _ = resident_bytes()
+        is_own = forget_peak()  # of the estimate
+        before, peak = resident_bytes()
         print(f"before the model: {before / GIB:.2f} GiB", flush=True)
+        if not is_own:
+            print(
+                f"warning: {CLEAR} cannot be written, so a peak below {peak / GIB:.2f} GiB, which the process has had "
+                "before the model, cannot be told",
+                flush=True,
+            )
         setup = RunSetup(config, sources, parallel_context(config), device)
         trainer = told("model and optimizer", lambda: build_trainer(setup, None))
         given = trainer.read_input(Progress(0, 0))

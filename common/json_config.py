@@ -165,20 +165,18 @@ def validate_all(model: type[Model], tree: dict[str, Any]) -> tuple[Model | None
         return None, found
     known = json.loads(json.dumps(tree))
     for problem in problems:
-        _remove(known, problem["loc"])
+        _remove(known, _without_tags(model, problem["loc"]))
     try:
         return model.model_validate_json(json.dumps(known)), found
     except ValidationError:
         return None, found
 
 
-def _remove(tree: Any, place: tuple[int | str, ...]) -> None:
-    """Removes a key of a tree. `place` is pydantic's, with the kind of a section as one more part."""
+def _remove(tree: Any, place: list[int | str]) -> None:
+    """Removes a key of a tree."""
     *sections, leaf = place
     for part in sections:
-        is_there = part in tree if isinstance(tree, dict) else isinstance(part, int)
-        if is_there:
-            tree = tree[part]
+        tree = tree[part]
     tree.pop(leaf, None)
 
 
@@ -218,11 +216,22 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
+def _without_tags(model: type[BaseModel], place: tuple[int | str, ...]) -> list[int | str]:
+    """pydantic's path to a problem without the tags of unions, of which each is an element of its own:
+    model.attention.switchhead.num_heads. A key may have the name of the tag before it."""
+    tags = {key.section.model_fields["type"].default for key in keys(model) if _is_tagged(key.section)}
+    parts: list[int | str] = []
+    was_tag = False
+    for part in place:
+        was_tag = part in tags and not was_tag
+        if not was_tag:
+            parts.append(part)
+    return parts
+
+
 def _describe(model: type[BaseModel], problem: ErrorDetails) -> str:
     """One line for one pydantic problem: the dotted key, what is wrong, and what would work."""
-    # A tagged union adds the tag as an extra path element: model.attention.switchhead.num_heads.
-    tags = {key.section.model_fields["type"].default for key in keys(model) if _is_tagged(key.section)}
-    key = ".".join(str(part) for part in problem["loc"] if part not in tags)
+    key = ".".join(map(str, _without_tags(model, problem["loc"])))
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return str(cause)

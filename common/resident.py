@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
 
 
 def resident_bytes() -> tuple[int, int]:
@@ -26,6 +27,11 @@ def _most() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def forget_peak() -> None:
-    """From here on the peak is that of the present memory and of what comes. Linux alone."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+def forget_peak() -> bool:
+    """From here on the peak is that of the present memory and of what comes. Returns whether it is: other systems than
+    Linux, and sandboxes, keep the peak since the process began."""
+    try:
+        CLEAR.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True

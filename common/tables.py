@@ -81,9 +81,9 @@ def shortened_apart(texts: Sequence[str], *most: int) -> list[str]:
     if not alike:
         return found
     different, limit = [texts[number] for number in alike], min(limits[number] for number in alike)
-    begin = _same_letters(different)
+    begin = same_letters(different)
     left = [text[begin:] for text in different]
-    end = _same_letters([text[::-1] for text in left])
+    end = same_letters([text[::-1] for text in left])
     room = limit - 2 * len(DOTS) - (max(map(len, left)) - end)
     begin -= min(begin, max(0, room))
     for number, text in zip(alike, different, strict=True):
@@ -92,7 +92,7 @@ def shortened_apart(texts: Sequence[str], *most: int) -> list[str]:
     return found
 
 
-def _same_letters(texts: Sequence[str]) -> int:
+def same_letters(texts: Sequence[str]) -> int:
     """How many letters all of them begin with."""
     differing = (n for n, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1)
     return next(differing, min(map(len, texts)))
@@ -104,6 +104,11 @@ def shortened(text: str, most: int) -> str:
         return text
     kept = max(0, most - len(DOTS))
     return (text[: kept // 2] + DOTS + text[len(text) - (kept - kept // 2) :])[:most]
+
+
+def beginning(text: str, most: int) -> str:
+    """At most `most` characters, without the end."""
+    return text if len(text) <= most else text[: max(1, most - len(DOTS))] + DOTS
 
 
 def _cell(value: object) -> str:

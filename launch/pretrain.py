@@ -9,12 +9,13 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import common.interruption  # noqa: E402, F401  # before anything that takes long
 from pretrain.report import console  # noqa: E402
-from pretrain.resilience.signals import Stop, is_launched  # noqa: E402
+from pretrain.resilience.signals import ProcessState, Stop, is_launched  # noqa: E402
 
 if __name__ == "__main__":
     console.protect(is_run := not {"--dry-run", "--help", "-h"} & set(sys.argv))
     stop = Stop()
     if is_run:
+        stop.enter(ProcessState.LOADING)
         stop.install(launched=is_launched())  # before the slow imports
 
     import model.openmp  # noqa: F401  # before anything imports torch

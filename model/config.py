@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from common.json_config import Section
+from model.layer_section import Lacks, LayerSection, Routers
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
@@ -58,9 +60,11 @@ class XLConfig(Section):
 Projection = Literal["query", "key", "value", "output"]
 
 
-class SwitchHeadConfig(Section):
+class SwitchHeadConfig(LayerSection):
     """SwitchHead attention (NeurIPS 2024): few attention matrices, experts in the value and output projections."""
 
+    label = "SwitchHead"
+    lacks: ClassVar[Lacks] = {}
     type: Literal["switchhead"] = "switchhead"
     """Kind of attention."""
     num_heads: Heads = 4
@@ -101,10 +105,24 @@ class SwitchHeadConfig(Section):
             order = ("value", "key") if projection in ("key", "value") else ("output", "query")
         return next(name for name in order if name in experts)
 
+    @property
+    def sizes(self) -> str:
+        return f"{self.num_heads} heads of {self.head_dim}, {self.active_experts} of {self.num_experts} experts"
 
-class DenseAttentionConfig(Section):
+    @property
+    def routers(self) -> Routers:
+        return Routers(self.num_experts, self.active_experts, "sigmoid")
+
+    @property
+    def divided(self) -> Mapping[str, int]:
+        return {"num_heads": self.num_heads}
+
+
+class DenseAttentionConfig(LayerSection):
     """Multi-head attention without experts: the baseline."""
 
+    label = "dense attention"
+    lacks: ClassVar[Lacks] = {}
     type: Literal["dense"] = "dense"
     """Kind of attention."""
     num_heads: Heads = 8
@@ -112,13 +130,27 @@ class DenseAttentionConfig(Section):
     head_dim: HeadDim = 64
     """Width of a query, key and value vector (h)."""
 
+    @property
+    def sizes(self) -> str:
+        return f"{self.num_heads} heads of {self.head_dim}"
 
-class MoAConfig(Section):
+    @property
+    def routers(self) -> Routers | None:
+        return None
+
+    @property
+    def divided(self) -> Mapping[str, int]:
+        return {"num_heads": self.num_heads}
+
+
+class MoAConfig(LayerSection):
     """Mixture of Attention Heads (arXiv 2210.05144): one shared key and value projection, query and output experts.
 
     Each token attends with its `num_heads` chosen experts. Routers differ between publications; both are here.
     """
 
+    label = "MoA"
+    lacks: ClassVar[Lacks] = {}
     type: Literal["moa"] = "moa"
     """Kind of attention."""
     num_heads: Heads = 4
@@ -157,10 +189,24 @@ class MoAConfig(Section):
             )
         return self
 
+    @property
+    def sizes(self) -> str:
+        return f"{self.num_heads} of {self.num_experts} heads of {self.head_dim}"
 
-class SigmaMoEConfig(Section):
+    @property
+    def routers(self) -> Routers:
+        return Routers(self.num_experts, self.num_heads, self.router)
+
+    @property
+    def divided(self) -> Mapping[str, int]:
+        return {"num_heads": self.num_heads}
+
+
+class SigmaMoEConfig(LayerSection):
     """sigma-MoE feed-forward (arXiv 2310.10837): y = sum over the k chosen experts of s_e a(x W_1[e]) W_2[e]."""
 
+    label = "sigma-MoE"
+    lacks: ClassVar[Lacks] = {}
     type: Literal["sigma_moe"] = "sigma_moe"
     """Kind of feed-forward layer."""
     num_experts: Experts = 16
@@ -191,23 +237,64 @@ class SigmaMoEConfig(Section):
         _check_active(self.active_experts, self.num_experts)
         return self
 
+    @property
+    def sizes(self) -> str:
+        kind = " SwiGLU" if self.activation == "swiglu" else ""
+        return f"{self.active_experts} of {self.num_experts} experts of {self.expert_size}{kind}"
 
-class DenseFeedForwardConfig(Section):
+    @property
+    def routers(self) -> Routers:
+        return Routers(self.num_experts, self.active_experts, "sigmoid")
+
+    @property
+    def divided(self) -> Mapping[str, int]:
+        return {"num_experts": self.num_experts}
+
+
+class DenseFeedForwardConfig(LayerSection):
     """Two linear layers with biases and a ReLU between them: the baseline."""
 
+    label = "dense feed-forward"
+    lacks: ClassVar[Lacks] = {"expert": "it has no experts"}
     type: Literal["dense"] = "dense"
     """Kind of feed-forward layer."""
     hidden_size: Width = 512
     """Width of the hidden layer (d_ff)."""
 
+    @property
+    def sizes(self) -> str:
+        return f"{self.hidden_size}"
 
-class SwiGLUConfig(Section):
+    @property
+    def routers(self) -> Routers | None:
+        return None
+
+    @property
+    def divided(self) -> Mapping[str, int]:
+        return {"hidden_size": self.hidden_size}
+
+
+class SwiGLUConfig(LayerSection):
     """Gated feed-forward without biases: y = (SiLU(x W_gate) * x W_up) W_down (arXiv 2002.05202)."""
 
+    label = "SwiGLU feed-forward"
+    lacks: ClassVar[Lacks] = {"expert": "it has no experts"}
     type: Literal["swiglu"] = "swiglu"
     """Kind of feed-forward layer."""
     hidden_size: Width = 512
     """Width of the hidden layer (d_ff). 2/3 of a ReLU layer's width has as many parameters."""
+
+    @property
+    def sizes(self) -> str:
+        return f"{self.hidden_size}"
+
+    @property
+    def routers(self) -> Routers | None:
+        return None
+
+    @property
+    def divided(self) -> Mapping[str, int]:
+        return {"hidden_size": self.hidden_size}
 
 
 AttentionConfig = Annotated[SwitchHeadConfig | DenseAttentionConfig | MoAConfig, Field(discriminator="type")]
@@ -244,6 +331,21 @@ class ModelConfig(Section):
     dropout: Probability = 0.0
     """Dropout on the embedding output, after attention, after the feed-forward, inside a dense feed-forward, and
     before the output layer."""
+
+    @model_validator(mode="after")
+    def _layers_can(self) -> ModelConfig:
+        """Positions that every layer has."""
+        for key, wanted, ability in (
+            ("position.type", self.position.type, self.position.type),
+            ("position.memory_chunks", self.position.memory_chunks, "memory" if self.position.memory_chunks else ""),
+        ):
+            reason = self.attention.lacks.get(ability)  # type: ignore[call-overload]
+            if reason is not None:
+                instead = "rope" if key == "position.type" else "0"
+                raise ValueError(
+                    f"{key} is {wanted}, but attention.type is {self.attention.type}: {reason}; set {key} to {instead}"
+                )
+        return self
 
     @property
     def memory_length(self) -> int:

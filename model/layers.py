@@ -26,7 +26,6 @@ from model.config import (
     DenseFeedForwardConfig,
     MoAConfig,
     ModelConfig,
-    Section,
     SigmaMoEConfig,
     SwiGLUConfig,
     SwitchHeadConfig,
@@ -40,6 +39,7 @@ from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
 from model.kernels.ops.elementwise import dropout, layer_norm
 from model.kernels.ops.linear_cross_entropy import chunk_bytes, linear_cross_entropy
+from model.layer_section import LayerSection
 from model.memory import LayerMemory
 from model.parallel.collectives import gather_last
 from model.parallel.context import ParallelContext
@@ -50,17 +50,18 @@ from model.routing import RoutingStatistics
 
 State = tuple[Tensor, Tensor, Tensor]
 
-ATTENTIONS: dict[type[Section], type[SwitchHeadAttention | DenseAttention | MoAAttention]] = {
+ATTENTIONS: dict[type[LayerSection], type[SwitchHeadAttention | DenseAttention | MoAAttention]] = {
     SwitchHeadConfig: SwitchHeadAttention,
     DenseAttentionConfig: DenseAttention,
     MoAConfig: MoAAttention,
 }
-FEEDFORWARDS: dict[type[Section], type[SigmaMoE | DenseFeedForward | SwiGLU]] = {
+FEEDFORWARDS: dict[type[LayerSection], type[SigmaMoE | DenseFeedForward | SwiGLU]] = {
     SigmaMoEConfig: SigmaMoE,
     DenseFeedForwardConfig: DenseFeedForward,
     SwiGLUConfig: SwiGLU,
 }
-"""The layer that each configuration builds. All have the same constructor, and declare their parameters."""
+"""The layer that each section builds. All have the same constructor and declare their parameters
+(docs/new-layer.md)."""
 
 
 class Dropout(nn.Module):
@@ -185,7 +186,8 @@ class Block(nn.Module):
             config.dropout, name=f"{name}.feedforward", seed=seed, parallel=parallel, backends=backends
         )
         # What a forward pass leaves a trace in. Found once, here, because torch 2.11 cannot compile vars() of a module.
-        found = [self.memory, *vars(self.attention).values(), *vars(self.feedforward).values()]
+        inner = [module for layer in (self.attention, self.feedforward) for module in layer.modules()]
+        found = [self.memory, *(value for module in inner for value in vars(module).values())]
         self.recorders = [v for v in found if isinstance(v, RoutingStatistics | LayerMemory)]
         self.compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
         """Computes `transform` in training, if given (train.compile). A function, so it adds no parameter names."""

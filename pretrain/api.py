@@ -10,16 +10,23 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.tables import beginning
 from model.decoding import hidden_states, uncached_logits
+from model.parameters import owner_of
 from pretrain.analysis.trace import Request, RouterTrace, Trace, trace_text
+from pretrain.checkpoint.average import origin_of
+from pretrain.checkpoint.weights import write_weights
 from pretrain.export.loading import load_any
+from pretrain.export.reading import is_export, open_export
 from pretrain.generation import Generated, Sampling, Settings, generate
 from pretrain.saved_model import SavedModel
 
@@ -37,7 +44,8 @@ class TextLoss(NamedTuple):
     """nats per token."""
     perplexity: float
     bits_per_byte: float
-    """All of them over the bytes of the text (UTF-8) behind the first token's."""
+    """All of them over the bytes of the text (UTF-8) behind the first token's; NaN where these are not known, as of a
+    character that the tokenizer has not."""
 
 
 class AttentionMaps(NamedTuple):
@@ -72,8 +80,7 @@ def _ids(numbers: Any) -> list[int]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return beginning(repr(value), 60)
 
 
 class OpenModel:
@@ -117,7 +124,7 @@ class OpenModel:
         targets = torch.tensor(ids[1:])[:, None]
         tokens = -self.logits(ids)[:-1].log_softmax(1).gather(1, targets)[:, 0]
         total = float(tokens.sum(dtype=torch.float64))
-        size = sum(len(self.tokenizer.content(number)) for number in ids[1:]) if self.tokenizer.has_text else 0
+        size = self.tokenizer.bytes_of(np.bincount(ids[1:]))
         mean = total / len(tokens)
         return TextLoss(tokens, mean, math.exp(min(mean, 700.0)), total / math.log(2) / size if size else math.nan)
 
@@ -163,6 +170,23 @@ class OpenModel:
             return generate(self.saved, prompts, settings)
         except UserError as error:  # names the command's options
             raise UserError(_OPTION.sub(lambda found: found[1].replace("-", "_"), str(error))) from None
+
+    def save(self, folder: str | Path, source: str = "a program") -> Path:
+        """Writes the weights as `model` has them now (trained on, interpolated, ...) as a new checkpoint of weights
+        alone, with the tokenizer: `open_model`, every command that reads a checkpoint, and train.init_from take it.
+        `source`: what the weights are, in a few words that are recorded with them. Raises UserError."""
+        opened = self.checkpoint.path
+        if is_export(opened):
+            origin = replace(open_export(opened).weights_origin(), source=source, loss=None, validation_loss=None)
+        else:
+            origin = origin_of(self.checkpoint, source, self.tokenizer.stored)
+        parameters = dict(self.model.named_parameters())
+        tensors = {
+            name: lambda name=name: parameters[name].detach().float().cpu()
+            for name in parameters
+            if owner_of(name, self.config.model) == name
+        }
+        return write_weights(Path(folder), origin, tensors, option="folder").path
 
     def _trace(self, ids: Sequence[int], request: Request) -> Trace:
         return trace_text(self.model, ids, request)

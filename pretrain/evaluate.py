@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from common.errors import UserError
 from common.strict_json import finite, without_nan
 from model.memory import layer_memories, separate_streams
 from model.parallel.context import ParallelContext
@@ -18,7 +20,8 @@ from pretrain.data.windows import Batch, Windows
 from pretrain.engine.micro_steps import Evaluator
 from pretrain.parallel.agreement import agreed
 from pretrain.report.monitor import Monitor
-from pretrain.trainer import Trainer
+from pretrain.saved_model.tokenizer import Tokenizer
+from pretrain.trainer import HeldOutText, Trainer
 
 
 def evaluation_windows(reader: Windows, config: Config) -> np.ndarray:
@@ -128,10 +131,10 @@ def _sums_by_source(
 def validate(
     trainer: Trainer, monitor: Monitor | None, step: int, *, is_last: bool, stopping: Callable[[], bool]
 ) -> float | None:
-    """Validates on the held-out split, with evaluate.ema the moving average of the weights too; after the last step
-    also prints the unigram perplexity of the same tokens. Collective; before every batch it calls `stopping`, which is
-    collective too. Returns the loss of the weights on every rank, or None: without a validation split, after a request
-    to stop, or if the loss is not finite."""
+    """Validates on the held-out split, with evaluate.ema the moving average of the weights too. Also says the bits per
+    byte of the text, and after the last step the unigram perplexity of the same tokens. Collective; before every batch
+    it calls `stopping`, which is collective too. Returns the loss of the weights on every rank, or None: without a
+    validation split, after a request to stop, or if the loss is not finite."""
     reader, config, phases = trainer.data.validation, trainer.setup.config, trainer.setup.phases
     if reader is None:
         return None
@@ -153,17 +156,43 @@ def validate(
         values = None if averaged is None else values | _of_average(averaged)
     if values is None:
         return None
-    counts: np.ndarray | None = None
-    if is_last:  # agreed, because the first rank alone reads the windows again
-        windows = evaluation_windows(reader, config)
-        counts = agreed(lambda: target_counts(reader, windows) if monitor is not None else None)
+    text = trainer.held_out_text
+    if text is None and (is_last or not reader.tokens_are_bytes):
+        text = trainer.held_out_text = _held_out_text(trainer, reader, reads=monitor is not None)
     if monitor is not None:
-        if counts is not None:
-            values["unigram_perplexity"] = unigram_perplexity(counts)
+        if text is not None and not reader.tokens_are_bytes:
+            values |= _bits_per_byte(values, text.bytes)
+        if text is not None and is_last:
+            values["unigram_perplexity"] = text.unigram_perplexity
         monitor.validation(step, without_nan(values), split=config.evaluate.split)
         if is_last and math.isfinite(values["loss"]):
             print(_last_line(values, config.evaluate.split), flush=True)
     return finite(values["loss"])
+
+
+def _held_out_text(trainer: Trainer, reader: Windows, *, reads: bool) -> HeldOutText:
+    """What the validations of this start predict, on the one rank that `reads` all windows again; nothing known on the
+    others. Collective, because that one may fail."""
+    windows = evaluation_windows(reader, trainer.setup.config)
+    counts = agreed(lambda: target_counts(reader, windows) if reads else np.zeros(0, np.int64))
+    size = None
+    with contextlib.suppress(UserError):  # without its tokenizer nobody knows the text
+        size = Tokenizer(trainer.setup.sources.sources[0].manifest).bytes_of(counts) if reads else None
+    return HeldOutText(unigram_perplexity(counts) if reads else math.nan, size)
+
+
+def _bits_per_byte(values: dict[str, float], size: int | None) -> dict[str, float]:
+    """Of the losses of a validation, those of the moving average too, on a text of `size` bytes."""
+    losses = {key: values[key] for key in ("loss", "ema_loss") if key in values and size}
+    return {
+        key.replace("loss", "bits_per_byte"): bits_per_byte(loss, values["tokens"], size or 0)
+        for key, loss in losses.items()
+    }
+
+
+def bits_per_byte(loss: float, tokens: float, size: int) -> float:
+    """Of a mean loss in nats per token, on a text of so many tokens and bytes."""
+    return loss * tokens / math.log(2) / size
 
 
 def _of_average(values: dict[str, float]) -> dict[str, float]:

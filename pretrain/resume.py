@@ -23,6 +23,7 @@ from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import Stage, first_stage
 from pretrain.parallel.agreement import agreed, from_first_rank, of_all_ranks
+from pretrain.report.code_patch import keep_patch
 from pretrain.report.event_text import value_text
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.rollback import Rollback, pending, read_rollbacks, record_made, serving, with_skips
@@ -350,7 +351,9 @@ def record_start(
     `layout`: see checkpoint.layout. Raises OSError."""
     from pretrain.checkpoint.state import versions  # see environment_changes
 
-    about = {"last_step": last_step, "layout": layout, "software": versions(), "data_digest": data_digest}
+    patch = keep_patch(folder.path)
+    software = dict(versions()) if patch is None else {**versions(), "changes": patch}
+    about = {"last_step": last_step, "layout": layout, "software": software, "data_digest": data_digest}
     resumed = start.checkpoint
     step = resumed.progress.step if resumed else 0
     for reason in start.damaged:

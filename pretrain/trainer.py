@@ -97,6 +97,15 @@ class LaunchedStep:
         )
 
 
+@dataclass(frozen=True)
+class HeldOutText:
+    """The tokens that each validation of a start predicts; known on rank 0."""
+
+    unigram_perplexity: float
+    bytes: int | None
+    """Of their text in UTF-8; None where that is not known."""
+
+
 @dataclass
 class Trainer:
     """What a step needs, on this rank."""
@@ -114,6 +123,8 @@ class Trainer:
     """Records or replays the choices of routers."""
     average: MovingAverage | None = None
     """Of the weights, with train.ema_decay."""
+    held_out_text: HeldOutText | None = None
+    """Since the first validation."""
 
     def __post_init__(self) -> None:
         self._laps = Laps(self.setup.device)

@@ -44,6 +44,7 @@ import pretrain.smoke.cli
 from data_prep.config.loading import load_config as load_data_config
 from launch.sweeps.plan import values_of
 from pretrain.config.loading import load_config
+from pretrain.report.run_paths import SAVED_CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -228,5 +229,7 @@ def check_config(args: argparse.Namespace) -> None:
     for path in given if isinstance(given, list) else [given]:
         if path is None or str(path) == "CONFIG":
             continue
+        if Path(path).name == SAVED_CONFIG:  # of a run folder that a reader has
+            path = "configs/switchall_tiny.json"
         loads = load_data_config if "configs/data" in str(path) else load_config
         loads(ROOT / path, overrides)

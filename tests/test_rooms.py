@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
     "common": [],
     "model": [
+        "layer_section",
         "config",
         "openmp",
         "cache",

@@ -47,7 +47,8 @@ MLFLOW = ("log_metrics", "log_text", "log_image", "log_params", "set_experiment"
 def folder(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a page's program opens: runs/mine, and weights that were converted from it."""
     folder = tmp_path_factory.mktemp("snippets")
-    config = small_config(prepared, "train.steps=1", "evaluate.sequences=0", "model.sequence_length=64")
+    keys = ("train.steps=1", "evaluate.sequences=0", "model.sequence_length=64", "monitor.tensorboard=true")
+    config = small_config(prepared, *keys)
     run_ranks(train_runs, 1, [(config, folder / "runs" / "mine")])
     assert checkpoint(["convert", str(folder / "runs" / "mine"), str(folder / "weights")]) == 0
     return folder

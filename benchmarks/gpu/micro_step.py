@@ -137,7 +137,7 @@ class Step:
         self.index = torch.arange(sequences, device=device)
         self.document_length = -(-config.sequence_length // 3) if has_documents else config.sequence_length
         places = torch.arange(config.sequence_length, device=device) + 37 * self.index[:, None]
-        self.documents = (places // self.document_length,) if has_documents else ()
+        self.documents: tuple[Tensor, ...] = (places // self.document_length,) if has_documents else ()
         self.loss: Tensor = torch.zeros((), device=device)
         chunks = config.memory_length // config.sequence_length
         forward = functools.partial(self.model, self.tokens, self.targets, self.index)

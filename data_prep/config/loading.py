@@ -7,6 +7,7 @@ root; an `output` given with `--set` is always relative to the current directory
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import json_config
@@ -15,7 +16,7 @@ from common.paths import REPOSITORY
 from data_prep.config.schema import DataConfig
 
 
-def load_config(path: Path, overrides: list[str]) -> DataConfig:
+def load_config(path: Path, overrides: Sequence[str]) -> DataConfig:
     """Reads a config file and applies `key=value` overrides. Raises ConfigError."""
     tree = json_config.read_tree(path)
     if "model" in tree and "input" not in tree:

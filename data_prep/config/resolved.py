@@ -4,6 +4,7 @@ recorded."""
 import hashlib
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,8 @@ class ResolvedConfig:
 
     @property
     def validation_fraction(self) -> float:
-        """The fraction that goes to validation by hash; 0 with predefined splits."""
-        predefined = self.config.validation_input or self.config.format == "enwik8"
+        """The fraction that goes to validation by hash; 0 with predefined splits, and where files are divided."""
+        predefined = self.config.validation_input or self.config.format == "enwik8" or self.config.held_out_of_files
         return 0.0 if predefined else self.config.validation_fraction
 
     @property
@@ -124,7 +125,7 @@ def resolve(config: DataConfig) -> ResolvedConfig:
         if not model.is_file():
             raise DataError(f"tokenizer.model: no file {config.tokenizer.model}; null trains a new one")
     train_split: SourceSplit = "train" if found["validation_input"] else "hash"
-    if config.format == "enwik8":
+    if config.format == "enwik8" or config.validation_from == "end":
         train_split = "position"
     names = _names([path for paths in found.values() for path in paths])
     splits: dict[str, SourceSplit] = {"input": train_split, "validation_input": "validation", "test_input": "test"}
@@ -164,7 +165,7 @@ def _check_once(found: dict[str, list[InputFile]], *, format: str) -> None:
         raise DataError(f"input: format enwik8 is one file, {len(found['input'])} are matched; name that one")
 
 
-def _names(paths: list[InputFile]) -> dict[InputFile, str]:
+def _names(paths: Sequence[InputFile]) -> dict[InputFile, str]:
     """The name of each file, preceded by just enough folders to tell it from others of that name (2019/a.gz,
     2020/a.gz), so that records do not depend on where the dumps lie. Bytes that are not UTF-8 are written as \\xff, and
     the query of a URL is left out; files that differ only in these are numbered."""

@@ -247,7 +247,11 @@ class DataConfig(Section):
     """Raw files of the test split, as `input`; without it there is none. Needs `validation_input`."""
     validation_fraction: float = Field(default=0.005, ge=0, lt=1)
     """Share of the documents of `input` that go to validation, chosen by a hash of their text, so equal texts
-    never end up on both sides. Used only without `validation_input`."""
+    never end up on both sides; or that share of each file, see `validation_from`. Used only without
+    `validation_input`."""
+    validation_from: Literal["documents", "end"] = "documents"
+    """What `validation_fraction` is a share of. documents: of all documents, whole ones. end: of each file of format
+    text with `text_documents` file, its end, which becomes a document of its own. So one long text has both splits."""
     split_bytes: SplitBytes | None = None
     """Sizes [train, validation, test] of the consecutive parts of an enwik8 file, which must add up to its
     size; null is the standard 90, 5 and 5 million. Test may be 0. Only with `format` enwik8."""
@@ -304,6 +308,11 @@ class DataConfig(Section):
             raise ValueError(f'text_key: has no effect with format "{self.format}", which is no JSON; drop it')
         if "text_documents" in set_keys and self.format != "text":
             raise ValueError('text_documents: has no effect without format "text"; drop it or set the format')
+        if self.validation_from == "end" and (self.format, self.text_documents) != ("text", "file"):
+            raise ValueError(
+                'validation_from: end is for files that are one document; set format to "text" and text_documents to '
+                '"file", or drop it'
+            )
         if "end_of_document" in set_keys and self.format not in ID_FORMATS:
             raise ValueError('end_of_document: has no effect without format "megatron" or "token_array"; drop it')
         if "id_dtype" in set_keys and self.format != "token_array":
@@ -365,10 +374,9 @@ class DataConfig(Section):
                 )
         if self.test_input and not self.validation_input:
             raise ValueError("test_input: needs validation_input; set it too")
-        if self.validation_input and "validation_fraction" in self.model_fields_set:
-            raise ValueError(
-                "validation_fraction: has no effect with validation_input; drop it or set validation_input=[]"
-            )
+        for key in ("validation_fraction", "validation_from"):
+            if self.validation_input and key in self.model_fields_set:
+                raise ValueError(f"{key}: has no effect with validation_input; drop it or set validation_input=[]")
         return self
 
     def _check_enwik8(self) -> None:
@@ -394,11 +402,18 @@ class DataConfig(Section):
         settings: dict[str, Any] = {} if self.text_key == "text" else {"text_key": self.text_key}
         if self.format == "text":
             settings["text_documents"] = self.text_documents
+        if self.held_out_of_files:
+            settings["validation_from"] = [self.validation_from, self.validation_fraction]
         if self.format in ID_FORMATS:
             settings["end_of_document"] = self.end_of_document
         if self.format == "token_array":
             settings["id_dtype"] = self.id_dtype
         return settings
+
+    @property
+    def held_out_of_files(self) -> float:
+        """The share of each file that is held out, its end; 0 where whole documents are."""
+        return self.validation_fraction if self.validation_from == "end" else 0.0
 
     @property
     def enwik8_split_bytes(self) -> tuple[int, int, int]:

@@ -77,8 +77,9 @@ class RawFile:
 
     `split`: where the documents go (`hash`: train, save those that the hash of their text sends to validation).
     enwik8 is cut into consecutive parts of `split_bytes` (train, validation, test) and must hold exactly these.
-    `text_key`: where the text of a JSON record is, dotted. `text_documents`: what a document of format text is. `ids`:
-    what is known about the ids of ID_FORMATS, which need it.
+    `text_key`: where the text of a JSON record is, dotted. `text_documents`: what a document of format text is;
+    `held_out`: the share of each, its end, that is one of validation. `ids`: what is known about the ids of ID_FORMATS,
+    which need it.
     """
 
     def __init__(  # noqa: PLR0913 (settings of a file, each with its default)
@@ -91,6 +92,7 @@ class RawFile:
         max_document_bytes: int = 1 << 24,
         text_key: str = "text",
         text_documents: TextDocuments = "file",
+        held_out: float = 0.0,
         ids: IdReading | None = None,
     ) -> None:
         self.path = path
@@ -101,7 +103,7 @@ class RawFile:
         self._split_bytes = split_bytes
         self._max_bytes = max_document_bytes
         self._text_key = text_key
-        self._text_documents = text_documents
+        self._text_documents, self._held_out = text_documents, held_out
         self._ids = ids
         self._documents = 0
         self._first_rejected: Rejected | None = None
@@ -166,7 +168,9 @@ class RawFile:
             return self._articles(content)
         if (kind := json_lines(head, self._text_key)) is not None:
             raise NoDocumentError(f"{self.path} {kind}")
-        return text_documents(content, self._split, by=self._text_documents, max_bytes=self._max_bytes)
+        return text_documents(
+            content, self._split, by=self._text_documents, max_bytes=self._max_bytes, held_out=self._held_out
+        )
 
     def _id_documents(self, content: Unpacked, ids: IdReading) -> Iterator[Document | Rejected]:
         """An index of Megatron-LM gives nothing: it is read with its .bin file, and here for its hash alone."""

@@ -98,10 +98,23 @@ def empty_splits(manifest: Manifest, config: DataConfig) -> None:
         elif config.validation_fraction == 0:  # as it was told to
             fix = "validation_fraction is 0; train on it without a validation, --set evaluate.sequences=0"
         else:
-            fix = "raise validation_fraction to get some"
-            if config.format in ("auto", "text"):
-                fix += ", or, if a file of plain text holds many, set text_documents to blank_lines"
+            fix = _more_for_validation(manifest.totals["train"].documents, config)
         print(f"warning: no document went to {split}; {fix}", file=sys.stderr)
+
+
+def _more_for_validation(documents: int, config: DataConfig) -> str:
+    """What would hold out something of so many documents."""
+    alone = "validation_fraction is a share of whole documents, and there is one"
+    if config.format in ID_FORMATS and documents == 1:
+        return f"{alone}; name a file with its end as validation_input, and one without it as input"
+    raised = "raise validation_fraction to get some"
+    if config.format not in ("auto", "text") and documents > 1:
+        return raised
+    by_file = (
+        "of plain text (format=text) validation_from=end holds out the end of each file, and "
+        "text_documents=blank_lines makes documents of what stands between blank lines"
+    )
+    return f"{raised}; or, {by_file}" if documents > 1 else f"{alone}; {by_file}"
 
 
 def found_so_far(preparation: Preparation) -> None:

@@ -65,10 +65,14 @@ def dtype_name(vocab_size: int) -> Literal["uint16", "uint32"]:
 
 
 def manifest_digest(body: dict[str, Any]) -> str:
-    """Hex sha256 of the canonical JSON (sorted keys, no spaces, ASCII) of a manifest without its `digest`
-    key."""
-    rest = {key: value for key, value in body.items() if key != "digest"}
-    return sha256_json(rest)
+    """Hex sha256 of the canonical JSON (sorted keys, no spaces, ASCII) of a manifest without its `digest` and without
+    the versions in its provenance: the same bytes made with another Python are the same data set."""
+    provenance = {key: value for key, value in body["provenance"].items() if key != "versions"}
+    return _hash({**body, "provenance": provenance})
+
+
+def _hash(body: dict[str, Any]) -> str:
+    return sha256_json({key: value for key, value in body.items() if key != "digest"})
 
 
 class Manifest(Record):
@@ -87,7 +91,7 @@ class Manifest(Record):
     provenance: Provenance
     """Sources, settings and versions."""
     digest: Sha256
-    """sha256 of the canonical JSON of everything else: the identity of the data set."""
+    """The identity of the data set: `manifest_digest`; of data that earlier code made, the hash of the versions too."""
     _folder: Path = PrivateAttr(default=Path())
     _root: Path | None = PrivateAttr(default=None)
 
@@ -157,7 +161,7 @@ class Manifest(Record):
             key = ".".join(str(part) for part in first["loc"]) or "manifest"
             raise DataError(f"{file}: {key}: {first['msg']}; {REBUILD}") from None
         found = manifest_digest(body)
-        if found != manifest.digest:
+        if manifest.digest not in (found, _hash(body)):
             raise DataError(f"{file} was edited: its digest is {manifest.digest}, its content has {found}; {REBUILD}")
         return manifest
 

@@ -203,7 +203,7 @@ def _ingest_file(task: IngestTask, file: RawInput, cutter: PartCutter, quarantin
         except UnreachableError as error:
             warning = visible(f"warning: {error}; the file is read again in {seconds} s")
             print(warning, file=sys.stderr, flush=True)
-            cutter.forget()
+            cutter.forget(error, reads_again=True)
             quarantine.seek(begin)
             quarantine.truncate()
             time.sleep(seconds)
@@ -220,6 +220,7 @@ def _read_file(task: IngestTask, file: RawInput, cutter: PartCutter, quarantine:
         max_document_bytes=task.config.ingest.max_document_bytes,
         text_key=task.config.text_key,
         text_documents=task.config.text_documents,
+        held_out=task.config.held_out_of_files,
         ids=_id_reading(task),
     )
     rejected: Counter[str] = Counter()
@@ -240,7 +241,7 @@ def _read_file(task: IngestTask, file: RawInput, cutter: PartCutter, quarantine:
         if task.config.format in STRICT_FORMATS:
             raise
         damaged = str(error)
-        cutter.forget()
+        cutter.forget(error, reads_again=False)
         reason = NO_DOCUMENT if isinstance(error, NoDocumentError) else DAMAGED
         rejected, documents = Counter({reason: 1}), 0
         quarantine.seek(begin)

@@ -15,7 +15,7 @@ from data_prep.stages.id_maker import IdRecipe
 from data_prep.work.parts import PART_DOCUMENTS, Part, PartWriter
 
 # Text of one file that waits in memory until the file has been read whole; a file with more gets parts of its own,
-# which can be removed.
+# which can be left out.
 PENDING_BYTES = 1 << 23
 
 
@@ -58,6 +58,9 @@ class PartCutter:
 
     `key`: first part of the names of the parts. For each file: `begin`, `add` for each document, then `end`, or
     `forget` if it cannot be trusted.
+
+    Several processes may cut the same files into the same folder at once, as two copies of an array task do. So a name
+    stands for one content only, and no finished part is removed: another process may have counted on it.
     """
 
     def __init__(self, folder: Path, key: str, part_bytes: int, encoding: Encoding | None) -> None:
@@ -65,6 +68,7 @@ class PartCutter:
         self._writer: PartWriter | _EncodedPart | None = None
         self._files: list[tuple[str, int]] = []  # (name, documents) of what is in the open part
         self.parts: list[Part] = []
+        self._left_out = 0  # names that parts of damaged files have, and no other part may get
         self.begin("")
 
     def begin(self, name: str) -> None:
@@ -92,15 +96,17 @@ class PartCutter:
         if self._first_own is not None:
             self.close()
 
-    def forget(self) -> None:
-        """Takes back every document of the file."""
+    def forget(self, error: Exception, *, reads_again: bool) -> None:
+        """Takes back every document of the file, because of `error`. `reads_again`: the file follows once more, and
+        gives the same parts. Those of a file that is left out stay in the folder, in no record, as long as it does."""
         if self._first_own is not None:
-            self.close()
-            folder = self._folder if self._encoding is None else self._encoding.folder
-            for part in self.parts[self._first_own :]:
-                for suffix in (".zst", ".tok", ".safetensors"):
-                    (folder / (part.name + suffix)).unlink(missing_ok=True)
+            own = len(self.parts) - self._first_own
+            if self._writer is not None:
+                self._writer.discard(error)
+                self._writer, self._files = None, []
+                own += 1
             del self.parts[self._first_own :]
+            self._left_out += 0 if reads_again else own
         self.begin(self._name)
 
     def close(self) -> None:
@@ -130,7 +136,7 @@ class PartCutter:
             self._files.append((self._name, 1))
 
     def _open(self, split: SplitName) -> PartWriter | _EncodedPart:
-        name = f"{self._key}-{len(self.parts):05d}"
+        name = f"{self._key}-{len(self.parts) + self._left_out:05d}"
         if self._encoding is not None:
             return _EncodedPart(self._encoding, name, split)
         return PartWriter(self._folder, name, split)

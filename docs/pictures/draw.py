@@ -154,7 +154,7 @@ MODEL: list[list[Cell]] = [
     [("parameters", ""), ("layers", ""), ("feedforward", "sigma-MoE"), ("attention", "SwitchHead"), ("recompute", "")],
     [("balance", ""), ("routing_table", ""), ("choices", ""), ("routing", ""), ("documents", ""), ("kernels", "ops")],
     [("linear", ""), ("parallel", "collectives"), ("parameter_spec", ""), ("memory", ""), ("distributions", "")],
-    [("dropout", ""), ("cache", ""), ("openmp", ""), ("config", "")],
+    [("dropout", ""), ("cache", ""), ("openmp", ""), ("config", ""), ("layer_section", "")],
 ]
 IMPORTS = {
     "pretrain": (

@@ -19,18 +19,22 @@ from common.tables import counted
 from common.terminal import columns_of, spare_stdout
 from launch.slurm import job
 from launch.sweeps.check import LocalCheck, Problems, problems_of
+from launch.sweeps.equal_size import check_is_free, of_equal_size
 from launch.sweeps.plan import combinations, configurations, varied
 from launch.sweeps.queue import Queue
 from launch.sweeps.record import Sweep
 from launch.sweeps.training import launcher_of, train_all
+from pretrain.cli.plan_models import WIDTHS
 from pretrain.cli.refusals import exit_code_of
 from pretrain.report.exit_codes import ExitCode
 from pretrain.views.comparison import open_runs
 from pretrain.views.comparison_text import notes
 from pretrain.views.reading import State
 from pretrain.views.sweep import Result, edges, ranked, seeds_text, table_csv, table_text
+from pretrain.views.sweep_means import means_csv, means_latex, summarised
 
 TABLE, LOSSES, CURVES = "sweep.csv", "losses.png", "curves.png"
+SEEDS, LATEX = "seeds.csv", "seeds.tex"
 MOST_CURVES = 10
 """Runs in the picture of curves, the best first: as many as have a colour."""
 NOT_ALL = 1
@@ -59,6 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="a key and its values, repeatable: --vary optimizer.learning_rate=1e-3,2e-3,4e-3",
     )
     add_overrides(parser, "override a key in every run, repeatable")
+    parser.add_argument(
+        "--equal-parameters",
+        choices=WIDTHS.values(),
+        metavar="WIDTH",
+        help="give each run the width at which it has as many parameters in total as its configuration: "
+        f"{', '.join(WIDTHS.values())}",
+    )
     parser.add_argument(
         "--launcher",
         default="",
@@ -103,8 +114,12 @@ def sweep(args: argparse.Namespace) -> int:
         show(found)
         return 0
     configs, values = configurations(args.config), varied(args.vary, args.overrides)
-    found = Sweep.open(folder, list(values), args.overrides, configs)
-    asked = found.add(combinations(list(configs), values))
+    width = args.equal_parameters
+    if width is not None:
+        check_is_free(width, values, args.overrides)
+    found = Sweep.open(folder, list(values), args.overrides, configs, solved=width)
+    runs = combinations(list(configs), values)
+    asked = found.add(runs if width is None else of_equal_size(runs, configs, args.overrides, width))
     to_do = [run for run in asked if not _is_done(found.result(run))]
     queue = Queue(found, args.options, args.at_once) if args.submit else None
     pretrain = [*launcher_of(args.launcher), str(REPOSITORY / "launch" / "pretrain.py")]
@@ -143,7 +158,9 @@ def sweep(args: argparse.Namespace) -> int:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Raises UserError for options that do not go together."""
-    if args.table and (args.config or args.vary or args.overrides or args.submit or args.dry_run):
+    if args.table and (
+        args.config or args.vary or args.overrides or args.equal_parameters or args.submit or args.dry_run
+    ):
         raise UserError("--table: goes with --sweep-dir alone, which knows its configurations and values")
     if args.options and not args.submit:
         raise UserError(f"{args.options[0]}: options behind -- are for SLURM; add --submit, or leave them out")
@@ -182,14 +199,21 @@ def show(found: Sweep) -> None:
     print(flush=True)
     begun = [result for result in results if result.view is not None and len(result.view.metrics)]
     runs = open_runs([result.view for result in begun if result.view is not None])
-    for sentence in [*edges(results, found.keys), *(notes(runs) if runs else [])]:
+    for sentence in [*edges(results, found.chosen_keys), *(notes(runs) if runs else [])]:
         print(f"note: {sentence}", flush=True)
     write_file(found.folder / TABLE, table_csv(results, found.keys).encode())
     if not begun:
         return
+    means = summarised(results, found.keys)
+    write_file(found.folder / SEEDS, means_csv(means, found.keys).encode())
+    write_file(found.folder / LATEX, means_latex(means, found.keys).encode())
     from pretrain.views.comparison_page import drawn  # matplotlib, for which the table need not wait
     from pretrain.views.sweep_picture import losses_drawn
 
-    write_file(found.folder / LOSSES, losses_drawn(results, found.keys))
+    write_file(found.folder / LOSSES, losses_drawn(results, found.chosen_keys))
     write_file(found.folder / CURVES, drawn(runs[:MOST_CURVES]))
-    print(f"{found.folder}: {TABLE}, {LOSSES} (loss against each value) and {CURVES}", flush=True)
+    print(
+        f"{found.folder}: {TABLE}, {SEEDS} and {LATEX} (means over seeds), {LOSSES} (loss against each value) and "
+        f"{CURVES}",
+        flush=True,
+    )

@@ -39,6 +39,8 @@ class Sweep:
     """Name -> exit code of the newest start, if that left no outcome in the run folder."""
     jobs: dict[str, str] = field(default_factory=dict)
     """Name -> number of the newest SLURM job."""
+    solved: str | None = None
+    """The key among `keys` whose values follow from the others (--equal-parameters)."""
     is_new: bool = False
     """Whether the folder has no record of it yet."""
 
@@ -51,7 +53,7 @@ class Sweep:
             runs = [SweepRun(**run) for run in tree["runs"]]
             if any(set(run.values) != set(tree["keys"]) for run in runs):
                 raise ValueError("a run has values of other keys than the sweep")
-            found = {"unrecorded": tree["unrecorded"], "jobs": tree["jobs"]}
+            found = {"unrecorded": tree["unrecorded"], "jobs": tree["jobs"], "solved": tree.get("solved")}
             return cls(folder, tree["keys"], tree["overrides"], {run.name: run for run in runs}, **found)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -59,18 +61,27 @@ class Sweep:
             raise UserError(f"--sweep-dir: {path} is no record of a sweep; name another folder") from None
 
     @classmethod
-    def open(cls, folder: Path, keys: Sequence[str], overrides: Sequence[str], configs: dict[str, Path]) -> Sweep:
+    def open(
+        cls,
+        folder: Path,
+        keys: Sequence[str],
+        overrides: Sequence[str],
+        configs: dict[str, Path],
+        solved: str | None = None,
+    ) -> Sweep:
         """The sweep of the folder, or a new one. Writes nothing. Raises UserError if the folder has another one."""
+        keys = [*keys, *([] if solved is None else [solved])]
         check_output_folder(folder, "--sweep-dir")
         found = cls.load(folder)
         if found is None:
             if folder.exists() and any(folder.iterdir()):
                 raise UserError(f"--sweep-dir: {folder} holds other files and no sweep; name a new folder")
-            return cls(folder, list(keys), list(overrides), is_new=True)
+            return cls(folder, list(keys), list(overrides), solved=solved, is_new=True)
         if set(keys) != set(found.keys):
+            solved_for = " (solved for by --equal-parameters)" if found.solved else ""
             raise UserError(
-                f"--vary: {folder} is a sweep of {' and '.join(found.keys) or 'no key'}, and this command varies "
-                f"{' and '.join(keys) or 'none'}; vary the same keys, or name another --sweep-dir"
+                f"--vary: {folder} is a sweep of {' and '.join(found.keys) or 'no key'}{solved_for}, and this command "
+                f"varies {' and '.join(keys) or 'none'}; vary the same keys, or name another --sweep-dir"
             )
         for name, path in configs.items():
             found._check_unchanged(name, path, overrides)
@@ -111,6 +122,11 @@ class Sweep:
                 )
         self.runs |= {run.name: run for run in asked}
         return asked
+
+    @property
+    def chosen_keys(self) -> list[str]:
+        """Those of which the user chose the values."""
+        return [key for key in self.keys if key != self.solved]
 
     def config(self, name: str) -> Path:
         """The sweep's own copy of a configuration, because the user's file may be edited while it goes on."""
@@ -171,7 +187,7 @@ class Sweep:
 
     def save(self) -> None:
         """Raises OSError."""
-        names = ("keys", "overrides", "unrecorded", "jobs")
+        names = ("keys", "overrides", "unrecorded", "jobs", "solved")
         tree = {name: getattr(self, name) for name in names}
         write_json(self.folder / SWEEP_RECORD, tree | {"runs": [dataclasses.asdict(run) for run in self.runs.values()]})
 

@@ -16,12 +16,13 @@ from types import FrameType
 from typing import Any
 
 from common.errors import UserError
+from common.tables import beginning
 from common.terminal import follows_escapes, visible
 from launch.sweeps.record import Sweep
 from pretrain.report.exit_codes import ExitCode, meaning_of
 from pretrain.resilience.signals import heard_signals
 from pretrain.views.reading import RunView, State
-from pretrain.views.status import beginning, duration, left_text
+from pretrain.views.status import duration, left_text
 from pretrain.views.sweep import STOPPED, SweepRun
 
 LOOK_SECONDS = 1.0

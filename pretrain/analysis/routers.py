@@ -6,10 +6,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from model.attention.dense import DenseAttention
 from model.attention.moa import MoAAttention
 from model.attention.switchhead import PROJECTIONS, SwitchHeadAttention
 from model.config import Projection
+from model.feedforward.dense import DenseFeedForward
 from model.feedforward.sigma_moe import SigmaMoE
+from model.feedforward.swiglu import SwiGLU
 from model.kernels.ops.route import Routing, route
 
 
@@ -36,6 +39,7 @@ def routers_of(layer: nn.Module) -> list[Router]:
         return [Router("", "attention", layer.selector[None], layer.config.num_heads)]
     if isinstance(layer, SigmaMoE):
         return [Router("", "feed-forward", layer.router[None], layer.config.active_experts)]
+    assert isinstance(layer, DenseAttention | DenseFeedForward | SwiGLU), type(layer)
     return []
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from model.language_model import LanguageModel
 from model.memory import layer_memories, separate_streams
 from pretrain.analysis.attention import attention_weights
@@ -74,7 +75,12 @@ def trace_text(
     after_window: Callable[[int], object] = lambda n: None,
 ) -> Trace:
     """`tokens`: ids [N], N >= 1. They are read in windows of sequence_length tokens; a model with memory carries it
-    from window to window, as in training. Calls `after_window` with the number of tokens read."""
+    from window to window, as in training. Calls `after_window` with the number of tokens read. Raises UserError if
+    nothing here computes what the model's layers do."""
+    config = model.config
+    for place, layer in (("attention", config.attention), ("feedforward", config.feedforward)):
+        if (reason := layer.lacks.get("analysis")) is not None:
+            raise UserError(f"model.{place}.type is {layer.type}, whose maps and experts cannot be shown: {reason}")
     length, device = model.config.sequence_length, next(model.parameters()).device
     ids = torch.tensor(list(tokens), device=device)
     kept, losses = _Kept(model, request), []

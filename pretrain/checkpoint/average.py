@@ -18,6 +18,7 @@ from pretrain.checkpoint.folder import Checkpoint, names_of
 from pretrain.checkpoint.loading import whole_parameters
 from pretrain.checkpoint.prepared_data import stored_tokenizer_of
 from pretrain.checkpoint.shares import shares_of
+from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin, write_weights
 from pretrain.config.keys import flatten
 from pretrain.config.loading import parse_config
@@ -63,7 +64,7 @@ def average(
 
     bar = count_bytes(out.name, sum(4 * math.prod(shape) for shape in shapes.values()))
     means = {name: partial(mean, name) for name in shapes}
-    write_weights(out, _origin(newest, _source(checkpoints, shares, kind)), means, wrote=bar)
+    write_weights(out, origin_of(newest, _source(checkpoints, shares, kind)), means, wrote=bar)
     print(f"{out}: {_source(checkpoints, shares, kind)}", flush=True)
 
 
@@ -89,14 +90,15 @@ def _model_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if key.rpartition(".")[2] not in ONLY_IN_TRAINING}
 
 
-def _origin(newest: Checkpoint, source: str) -> WeightsOrigin:
+def origin_of(checkpoint: Checkpoint, source: str, tokenizer: StoredTokenizer | None = None) -> WeightsOrigin:
+    """What weights made of those of `checkpoint` are recorded with. `tokenizer`: where it is open already."""
     return WeightsOrigin(
-        config=parse_config(newest.state["config"]),
+        config=parse_config(checkpoint.state["config"]),
         source=source,
-        tokenizer=stored_tokenizer_of(newest)[0],
-        tokenizer_sha256=newest.state["tokenizer_sha256"],
-        manifest_digest=newest.state["manifest_digest"],
-        progress=newest.progress,
+        tokenizer=stored_tokenizer_of(checkpoint)[0] if tokenizer is None else tokenizer,
+        tokenizer_sha256=checkpoint.state["tokenizer_sha256"],
+        manifest_digest=checkpoint.state["manifest_digest"],
+        progress=checkpoint.progress,
     )
 
 

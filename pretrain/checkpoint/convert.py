@@ -26,13 +26,13 @@ def convert(folder: Path, out: Path, *, data: str | None = None, ema: bool = Fal
     """Checks the files of the checkpoint `folder` and writes its fp32 weights to `out`/model.safetensors, with
     config.json, weights.json and the tokenizer beside them. `data`: where the prepared data are now. `ema`: the moving
     average instead of the weights. Raises UserError; `out` then holds what it held before."""
-    check_output_folder(out.absolute(), "OUT")
+    check_output_folder(out.absolute(), "--to")
     checkpoint = Checkpoint.open(folder)
     found, reason = stored_tokenizer_of(checkpoint, data)
     tokenizer = None if found is None else found.entry.file
     for name in (MODEL, MODEL + PARTIAL, CONFIG, WEIGHTS, tokenizer or ""):
         if name and os.path.lexists(out / name):
-            raise UserError(f"OUT: {out / name} exists; name another folder")
+            raise UserError(f"--to: {out / name} exists; name another folder")
     checkpoint.check_files()
     with making(out), _removed_if_it_fails(out) as made:
         if found is not None and tokenizer is not None:

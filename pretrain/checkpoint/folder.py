@@ -238,14 +238,14 @@ def names_of(checkpoints: Sequence[Path]) -> list[str]:
     return [label(run) if run == path else f"{label(run)} {path.name}" for path, run in found]
 
 
-def check_new_checkpoint(folder: Path) -> None:
-    """Raises UserError, which names --to, where weights alone cannot become the new checkpoint `folder`: it is there,
-    or a run would take it for its own."""
+def check_new_checkpoint(folder: Path, option: str) -> None:
+    """Raises UserError, which names `option`, where weights alone cannot become the new checkpoint `folder`: it is
+    there, or a run would take it for its own."""
     if os.path.lexists(folder):
-        raise UserError(f"--to: {folder} exists; name a folder that does not")
+        raise UserError(f"{option}: {folder} exists; name a folder that does not")
     if is_among_checkpoints(folder.absolute()):
         raise UserError(
-            f"--to: {folder} would pass for a checkpoint of the run, which does not continue from weights alone; "
+            f"{option}: {folder} would pass for a checkpoint of the run, which does not continue from weights alone; "
             f"name a folder outside of checkpoints, such as mean"
         )
 

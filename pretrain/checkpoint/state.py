@@ -149,5 +149,9 @@ def versions() -> Mapping[str, str | None]:
 def code_versions() -> Mapping[str, str | None]:
     """Those of them that are known without DeepSpeed. Asked once a process: git is a process of its own, and a checkout
     that changes while a run goes on does not change the run."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    return {"python": platform.python_version(), "torch": torch.__version__, "git": git.stdout.strip() or None}
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        revision = git.stdout.strip() or None
+    except OSError:  # a machine without git
+        revision = None
+    return {"python": platform.python_version(), "torch": torch.__version__, "git": revision}

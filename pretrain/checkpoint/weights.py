@@ -67,13 +67,14 @@ def write_weights(
     origin: WeightsOrigin,
     tensors: Mapping[str, Callable[[], Tensor]],
     *,
+    option: str = "--to",
     wrote: Callable[[int], None] = lambda num_bytes: None,
 ) -> Checkpoint:
     """Writes the new checkpoint `folder`, whole or not at all, and returns it opened.
 
     `tensors`: by canonical name (`checkpoint.shapes.full_shapes`; a tied output layer has none of its own), functions
     that give the whole parameter in fp32; each is called once, and one result is held at a time. `wrote` is called with
-    the size of every block. Raises UserError, which names --to if the folder is there already, a tensor that is
+    the size of every block. Raises UserError, which names `option` if the folder is there already, a tensor that is
     missing, unknown or of the wrong shape, and what the disk refuses.
     """
     shapes = full_shapes(origin.config.model)
@@ -95,7 +96,7 @@ def write_weights(
         f"master/{name}": {"dtype": NAMES[torch.float32], "shape": shape, "chunks": [[0, [0] * len(shape), shape]]}
         for name, shape in shapes.items()
     }
-    unfinished = _unfinished(folder)
+    unfinished = _unfinished(folder, option)
     try:
         files = {RANK_FILE: write_safetensors(unfinished / RANK_FILE, entries, wrote)}
         files |= _write_tokenizer(unfinished, origin.tokenizer)
@@ -104,7 +105,7 @@ def write_weights(
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, OSError):
-            raise UserError(f"--to: {error.filename or folder}: {error.strerror}") from None
+            raise UserError(f"{option}: {error.filename or folder}: {error.strerror}") from None
         raise
     return Checkpoint.open(folder)
 
@@ -113,18 +114,18 @@ def _key(name: str, shape: list[int]) -> str:
     return chunk_key(f"master/{name}", [0] * len(shape))
 
 
-def _unfinished(folder: Path) -> Path:
+def _unfinished(folder: Path, option: str) -> Path:
     """Makes the folder that becomes `folder`; takes away what an interrupted attempt left of it."""
-    check_new_checkpoint(folder)
+    check_new_checkpoint(folder, option)
     unfinished = folder.with_name(folder.name + PARTIAL)
     try:
         if os.path.lexists(unfinished):
             if not holds_checkpoint_files_alone(unfinished):
-                raise UserError(f"--to: {unfinished} is in the way; move it, or name another folder")
+                raise UserError(f"{option}: {unfinished} is in the way; move it, or name another folder")
             shutil.rmtree(unfinished)
         unfinished.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--to: {error.filename or unfinished}: {error.strerror}; name another folder") from None
+        raise UserError(f"{option}: {error.filename or unfinished}: {error.strerror}; name another folder") from None
     return unfinished
 
 

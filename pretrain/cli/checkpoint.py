@@ -57,13 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="the fp32 weights as one model.safetensors, with the tokenizer",
-        description="Writes the fp32 weights, each parameter whole, to OUT/model.safetensors, beside them the run's "
+        description="Writes the fp32 weights, each parameter whole, to DIR/model.safetensors, beside them the run's "
         "configuration (config.json), its tokenizer (tokenizer.model) and where the weights come from (weights.json: "
         "step, tokens read, data set). Needs memory for the largest parameter only. docs/checkpoints.md shows how to "
         "load them.",
     )
     convert.add_argument("folder", type=a_path, metavar="PATH", help="a checkpoint, or a run folder for its newest")
-    convert.add_argument("out", type=a_path, metavar="OUT", help="folder to write to; must not hold a model yet")
+    convert.add_argument("out", type=a_path, nargs="?", help=argparse.SUPPRESS)  # as it was written before --to
+    convert.add_argument("--to", type=a_path, metavar="DIR", help="folder to write to; must not hold a model yet")
     convert.add_argument(
         "--data",
         type=not_empty,
@@ -108,10 +109,18 @@ def run(args: argparse.Namespace) -> int:
     elif args.command == "average":
         average_of(args)
     else:
-        folder = _newest(args.folder)
-        with while_they_are_there([folder], "PATH"):
-            convert(folder, args.out, data=args.data, ema=args.ema)
+        convert_one(args)
     return 0
+
+
+def convert_one(args: argparse.Namespace) -> None:
+    """Raises UserError."""
+    if (args.to is None) == (args.out is None):
+        what = "is missing" if args.to is None else f"is {args.to}, and {args.out} is another argument"
+        raise UserError(f"--to: {what}; name the one folder to write to, --to DIR")
+    folder = _newest(args.folder)
+    with while_they_are_there([folder], "PATH"):
+        convert(folder, args.to or args.out, data=args.data, ema=args.ema)
 
 
 def average_of(args: argparse.Namespace) -> None:
@@ -120,7 +129,7 @@ def average_of(args: argparse.Namespace) -> None:
         raise UserError("CHECKPOINT: the mean of one checkpoint is itself; name two or more, or --ema")
     weights = None if args.weights is None else read_weights(args.weights)
     shares_of(weights, len(args.folders))
-    check_new_checkpoint(args.to)  # before every file is read
+    check_new_checkpoint(args.to, "--to")  # before every file is read
     folders = [_newest(folder) for folder in args.folders]
     from pretrain.checkpoint.average import average  # imports torch, for which what is refused above need not wait
 

@@ -19,11 +19,11 @@ from common.errors import UserError
 from common.paths import find_input
 from common.terminal import visible
 from common.urls import URL
-from pretrain.checkpoint.folder import check_output_folder
+from pretrain.checkpoint.folder import check_output_folder, while_they_are_there
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources, check_held_out, open_sources
+from pretrain.evaluate import bits_per_byte, evaluation_windows, target_counts, unigram_perplexity
 from pretrain.evaluate import evaluate as validation
-from pretrain.evaluate import evaluation_windows, target_counts, unigram_perplexity
 from pretrain.evaluation import results
 from pretrain.evaluation.examples import Encoder, Example
 from pretrain.evaluation.harness_run import evaluate_with_harness, task_specs
@@ -59,19 +59,20 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
     specs = task_specs(choices.harness) if choices.harness is not None else []
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     checkpoint = agreed(lambda: find_checkpoint(run))
-    config, tokenizer = agreed(
-        lambda: evaluation_config(
-            checkpoint,
-            config_of(checkpoint),
-            data=choices.data,
-            overrides=choices.overrides,
-            batch=choices.batch,
-            ranks=world_size,
-        )
-    )
     out = (choices.out or results.results_folder(checkpoint, ema=choices.ema)).absolute()
-    agreed(lambda: check_output_folder(out, "--out"))
-    opened = open_model(checkpoint, config, tokenizer, device, ema=choices.ema)
+    with while_they_are_there([checkpoint.path], "RUN"):
+        config, tokenizer = agreed(
+            lambda: evaluation_config(
+                checkpoint,
+                config_of(checkpoint),
+                data=choices.data,
+                overrides=choices.overrides,
+                batch=choices.batch,
+                ranks=world_size,
+            )
+        )
+        agreed(lambda: check_output_folder(out, "--out"))
+        opened = open_model(checkpoint, config, tokenizer, device, ema=choices.ema)
     limits = Limits(choices.batch, choices.context or learned_context(config.model))
     is_first = opened.place.parallel.is_first
     rows: list[tuple[str, ...]] = []
@@ -187,12 +188,7 @@ def _task(opened: OpenedModel, name: str, place: str | None, choices: Choices, l
                 yield example
                 progress.update(1)
 
-    def read() -> PreparedTask:
-        prepared = PreparedTask.of(name, path, encoder, limit=choices.limit, shown=shown)
-        prepared.check(limits)
-        return prepared
-
-    return agreed(read)
+    return agreed(lambda: PreparedTask.of(name, path, encoder, limits, limit=choices.limit, shown=shown))
 
 
 def _run_task(opened: OpenedModel, prepared: PreparedTask, limits: Limits) -> TaskResult:
@@ -240,7 +236,7 @@ def _validate(opened: OpenedModel, found: HeldOut, *, is_other: bool) -> dict[st
     assert values is not None
     counts = target_counts(reader, evaluation_windows(reader, config))
     if size := opened.tokenizer.bytes_of(counts):
-        values["bits_per_byte"] = values["loss"] * values["tokens"] / math.log(2) / size
+        values["bits_per_byte"] = bits_per_byte(values["loss"], values["tokens"], size)
     unigram = unigram_perplexity(counts)
     content = {"task": "validation", "split": config.evaluate.split, **values, "unigram_perplexity": unigram}
     if not is_other:

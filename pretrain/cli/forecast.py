@@ -24,7 +24,6 @@ def main() -> int:
     config = parse_config(given["config"])
     device = planned_device_type(config.train.device)
     card = card_name() if device == "cuda" else None
-    os.environ["DS_ACCELERATOR"] = "cpu"  # a rehearsed step must not take memory of the run's GPU
     found = run_estimate(config, given["ranks"], device, card=card, ranks_per_node=given["ranks_per_node"])
     print(json.dumps(found.to_json()))
     return 0

@@ -9,7 +9,7 @@ from common.arguments import Parser, a_path, above_zero, add_overrides, at_least
 from common.errors import UserError
 from common.units import GIB
 from pretrain.cli.plan_machine import add_fit, add_search, wanted_of
-from pretrain.cli.plan_models import models_of_costs, models_of_match
+from pretrain.cli.plan_models import WIDTHS, models_of_costs, models_of_match
 from pretrain.cli.refusals import exit_code_of
 from pretrain.config.loading import load_config
 from pretrain.config.rules import check_ranks, smallest_world
@@ -53,14 +53,15 @@ def _add_match(commands: argparse._SubParsersAction[Parser]) -> None:
     match = commands.add_parser(
         "match",
         help="the width that gives a model as many parameters as its baseline",
-        description="Solves for the attention's head_dim or the dense feed-forward's hidden_size at which CONFIG has "
-        "as many parameters in total as the baseline (rounded to the nearest width), as in the paper's comparisons.",
+        description="Solves for the attention's head_dim, the dense feed-forward's hidden_size or its experts' "
+        "expert_size at which CONFIG has as many parameters in total as the baseline (rounded to the nearest width), "
+        "as in the paper's comparisons. For every run of a sweep: launch/sweep.py --equal-parameters.",
     )
     match.add_argument("config", type=a_path, metavar="CONFIG", help="run configuration to be changed")
     match.add_argument("--like", type=a_path, required=True, metavar="BASELINE", help="configuration to equal in size")
     match.add_argument(
         "--solve",
-        choices=("head_dim", "hidden_size"),
+        choices=tuple(WIDTHS),
         default="hidden_size",
         help="width to solve for (default: hidden_size)",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -30,7 +29,6 @@ WIDTH = 120
 
 def print_fit(args: argparse.Namespace, wanted: WantedPlan) -> None:
     """Raises UserError."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds no GPU, which none needs here
     report = fit(wanted.config, wanted.machine, results=args.results or RESULTS, tell=tell)
     done = steps_done(wanted.path)
     if args.json:

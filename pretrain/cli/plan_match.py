@@ -42,7 +42,7 @@ def match_width(model: ModelConfig, like: ModelConfig, solve: Width) -> Match:
     value = before + round((target - now) / step)
     if value < 1:
         fixed = formula_parameters(with_width(model, solve, 1)).total
-        other = "hidden_size" if solve == "head_dim" else "head_dim"
+        other = "feed-forward width" if solve == "head_dim" else "head_dim"
         raise ConfigError(
             f"{key}: the baseline has {target:,} parameters, this model has {fixed:,} even with {solve} = 1; "
             f"make it smaller elsewhere, e.g. with another {other} or fewer experts"
@@ -52,7 +52,7 @@ def match_width(model: ModelConfig, like: ModelConfig, solve: Width) -> Match:
 
 
 def with_width(model: ModelConfig, solve: Width, value: int) -> ModelConfig:
-    """`model` with another head_dim or hidden_size."""
+    """`model` with another width."""
     section = "attention" if solve == "head_dim" else "feedforward"
     return model.model_copy(update={section: getattr(model, section).model_copy(update={solve: value})})
 

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Literal
 
 from common.errors import ConfigError
-from model.config import ModelConfig, SigmaMoEConfig
+from model.config import ModelConfig
 from pretrain.config.loading import load_config
 from pretrain.report.run_paths import config_file, is_run
 
-Width = Literal["head_dim", "hidden_size"]
-WIDTHS: dict[Width, str] = {"head_dim": "model.attention.head_dim", "hidden_size": "model.feedforward.hidden_size"}
+Width = Literal["head_dim", "hidden_size", "expert_size"]
+WIDTHS: dict[Width, str] = {
+    "head_dim": "model.attention.head_dim",
+    "hidden_size": "model.feedforward.hidden_size",
+    "expert_size": "model.feedforward.expert_size",
+}
 """What can be solved for, with its dotted key."""
 
 
@@ -31,12 +35,18 @@ def models_of_match(
 ) -> tuple[ModelConfig, ModelConfig]:
     """The model to be changed, which has that width, and the one to equal in size. Raises ConfigError."""
     model, baseline = load_model(config, overrides), load_model(like, (), option="--like")
-    if solve == "hidden_size" and isinstance(model.feedforward, SigmaMoEConfig):
-        raise ConfigError(
-            f"{WIDTHS[solve]}: a sigma_moe feed-forward has no hidden_size; use --solve head_dim, or set "
-            f"model.feedforward.type to dense or swiglu"
-        )
+    check_width(model, solve)
     return model, baseline
+
+
+def check_width(model: ModelConfig, solve: Width) -> None:
+    """Raises ConfigError if the model has no such width."""
+    if solve != "head_dim" and not hasattr(model.feedforward, solve):
+        other = next(width for width in ("hidden_size", "expert_size") if hasattr(model.feedforward, width))
+        raise ConfigError(
+            f"{WIDTHS[solve]}: a {model.feedforward.type} feed-forward has no {solve}; solve for its {other}, or for "
+            f"head_dim"
+        )
 
 
 def config_files(path: Path) -> list[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ from pretrain.planning.search import SHOWN, Found, SearchReport, search
 
 def print_search(args: argparse.Namespace, wanted: WantedPlan) -> None:
     """Raises UserError; also where nothing fits."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds no GPU, which none needs here
     path, config, found = wanted
     with count_bar(enabled=not args.json) as bar:
         counted = ""

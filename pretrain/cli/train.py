@@ -22,8 +22,9 @@ from common.units import GIB
 from pretrain.cli.refusals import code_of_failure
 from pretrain.config.deepspeed_keys import EXTRA
 from pretrain.config.fields import FREE
-from pretrain.config.loading import load_config, to_json
+from pretrain.config.loading import alert_settings, load_config, to_json
 from pretrain.config.schema import Config
+from pretrain.config.watching import MonitorConfig
 from pretrain.data.patience import Patience, patient_seconds
 from pretrain.preflight.run import PlannedRun, preflight
 from pretrain.preflight.whole import Examination, Wanted
@@ -31,7 +32,8 @@ from pretrain.ranks import Ranks
 from pretrain.report.estimate import SideBySide
 from pretrain.report.exit_codes import ExitCode, code_of, exit_codes_help
 from pretrain.report.forecast import Forecast
-from pretrain.report.run_paths import config_file, run_folder
+from pretrain.report.run_paths import SAVED_CONFIG, asked_folder, config_file, run_folder
+from pretrain.resilience.early_end import EarlyEnd
 from pretrain.resilience.signals import ProcessState, Stop
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return ExitCode.REFUSED
-    run_dir: Path | None = None
+    end: EarlyEnd | None = None
     try:
         if args.ranks is not None and (not args.dry_run or args.ranks < 1):
             raise UserError(
@@ -121,6 +123,10 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
             )
             return dry_run(wanted, with_step=not args.no_step)
         path = config_file(args.config)
+        end = early_end(path, args.overrides, args.run_dir)
+        if ranks.rank == 0:
+            end.hear(stop)
+        stop.enter(ProcessState.JOINING)
         run_dir = run_folder(path, args.run_dir)
         config = load_config(path, args.overrides)
         with contextlib.ExitStack() as stack:
@@ -135,14 +141,30 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
             )
             if ranks.rank == 0:
                 print_derived(config, data_size, sources, run_dir, newest)
-            return run(config, sources, run_dir, ranks, stop, side_by_side)
+            return run(config, sources, run_dir, ranks, stop, side_by_side, end)
     except UserError as error:
         is_alone = stop.say_refusal(error, ranks)
-        if run_dir is not None and (ranks.rank == 0 or is_alone):
-            from pretrain.report.run_folder import note_early_end
+        code = code_of(type(error))
+        if end is not None and (ranks.rank == 0 or is_alone):
+            stop.enter(ProcessState.ENDING)  # whatever ends this process now, it has refused the run
+            end.note(code, str(error))
+        return code
+    except Exception as error:
+        if end is not None and ranks.rank == 0:
+            end.note(ExitCode.UNFORESEEN, repr(error))
+        raise
 
-            note_early_end(run_dir, code_of(type(error)), str(error))
-        return code_of(type(error))
+
+def early_end(path: Path, overrides: Sequence[str], given: str | None) -> EarlyEnd:
+    """Notes how a start ends before its ranks have met, of which nothing is known yet but its arguments: the path of
+    its configuration, `--set` and `--run-dir`. Where that configuration cannot be read, the one that the run has saved
+    says whom to tell."""
+    run_dir = asked_folder(path, given or None)
+
+    def monitor() -> MonitorConfig | None:
+        return alert_settings(path, overrides) or alert_settings(run_dir / SAVED_CONFIG, overrides)
+
+    return EarlyEnd(run_dir, monitor)
 
 
 def dry_run(wanted: Wanted, *, with_step: bool = True) -> int:
@@ -193,29 +215,31 @@ def _print_memory(planned: PlannedRun, device_memory: int | None) -> None:
             print(f"  {row.name:<19}  {row.value:<12}  {row.formula}", flush=True)
 
 
-def run(
+def run(  # noqa: PLR0913 (what main has found, one after the other)
     config: Config,
     sources: Sources,
     run_dir: Path,
     ranks: Ranks,
     stop: Stop,
     side_by_side: SideBySide | None = None,
+    end: EarlyEnd | None = None,
 ) -> int:
-    """Joins the process group and trains."""
+    """Joins the process group and trains. `end`: of this start, as long as the ranks have not met."""
     from pretrain import device as devices
     from pretrain.loop import train
     from pretrain.parallel.agreement import PeerFailed
-    from pretrain.report.run_folder import note_early_end
     from pretrain.resilience.guard import RankLost, RunFailed, collective_timeout
 
     try:
         device = devices.start(ranks, config.train, timeout_seconds=collective_timeout(config.resilience))
     except devices.Unreachable as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if ranks.rank == 0:
-            note_early_end(run_dir, ExitCode.CUT_OFF, str(error))
+        if end is not None and ranks.rank == 0:
+            end.note(ExitCode.CUT_OFF, str(error))
         return ExitCode.CUT_OFF
     stop.enter(ProcessState.STARTING)
+    if end is not None:
+        end.close(stop)
     code = ExitCode.UNFORESEEN
     try:
         code = train(config, sources, run_dir, device, stop, side_by_side)

@@ -45,6 +45,9 @@ def _obstacles(config: Config, data_size: int | None, device_type: str | None) -
     parallel = config.parallel
     if device_type not in (None, "cuda"):
         yield Obstacle("a CPU", "only a GPU has them", "")
+    for place, layer in (("attention", config.model.attention), ("feedforward", config.model.feedforward)):
+        if (reason := layer.lacks.get("graphs")) is not None:
+            yield Obstacle(f"model.{place}.type = {layer.type}", reason, "")
     if parallel.pipeline > 1:
         reason = "DeepSpeed's pipeline engine has several micro-steps under way at once"
         yield Obstacle(f"parallel.pipeline = {parallel.pipeline}", reason, ", or parallel.pipeline to 1")

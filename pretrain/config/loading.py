@@ -12,6 +12,7 @@ from common import json_config
 from common.errors import ConfigError, Problem, UserError, refuse
 from pretrain.config.rules import check_rules
 from pretrain.config.schema import Config
+from pretrain.config.watching import MonitorConfig
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--config") -> Config:
@@ -48,6 +49,19 @@ def inspect_config(
         return None, [error]
     config, found = json_config.validate_all(Config, tree)
     return config, [*problems, *found]
+
+
+def alert_settings(path: Path, overrides: Sequence[str] = ()) -> MonitorConfig | None:
+    """What a configuration that may be wrong in every other place says of alerts, in a MonitorConfig; None where it
+    cannot be read, or is wrong there."""
+    try:
+        tree = config_tree(path, overrides, problem=lambda error: None)
+    except ConfigError:
+        return None
+    monitor = tree.get("monitor", {})
+    if not isinstance(monitor, dict):
+        return None
+    return json_config.validate_all(MonitorConfig, {key: monitor[key] for key in monitor if key.startswith("alert")})[0]
 
 
 def _read(path: Path, option: str) -> dict[str, Any]:

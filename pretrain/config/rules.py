@@ -132,8 +132,12 @@ def _check_routing_record(config: Config) -> None:
     """Recorded or replayed choices must exist, and a replay would only record again what it replays."""
     record, replay = config.train.record_routing, config.train.replay_routing
     for key in ["train.record_routing"] * record + ["train.replay_routing"] * (replay is not None):
-        if config.model.attention.type == "dense" and config.model.feedforward.type != "sigma_moe":
-            raise ConfigError(f"{key}: this model has no routers, all of it is dense; remove the key")
+        layers = {"attention": config.model.attention, "feedforward": config.model.feedforward}
+        if all(layer.routers is None for layer in layers.values()):
+            raise ConfigError(f"{key}: this model has no routers; remove the key")
+        for place, layer in layers.items():
+            if (reason := layer.lacks.get("choices")) is not None:
+                raise ConfigError(f"{key}: model.{place}.type is {layer.type}: {reason}; remove the key")
     if replay is not None and not replay.strip():
         raise ConfigError(
             "train.replay_routing: is empty; set it to the run folder of a run with train.record_routing, or to null"
@@ -148,12 +152,17 @@ def _check_routing_record(config: Config) -> None:
 def _check_tensor(config: Config) -> None:
     """Every size that is divided over tensor-parallel ranks must be a multiple of their number."""
     tensor, model = config.parallel.tensor, config.model
-    divided = {"model.attention.num_heads": model.attention.num_heads, "model.vocab_size": model.vocab_size}
-    if model.feedforward.type == "sigma_moe":
-        if config.parallel.expert == 1:  # else they are divided over expert-parallel ranks instead
-            divided["model.feedforward.num_experts"] = model.feedforward.num_experts
-    else:
-        divided["model.feedforward.hidden_size"] = model.feedforward.hidden_size
+    divided: dict[str, int] = {}
+    for place, layer in (("attention", model.attention), ("feedforward", model.feedforward)):
+        if tensor > 1 and (reason := layer.lacks.get("tensor")) is not None:
+            raise ConfigError(
+                f"parallel.tensor: {tensor} ranks would divide every layer, but model.{place}.type is {layer.type}: "
+                f"{reason}; set parallel.tensor to 1"
+            )
+        if place == "feedforward" and config.parallel.expert > 1:
+            continue  # experts are divided over expert-parallel ranks instead
+        divided |= {f"model.{place}.{key}": value for key, value in layer.divided.items()}
+    divided["model.vocab_size"] = model.vocab_size
     common = math.gcd(*divided.values())
     for key, value in divided.items():
         if value % tensor:
@@ -221,20 +230,22 @@ def _check_sequence(config: Config) -> None:
 
 
 def _check_expert(config: Config) -> None:
-    """Expert parallelism divides the sigma-MoE experts over data-parallel ranks."""
+    """Expert parallelism divides the feed-forward experts over data-parallel ranks."""
     expert, feedforward, zero = config.parallel.expert, config.model.feedforward, config.parallel.zero
     if expert == 1:
         return
-    if feedforward.type != "sigma_moe":
+    if (why := feedforward.lacks.get("expert")) is not None:
         raise ConfigError(
-            f"parallel.expert: {expert} ranks would divide the sigma-MoE experts, but model.feedforward.type is "
-            f"{feedforward.type}; set parallel.expert to 1"
+            f"parallel.expert: {expert} ranks would divide the feed-forward experts, but model.feedforward.type is "
+            f"{feedforward.type}: {why}; set parallel.expert to 1"
         )
-    if feedforward.num_experts % expert:
+    assert feedforward.routers is not None
+    experts = feedforward.routers.num_experts
+    if experts % expert:
         raise ConfigError(
-            f"parallel.expert: {expert} does not divide model.feedforward.num_experts = {feedforward.num_experts}; set "
-            f"parallel.expert to {_largest_divisor(feedforward.num_experts, expert)}, or model.feedforward.num_experts "
-            f"to {_nearest_multiple(feedforward.num_experts, expert)}"
+            f"parallel.expert: {expert} does not divide model.feedforward.num_experts = {experts}; set "
+            f"parallel.expert to {_largest_divisor(experts, expert)}, or model.feedforward.num_experts "
+            f"to {_nearest_multiple(experts, expert)}"
         )
     if config.parallel.tensor > 1 and not config.parallel.sequence:
         raise ConfigError(

@@ -84,6 +84,40 @@ class BatchConfig(Section):
     quotient is the number of micro-steps."""
 
 
+class UndecayedGroupConfig(Section):
+    """What the optimizer does differently with a group of parameters that are never decayed."""
+
+    learning_rate_ratio: Annotated[float, Field(ge=0.0)] = 1.0
+    """Learning rate of the group, as a share of that of the step; 0: the group stays as it is."""
+
+
+class GroupConfig(UndecayedGroupConfig):
+    """What the optimizer does differently with a group of parameters."""
+
+    weight_decay: Annotated[float, Field(ge=0.0)] | None = None
+    """Decoupled weight decay of the group's matrices and expert tensors; null: optimizer.weight_decay."""
+
+
+class GroupsConfig(Section):
+    """Groups of parameters, as the curves `gradient norm by group` name them. A group that the model does not have is
+    refused where it is given."""
+
+    embedding: GroupConfig = GroupConfig()
+    """The token embedding, and with it a tied output layer."""
+    attention: GroupConfig = GroupConfig()
+    """Dense matrices of attention, and its biases and scales."""
+    routers: GroupConfig = GroupConfig()
+    """Selectors of experts, of attention and of the feed-forward."""
+    experts: GroupConfig = GroupConfig()
+    """Expert tensors of attention and of the feed-forward."""
+    feedforward: GroupConfig = GroupConfig()
+    """Matrices and biases of a dense feed-forward."""
+    norms: UndecayedGroupConfig = UndecayedGroupConfig()
+    """LayerNorms."""
+    head: GroupConfig = GroupConfig()
+    """The output layer; where it is tied, its bias."""
+
+
 class OptimizerConfig(Section):
     """torch AdamW; the defaults are the paper's."""
 
@@ -97,6 +131,7 @@ class OptimizerConfig(Section):
     """Decoupled weight decay of matrices and expert tensors; LayerNorms and biases are never decayed."""
     clip_norm: Annotated[float, Field(ge=0.0)] = 0.25
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    groups: GroupsConfig = GroupsConfig()
 
 
 class ScheduleConfig(Section):

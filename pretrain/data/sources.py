@@ -206,6 +206,11 @@ def _check_splits(source: Source, config: Config) -> None:
 
 def _check_length(source: Source, split: SplitName, config: Config, remedy: str = "") -> None:
     manifest, T = source.manifest, config.model.sequence_length
+    if split != "train" and not manifest.num_tokens(split):
+        raise UserError(
+            f"{source.key}: no document of {manifest.folder} went to {split}; prepare the data again, with a larger "
+            f"validation_fraction, or with validation_from=end if it is one long text{remedy}"
+        )
     if num_windows(manifest, split, T) < 1:
         raise UserError(
             f"{source.key}: the {split} split of {manifest.folder} holds {manifest.num_tokens(split)} tokens, "

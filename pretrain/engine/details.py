@@ -5,46 +5,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.config import MoAConfig, ModelConfig
+from model.config import ModelConfig
 from model.language_model import routing_statistics
 from model.parallel.context import ParallelContext
-from model.parameter_spec import ParameterSpec
 from model.parameters import owner_of, parameter_specs
 from model.routing import Choices, Place, RoutingStatistics
 from pretrain.config.schema import Config
 from pretrain.device import on_collective_device
 from pretrain.engine.compiled import is_compiled
 from pretrain.engine.graphed import GraphedForward
+from pretrain.engine.optimizer import Rates, rates_of
+from pretrain.engine.parts import GROUPS, Part, part_of
 from pretrain.engine.zero_state import Piece, pieces, step_counter
 from pretrain.late_reading import Reading
 
-GROUPS = ("embedding", "attention", "routers", "experts", "feed-forward", "norms", "head")
-"""Of parameters: `attention` and `feed-forward` are what is neither expert nor router of theirs."""
 KINDS = ("gradient norm", "parameter norm", "update norm")
 BINS = 20
 """Of a histogram of scores, which lie between 0 and 1."""
-
-
-def group_of(name: str, spec: ParameterSpec) -> str:
-    """The group of the parameter with this canonical name."""
-    parts = name.split(".")
-    if parts[0] in ("embedding", "head"):
-        return parts[0]
-    if spec.experts is not None:
-        return "experts"
-    if parts[-1] == "router" or parts[-1].endswith("selector"):
-        return "routers"
-    module = parts[-2] if parts[0] != "blocks" else parts[2]
-    if module.endswith("norm"):
-        return "norms"
-    return "attention" if module == "attention" else "feed-forward"
 
 
 @dataclass(frozen=True)
@@ -57,6 +41,8 @@ class Details:
     scores: dict[str, Tensor]
     """Router -> [BINS] fp64: the share of the scores of all its experts in each of BINS equal parts of 0 .. 1. Empty
     with CUDA graphs and with compiled blocks."""
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """As `norms`, of each group in each block: `blocks.3.experts`, `embedding`."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +50,28 @@ class DetailsReading:
     """Details that the device may still be computing."""
 
     reading: Reading
+    parts: Sequence[Part]
     routers: Sequence[str]
 
     def read(self) -> Details:
         """Waits for the device."""
         values = self.reading.get()
-        squares = values[: len(KINDS) * len(GROUPS)].view(len(KINDS), len(GROUPS)).tolist()
-        norms = {
-            kind: {group: math.sqrt(square) for group, square in zip(GROUPS, row, strict=True) if square > 0.0}
+        split = len(KINDS) * len(self.parts)
+        squares = values[:split].view(len(KINDS), -1).tolist()
+        parts = {
+            kind: {part: square for part, square in zip(self.parts, row, strict=True) if square > 0.0}
             for kind, row in zip(KINDS, squares, strict=True)
         }
-        counts = values[len(KINDS) * len(GROUPS) :].view(-1, BINS)
-        return Details(norms, {n: c / c.sum() for n, c in zip(self.routers, counts, strict=True) if c.sum() > 0})
+        norms: dict[str, dict[str, float]] = {}
+        for kind, of_part in parts.items():
+            sums = {group: sum(x for part, x in of_part.items() if part.group == group) for group in GROUPS}
+            norms[kind] = {group: math.sqrt(square) for group, square in sums.items() if square > 0.0}
+        counts = values[split:].view(-1, BINS)
+        return Details(
+            norms,
+            {name: row / row.sum() for name, row in zip(self.routers, counts, strict=True) if row.sum() > 0},
+            {kind: {str(part): math.sqrt(x) for part, x in of_part.items()} for kind, of_part in parts.items()},
+        )
 
 
 class ScoreCounter:
@@ -98,8 +94,8 @@ class ScoreCounter:
 
 def is_softmax(model: ModelConfig, router: str) -> bool:
     """Whether the scores of the router with this canonical name are a softmax of its logits, not sigmoids."""
-    attention = model.attention
-    return isinstance(attention, MoAConfig) and attention.router == "softmax" and ".attention." in router
+    found = (model.attention if ".attention." in router else model.feedforward).routers
+    return found is not None and found.scores == "softmax"
 
 
 def _counted(scores: Tensor) -> Tensor:
@@ -123,9 +119,10 @@ class Survey:
         """`routers`: canonical names of all routers of the model, those of other pipeline stages included."""
         self._engine, self._config, self._parallel = engine, config, parallel
         self._names = list(routers)
-        self._flat = torch.zeros(len(KINDS) * len(GROUPS) + len(routers) * BINS, dtype=torch.float64, device=device)
-        split = len(KINDS) * len(GROUPS)
-        self._squares = self._flat[:split].view(len(KINDS), len(GROUPS))
+        self._parts = list(dict.fromkeys(part_of(*item) for item in parameter_specs(config.model).items()))
+        split = len(KINDS) * len(self._parts)
+        self._flat = torch.zeros(split + len(routers) * BINS, dtype=torch.float64, device=device)
+        self._squares = self._flat[:split].view(len(KINDS), -1)
         self._counts = self._flat[split:].view(-1, BINS)
         self._listening: list[tuple[RoutingStatistics, Choices | None]] = []
         """What counts scores now, or did in the last step that was surveyed, and its choices before and after."""
@@ -153,37 +150,38 @@ class Survey:
         """After the update, made with this learning rate."""
         for router, before in self._listening:
             router.choices = before
-        for group, piece, decayed in self._own_pieces():
-            self._add(1, group, piece.master)
-            self._add(2, group, self._update(piece, learning_rate, decayed=decayed))
+        for part, piece, rates in self._own_pieces():
+            self._add(1, part, piece.master)
+            self._add(2, part, self._update(piece, learning_rate * rates.ratio, rates.weight_decay))
         summed = on_collective_device(self._flat.clone())
         dist.all_reduce(summed)
-        return DetailsReading(Reading(summed), self._names)
+        return DetailsReading(Reading(summed), self._parts, self._names)
 
     def _take_gradients(self) -> None:
         from deepspeed.utils import safe_get_full_grad
 
         # Each element is counted by the rank that would save it, so that no layout counts one twice.
-        own = {piece.name: (group, piece) for group, piece, _ in self._own_pieces()}
+        own = {piece.name: (place, piece) for place, piece, _ in self._own_pieces()}
         scale = float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
         for name, parameter in self._engine.module.named_parameters():
             gradient = safe_get_full_grad(parameter)  # collective, one parameter at a time
             if name in own and gradient is not None:
-                group, piece = own[name]
+                place, piece = own[name]
                 part = gradient.detach().reshape(-1)[piece.start : piece.start + piece.master.numel()]
-                self._add(0, group, part.float() / scale)
+                self._add(0, place, part.float() / scale)
 
-    def _own_pieces(self) -> list[tuple[str, Piece, bool]]:
-        """Group, piece and whether it is decayed, of what this rank alone would save."""
+    def _own_pieces(self) -> list[tuple[Part, Piece, Rates]]:
+        """Part, piece and rates, of what this rank alone would save."""
         parallel, specs = self._parallel, parameter_specs(self._config.model)
         return [
-            (group_of(piece.name, specs[piece.name]), piece, specs[piece.name].decayed)
+            (part_of(piece.name, spec), piece, rates_of(piece.name, spec, self._config.optimizer))
             for piece in pieces(self._engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=True)
-            if (parallel.tensor_rank == 0 or specs[piece.name].divided is not None)
+            for spec in (specs[piece.name],)
+            if (parallel.tensor_rank == 0 or spec.divided is not None)
             and owner_of(piece.name, self._config.model) == piece.name  # not a last stage's copy of a tied embedding
         ]
 
-    def _update(self, piece: Piece, learning_rate: float, *, decayed: bool) -> Tensor:
+    def _update(self, piece: Piece, learning_rate: float, weight_decay: float) -> Tensor:
         """What AdamW has added to the weights, computed back from the state that it left (Loshchilov & Hutter 2019,
         algorithm 2): a copy of the weights before the step would cost as much memory as the weights."""
         settings, (beta1, beta2) = self._config.optimizer, self._config.optimizer.betas
@@ -191,9 +189,9 @@ class Survey:
         first = piece.moments["exp_avg"] / (1.0 - beta1**steps)
         second = piece.moments["exp_avg_sq"] / (1.0 - beta2**steps)
         change = learning_rate * first / (second.sqrt() + settings.eps)
-        decay = learning_rate * settings.weight_decay if decayed else 0.0
+        decay = learning_rate * weight_decay
         return change + decay * (piece.master + change) / (1.0 - decay)
 
-    def _add(self, kind: int, group: str, values: Tensor) -> None:
+    def _add(self, kind: int, part: Part, values: Tensor) -> None:
         square = torch.linalg.vector_norm(values, dtype=torch.float64) ** 2
-        self._squares[kind, GROUPS.index(group)] += square.to(self._flat.device)
+        self._squares[kind, self._parts.index(part)] += square.to(self._flat.device)

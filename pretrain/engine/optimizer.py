@@ -3,27 +3,75 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from model.parameters import parameter_specs
-from pretrain.config.schema import Config
+from common.errors import ConfigError
+from model.parameter_spec import ParameterSpec
+from model.parameters import owner_of, parameter_specs
+from pretrain.config.schema import Config, GroupConfig, GroupsConfig, OptimizerConfig, UndecayedGroupConfig
+from pretrain.engine.parts import group_of
 from pretrain.parallel.experts import separate_experts
+
+RATIO = "learning_rate_ratio"
+"""Key of a group of the optimizer."""
+
+
+class Rates(NamedTuple):
+    """What the optimizer does with a parameter."""
+
+    weight_decay: float
+    ratio: float
+    """Of the step's learning rate."""
+
+
+def rates_of(name: str, spec: ParameterSpec, config: OptimizerConfig) -> Rates:
+    """Of the parameter with this canonical name. A parameter that is not declared as decayed never is."""
+    group = group_of(name, spec).replace("-", "")
+    own: GroupConfig | UndecayedGroupConfig = getattr(config.groups, group)
+    decay = config.weight_decay
+    if isinstance(own, GroupConfig) and own.weight_decay is not None:
+        decay = own.weight_decay
+    return Rates(decay if spec.decayed else 0.0, own.learning_rate_ratio)
+
+
+def grouped(names: Iterable[str], config: Config) -> dict[Rates, list[str]]:
+    """The parameters, all of a model's or a stage's, by what the optimizer does with them; the ones that decay most
+    first. Raises ConfigError if optimizer.groups has a group of which the model has no parameter."""
+    specs, groups = parameter_specs(config.model), config.optimizer.groups
+    decayed: dict[str, bool] = {}
+    for name, spec in specs.items():
+        group = group_of(name, spec).replace("-", "")
+        is_copy = owner_of(name, config.model) != name
+        decayed[group] = decayed.get(group, False) or (spec.decayed and not is_copy)
+    for group in sorted(groups.model_fields_set):
+        own, has_decayed = getattr(groups, group), decayed.get(group)
+        if own == type(groups).model_fields[group].default:
+            continue
+        if has_decayed is None:
+            raise ConfigError(f"optimizer.groups.{group}: this model has no such parameters; remove the key")
+        if not has_decayed and getattr(own, "weight_decay", None) is not None:
+            raise ConfigError(f"optimizer.groups.{group}.weight_decay: nothing of it is decayed; remove the key")
+    found: dict[Rates, list[str]] = {}
+    for name in names:
+        owner = owner_of(name, config.model)  # both stages that hold a tied embedding change it in the same way
+        found.setdefault(rates_of(owner, specs[owner], config.optimizer), []).append(name)
+    return dict(sorted(found.items(), reverse=True))
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Two groups: the parameters that are declared as decayed (matrices and experts), and the others."""
-    decay = config.optimizer.weight_decay
-    if decay == 0.0:
-        return [{"params": list(model.parameters()), "weight_decay": 0.0}]
-    specs = parameter_specs(config.model)
-    groups = [
-        {"params": [p for name, p in model.named_parameters() if specs[name].decayed is wanted], "weight_decay": rate}
-        for wanted, rate in ((True, decay), (False, 0.0))
+    """One for each weight decay and learning rate that parameters have: by default the parameters that are declared as
+    decayed (matrices and experts), and the others."""
+    if config.optimizer.weight_decay == 0.0 and config.optimizer.groups == GroupsConfig():
+        return [{"params": list(model.parameters()), "weight_decay": 0.0, RATIO: 1.0}]
+    named = dict(model.named_parameters())
+    return [
+        {"params": [named[name] for name in names], "weight_decay": rates.weight_decay, RATIO: rates.ratio}
+        for rates, names in grouped(named, config).items()
     ]
-    return [group for group in groups if group["params"]]
 
 
 class AdamW(torch.optim.AdamW):
@@ -73,4 +121,4 @@ def build_optimizer(model: nn.Module, config: Config) -> AdamW:
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
     """Sets the rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(RATIO, 1.0)

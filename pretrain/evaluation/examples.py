@@ -76,8 +76,6 @@ class Task:
     """A file format, and a protocol."""
 
     name: str
-    published: str
-    """What one downloads, for messages."""
     read: Callable[[Path], Examples]
     """The examples of a file or folder. Raises UserError with file and line."""
     is_right: Callable[[Sequence[Answer]], bool]
@@ -101,17 +99,21 @@ class Encoder:
             raise UserError(TASK_IS_TEXT)
         self._tokenizer = tokenizer
 
-    def queries(self, example: Example) -> list[Query]:
-        """One for each target. Raises UserError where the text has no ids."""
+    def of_example(self, example: Example) -> list[Query]:
+        """As `queries`; a UserError names the example's place."""
         try:
-            if not example.context:
-                return [self.whole(text) for text in example.targets]
-            kept = example.context.rstrip()
-            context = self._ids(kept)
-            blanks = example.context[len(kept) :]
-            return [self._after(kept, context, blanks + target) for target in example.targets]
+            return self.queries(example.context, example.targets)
         except UserError as error:
-            raise UserError(f"{example.place}: {str(error).removeprefix('--text: ')}") from None
+            raise UserError(f"{example.place}: {error}") from None
+
+    def queries(self, context: str, targets: Sequence[str]) -> list[Query]:
+        """One for each target; where the context is blank, of both as one text. Raises UserError where a text has no
+        ids."""
+        kept = context.rstrip()
+        if not kept:
+            return [self.whole(context + target) for target in targets]
+        ids = self._ids(kept)
+        return [_checked(ids, self._ids(context + target)[len(ids) :]) for target in targets]
 
     def whole(self, text: str) -> Query:
         """A text without context: after the end of another document (EOS); where the tokenizer has no EOS, without
@@ -120,18 +122,10 @@ class Encoder:
         start = ids[:1] if eos is None else np.array([eos], np.int32)
         return _checked(start, ids[1:] if eos is None else ids)
 
-    def continuation(self, context: str, target: str) -> Query:
-        """`context` is not empty."""
-        kept = context.rstrip()
-        return self._after(kept, self._ids(kept), context[len(kept) :] + target)
-
     def prompt(self, text: str) -> list[int]:
         """A text that is read on: its ids; of an empty one EOS, or without an EOS the first token."""
         eos = self._tokenizer.eos_id
         return self._tokenizer.encode(text) or [0 if eos is None else eos]
-
-    def _after(self, kept: str, context: np.ndarray, target: str) -> Query:
-        return _checked(context, self._ids(kept + target)[len(context) :])
 
     def _ids(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(text), np.int32)

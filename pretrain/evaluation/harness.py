@@ -38,6 +38,8 @@ class HarnessModel(LM):
         super().__init__()
         self._opened, self._limits = opened, limits
         self._encoder, self._tokenizer = Encoder(opened.tokenizer), opened.tokenizer
+        self.cut = 0
+        """Texts so far whose beginning was cut off, because they are longer than the context."""
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: Any = None) -> HarnessModel:
@@ -65,10 +67,7 @@ class HarnessModel(LM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p, whether greedy decoding gives it) of each (context, continuation). Raises UserError."""
         pairs = [request.args for request in requests]
-        queries = [
-            self._encoder.continuation(context, target) if context.strip() else self._encoder.whole(context + target)
-            for context, target in pairs
-        ]
+        queries = [self._encoder.queries(context, [target])[0] for context, target in pairs]
         found = [(one.log_likelihood, one.is_likeliest) for one in self._answers(queries, disable_tqdm)]
         for pair, result in zip(pairs, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, result)
@@ -97,7 +96,7 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations, up to the first stop sequence of `until` or EOS. Raises UserError for a task that
-        draws."""
+        draws, or whose texts leave no room in the context for what they continue."""
         found: list[str] = []
         batch = self._limits.batch
         with tqdm(total=len(requests), desc="generate_until", leave=False, disable=disable_tqdm or None) as bar:
@@ -118,6 +117,7 @@ class HarnessModel(LM):
 
             found = answer(self._opened.evaluator, queries, self._limits, self._opened.place, goes_on=goes_on)
         assert found is not None
+        self.cut += found.cut
         if any(one.log_likelihood != one.log_likelihood for one in found.answers):
             raise UserError(f"--harness: the outputs of checkpoint {self._opened.checkpoint.path} are not finite")
         return found.answers
@@ -126,11 +126,16 @@ class HarnessModel(LM):
         wanted = [dict(normalize_gen_kwargs(settings, MOST_NEW_TOKENS)) for _, settings in pairs]
         if any(settings["do_sample"] for settings in wanted):
             raise UserError("--harness: a task draws its texts (do_sample); this model decodes greedily")
-        most = [min(settings["max_gen_toks"], self._limits.context - 1) for settings in wanted]
-        rows = [
-            self._encoder.prompt(text)[-(self._limits.context - new) :]
-            for (text, _), new in zip(pairs, most, strict=True)
-        ]
+        most, context = [settings["max_gen_toks"] for settings in wanted], self._limits.context
+        if (longest := max(most)) >= context:
+            raise UserError(
+                f"--harness: a task wants texts of {longest} tokens (max_gen_toks), and the model looks back over "
+                f"{context}: no room is left for what they continue; leave the task out, or set --context to more than "
+                f"{longest}, which the model may not have learned"
+            )
+        prompts = [self._encoder.prompt(text) for text, _ in pairs]
+        rows = [prompt[-(context - new) :] for prompt, new in zip(prompts, most, strict=True)]
+        self.cut += sum(len(row) < len(prompt) for row, prompt in zip(rows, prompts, strict=True))
         made: list[list[int]] = [[] for _ in rows]
 
         def ended(row: int) -> bool:
@@ -144,12 +149,13 @@ class HarnessModel(LM):
         open_rows = [row for row in range(len(rows)) if most[row] > 0]
         with torch.no_grad(), without_memory(model, len(rows), self._opened.place.device):
             while open_rows:
-                following = _likeliest(model, [[*rows[r], *made[r]] for r in open_rows], self._opened.place.device)
+                texts = [[*rows[row], *made[row]] for row in open_rows]
+                following = _likeliest(model, texts, self._tokenizer.vocab_size, self._opened.place.device)
                 for row, token in zip(open_rows, following, strict=True):
                     made[row].append(token)
                 open_rows = [row for row in open_rows if not ended(row)]
-        texts = [self._text(rows[row], tokens) for row, tokens in enumerate(made)]
-        return [_before(text, settings["until"]) for text, settings in zip(texts, wanted, strict=True)]
+        said = [self._text(rows[row], tokens) for row, tokens in enumerate(made)]
+        return [_before(text, settings["until"]) for text, settings in zip(said, wanted, strict=True)]
 
     def _text(self, prompt: list[int], tokens: list[int]) -> str:
         """What the tokens add to the prompt's text; EOS adds nothing."""
@@ -157,13 +163,13 @@ class HarnessModel(LM):
         return self._tokenizer.decode([*prompt, *kept])[len(self._tokenizer.decode(prompt)) :]
 
 
-def _likeliest(model: Any, rows: Sequence[Sequence[int]], device: torch.device) -> list[int]:
-    """The likeliest token after each row."""
+def _likeliest(model: Any, rows: Sequence[Sequence[int]], num_ids: int, device: torch.device) -> list[int]:
+    """The likeliest of the first `num_ids` tokens after each row."""
     length = -(-max(map(len, rows)) // LENGTH_STEP) * LENGTH_STEP
     tokens: Tensor = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
     logits, _ = model.logits(tokens)
     last = torch.tensor([len(row) - 1 for row in rows], device=device)
-    found: list[int] = logits[torch.arange(len(rows), device=device), last].argmax(-1).tolist()
+    found: list[int] = logits[torch.arange(len(rows), device=device), last, :num_ids].argmax(-1).tolist()
     return found
 
 

@@ -14,7 +14,7 @@ from common.paths import find_input
 from common.strict_json import without_nan
 from pretrain.evaluation.likelihood import Limits
 from pretrain.evaluation.models import OpenedModel
-from pretrain.evaluation.results import write_result
+from pretrain.evaluation.results import cut_text, write_result
 
 TASK_FILES = Path(__file__).with_name("harness_tasks")
 """Tasks that read published files; `lm_eval --include_path` takes the folder too."""
@@ -54,7 +54,8 @@ def task_specs(text: str) -> list[str | dict[str, Any]]:
 def run_harness(
     opened: OpenedModel, specs: Sequence[str | dict[str, Any]], limits: Limits, limit: int | None
 ) -> dict[str, Any]:
-    """The results of lm-evaluation-harness by task: `results`, `versions`, `n-shot`, `n-samples`. Raises UserError."""
+    """The results of lm-evaluation-harness by task: `results`, `versions`, `n-shot`, `n-samples`; and `texts_cut`, as
+    of our tasks. Raises UserError."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -65,9 +66,10 @@ def run_harness(
     for name in [name for spec in specs for name in _names(spec)]:
         if not manager.match_tasks([name]):
             raise UserError(f"--harness: lm-evaluation-harness has no task {name!r}; `lm_eval ls tasks` lists them")
+    model = HarnessModel(opened, limits)
     try:
         found = simple_evaluate(
-            HarnessModel(opened, limits),
+            model,
             tasks=list(specs),
             limit=limit,
             task_manager=manager,
@@ -81,7 +83,8 @@ def run_harness(
         ) from None
     assert found is not None
     kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
-    return {key: {name: of for name, of in found[key].items() if name != LOCAL} for key in kept if key in found}
+    tables = {key: {name: of for name, of in found[key].items() if name != LOCAL} for key in kept if key in found}
+    return {**tables, "texts_cut": model.cut}
 
 
 def _names(spec: str | dict[str, Any]) -> list[str]:
@@ -97,6 +100,8 @@ def evaluate_with_harness(
     began = time.monotonic()
     content = run_harness(opened, specs, limits, limit)
     print(make_table(content))
+    if cut := content["texts_cut"]:
+        print(f"note: {cut_text(cut, limits.context)}")
     checkpoint = opened.checkpoint
     origin = {"checkpoint": str(checkpoint.path.absolute()), "step": checkpoint.progress.step, "limit": limit}
     seconds = time.monotonic() - began

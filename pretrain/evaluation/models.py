@@ -56,7 +56,7 @@ def evaluation_config(
                 f"checkpoint's"
             )
         apply_override(tree, override)
-    tokenizer = tokenizer_of(checkpoint, data)
+    tokenizer = tokenizer_of(checkpoint, saved.model, data)
     for folder in data:
         try:
             find_data(checkpoint, folder)
@@ -65,11 +65,6 @@ def evaluation_config(
     tree["data"] = to_json(moved_data(checkpoint, saved, data))["data"]
     config = parse_config(tree)
     check_ranks(config, ranks)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"checkpoint {checkpoint.path}: its model knows {config.model.vocab_size} tokens, its tokenizer has "
-            f"{tokenizer.vocab_size}; name the data that the run read with --data"
-        )
     return config, tokenizer
 
 

@@ -86,16 +86,21 @@ def notes_of(result: TaskResult, context: int) -> list[str]:
             f"others are over all"
         )
     if result.cut:
-        notes.append(
-            f"{result.name}: {result.cut:,} texts have more than the {context} tokens that the model looks back to; "
-            f"their beginning was cut off (--context)"
-        )
+        notes.append(f"{result.name}: {cut_text(result.cut, context)}")
     if result.left_out:
         notes.append(
             f"{result.name}: {result.left_out:,} questions of the files have other than ten candidates and were left "
             f"out"
         )
     return notes
+
+
+def cut_text(cut: int, context: int) -> str:
+    """What one should know of texts that were cut."""
+    return (
+        f"{cut:,} texts have more than the {context} tokens that the model looks back to; their beginning was cut off "
+        f"(--context)"
+    )
 
 
 def number(value: float) -> str:

@@ -48,7 +48,6 @@ class PreparedTask:
     """A task as ids of one tokenizer."""
 
     task: Task
-    path: Path
     examples: list[Example]
     queries: list[Query]
     """Those of all examples, one after the other."""
@@ -60,27 +59,22 @@ class PreparedTask:
         name: str,
         path: Path,
         encoder: Encoder,
+        limits: Limits,
         *,
-        limit: int | None = None,
+        limit: int | None,
         shown: Callable[[list[Example]], Iterable[Example]] = lambda examples: examples,
     ) -> PreparedTask:
         """Reads the files at `path`. `limit`: examples of each group. `shown` may draw a progress bar. Raises
-        UserError."""
+        UserError, also for a target that is longer than the context."""
         task = TASKS[name]
         try:
             found = task.read(path)
             examples = limited(found.examples, limit)
-            queries = [query for example in shown(examples) for query in encoder.queries(example)]
+            queries = [query for example in shown(examples) for query in encoder.of_example(example)]
+            check_lengths(queries, limits)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        return cls(task, path, examples, queries, found.left_out)
-
-    def check(self, limits: Limits) -> None:
-        """Raises UserError for a target that is longer than the context."""
-        try:
-            check_lengths(self.queries, limits)
-        except UserError as error:
-            raise UserError(f"{self.task.name}: {error}") from None
+        return cls(task, examples, queries, found.left_out)
 
     def evaluate(
         self,
@@ -90,8 +84,7 @@ class PreparedTask:
         *,
         goes_on: Callable[[int], bool] = lambda done: True,
     ) -> TaskResult | None:
-        """Collective; see `answer`. Raises UserError."""
-        self.check(limits)
+        """Collective; see `answer`."""
         found = answer(evaluator, self.queries, limits, place, goes_on=goes_on)
         return None if found is None else self._result(found)
 

@@ -78,7 +78,7 @@ class RunTasks(NamedTuple):
         goes_on: Callable[[int], bool],
     ) -> None:
         """Computes all tasks after optimizer step `step` and records them; nothing is recorded where `goes_on`, which
-        is collective too, asks to stop (see `answer`). Collective. Raises UserError."""
+        is collective too, asks to stop (see `answer`). Collective."""
         results: list[TaskResult] = []
         for task in self.prepared:
             found = task.evaluate(evaluator, self.limits, place, goes_on=goes_on)
@@ -94,11 +94,9 @@ class RunTasks(NamedTuple):
 
 def _prepared(name: str, path: Path, encoder: Encoder, limits: Limits, first: int | None) -> PreparedTask:
     try:
-        task = PreparedTask.of(name, path, encoder, limit=first)
-        task.check(limits)
+        return PreparedTask.of(name, path, encoder, limits, limit=first)
     except UserError as error:
         raise UserError(f"evaluate.tasks.{error}") from None
-    return task
 
 
 NO_TASKS = RunTasks((), 0, Limits(1, 1))

@@ -32,6 +32,16 @@ LAYER_NORM_EPS = 1e-5
 """torch's default, which the layers of the model have."""
 
 
+def check_layers(model: ModelConfig) -> None:
+    """Raises UserError if layers_switchall.py computes one of the layers not."""
+    for place, layer in (("attention", model.attention), ("feedforward", model.feedforward)):
+        if (reason := layer.lacks.get("export")) is not None:
+            raise UserError(
+                f"model.{place}.type is {layer.type}, which no export has: {reason}; `launch/checkpoint.py convert` "
+                f"writes the weights for programs that use this project's code"
+            )
+
+
 def hf_config(model: ModelConfig, *, dtype: str, special: Mapping[str, int | None]) -> dict[str, Any]:
     """The content of config.json. `dtype`: float32, bfloat16 or float16. `special`: token ids by name, such as
     eos_token_id."""

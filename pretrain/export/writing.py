@@ -20,7 +20,7 @@ from pretrain.export import folder as names
 from pretrain.export.card import NO_LICENSE, CardFacts, card
 from pretrain.export.data_sets import DataSet, data_sets_of, provenance_of
 from pretrain.export.folder import check_output, new_folder
-from pretrain.export.hf_config import hf_config
+from pretrain.export.hf_config import check_layers, hf_config
 from pretrain.export.origin import origin_of
 from pretrain.export.tokenizer_config import check_tokenizer, special_ids, tokenizer_config
 from pretrain.export.verify import verify
@@ -85,6 +85,7 @@ def export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
     """
     out = out.absolute()
     check_output(out, OPTION)
+    check_layers(config_of(checkpoint).model)
     with while_they_are_there([checkpoint.path], "RUN"):
         _export(checkpoint, out, options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +51,7 @@ class Draws:
         return float(self._generator.random())
 
 
-def choose(logits: Tensor, sampling: Sampling, draws: list[Draws]) -> list[int]:
+def choose(logits: Tensor, sampling: Sampling, draws: Sequence[Draws]) -> list[int]:
     """The next id of each of R texts by `logits` [R, V], finite. Of equal logits the smaller id counts as likelier."""
     if sampling.temperature == 0.0:
         return logits.cpu().numpy().argmax(1).tolist()  # numpy's takes the first of equal ones

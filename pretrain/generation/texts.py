@@ -78,12 +78,9 @@ class Piece:
     """The whole text, with its last piece."""
 
 
-def generate(
-    saved: SavedModel, prompts: Sequence[str], settings: Settings | None = None, *, cost: Cost | None = None
-) -> list[Generated]:
-    """The texts: prompts in order, of each its samples in order. Adds to `cost`. Raises UserError as `stream`."""
-    pieces = stream(saved, prompts, settings or Settings(), cost or Cost())
-    return [piece.finished for piece in pieces if piece.finished is not None]
+def generate(saved: SavedModel, prompts: Sequence[str], settings: Settings) -> list[Generated]:
+    """The texts: prompts in order, of each its samples in order. Raises UserError as `stream`."""
+    return [piece.finished for piece in stream(saved, prompts, settings, Cost()) if piece.finished is not None]
 
 
 def stream(
@@ -94,13 +91,12 @@ def stream(
     *,
     names: Sequence[str] | None = None,
 ) -> Iterator[Piece]:
-    """Pieces of the texts as they are certain, one text after the other. `names`: of each prompt, for messages.
+    """Pieces of the texts as they are certain, one text after the other. Adds to `cost`. `names`: of each prompt, for
+    messages.
 
-    Raises UserError: no prompt, an empty one, one that does not fit into the context, ids that the model does not have,
-    logits that are not finite.
+    Raises UserError: no prompt, an empty one, one that does not fit into the context, logits that are not finite.
     """
     model, tokenizer = saved.model, saved.tokenizer
-    check_vocabulary(saved)
     if settings.until is not None and not tokenizer.has_text:
         raise UserError(f"--until: {NO_TEXT}; leave the option out")
     names = names or [f"prompt {number}" if len(prompts) > 1 else "the prompt" for number, _ in enumerate(prompts, 1)]
@@ -139,16 +135,6 @@ def stream(
             ) from None
 
 
-def check_vocabulary(saved: SavedModel) -> None:
-    """Raises UserError if the tokenizer has ids that the model has not."""
-    ids, rows = saved.tokenizer.vocab_size, saved.model.config.vocab_size
-    if ids > rows:
-        raise UserError(
-            f"checkpoint {saved.checkpoint.path}: its tokenizer has {ids:,} ids, but model.vocab_size is {rows:,}, so "
-            f"they do not belong together; name the data of this run with --data"
-        )
-
-
 class _Text:
     """One text while it grows."""
 
@@ -156,7 +142,7 @@ class _Text:
         """`end`: most tokens, and the words that end it."""
         self.prompt, self.sample, self.eos_id = prompt, sample, saved.tokenizer.eos_id
         self.most, self.until = end
-        self.stream = TextStream(saved.tokenizer)
+        self.stream = TextStream(saved.tokenizer, after=prompt)
         self.ids: list[int] = []
         self.text = ""
         self.taken = 0

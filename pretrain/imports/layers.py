@@ -74,8 +74,10 @@ def attention(state: State, at: str, config: ModelConfig) -> Layer:
         layer = (_switchhead_module if f"{at}.sel_o" in state else _switchhead_trained)(state, at, config, settings)
     elif isinstance(settings, MoAConfig):
         layer = _moa(state, at, config, settings)
-    else:
+    elif isinstance(settings, DenseAttentionConfig):
         layer = _dense(state, at, config, settings)
+    else:
+        raise UserError("model.attention: the authors' layers are switchhead, moa and dense; set type to one of them")
     return layer
 
 

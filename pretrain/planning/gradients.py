@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from model.language_model import build_on_meta
-from model.parameters import parameter_specs
 from pretrain.config.schema import Config
 from pretrain.engine import zero_1
 from pretrain.engine.deepspeed_json import deepspeed_json
+from pretrain.engine.optimizer import grouped
 from pretrain.parallel.layout import mesh
 
 BUCKET = 500_000_000
@@ -162,15 +162,11 @@ def _passed(config: Config, elements: int) -> int:
 
 
 def _sizes(config: Config, data_size: int) -> _Sizes:
-    """Optimizer groups (those that decay, and the others) are divided one by one, at equal borders, through the
-    middle of parameters."""
-    specs = parameter_specs(config.model)
+    """The optimizer's groups are divided one by one, at equal borders, through the middle of parameters."""
     counts = {name: parameter.numel() for name, parameter in build_on_meta(config.model).named_parameters()}
-    groups = [[count for name, count in counts.items() if specs[name].decayed is wanted] for wanted in (True, False)]
-    if config.optimizer.weight_decay == 0.0:
-        groups = [list(counts.values())]
     share, touched = 0, [0] * data_size
-    for group in filter(None, groups):
+    for names in grouped(counts, config).values():
+        group = [counts[name] for name in names]
         of_a_rank = -(-sum(group) // (2 * data_size)) * 2
         share += of_a_rank
         start = 0

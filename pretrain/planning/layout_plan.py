@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from model.kernels.ops.linear_cross_entropy import working_bytes
 from pretrain.config.schema import Config
-from pretrain.parallel.layout import state_bytes
+from pretrain.parallel.layout import RankBytes, state_bytes
 from pretrain.planning.gradients import fullest_rank
 from pretrain.planning.links import Collective, sent_bytes, spreads
 from pretrain.planning.machine import Machine
@@ -107,7 +104,7 @@ def stage_memories(config: Config, machine: Machine, stages: Sequence[int] | Non
                 parameters=held[stage].parameters,
                 parts=parts,
                 total=total,
-                staging=staging_bytes(config, held[stage].parameters, data_size),
+                staging=staging_bytes(config, held[stage], blocks, data_size),
                 offloaded=offloaded,
             )
         )
@@ -120,11 +117,10 @@ _rehearsed: dict[tuple[str, int, int, str, int | None], Rehearsal] = {}
 def rehearsed(
     config: Config, num_ranks: int, rank: int, device_type: str, most_micro_steps: int | None = None
 ) -> Rehearsal:
-    """A rehearsal, each once in a process. What DeepSpeed prints goes to stderr. Raises StepStops or CannotRehearse."""
+    """A rehearsal, each once in a process. Raises StepStops or CannotRehearse."""
     key = config.model_dump_json(), num_ranks, rank, device_type, most_micro_steps
     if key not in _rehearsed:
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), told():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's, of functions that DeepSpeed calls
+        with told():
             from pretrain.planning.rehearsal import rehearse  # imports DeepSpeed
 
             _rehearsed[key] = rehearse(config, num_ranks, rank, device_type, most_micro_steps=most_micro_steps)
@@ -171,12 +167,17 @@ def _loss_bytes(config: Config, device_type: str) -> int:
     return working_bytes(tokens, config.model.vocab_size, config.model.d_model, dtype, dtype, device_type)
 
 
-def staging_bytes(config: Config, parameters: int, data_size: int) -> int:
-    """Bytes of the buffer that a rank copies its share of a checkpoint to: fp32 weights and moments, and the moving
-    average. Nothing where training waits for the files."""
+def staging_bytes(config: Config, held: RankBytes, blocks: int, data_size: int) -> int:
+    """Bytes of the buffer that a rank copies its share of a checkpoint to: fp32 weights and moments, the moving average
+    and the Transformer-XL memory of its streams. Nothing where training waits for the files. blocks: of its stage."""
     if not config.checkpoint.asynchronous:
         return 0
-    return -(-parameters * state_bytes(config) // data_size)
+    model, parallel = config.model, config.parallel
+    streams = config.batch.global_sequences // data_size
+    memory = streams * blocks * model.memory_length * model.d_model * DTYPES[config.train.precision].itemsize
+    # At ZeRO 0 every rank holds all, and saves a part of it.
+    own = held.optimizer if parallel.zero else -(-held.parameters * state_bytes(config) // data_size)
+    return own + memory // (parallel.tensor if parallel.sequence else 1)
 
 
 def at_least(config: Config, machine: Machine) -> int:

@@ -25,11 +25,10 @@ LAUNCHED, GRAPHS, COMPILED, DENSE = "", "graphs", "compiled", "dense"
 
 @dataclass(frozen=True, kw_only=True)
 class MicroStep:
-    """Forward and backward pass of a whole model on one GPU."""
+    """Forward and backward pass of a whole model on one GPU, in bf16."""
 
-    model: str
-    """A name of benchmarks/gpu/models.py."""
     kind: str
+    sequences: int
     tokens: int
     parameters: int
     seconds: float
@@ -55,19 +54,19 @@ class Measurements:
     micro_steps: tuple[MicroStep, ...] = ()
 
     def of_model(self, config: Config, data_size: int | None = None) -> MicroStep | None:
-        """The micro-step of this very model, by its number of parameters and length, of the run's kind, with the
-        number of sequences nearest to the run's. None if there is none."""
-        model = config.model
+        """The micro-step of this very model, by its number of parameters and length, of the run's kind and precision,
+        with the number of sequences nearest to the run's. None if there is none."""
+        model, wanted = config.model, config.batch.micro_sequences
         kind = kind_of(config, data_size)
         same = [
             step
             for step in self.micro_steps
-            if step.kind == kind
-            and step.tokens % model.sequence_length == 0
+            if config.train.precision == "bf16"
+            and step.kind == kind
+            and step.tokens == step.sequences * model.sequence_length
             and step.parameters == formula_parameters(model).total
         ]
-        wanted = config.batch.micro_sequences * model.sequence_length
-        return min(same, key=lambda step: (abs(step.tokens - wanted), step.tokens), default=None)
+        return min(same, key=lambda step: (abs(step.sequences - wanted), step.sequences), default=None)
 
 
 def kind_of(config: Config, data_size: int | None = None) -> str:
@@ -79,7 +78,7 @@ def kind_of(config: Config, data_size: int | None = None) -> str:
 
 
 def has_experts(model: ModelConfig) -> bool:
-    return model.attention.type != "dense" or model.feedforward.type == "sigma_moe"
+    return model.attention.routers is not None or model.feedforward.routers is not None
 
 
 def measurements(device: Device, folder: Path = RESULTS) -> Measurements:
@@ -122,8 +121,8 @@ def _micro_step(part: str, entry: dict[str, Any], product: float | None) -> Micr
     if words[:1] != [MICRO_STEP] or not {"tokens", "parameters", "wall_ms", "flops_of_ceiling"} <= result.keys():
         return None
     return MicroStep(
-        model=words[1],
         kind=" ".join(words[2:-1]),
+        sequences=int(words[-1]),
         tokens=int(result["tokens"]),
         parameters=int(result["parameters"]),
         seconds=float(result["wall_ms"]) / 1e3,

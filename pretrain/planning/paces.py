@@ -93,10 +93,9 @@ def _compute(config: Config, machine: Machine, measured: Measurements, lines: li
     lines.append(Assumption(name, f"{peak / TERA:g} TFLOP/s", figure.source))
     ranks = config.data_size(machine.num_gpus)
     own = measured.of_model(config, ranks)
-    if own is not None and precision == "bf16":
+    if own is not None:
         share = own.tokens_per_second * training_flops_per_token(config.model) / peak
-        sequences = own.tokens // config.model.sequence_length
-        value = f"{share:.1%} of the peak, measured with this model and {sequences} sequences at once"
+        value = f"{share:.1%} of the peak, measured with this model and {own.sequences} sequences at once"
         lines.append(Assumption("computing", value, own.source))
         return (share, share), peak
     others = _shares_of_others(config, ranks, measured, peak)

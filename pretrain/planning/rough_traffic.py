@@ -25,8 +25,9 @@ def rough_collectives(config: Config, num_ranks: int, stage: int) -> list[Collec
 def expert_parameters(config: Config, stage: int) -> int:
     """Of sigma-MoE experts that expert-parallel ranks divide, on one rank of a stage; 0 without expert parallelism."""
     feedforward, expert = config.model.feedforward, config.parallel.expert
-    if expert == 1 or not isinstance(feedforward, SigmaMoEConfig):
+    if expert == 1:
         return 0
+    assert isinstance(feedforward, SigmaMoEConfig), "the one layer whose experts travel"
     one = config.model.d_model * (feedforward.up_width + feedforward.expert_size)
     return blocks_of_stages(config)[stage] * feedforward.num_experts // expert * one
 
@@ -54,23 +55,25 @@ def _gradients_and_weights(config: Config, num_ranks: int, stage: int) -> Iterat
 
 
 def _activations(config: Config, num_ranks: int, stage: int) -> Iterator[Collective]:
-    """Hidden states, four times a block and micro-step (docs/parallelism.md), and at the borders of stages."""
-    parallel, model = config.parallel, config.model
+    """Hidden states, twice forward and twice backward of a block (docs/parallelism.md), and at the borders of stages.
+    Recomputation of either kind repeats the forward pass of a block up to what it ends with."""
+    parallel, model, again = config.parallel, config.model, config.train.recompute != "none"
     item = FP32 if config.train.precision == "fp32" else 2
     micro_steps, blocks = config.micro_steps(config.data_size(num_ranks)), blocks_of_stages(config)[stage]
     tokens = config.batch.micro_sequences * model.sequence_length
     hidden = item * tokens * model.d_model
-    passes = (
-        5 if config.train.recompute == "full" else 4
-    )  # `full` sends again what the first half of a forward pass does
+    divided = model.feedforward.routers if parallel.expert > 1 else None
     if parallel.tensor > 1:
-        kinds = ("all_gather", "reduce_scatter") if parallel.sequence else ("all_reduce",)
-        for kind in kinds:
-            yield Collective(kind, "tensor", parallel.tensor, hidden, "micro-step", passes * blocks * micro_steps)
-    if parallel.expert > 1 and isinstance(model.feedforward, SigmaMoEConfig):
-        routed = hidden * model.feedforward.active_experts // (parallel.tensor if parallel.sequence else 1)
-        times = (6 if config.train.recompute == "full" else 4) * blocks * micro_steps
-        yield Collective("all_to_all", "expert", parallel.expert, routed, "micro-step", times)
+        layers = 1 if divided else 2  # experts of other ranks take the tokens that a rank has
+        times = {"all_reduce": 2 * layers + again}
+        if parallel.sequence:
+            times = {"all_gather": (2 + again) * layers, "reduce_scatter": 2 * layers + again}
+        for kind, of_a_block in times.items():
+            yield Collective(kind, "tensor", parallel.tensor, hidden, "micro-step", of_a_block * blocks * micro_steps)
+    if divided:
+        routed = hidden * divided.active // (parallel.tensor if parallel.sequence else 1)
+        count = (4 + 2 * again) * blocks * micro_steps
+        yield Collective("all_to_all", "expert", parallel.expert, routed, "micro-step", count)
     borders = (stage > 0) + (stage < parallel.pipeline - 1)
     if borders:
         state = hidden // (parallel.tensor if parallel.sequence else 1)

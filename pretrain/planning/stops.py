@@ -1,11 +1,15 @@
-"""What an exception in a rehearsed step means: the code that trains ends there, and a start would too; or tensors
-without data are not enough for it, and nothing is known."""
+"""What surrounds a rehearsed step, and what an exception in it means: the code that trains ends there, and a start
+would too; or tensors without data are not enough for it, and nothing is known."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
+import warnings
 from collections.abc import Iterator
+from unittest import mock
 
 from common.errors import ConfigError, UserError
 
@@ -20,12 +24,21 @@ class CannotRehearse(UserError):
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Turns what a rehearsal inside raises into StepStops or CannotRehearse, a sentence each; a UserError stays."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")  # shows a traceback of its own
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Turns what a rehearsal inside raises into StepStops or CannotRehearse, a sentence each; a UserError stays.
+    DeepSpeed, which is to be imported inside, looks for no device: it would warn that there is none, or take memory of
+    a run's GPU. What it and torch say of their own code is not shown, or goes to stderr."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "DeepSpeed")]
+    levels = [logger.level for logger in loggers]
     try:
-        yield
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with (
+            mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"),
+            contextlib.redirect_stdout(sys.stderr),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
     except UserError:
         raise
     except Exception as error:
@@ -37,7 +50,8 @@ def told() -> Iterator[None]:
             f"that it means (launch/smoke.py runs real steps on this machine)"
         ) from error
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def is_limit(error: Exception) -> bool:

@@ -6,16 +6,12 @@ What imports torch is imported inside functions: programs that check a run's set
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
-from unittest import mock
 
 from common.errors import ConfigError, UserError
 from common.units import GIB
+from pretrain.planning.stops import CannotRehearse, told
 from pretrain.preflight.checklist import Blocked, Checklist, Outcome
 from pretrain.preflight.run import PlannedRun
 
@@ -50,8 +46,6 @@ class StepRehearsal:
 
     def _warned(self, found: Outcome, check: Callable[[], str]) -> str:
         """Makes a check. What a rehearsal cannot do is no fault of the run, but nobody may think it was checked."""
-        from pretrain.planning.stops import CannotRehearse
-
         try:
             return check()
         except CannotRehearse as error:
@@ -188,12 +182,10 @@ class StepRehearsal:
         key = blocks, rank, routed
         if key not in self._found:
             run, config = self._run, self._run.config.replaced("model", num_layers=blocks)
-            with _quiet():
-                from pretrain.planning.rehearsal import rehearse
-                from pretrain.planning.stops import told
+            with told():
+                from pretrain.planning.rehearsal import rehearse  # imports DeepSpeed
 
-                with told():
-                    self._found[key] = rehearse(config, run.world_size, rank, run.device, routed=routed)
+                self._found[key] = rehearse(config, run.world_size, rank, run.device, routed=routed)
         return self._found[key]
 
     def _key(self, group: tuple[int, ...]) -> str:
@@ -208,17 +200,3 @@ class StepRehearsal:
 
 def _listed(ranks: list[int]) -> str:
     return " and ".join(f"{rank:,}" for rank in ranks)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed looks for no device, and what it and torch say of their own code is not shown."""
-    logger = logging.getLogger("DeepSpeed")
-    level = logger.level
-    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

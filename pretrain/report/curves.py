@@ -22,7 +22,7 @@ from pretrain.config.schema import Config
 from pretrain.engine.details import Details
 from pretrain.report import tags
 from pretrain.report.event_text import event_text
-from pretrain.report.router_load import choices
+from pretrain.report.router_load import choices, without_ending
 from pretrain.report.source_losses import source_losses
 from pretrain.report.writer import Position, Writer
 
@@ -98,8 +98,8 @@ class Curves:
         for name, counts in load.items():
             self._load[name] = self._load[name] + counts if name in self._load else counts
 
-    def details(self, at: Position, details: Details) -> None:
-        """Norms, histograms, and the experts' load since the details before."""
+    def details(self, at: Position, details: Details) -> Row:
+        """Norms, histograms, and the experts' load since the details before. Returns the line of details.jsonl."""
         points = {f"{kind} by group/{group}": norm for kind, of in details.norms.items() for group, norm in of.items()}
         for group, norm in details.norms["parameter norm"].items():
             update = details.norms["update norm"].get(group)
@@ -113,7 +113,11 @@ class Curves:
                 writer.histogram(at.step, f"selection scores/{kind}/block {block:02d}", shares)
         if self._can_draw:
             self._draw(at.step)
+        norms = {kind.replace(" ", "_"): of_part for kind, of_part in details.parts.items()}
+        load = {without_ending(name): counts.long().tolist() for name, counts in self._load.items()}
+        row = {"step": at.step, "load_from_step": self._counted_from, **norms, "load": load}
         self._load = {}
+        return row
 
     def validation(self, at: Position, values: dict[str, Any], split: str) -> None:
         self._begin(at.step)

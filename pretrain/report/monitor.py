@@ -93,7 +93,7 @@ class Monitor:
             if step % self._config.tensorboard_every_steps == 0 or step == self._last:
                 self._curves.step(self._at, values, phase_seconds or {})
             if details is not None and values["grad_norm"] is not None:  # a skipped update has no norm of its own
-                self._curves.details(self._at, details)
+                self._folder.details(self._curves.details(self._at, details))
         self._interval.add(values, load)
         if step % self._config.print_every_steps == 0 or step in (self._first + 1, self._last):
             print(self._line(step, values), flush=True)

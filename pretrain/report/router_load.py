@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import DenseAttentionConfig, MoAConfig, ModelConfig, SigmaMoEConfig
+from model.config import MoAConfig, ModelConfig
 from pretrain.config.watching import MonitorConfig
 
 ATTENTION, FEEDFORWARD = "attention", "feedforward"
@@ -35,14 +35,8 @@ class Choice:
 
 def choices(model: ModelConfig) -> dict[str, Choice]:
     """By kind of layer; dense layers have none."""
-    found = {}
-    attention, feedforward = model.attention, model.feedforward
-    if not isinstance(attention, DenseAttentionConfig):
-        active = attention.num_heads if isinstance(attention, MoAConfig) else attention.active_experts
-        found[ATTENTION] = Choice(attention.num_experts, active)
-    if isinstance(feedforward, SigmaMoEConfig):
-        found[FEEDFORWARD] = Choice(feedforward.num_experts, feedforward.active_experts)
-    return found
+    layers = {ATTENTION: model.attention.routers, FEEDFORWARD: model.feedforward.routers}
+    return {kind: Choice(found.num_experts, found.active) for kind, found in layers.items() if found is not None}
 
 
 def rows_of(load: dict[str, Tensor], kind: str) -> Tensor:
@@ -56,9 +50,15 @@ def names_of(load: dict[str, Tensor], kind: str) -> list[tuple[str, int | None]]
     names: list[tuple[str, int | None]] = []
     for name, counts in load.items():
         if f".{kind}." in name:
-            short = re.sub(r"[._]?statistics$", "", name)
-            names += [(short, head if counts.ndim > 1 else None) for head in range(counts[..., 0].numel())]
+            names += [
+                (without_ending(name), head if counts.ndim > 1 else None) for head in range(counts[..., 0].numel())
+            ]
     return names
+
+
+def without_ending(name: str) -> str:
+    """The name of a router, of that of its statistics: `blocks.3.attention.value`."""
+    return re.sub(r"[._]?statistics$", "", name)
 
 
 def load_max(counts: Tensor) -> float:

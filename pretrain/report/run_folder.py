@@ -1,10 +1,9 @@
-"""The run folder: config.json, metrics.jsonl, events.jsonl, checkpoints/, tensorboard/. Written by rank 0 only."""
+"""The run folder, written by rank 0 only: config.json, metrics.jsonl, details.jsonl, events.jsonl, checkpoints/,
+tensorboard/."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import json
 import secrets
 import sys
 import time
@@ -15,15 +14,15 @@ from typing import Any
 from common.errors import UserError
 from common.files import write_json
 from common.line_log import LineLog, Row, is_event, is_step
-from common.presence import exists
 from common.run_lock import FolderLock
-from pretrain.config.validated import setting
 from pretrain.report import console
 from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
-from pretrain.report.run_paths import SAVED_CONFIG
 
-REPLACED = ("config.json", "metrics.jsonl", "events.jsonl", "outcome.json", "verified.json", "rollbacks.json")
+REPLACED = (
+    *("config.json", "metrics.jsonl", "details.jsonl", "events.jsonl"),
+    *("outcome.json", "verified.json", "rollbacks.json"),
+)
 LEFTOVERS = (
     ".seen-by-rank-0-*",
     ".clock-*",
@@ -57,6 +56,7 @@ class RunFolder:
         """The kind of the last event about the end of this start."""
         self._writes, self._alerts = writes, alerts
         self._metrics = LineLog(path / "metrics.jsonl", is_step, self._disk_failed)
+        self._details = LineLog(path / "details.jsonl", is_step, self._disk_failed)
         self._events = LineLog(path / "events.jsonl", is_event, self._disk_failed)
         if not writes:
             return
@@ -64,7 +64,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.lock = FolderLock(path)
             self._remove_leftovers()
-            damaged = {log.path.name: log.repair() for log in (self._metrics, self._events)}
+            damaged = {log.path.name: log.repair() for log in (self._metrics, self._details, self._events)}
             self.event("opened", process=self.lock.owner)
             self._events.flush()
         except (UserError, OSError) as error:
@@ -107,7 +107,7 @@ class RunFolder:
         outcome = {"exit_code": int(code), "reason": reason, "step": step, "time": time.time()}
         if node is not None:
             outcome["node"] = node
-        event = {"event": ENDS.get(code, FAILED), **{key: value for key, value in outcome.items() if value is not None}}
+        event = end_event(outcome)
         if self._alerts is not None:
             self._alerts.hear(event, is_end=True)
         if code is ExitCode.FOLDER_LOST:  # from now on the folder is another run's
@@ -201,6 +201,11 @@ class RunFolder:
         if self._writes:
             self._metrics.append(values)
 
+    def details(self, values: dict[str, Any]) -> None:
+        """One line of details.jsonl."""
+        if self._writes:
+            self._details.append(values)
+
     def make_durable(self) -> None:
         """Brings metrics.jsonl to the disk, so that no committed checkpoint is ahead of it, even after a power loss or
         on a full disk. Raises OSError."""
@@ -208,8 +213,10 @@ class RunFolder:
             self._metrics.make_durable()
 
     def rewind_metrics(self, step: int) -> None:
-        """Moves the lines of steps after `step` to events.jsonl: they will be computed again. Raises OSError, and then
-        nothing is lost."""
+        """Moves the lines of steps after `step` to events.jsonl: they will be computed again. Those of details.jsonl
+        are dropped. Raises OSError, and then nothing else is lost."""
+        if any(row["step"] > step for row in self._details.rows()):
+            self._details.keep(lambda row: row["step"] <= step)
         self._metrics.flush()
         superseded = [row for row in self._metrics.rows() if row["step"] > step]
         if not superseded:
@@ -220,26 +227,7 @@ class RunFolder:
         self._metrics.keep(lambda row: row["step"] <= step)
 
 
-def note_early_end(path: Path, code: ExitCode, reason: str) -> None:
-    """Writes down how a start ended that has not come to open its folder: readers would take the outcome of the start
-    before for its. Nothing where no start has opened it, where the run has taken its last step, where another process
-    has it, or where it cannot be written. By the one rank that says why."""
-    with contextlib.suppress(UserError, OSError):
-        if exists(path / "events.jsonl") and not _is_complete(path):
-            RunFolder(path, writes=True).end(code, reason)
-
-
-def _is_complete(path: Path) -> bool:
-    """Whether the run has taken all steps of its configuration. Such a run is finished, whatever was asked of it
-    since."""
-    outcome, steps = _tree(path / "outcome.json"), setting(_tree(path / SAVED_CONFIG), "train.steps")
-    return outcome.get("exit_code") == ExitCode.FINISHED and outcome.get("step") == steps
-
-
-def _tree(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):  # the last: too deep for Python
-        return {}
-    return found if isinstance(found, dict) else {}
+def end_event(outcome: dict[str, Any]) -> Row:
+    """The event of the end of a start, given what its outcome.json says."""
+    kind = ENDS.get(outcome["exit_code"], FAILED)
+    return {"event": kind, **{key: value for key, value in outcome.items() if value is not None}}

@@ -42,13 +42,7 @@ def run_folder(config: Path, given: str | Path | None) -> Path:
     Checks, without writing, that it can be a run folder. Raises UserError."""
     if given is not None and not str(given).strip():
         raise UserError("--run-dir: is empty; name a folder, or leave the option out for runs/NAME")
-    if given is not None:
-        folder = Path(given)
-    elif config.name == SAVED_CONFIG and is_run(config.parent):
-        folder = config.parent
-    else:
-        folder = Path("runs") / config.stem
-    folder = folder.absolute()
+    folder = asked_folder(config, given)
     from pretrain.checkpoint.folder import check_output_folder  # here: readers of a run do not wait for it
 
     check_output_folder(folder, "--run-dir")
@@ -60,6 +54,17 @@ def run_folder(config: Path, given: str | Path | None) -> Path:
                 f"--run-dir"
             )
     return folder
+
+
+def asked_folder(config: Path, given: str | Path | None) -> Path:
+    """As `run_folder`, of which nothing is checked."""
+    if given is not None:
+        folder = Path(given)
+    elif config.name == SAVED_CONFIG and is_run(config.parent):
+        folder = config.parent
+    else:
+        folder = Path("runs") / config.stem
+    return folder.absolute()
 
 
 def _check_own(folder: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.attention.rope import rotated_width
-from model.config import RopeConfig, SigmaMoEConfig
+from model.config import RopeConfig
 from pretrain.config.schedule import warmup_steps
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
@@ -116,9 +116,9 @@ def _divided_values(config: Config) -> list[DerivedValue]:
         formula = "sequence_length / tensor, between attention and feed-forward (parallel.sequence)"
         tokens = model.sequence_length // parallel.tensor
         values.append(DerivedValue("tokens of a sequence per rank", f"{tokens}", formula))
-    if parallel.expert > 1 and isinstance(model.feedforward, SigmaMoEConfig):
+    if parallel.expert > 1 and model.feedforward.routers is not None:
         formula = "feedforward.num_experts / expert; the same on every expert-th data-parallel rank"
-        experts = model.feedforward.num_experts // parallel.expert
+        experts = model.feedforward.routers.num_experts // parallel.expert
         values.append(DerivedValue("experts per rank", f"{experts}", formula))
     return values
 

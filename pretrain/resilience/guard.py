@@ -12,14 +12,15 @@ import torch.distributed as dist
 from common.errors import PassingError, UserError
 from common.run_lock import is_alive, is_same_machine, process_identity
 from common.slurm import node_name
-from pretrain.config.watching import ResilienceConfig
+from pretrain.config.watching import MonitorConfig, ResilienceConfig
 from pretrain.device import control_group
 from pretrain.parallel.agreement import PeerFailed, agreed, of_all_ranks
 from pretrain.parallel.lost_ranks import lost_connection, lost_text
 from pretrain.phases import Phases
 from pretrain.report.exit_codes import ExitCode, code_of
-from pretrain.report.run_folder import RunFolder, note_early_end
+from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.control import Control
+from pretrain.resilience.early_end import EarlyEnd
 from pretrain.resilience.signals import Stop
 from pretrain.resilience.watchdog import Peers, Watchdog
 
@@ -62,14 +63,19 @@ def collective_timeout(config: ResilienceConfig) -> float:
 
 
 @contextlib.contextmanager
-def early_end_noted(run_dir: Path) -> Iterator[None]:
-    """Records how a start ended in the block, before it came to open its folder (run_folder.py: note_early_end)."""
+def early_end_noted(run_dir: Path, monitor: MonitorConfig, stop: Stop) -> Iterator[None]:
+    """Notes how a start ended in the block, before it came to open its folder (early_end.py)."""
+    end, is_first = EarlyEnd(run_dir, lambda: monitor), dist.get_rank() == 0
+    if is_first:
+        end.hear(stop)
     try:
         yield
     except BaseException as error:
-        if dist.get_rank() == 0:
-            note_early_end(run_dir, *_early_end(error))
+        if is_first:
+            end.note(*_early_end(error))
         raise
+    finally:
+        end.close(stop)
 
 
 def _early_end(error: BaseException) -> tuple[ExitCode, str]:

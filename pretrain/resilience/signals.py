@@ -3,6 +3,7 @@
 SIGTERM, SIGUSR1, SIGINT and SIGHUP ask for a stop. A C-level handler writes the number to a pipe and a thread acts on
 it, so that a second signal works although the main thread waits inside a collective:
 
+    before the run is known        leave as soon as it is, so that the run folder says so; at once if that takes long
     before the ranks have met      leave at once, there is nothing to lose
     start-up                       leave at the next agreed moment (`Stop.requested`), at once if none comes in time
     training                       stop after a step that all ranks agree on, see control.py
@@ -62,6 +63,7 @@ def heard_signals() -> list[signal.Signals]:
 class ProcessState(Enum):
     """How far a process is, which decides what a stop does."""
 
+    LOADING = "before the run is known"
     JOINING = "before the ranks have met"
     STARTING = "start-up"
     TRAINING = "training"
@@ -81,6 +83,8 @@ class Stop:
         """Says from which checkpoint the run can go on, a sentence without its stop. Set once the ranks have met."""
         self._reason: str | None = None
         self._asked = 0.0
+        self._changing = threading.Lock()
+        """Of `state` and `_reason`, by two threads."""
         self._installed = False
         self._parent = -1
         self._runner: int | None = None
@@ -115,7 +119,10 @@ class Stop:
 
     def enter(self, state: ProcessState) -> None:
         """Called by the main thread when it reaches `state`."""
-        self.state = state
+        with self._changing:
+            self.state, reason = state, self._reason
+        if state is ProcessState.JOINING and reason is not None:  # asked while the process was loading
+            self._leave_untrained(reason)
         if state is ProcessState.ENDING and self._installed:
             for number in STOP_SIGNALS:  # DeepSpeed's launcher sends SIGTERM to the others as soon as one rank has left
                 signal.signal(number, signal.SIG_IGN)
@@ -183,20 +190,26 @@ class Stop:
             self._look_at_launcher()
             self._look_at_peers()
             late = self._reason is not None and time.monotonic() - self._asked > START_UP_SECONDS
-            if self.state is ProcessState.STARTING and late:
+            if self.state in (ProcessState.LOADING, ProcessState.STARTING) and late:
                 self.leave(ExitCode.STOPPED, f"{self._reason} during start-up: nothing was trained")
 
     def _ask(self, reason: str) -> None:
-        if self.state is ProcessState.ENDING:
+        with self._changing:
+            state, is_first = self.state, self._reason is None
+            if is_first and state is not ProcessState.ENDING:
+                self._reason, self._asked = reason, time.monotonic()
+        if state is ProcessState.ENDING:
             return
-        if self._reason is None:
-            self._reason, self._asked = reason, time.monotonic()
-            if self.state is ProcessState.JOINING:
-                # Said once per node; the launcher also ends a rank like this when another one has refused the run.
-                is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
-                self.leave(ExitCode.STOPPED, f"{reason} during start-up: nothing was trained" if is_speaker else "")
+        if is_first:
+            if state is ProcessState.JOINING:
+                self._leave_untrained(reason)
         elif time.monotonic() - self._asked > SECOND_SIGNAL_SECONDS:
             self._leave_unless_ending(ExitCode.INTERRUPTED, f"{reason} after {self._reason}: leaving at once")
+
+    def _leave_untrained(self, reason: str) -> NoReturn:
+        # Said once per node; the launcher also ends a rank like this when another one has refused the run.
+        is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
+        self.leave(ExitCode.STOPPED, f"{reason} during start-up: nothing was trained" if is_speaker else "")
 
     def _is_orphan(self) -> bool:
         return self._parent >= 0 and os.getppid() != self._parent

@@ -11,6 +11,7 @@ import torch
 
 from common.errors import ConfigError, UserError
 from data_prep.shards.format import Manifest
+from model.config import ModelConfig
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel, prepare_to_answer
 from model.parallel.context import ParallelContext
@@ -54,12 +55,12 @@ def load_model(
     `device`: a torch device. `data`: folders of prepared data, where to look for the tokenizer if the data are no
     longer where the run read them. `verify`: compare every file with its sha256 first. `ema`: the moving average of the
     weights (train.ema_decay) instead of the weights. Raises UserError: no checkpoint yet, a damaged one, one of another
-    version, no tokenizer, no moving average.
+    version, no tokenizer or another model's, no moving average.
     """
     checkpoint, place = find_checkpoint(Path(run_or_checkpoint)), torch.device(device)
     with while_they_are_there([checkpoint.path], "RUN"):
         config = config_of(checkpoint)
-        tokenizer = tokenizer_of(checkpoint, data)
+        tokenizer = tokenizer_of(checkpoint, config.model, data)
         if verify:
             checkpoint.check_files()
         backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
@@ -118,9 +119,16 @@ def config_of(checkpoint: Checkpoint) -> Config:
         raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: {STATE_FILE} has no configuration") from None
 
 
-def tokenizer_of(checkpoint: Checkpoint, data: Sequence[str | Path]) -> Tokenizer:
-    """What `find_tokenizer` finds, to encode and decode with. Raises UserError."""
-    return Tokenizer(find_tokenizer(checkpoint, data)[0])
+def tokenizer_of(checkpoint: Checkpoint, model: ModelConfig, data: Sequence[str | Path]) -> Tokenizer:
+    """What `find_tokenizer` finds, to encode and decode with. Raises UserError, also if it has ids that the model has
+    not."""
+    tokenizer = Tokenizer(find_tokenizer(checkpoint, data)[0])
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"checkpoint {checkpoint.path}: its tokenizer has {tokenizer.vocab_size:,} ids, but model.vocab_size is "
+            f"{model.vocab_size:,}, so they do not belong together; name the data of this run with --data"
+        )
+    return tokenizer
 
 
 def find_tokenizer(checkpoint: Checkpoint, data: Sequence[str | Path]) -> tuple[StoredTokenizer, Manifest | None]:

@@ -36,6 +36,7 @@ class Tokenizer:
     def __init__(self, source: Manifest | StoredTokenizer) -> None:
         """Raises UserError if the file is missing or is no tokenizer."""
         stored = StoredTokenizer.of(source) if isinstance(source, Manifest) else source
+        self.stored = stored
         entry, path = stored.entry, stored.path
         self.vocab_size, self.eos_id, self.kind = entry.vocab_size, entry.eos_id, entry.kind
         self.has_text = entry.has_text
@@ -110,19 +111,24 @@ class Tokenizer:
             )
         return ids.tolist()
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Ids behind the last one of the tokenizer, which a
+        wider model may have, are nothing."""
         if not self.has_text:
             return "".join(map(self._piece, ids))
+        known = [int(number) for number in ids if number < self.vocab_size]
         if self._model is None:
-            return self._values[np.asarray(ids, np.int64)].tobytes().decode("utf-8", errors="replace")
-        return str(self._model.decode([int(number) for number in ids]))
+            return self._values[np.asarray(known, np.int64)].tobytes().decode("utf-8", errors="replace")
+        text = str(self._model.decode(known))
+        return text.replace("\n ", "\n") if self.has_blanks_before_lines else text
 
     def content(self, number: int) -> bytes:
-        """What an id adds to a text that goes on, in UTF-8: a byte's id one byte of a character, a control id (EOS)
-        nothing."""
+        """What an id adds to a text that goes on, in UTF-8: a byte's id one byte of a character, a control id (EOS) and
+        one behind the tokenizer's last nothing."""
         if not self.has_text:
             return self._piece(number).encode()
+        if number >= self.vocab_size:
+            return b""
         if self._model is None:
             return self._values[number].tobytes()
         if self._model.is_control(number):
@@ -135,11 +141,19 @@ class Tokenizer:
 
     def bytes_of(self, counts: np.ndarray) -> int | None:
         """Bytes in UTF-8 of a text that has each id as often as `counts` [n] says, with the blank that SentencePiece
-        puts before a document; None where ids have no text, or some are unknown, whose text is lost."""
-        present = np.flatnonzero(counts).tolist()
+        puts before a document (not those before its other lines, where these were cut one by one); None where ids have
+        no text, or some are unknown, whose text is lost."""
+        present = np.flatnonzero(counts[: self.vocab_size]).tolist()
         if not self.has_text or (self._model is not None and any(map(self._model.is_unknown, present))):
             return None
-        return int(sum(int(counts[number]) * len(self.content(number)) for number in present))
+        contents, is_cut = {number: self.content(number) for number in present}, self.has_blanks_before_lines
+        return sum(int(counts[n]) * (len(text) - is_cut * text.count(b"\n")) for n, text in contents.items())
+
+    @functools.cached_property
+    def has_blanks_before_lines(self) -> bool:
+        """Whether ids hold a blank before each line, which the text does not have."""
+        model = self._model
+        return self._by_line and model is not None and model.id_to_piece(model.encode("a")[0])[0] == SPACE_SYMBOL
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each id stands for inside a text; a byte that is no character of its own as <0xE2>."""
@@ -148,10 +162,10 @@ class Tokenizer:
     def _piece(self, number: int) -> str:
         if not self.has_text:
             return f" {int(number)}"
-        if self._model is None:
-            return _byte(int(self._values[number]))
         if number >= self.vocab_size:
             return f"<unused {number}>"
+        if self._model is None:
+            return _byte(int(self._values[number]))
         if self._model.is_byte(number):
             return _byte(int(self._model.id_to_piece(number)[3:-1], 16))
         return str(self._model.id_to_piece(number)).replace(SPACE_SYMBOL, " ")

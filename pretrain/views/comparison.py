@@ -142,14 +142,14 @@ def facts(run: Run) -> dict[str, Any]:
     data.manifest, which the file of its configuration most often has."""
     started = run.view.last("started")
     extra = {key: started[key] for key in ("software", "layout") if isinstance(started.get(key), dict)}
-    found = flattened({**run.view.config, **extra, "ranks": started.get("ranks"), DIGEST: data_digest(run)})
+    found = flattened({**run.view.config, **extra, "ranks": started.get("ranks"), DIGEST: data_digest(run.view)})
     return {key: value for key, value in found.items() if key != "data.manifest" or not found.get("data.sources")}
 
 
-def data_digest(run: Run) -> str | None:
+def data_digest(view: RunView) -> str | None:
     """The first letters, as other texts show them, of what identifies the data of the newest start; None of a version
     that did not record it."""
-    found = run.view.last("started").get("data_digest")
+    found = view.last("started").get("data_digest")
     return found[:12] if isinstance(found, str) else None
 
 
@@ -215,7 +215,15 @@ def splits_of(runs: Sequence[Run]) -> list[SplitName]:
 def validation_losses(runs: Sequence[Run], split: SplitName = "validation") -> list[tuple[float, list[float]]]:
     """A step and the loss of every run on a split after it, NaN where a run was not validated on that: some steps,
     evenly among all, with the first and the last."""
-    found = [dict(run.view.validations(split)) for run in runs]
+    return _some([dict(run.view.validations(split)) for run in runs])
+
+
+def bits_per_byte(runs: Sequence[Run], split: SplitName = "validation") -> list[tuple[float, list[float]]]:
+    """As `validation_losses`, bits per byte of the text, which models of different tokenizers have in common."""
+    return _some([dict(run.view.bits_per_byte(split)) for run in runs])
+
+
+def _some(found: Sequence[dict[int, float]]) -> list[tuple[float, list[float]]]:
     steps = sorted(set().union(*found))
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), VALIDATIONS)).round().astype(int))
     return [(steps[n], [of_run.get(steps[n], math.nan) for of_run in found]) for n in chosen]

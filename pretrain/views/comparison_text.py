@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from common.splits import SplitName
-from common.tables import DOTS, counted, folded_table
+from common.tables import DOTS, beginning, counted, folded_table, listed, same_letters
 from common.terminal import visible
 from pretrain.config.validated import MEMORY, WINDOWS, reads_streams, setting
 from pretrain.views.comparison import (
@@ -17,6 +17,7 @@ from pretrain.views.comparison import (
     DIGEST,
     Run,
     as_meant,
+    bits_per_byte,
     data_digest,
     differences,
     differing_facts,
@@ -45,7 +46,7 @@ def tables(runs: Sequence[Run], tolerance: float, *, longest: int = LONGEST) -> 
     if len(runs) > 1:
         rows = [(key, *_shown(values, longest)) for key, values in differing_facts(runs)]
         found.append((DIFFERS, ("setting", *labels), rows))
-    how = "by" if len(runs) == 1 else "at equal"
+    how, needs_bits = "by" if len(runs) == 1 else "at equal", _needs_bits(runs)
     for axis, name in AXES.items() if len(runs) > 1 else [("step", AXES["step"])]:
         places = _places(losses(runs, axis))
         title = f"Loss {how} {name}" + (": no stretch of them is in all runs" * (not places))
@@ -53,6 +54,8 @@ def tables(runs: Sequence[Run], tolerance: float, *, longest: int = LONGEST) -> 
     for split in splits_of(runs):
         name = f"{split.capitalize()} loss"
         found.append((f"{name} {how} steps", ("steps", *labels), _places(validation_losses(runs, split))))
+        if needs_bits and (bits := bits_per_byte(runs, split)):
+            found.append((f"{split.capitalize()} bits per byte {how} steps", ("steps", *labels), _places(bits)))
         step, sources = source_losses_at_end(runs, split)
         if sources:
             rows = [(source, *_losses(values)) for source, values in sources]
@@ -94,19 +97,43 @@ def _notes_on_resumes(run: Run, split: SplitName) -> list[str]:
 
 
 def _notes_on_text(runs: Sequence[Run], keys: Collection[str]) -> list[str]:
-    if None not in (digests := [data_digest(run) for run in runs]) and len(set(digests)) == 1:
-        return []  # data that lie elsewhere, and rows of the embedding that no piece uses
-    of_text = [key for key in (DIGEST, "data.manifest", "data.sources", "model.vocab_size") if key in keys]
+    of_text = _other_text(runs, keys)
     if not of_text:
         return []
-    if "data.sources" in of_text and set(of_text) <= {DIGEST, "data.sources"} and _same_sources(runs):
+    if _only_weights(runs, of_text):
         return [
             "the weights of data.sources differ: training losses are of other mixtures, but those of validations of "
             "the same text, unless it was prepared anew"
         ]
-    return [
+    differ = (
         f"{' and '.join(of_text)} differ: losses per token of different texts or tokenizers say little of each other"
-    ]
+    )
+    validated = [run for run in runs if run.view.splits]
+    without = [run.label for run in validated if not any(map(run.view.bits_per_byte, run.view.splits))]
+    if not validated:
+        return [differ]
+    advice = "bits per byte of validations compare models of different tokenizers on the same text"
+    if without:
+        advice += f"; those of {listed(without, 3)} are not recorded: python launch/evaluate.py RUN computes them"
+    return [f"{differ}; {advice}"]
+
+
+def _other_text(runs: Sequence[Run], keys: Collection[str]) -> list[str]:
+    """What says that runs read other texts or tokens, among the keys of what differs."""
+    if None not in (digests := [data_digest(run.view) for run in runs]) and len(set(digests)) == 1:
+        return []  # data that lie elsewhere, and rows of the embedding that no piece uses
+    return [key for key in (DIGEST, "data.manifest", "data.sources", "model.vocab_size") if key in keys]
+
+
+def _only_weights(runs: Sequence[Run], of_text: Collection[str]) -> bool:
+    """Whether the sources are the same, mixed otherwise."""
+    return "data.sources" in of_text and set(of_text) <= {DIGEST, "data.sources"} and _same_sources(runs)
+
+
+def _needs_bits(runs: Sequence[Run]) -> bool:
+    """Whether losses per token do not compare these runs."""
+    of_text = _other_text(runs, {key for key, _ in differing_facts(runs)})
+    return bool(of_text) and not _only_weights(runs, of_text)
 
 
 def _same_sources(runs: Sequence[Run]) -> bool:
@@ -174,17 +201,12 @@ def _shown(values: Sequence[Any], longest: int) -> list[str]:
     that differs, or they would look the same."""
     texts = ["-" if value is None else value if isinstance(value, str) else json.dumps(value) for value in values]
     given = [text for value, text in zip(values, texts, strict=True) if value is not None]
-    differing = (n for n, letters in enumerate(zip(*given, strict=False)) if len(set(letters)) > 1)
-    alike = next(differing, min(map(len, given)))
+    alike = same_letters(given)
     if max(map(len, texts)) <= longest or alike < longest - len(DOTS):
-        return [_cut(text, longest) for text in texts]
+        return [beginning(text, longest) for text in texts]
     begin = alike - min(CONTEXT, longest // 3)
-    cut = [DOTS + _cut(text[begin:], longest - len(DOTS)) for text in texts]
+    cut = [DOTS + beginning(text[begin:], longest - len(DOTS)) for text in texts]
     return ["-" if value is None else text for value, text in zip(values, cut, strict=True)]
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - len(DOTS)] + DOTS
 
 
 def _place(value: float) -> str:

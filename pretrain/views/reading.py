@@ -273,6 +273,12 @@ class RunView:
             for step, event in self._validation_events(split)
         ]
 
+    def bits_per_byte(self, split: str = "validation") -> list[tuple[int, float]]:
+        """Step and bits per byte of the text, of those validations that have them: none of a version that did not
+        record them, or of ids whose text nobody knows."""
+        found = self._validation_events(split)
+        return [(step, _loss(event["bits_per_byte"])) for step, event in found if "bits_per_byte" in event]
+
     def average_validations(self, split: str = "validation") -> list[tuple[int, float]]:
         """Step and loss of the moving average in those validations that computed it (`evaluate.ema`)."""
         found = self._validation_events(split)

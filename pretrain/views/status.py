@@ -12,7 +12,7 @@ from typing import Any
 from common.run_lock import BEAT_SECONDS
 from common.splits import SplitName
 from common.strict_json import finite
-from common.tables import DOTS, counted, shortened_apart, text_table
+from common.tables import DOTS, beginning, counted, shortened_apart, text_table
 from common.terminal import visible
 from common.units import GIB
 from pretrain.config.validated import setting
@@ -343,10 +343,6 @@ def wrapped(line: str, width: int, *, indent: int) -> list[str]:
     lines = textwrap.wrap(visible(line), max(width, indent + 5), subsequent_indent=" " * indent, break_on_hyphens=False)
     last = (MOST_LINES - 1) // 2
     return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1 - last], " " * indent + DOTS, *lines[-last:]]
-
-
-def beginning(line: str, width: int) -> str:
-    return line if len(line) <= width else line[: max(1, width - len(DOTS))] + DOTS
 
 
 def can_print_braille() -> bool:

@@ -21,10 +21,12 @@ from common.splits import SPLITS
 from common.tables import folded_table, shortened, text_table
 from common.terminal import visible
 from pretrain.report.exit_codes import ExitCode
-from pretrain.views.comparison import Run
+from pretrain.views.comparison import Run, data_digest
 from pretrain.views.reading import RunView, State
 
 TRAINING = "training"
+BITS = " bits per byte"
+"""What the name of a split ends with where losses are told so."""
 STOPPED = (ExitCode.STOPPED, ExitCode.INTERRUPTED)
 
 
@@ -101,12 +103,13 @@ class Result:
 
     def loss(self, name: str) -> float:
         """The newest loss on the held-out split of that name, or the mean loss of the newest steps if it is `training`;
-        nats per token, NaN before the first."""
+        nats per token, or bits per byte if its name says so. NaN before the first."""
         if self.view is None:
             return math.nan
         if name == TRAINING:
             return Run("", self.view).loss_at("step", self.step)
-        found = self.view.validations(name)
+        split = name.removesuffix(BITS)
+        found = self.view.validations(split) if name == split else self.view.bits_per_byte(split)
         return found[-1][1] if found else math.nan
 
     @property
@@ -125,9 +128,21 @@ def splits_of(results: Sequence[Result]) -> list[str]:
 
 def loss_name(results: Sequence[Result]) -> str:
     """By which loss the runs are ranked: that on the split on which most of them were validated, or `training` if none
-    was. Losses on another split say nothing of it."""
+    was. Losses on another split say nothing of it. In bits per byte where the runs read different data, which may have
+    different tokenizers, and all have recorded it."""
     split = splits_of(results)[0]
-    return split if any(math.isfinite(result.loss(split)) for result in results) else TRAINING
+    validated = [result for result in results if math.isfinite(result.loss(split))]
+    if not validated:
+        return TRAINING
+    digests = {data_digest(result.view) for result in validated if result.view is not None}
+    has_bits = len(digests) > 1 and all(math.isfinite(result.loss(split + BITS)) for result in validated)
+    return split + BITS * has_bits
+
+
+def shown_losses(results: Sequence[Result]) -> list[str]:
+    """Names of the losses of a table: first that by which the runs are ranked, if it is in bits per byte."""
+    name = loss_name(results)
+    return [*([name] if name.endswith(BITS) else []), *splits_of(results), TRAINING]
 
 
 def ranked(results: Sequence[Result]) -> list[Result]:
@@ -143,7 +158,7 @@ def ranked(results: Sequence[Result]) -> list[Result]:
 
 def table(results: Sequence[Result], keys: Sequence[str]) -> list[list[str]]:
     """Header and rows, the best run first."""
-    losses = [*splits_of(results), TRAINING]
+    losses = shown_losses(results)
     rows = [["config", *keys, "state", "step", *losses, "tokens/s", "run"]]
     for result in ranked(results):
         last = result.view.last_step if result.view is not None else None
@@ -213,8 +228,9 @@ def table_csv(results: Sequence[Result], keys: Sequence[str]) -> str:
     """With every number in full, and nothing where there is none."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    losses = [*splits_of(results), TRAINING]
-    header = ["run", "config", *keys, "state", "step", *(f"{name}_loss" for name in losses), "tokens_per_second"]
+    losses = shown_losses(results)
+    names = [name.replace(" ", "_") if name.endswith(BITS) else f"{name}_loss" for name in losses]
+    header = ["run", "config", *keys, "state", "step", *names, "tokens_per_second"]
     writer.writerow(header)
     for result in ranked(results):
         numbers = (*map(result.loss, losses), result.tokens_per_second)
@@ -258,14 +274,25 @@ def number_of(value: str) -> float | None:
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
+def _best(results: Sequence[Result]) -> Result | None:
+    """A finished run of the combination whose mean loss over seeds is the lowest; None where none has finished."""
+    name, groups = loss_name(results), dict[tuple[str, ...], list[Result]]()
+    for result in results:
+        if result.state is State.FINISHED and math.isfinite(result.loss(name)):
+            others = tuple(value for key, value in result.run.values.items() if not key.endswith("seed"))
+            groups.setdefault(others, []).append(result)
+    means = {group: statistics.fmean(result.loss(name) for result in found) for group, found in groups.items()}
+    return groups[min(means, key=means.__getitem__)][0] if means else None
+
+
 def edges(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
     """For every configuration all of whose runs have ended: each key whose best value is the lowest or the highest
-    tried, as a sentence. Seeds have no better side."""
+    tried, as a sentence. Seeds have no better side; of runs that differ in them alone the mean counts."""
     said, configs = [], dict.fromkeys(result.run.config for result in results)
     for config in configs:
         of_config = [result for result in results if result.run.config == config]
-        best = ranked(of_config)[0]
-        if not all(result.has_ended for result in of_config) or best.state is not State.FINISHED:
+        best = _best(of_config)
+        if best is None or not all(result.has_ended for result in of_config):
             continue
         for key in (key for key in keys if not key.endswith("seed")):
             tried = [number for result in of_config if (number := number_of(result.run.values[key])) is not None]

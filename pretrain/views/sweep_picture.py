@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ from matplotlib.lines import Line2D
 from common.tables import shortened
 from pretrain.views.comparison_page import fill, look, set_scale
 from pretrain.views.reading import State
-from pretrain.views.sweep import Result, content_of, loss_name, number_of, ranked, short_keys
+from pretrain.views.sweep import BITS, Result, content_of, loss_name, number_of, ranked, short_keys
 
 CONFIG = "config"
 """Stands for the configuration where keys stand."""
@@ -30,7 +31,8 @@ MOST_LABELS = 16
 
 def losses_drawn(results: Sequence[Result], keys: Sequence[str]) -> bytes:
     """PNG of the finished runs: for each key with several values, and for the configurations, the loss against the
-    value, in one colour for each combination of the others. A star is the best run."""
+    value, in one colour for each combination of the others. Of runs that differ in their seeds alone the mean is drawn,
+    with the standard deviation (of a sample) as a bar; against the seeds themselves each run. A star is the best."""
     varied = [key for key in (*keys, CONFIG) if len({_value(result, key) for result in results}) > 1] or [CONFIG]
     finished = [result for result in ranked(results) if result.state is State.FINISHED]
     figure = Figure(figsize=(6.5 * len(varied), 5), dpi=100, layout="constrained")
@@ -44,22 +46,29 @@ def losses_drawn(results: Sequence[Result], keys: Sequence[str]) -> bytes:
 
 def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], key: str, others: Sequence[str]) -> None:
     name = loss_name(results)
+    if not key.endswith("seed"):
+        others = [other for other in others if not other.endswith("seed")]
     places, short = _places(results, key), short_keys([other for other in others if other != CONFIG])
     names = {every: _names(results, every) for every in (key, *others)}
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, dict[float, list[float]]] = {}
     for result in finished:
         texts = {other: names[other][_value(result, other)] for other in others}
         label = ", ".join(text if other == CONFIG else f"{short[other]}={text}" for other, text in texts.items())
-        lines.setdefault(label, []).append((places[_value(result, key)], result.loss(name)))
+        lines.setdefault(label, {}).setdefault(places[_value(result, key)], []).append(result.loss(name))
     curves: list[Line2D] = []
     for number, (label, points) in enumerate(sorted(lines.items())):
         curve = {**look(number), "marker": "o", "fillstyle": fill(number), "linewidth": 1.2}
         if not _are_numbers(results, key):
             curve["linestyle"] = ""  # nothing lies between two words
-        curves += axes.plot(*zip(*sorted(points), strict=True), label=label, **curve)
+        at = sorted(points)
+        means = [statistics.fmean(points[place]) for place in at]
+        curves += axes.plot(at, means, label=label, **curve)
+        bars = [statistics.stdev(points[place]) if len(points[place]) > 1 else 0.0 for place in at]
+        if any(bars):
+            axes.errorbar(at, means, yerr=bars, fmt="none", ecolor=curves[-1].get_color(), capsize=3)
     if finished:
-        best = finished[0]
-        axes.plot(places[_value(best, key)], best.loss(name), "k*", markersize=14)
+        best = min(((statistics.fmean(v), place) for points in lines.values() for place, v in points.items()))
+        axes.plot(best[1], best[0], "k*", markersize=14)
     is_log = _are_numbers(results, key) and min(places.values()) > 0
     if is_log:
         axes.set_xscale("log")
@@ -70,7 +79,7 @@ def _lines(axes: Axes, results: Sequence[Result], finished: Sequence[Result], ke
     axes.set_xticks(list(places.values()), labels=[shown.get(value, "") for value in places])
     axes.set_xticks([], minor=True)
     axes.set_xlabel(key, parse_math=False)
-    axes.set(ylabel=f"{name} loss, nats per token")
+    axes.set(ylabel=name if name.endswith(BITS) else f"{name} loss, nats per token")
     set_scale(axes)
     axes.grid(alpha=0.3)
     for text in axes.get_xticklabels():

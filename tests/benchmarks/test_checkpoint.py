@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from benchmarks import checkpoint
 from benchmarks.checkpoint_run import CONFIG, Measurement, Training, engine_of, measured, methods
@@ -60,7 +61,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 def of_dcp(folder: Path) -> dict[str, Tensor]:
     """Every tensor, by DCP's own reader."""
     metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {key: torch.empty(tensor.size, dtype=tensor.properties.dtype) for key, tensor in metadata.items()}
+    state = {}
+    for key, tensor in metadata.items():
+        assert isinstance(tensor, TensorStorageMetadata)
+        state[key] = torch.empty(tensor.size, dtype=tensor.properties.dtype)
     dcp.load(state, checkpoint_id=folder, no_dist=True)
     return state
 

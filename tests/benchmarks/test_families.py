@@ -64,11 +64,9 @@ TINY = {
 
 def test_what_is_kept_is_counted_once_and_parameters_are_not() -> None:
     step = Step(ModelConfig.model_validate(TINY), 2)
-    weight = torch.ones(3, 3, requires_grad=True)
-    step.model.forward = lambda *_: ((step.x * step.x @ weight).exp().sum(), None, None)  # type: ignore[method-assign]
-    step.x = torch.ones(5, 3, requires_grad=True)  # type: ignore[attr-defined]
-    step.model.extra = torch.nn.Parameter(weight)  # type: ignore[assignment]
-    weight = step.model.extra
+    x, weight = torch.ones(5, 3, requires_grad=True), torch.nn.Parameter(torch.ones(3, 3))
+    step.model.extra = weight
+    step.model.forward = lambda *_, **__: ((x * x @ weight).exp().sum(), torch.zeros(2), torch.zeros(()))
     # x, its square and the exponential; the weight is a parameter.
     assert step.kept_bytes() == 3 * 5 * 3 * 4
     assert step() > 0

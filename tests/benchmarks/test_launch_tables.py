@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -38,7 +39,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def attention_row(rows: dict[str, list[str]]) -> str:
+def attention_row(rows: Mapping[str, Sequence[str]]) -> str:
     """What docs/kernels.md says of a model's attention kernels, without what they keep."""
     one, whole = rows["attention"], rows["all"]
     first, second = (f"{float(one[place].replace(',', '')):,.0f}" for place in (2, 4))

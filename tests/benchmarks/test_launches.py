@@ -166,7 +166,7 @@ class Halves(torch.autograd.Function):
         return None, first * ctx.factor + (torch.full_like(first, 7.0) if second is None else second * 2), None
 
 
-def graph(x: Tensor, weight: Tensor, bias: Tensor, bare: bool) -> Tensor:
+def graph(x: Tensor, weight: Tensor, bias: Tensor, *, bare: bool) -> Tensor:
     first, _ = Halves.apply(3.0, x, bare)
     hidden = F.layer_norm(first @ weight + bias, (4,))  # the bias is broadcast
     hidden = hidden + hidden.relu() * x[:, :4]  # used twice
@@ -179,9 +179,9 @@ def test_the_walk_gives_the_gradients_of_torch(bare: bool, monkeypatch: pytest.M
     monkeypatch.setattr(FunctionCtx, "set_materialize_grads", set_materialize_grads)
     generator = torch.Generator().manual_seed(0)
     leaves = [nn.Parameter(torch.randn(size, generator=generator)) for size in ((3, 5), (5, 4), (1, 4))]
-    wanted = torch.autograd.grad(graph(*leaves, bare), leaves)
+    wanted = torch.autograd.grad(graph(*leaves, bare=bare), leaves)
     for times in (1, 2):  # the second adds to the first
-        backward(graph(*leaves, bare))
+        backward(graph(*leaves, bare=bare))
         for leaf, want in zip(leaves, wanted, strict=True):
             assert leaf.grad is not None and leaf.grad.shape == want.shape and leaf.grad.dtype == want.dtype
             torch.testing.assert_close(leaf.grad, times * want, rtol=1e-6, atol=1e-6)

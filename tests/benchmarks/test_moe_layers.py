@@ -10,6 +10,7 @@ import torch
 from benchmarks import kernels, kernels_switchhead, moe_layers, page, peers, records, timed_cases
 from benchmarks.moe_layers import OURS, PLAIN, Shape, Work, checked_work, difference, suite_of
 from benchmarks.timed_cases import Case, Suite, Timed, measure, time_case
+from model.attention.switchhead import SwitchHeadAttention
 from model.config import ModelConfig, SigmaMoEConfig, SwitchHeadConfig
 from pretrain.config.loading import load_config
 from tests.harness import run_ranks
@@ -34,7 +35,12 @@ def names_after_a_forward_pass(rank: int) -> list[object]:
     suite = suite_of("small", SMALL, torch.float32)
     measure(suite, torch.float32, 1)
     work, graphs = checked_work(suite, torch.float32), []
-    torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph)(torch.ones(2))
+
+    def noted(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch.compile(lambda x: x + 1, backend=noted)(torch.ones(2))
     return [work, torch.cuda.current_device is before, len(graphs)]
 
 
@@ -67,7 +73,11 @@ def test_every_round_has_other_tokens_and_all_layers_the_same(monkeypatch: pytes
     seen: list[torch.Tensor] = []
 
     def noted(case: Case) -> Case:
-        return case._replace(forward=lambda: seen.append(case.inputs[0].detach().clone()) or case.forward())
+        def forward() -> torch.Tensor:
+            seen.append(case.inputs[0].detach().clone())
+            return case.forward()
+
+        return case._replace(forward=forward)
 
     measure(suite._replace(cases=[noted(case) for case in suite.cases[::3]]), torch.float32, 2)
     assert len(seen) == 6  # two layers, a round that warms up and two more
@@ -117,6 +127,7 @@ def test_the_switchhead_layer_is_the_papers() -> None:
     attention = model.attention
     assert isinstance(attention, SwitchHeadConfig)
     layer = kernels_switchhead.layers(torch.float32)["switchhead"]
+    assert isinstance(layer, SwitchHeadAttention)
     assert layer.config.model_dump() == attention.model_dump() | {"expert_dropout": 0.0}
 
 

@@ -89,6 +89,27 @@ def test_a_problem_is_one_sentence_with_the_key(tree: dict[str, Any], message: s
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+class Dot(Section):
+    """A dot, and a key of that name."""
+
+    type: Literal["dot"] = "dot"
+    dot: int = Field(1, ge=1)
+    """Millimetres."""
+
+
+class Point(Section):
+    """What may be a dot."""
+
+    mark: Annotated[Round | Dot, Field(discriminator="type")] = Round()
+
+
+def test_a_key_may_have_the_name_of_its_kind() -> None:
+    with pytest.raises(ConfigError, match=r"^mark\.dot: input should be greater than or equal to 1 \(given 0\)"):
+        validate(Point, {"mark": {"type": "dot", "dot": 0}})
+    known, errors = validate_all(Point, {"mark": {"type": "dot", "dot": 3, "size": 4}})
+    assert known == Point(mark=Dot(dot=3)) and [str(e).partition(":")[0] for e in errors] == ["mark.size"]
+
+
 @pytest.mark.parametrize(
     "value", ["1" * 5000, "-" + "1" * 5000, "[" + "1" * 5000 + "]", "[" * 60 + "]" * 60, "[" * 5000]
 )

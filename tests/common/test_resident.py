@@ -39,6 +39,14 @@ def test_a_peak_is_of_what_came_since_it_was_forgotten() -> None:
     assert resident.resident_bytes()[1] - before > 50_000_000 < len(held)
 
 
+def test_a_peak_that_cannot_be_forgotten_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose /proc is for reading."""
+    monkeypatch.setattr(resident, "CLEAR", tmp_path / "is" / "missing")
+    assert not resident.forget_peak()
+    (tmp_path / "is").mkdir()
+    assert resident.forget_peak()
+
+
 @pytest.mark.parametrize("status, present", [(None, None), (b"Name:\tpython\nVmRSS:\t  12 kB\n", 12 * 1024)])
 def test_what_proc_leaves_out_is_what_the_system_knows(
     status: bytes | None, present: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,9 @@ import shutil
 import signal
 import time
 from collections import namedtuple
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,12 +109,12 @@ def test_other_data_sets_of_the_cache_make_room_whatever_their_process(remote: P
     assert not list(first.manifest.folder.glob("train-*")), "used longest ago"
 
 
-def _stall(remote: Path, folder: Path, limit: int, at: int, reached: object) -> None:
+def _stall(remote: Path, folder: Path, limit: int, at: int, reached: Event) -> None:
     """Reads through the cache and stops for good in the middle of the copy number `at`."""
     copies = 0
 
     class Stalling:
-        def __init__(self, stream: object) -> None:
+        def __init__(self, stream: Any) -> None:
             self._stream = stream
 
         def __enter__(self) -> Stalling:
@@ -125,14 +127,17 @@ def _stall(remote: Path, folder: Path, limit: int, at: int, reached: object) -> 
             nonlocal copies
             copies += 1
             if copies == at:
-                reached.set()  # type: ignore[attr-defined]
+                reached.set()
                 time.sleep(600)
-            return self._stream.read(1000)  # type: ignore[attr-defined, no-any-return]
+            return self._stream.read(1000)
 
     original = shard_cache.RemoteFile.open
-    shard_cache.RemoteFile.open = lambda self, mode: (  # type: ignore[method-assign, assignment]
-        Stalling(original(self, mode)) if self.name.startswith("train-") else original(self, mode)
-    )
+
+    def opened(self: shard_cache.RemoteFile, *arguments: Any, **options: Any) -> Any:
+        stream = original(self, *arguments, **options)
+        return Stalling(stream) if self.name.startswith("train-") else stream
+
+    shard_cache.RemoteFile.open = opened
     read_all(ShardCache(f"file://{remote}", folder, limit))
 
 
@@ -154,12 +159,12 @@ def test_a_process_killed_in_a_copy_leaves_nothing_wrong(remote: Path, tmp_path:
     assert stored(folder) <= limit and not list((folder / NAME).glob("*/*.partial"))
 
 
-def _make(folder: Path, start: object, failed: object) -> None:
-    start.wait()  # type: ignore[attr-defined]
+def _make(folder: Path, start: Event, failed: Event) -> None:
+    start.wait()
     try:
         CacheFolder(folder, 10**9).add(b"{}")
     except BaseException:
-        failed.set()  # type: ignore[attr-defined]
+        failed.set()
         raise
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from common.json_config import keys
 from common.paths import REPOSITORY
+from common.splits import SplitName
 from common.terminal import visible
 from data_prep.cli import main
 from data_prep.config.schema import DataConfig
@@ -75,7 +76,8 @@ def test_statistics_are_those_of_the_documents(
 ) -> None:
     monkeypatch.setattr("data_prep.report.stats.READ_TOKENS", 999)  # documents go on in the next piece
     tokenizer = TextTokenizer.load(manifest.folder / "tokenizer.model")
-    for split, texts in (("train", corpus.train), ("validation", corpus.validation)):
+    splits: dict[SplitName, list[str]] = {"train": corpus.train, "validation": corpus.validation}
+    for split, texts in splits.items():
         tokens = np.array([len(tokenizer.encode(text)) for text in texts])
         lengths = Lengths.of(manifest, split)
         assert np.repeat(lengths.values, lengths.counts).tolist() == sorted(tokens.tolist())

@@ -136,7 +136,8 @@ def test_inputs_are_found_here_and_then_in_the_repository(tmp_path: Path, monkey
         write_dump(tmp_path / "repository" / "raw" / f"{name}.json.gz", [c4_line(name)])
     config = load(tmp_path, {"input": "raw/*.json.gz"})
     assert [source.path.name for source in resolve(config).sources] == ["a.json.gz", "b.json.gz"]
-    assert resolve(config).sources[0].path.is_relative_to(tmp_path / "repository")
+    found = resolve(config).sources[0].path
+    assert isinstance(found, Path) and found.is_relative_to(tmp_path / "repository")
     write_dump(tmp_path / "raw" / "c.json.gz", [c4_line("c")])
     resolved = resolve(config)
     assert [source.path for source in resolved.sources] == [Path("raw/c.json.gz")]

@@ -276,8 +276,13 @@ def test_short_documents_are_signed_a_few_at_a_time(tmp_path: Path, monkeypatch:
     """16,000 documents of 4 words are one batch of BATCH_CHARACTERS, whose values as Python numbers took 150 MB."""
     sizes: list[int] = []
     real = sign.signatures
+
+    def noted(texts: list[str], shingle_words: int) -> tuple[np.ndarray, np.ndarray]:
+        sizes.append(len(texts))
+        return real(texts, shingle_words)
+
     monkeypatch.setattr(sign, "BATCH_DOCUMENTS", 4)
-    monkeypatch.setattr(sign, "signatures", lambda texts, n: (sizes.append(len(texts)), real(texts, n))[1])
+    monkeypatch.setattr(sign, "signatures", noted)
     texts = [f"{number} one two three" for number in range(10)]
     assert run_dedup(tmp_path, [texts, originals(1)]) == [*texts, *originals(1)]
     assert sizes == [4, 4, 3]  # both files, small as they are, share a part

@@ -46,7 +46,12 @@ def test_the_same_bytes_and_no_text_on_disk(
 ) -> None:
     made: list[str] = []
     real = work.os.replace
-    monkeypatch.setattr(work.os, "replace", lambda a, b: (made.append(Path(b).name), real(a, b))[1])
+
+    def noted(source: Path, target: Path) -> None:
+        made.append(target.name)
+        real(source, target)
+
+    monkeypatch.setattr(work.os, "replace", noted)
     monkeypatch.setattr("data_prep.stages.ingest.PART_BYTES", 20_000)
     assert main(["run", "--config", str(write_config(raw, "at-once"))]) == 0
     assert outputs(raw[0] / "at-once") == apart

@@ -66,7 +66,7 @@ def test_a_full_disk_is_an_error_however_few_bytes_were_left(tmp_path: Path, row
 def test_the_merge_looks_into_runs_in_proportion_to_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one merge of all, runs are looked into rows x runs / block times, and blocks shrink as runs grow more: with 16
     times the rows 2,000 times as often."""
-    monkeypatch.setattr(external_sort, "MERGED_RUNS", 4, raising=False)
+    monkeypatch.setattr(external_sort, "MERGED_RUNS", 4)
     monkeypatch.setattr(external_sort, "MIN_MERGE_ROWS", 1)
     looks: list[tuple[int, ...]] = []
     real = external_sort._Run.take

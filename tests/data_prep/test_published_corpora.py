@@ -7,6 +7,7 @@ import random
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -57,7 +58,7 @@ def same_bytes(one: Path, other: Path) -> bool:
     return names[0] == names[1] and all((one / n).read_bytes() == (other / n).read_bytes() for n in names[0])
 
 
-def authors_tokenizer(prefix: Path, **source: object) -> sentencepiece.SentencePieceProcessor:
+def authors_tokenizer(prefix: Path, **source: Any) -> sentencepiece.SentencePieceProcessor:
     """SentencePiece's defaults, but for the two options of the authors' code."""
     sentencepiece.SentencePieceTrainer.train(
         model_prefix=str(prefix), vocab_size=PIECES, split_digits=True, model_type="bpe", minloglevel=2, **source
@@ -101,7 +102,8 @@ def test_json_corpora(tmp_path: Path, capsys: pytest.CaptureFixture[str], corpus
     ours = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "out" / "tokenizer.model"))
     assert [ours.id_to_piece(n) for n in range(PIECES)] == [authors.id_to_piece(n) for n in range(PIECES)]
     read = files[0] + files[1]
-    for split, documents in (("train", read), ("validation", held_out)):
+    splits: dict[SplitName, list[str]] = {"train": read, "validation": held_out}
+    for split, documents in splits.items():
         assert ids_of(manifest, split) == [n for text in documents for n in authors.encode(text + SEPARATOR)]
         assert manifest.totals[split].documents == len(documents)
     assert manifest.tokenizer.eos_id is None and manifest.provenance.dropped == {}
@@ -152,7 +154,11 @@ def articles(count: int, *, seed: int) -> Iterator[str]:
 
 
 def test_wikitext_tokens(tmp_path: Path) -> None:
-    names = {"train": "wiki.train.tokens", "validation": "wiki.valid.tokens", "test": "wiki.test.tokens"}
+    names: dict[SplitName, str] = {
+        "train": "wiki.train.tokens",
+        "validation": "wiki.valid.tokens",
+        "test": "wiki.test.tokens",
+    }
     for seed, (split, name) in enumerate(names.items()):
         (tmp_path / name).write_text("".join(articles(30 if split == "train" else 10, seed=seed)), encoding="utf-8")
     inputs = zip(("input", "validation_input", "test_input"), names.values(), strict=True)
@@ -192,7 +198,7 @@ def test_enwik8_symbols(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     overrides = [f"input={tmp_path / 'enwik8'}", "split_bytes=[7000,1000,1000]"]
     manifest = run("enwik8", tmp_path / "out", *overrides, f"tokenizer.vocab_size={len(symbols)}")
     assert (manifest.tokenizer.vocab_size, manifest.tokenizer.eos_id) == (len(symbols), None)
-    parts = {"train": data[:7000], "validation": data[7000:8000], "test": data[8000:]}
+    parts: dict[SplitName, bytes] = {"train": data[:7000], "validation": data[7000:8000], "test": data[8000:]}
     for split, part in parts.items():
         assert ids_of(manifest, split) == [symbols.index(byte) for byte in part]
     capsys.readouterr()

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import fsspec
@@ -212,12 +213,12 @@ def test_what_a_killed_process_left_is_overwritten_and_counted(memory: str, tmp_
     assert not list((tmp_path / "cache" / NAME).glob("*/*.partial"))
 
 
-def _read_randomly(url: str, folder: Path, limit: int, seed: int, failed: object) -> None:
+def _read_randomly(url: str, folder: Path, limit: int, seed: int, failed: Event) -> None:
     reader = reader_of(ShardCache(url, folder, limit), max_open_shards=2)
     draw = np.random.default_rng(seed)
     for start in draw.integers(0, len(EVERYTHING) - 40, 60).tolist():
         if not np.array_equal(reader.read(start, start + 40), EVERYTHING[start : start + 40]):
-            failed.set()  # type: ignore[attr-defined]
+            failed.set()
 
 
 def test_processes_of_a_node_share_a_folder_under_pressure(remote: Path, tmp_path: Path) -> None:

@@ -62,11 +62,37 @@ def test_a_good_folder_passes_both_levels_from_folder_or_file(prepared: Path) ->
         manifest.check("full")
 
 
-def test_digest_is_the_hash_of_the_canonical_json_of_the_rest(prepared: Path) -> None:
+def canonical_hash(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def test_digest_is_the_hash_of_the_canonical_json_of_the_rest_without_versions(prepared: Path) -> None:
     body = json.loads((prepared / "manifest.json").read_text())
     digest = body.pop("digest")
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
-    assert digest == hashlib.sha256(canonical).hexdigest() == Manifest.load(prepared).digest
+    assert set(body["provenance"].pop("versions")) >= {"python", "numpy", "sentencepiece"}
+    assert digest == canonical_hash(body) == Manifest.load(prepared).digest
+
+
+def test_the_same_bytes_made_by_another_python_are_the_same_data_set(prepared: Path) -> None:
+    digest = Manifest.load(prepared).digest
+    edit_manifest(prepared, lambda body: body["provenance"]["versions"].update(python="3.15.0", numpy="9.0"))
+    assert Manifest.load(prepared).digest == digest
+    edit_manifest(prepared, lambda body: body["provenance"]["config"].update(format="c4"))
+    assert Manifest.load(prepared).digest != digest
+
+
+def test_data_keep_the_digest_that_earlier_code_gave_them(prepared: Path) -> None:
+    """It holds the versions too; runs and checkpoints know the data by it."""
+    path = prepared / "manifest.json"
+    body = json.loads(path.read_text())
+    del body["digest"]
+    earlier = canonical_hash(body)
+    path.write_text(json.dumps({**body, "digest": earlier}))
+    assert Manifest.load(prepared).digest == earlier != manifest_digest(body)
+    body["provenance"]["versions"]["python"] = "3.15.0"
+    path.write_text(json.dumps({**body, "digest": earlier}))
+    with pytest.raises(DataError, match=r"manifest\.json was edited: its digest is"):
+        Manifest.load(prepared)
 
 
 def test_missing_shard_is_named(manifest: Manifest) -> None:
@@ -237,7 +263,12 @@ def test_a_shard_is_hashed_once_unless_its_file_is_replaced(
     """Between the hash and the first opening, or where it was closed to open others."""
     entries, hashed = manifest.split("train"), list[str]()
     verify = ShardReader._verify
-    monkeypatch.setattr(ShardReader, "_verify", lambda self: (hashed.append(self._path.name), verify(self)))
+
+    def noted(reader: ShardReader) -> None:
+        hashed.append(reader._path.name)
+        verify(reader)
+
+    monkeypatch.setattr(ShardReader, "_verify", noted)
     status = (manifest.folder / entries[0].file).stat()
     known = {entries[0].file: (status.st_size, status.st_mtime_ns)}
     end = entries[0].tokens

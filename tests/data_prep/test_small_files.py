@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from data_prep.cli import main
 from data_prep.shards.format import Manifest
@@ -32,8 +33,8 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     large = [json.dumps({"text": text[:900]}) for text in sample_texts(40, skip=FILES)]
     (folder / "060.jsonl").write_text("\n".join(large))
     # Cut after more than waits in memory: what it gave is taken back.
-    cut = gzip.compress("\n".join(large).encode(), mtime=0)[:-9]
-    (folder / "061.jsonl.gz").write_bytes(cut)
+    frames = b"".join(zstandard.compress(line.encode() + b"\n") for line in large)
+    (folder / "061.jsonl.zst").write_bytes(frames[:-9])
     return folder, {
         "input": f"{folder}/*.jsonl*",
         "workers": 1,
@@ -50,6 +51,7 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_prep.stages.ingest.BATCH_BYTES", 16_000)
     monkeypatch.setattr("data_prep.stages.ingest.PART_BYTES", 7000)
     monkeypatch.setattr("data_prep.stages.part_cutter.PENDING_BYTES", 20_000)
+    monkeypatch.setattr("data_prep.raw.unpack.BLOCK_BYTES", 8000)
 
 
 def write_config(raw: tuple[Path, dict[str, Any]], output: str, **changes: Any) -> str:
@@ -90,8 +92,10 @@ def test_files_together_alone_and_on_two_processes_give_the_same_bytes(
         totals.documents for totals in Manifest.load(raw[0] / "together").totals.values()
     )
     assert (records["050.jsonl"].quarantined, records["050.jsonl"].documents) == ({"no document": 1}, 0)
-    assert (records["061.jsonl.gz"].quarantined, records["061.jsonl.gz"].documents) == ({"damaged file": 1}, 0)
+    assert (records["061.jsonl.zst"].quarantined, records["061.jsonl.zst"].documents) == ({"damaged file": 1}, 0)
     assert records["060.jsonl"].documents > 20
+    parts = {part["name"] for batch in batches for part in batch["parts"]}
+    assert {path.stem for path in ingest.glob("*.zst")} > parts, "061 had parts of its own when its damage was found"
     assert records["004.jsonl"].duplicates == 1 and records["021.jsonl"].quarantined == {"not JSON": 1}
     quarantine = [json.loads(line) for line in (raw[0] / "together" / "quarantine.jsonl").read_bytes().splitlines()]
     assert [line["file"] for line in quarantine if line["reason"] == "not JSON"] == [

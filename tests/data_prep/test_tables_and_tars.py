@@ -117,7 +117,7 @@ def test_links_are_no_documents_and_said_to_be(tmp_path: Path) -> None:
         "--hard-dereference",
         "--sort=name",
         "-cf",
-        tmp_path / "whole.tar",
+        str(tmp_path / "whole.tar"),
         "b.txt",
         "d.txt",
     ]
@@ -233,7 +233,7 @@ def test_the_rows_of_a_column_are_documents(
         compression=compression,
     )
     for format in ("auto", "parquet"):
-        raw = RawFile(path, format=format, max_document_bytes=1024)  # type: ignore[arg-type]
+        raw = RawFile(path, format=format, max_document_bytes=1024)
         records = list(raw.read())
         documents = [record for record in records if isinstance(record, Document)]
         assert [record.data.decode() for record in documents] == TEXTS

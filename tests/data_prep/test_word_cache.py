@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_other_models_take_the_slow_way(model: bytes) -> None:
         {"split_by_whitespace": False},
     ):
         made = io.BytesIO()
-        settings = {
+        settings: dict[str, Any] = {
             "model_type": "bpe", "vocab_size": 1000, "normalization_rule_name": "identity", "byte_fallback": True,
             "remove_extra_whitespaces": False, "user_defined_symbols": ["\n"], "minloglevel": 2, **changes,
         }  # fmt: skip

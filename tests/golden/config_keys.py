@@ -30,7 +30,7 @@ FILE = Path(__file__).with_name("config_keys.txt")
 
 def keys() -> list[str]:
     """One line for each key: program, dotted key, type, default, and whether it may change on resume."""
-    programs = {"pretrain": Config, "data_prep": DataConfig}
+    programs: dict[str, type[BaseModel]] = {"pretrain": Config, "data_prep": DataConfig}
     return [f"{program} {line}" for program, config in programs.items() for line in _lines(config, "")]
 
 
@@ -80,7 +80,8 @@ def _default(field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
-        return f"its defaults, type {value.type}" if len(_kinds(type(value))) == 1 else "its defaults"
+        kinds = _kinds(type(value))
+        return f"its defaults, type {kinds[0]}" if len(kinds) == 1 else "its defaults"
     return json.dumps(value)
 
 

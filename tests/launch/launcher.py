@@ -83,8 +83,12 @@ def members(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The ranks of the session in rank order; their launcher is their parent."""
     lines = {member: _line(member) for member in members(process)}
-    ranks = {member: _local_rank(line) for member, line in lines.items() if "deepspeed.launcher.launch" not in line}
-    return sorted((member for member, rank in ranks.items() if rank is not None), key=lambda member: ranks[member])
+    ranks = [
+        (rank, member)
+        for member, line in lines.items()
+        if "deepspeed.launcher.launch" not in line and (rank := _local_rank(line)) is not None
+    ]
+    return [member for _, member in sorted(ranks, key=lambda found: found[0])]
 
 
 def _session(pid: int) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
+from model.config import DenseFeedForwardConfig
 from pretrain.cli.plan import main
 from pretrain.cli.plan_costs import model_costs, short, table
 from pretrain.cli.plan_match import match_width, with_width
@@ -199,6 +200,7 @@ def test_match_finds_the_published_feed_forward_width(name: str, baseline: str) 
     model, like = (load_config(PAPER / f"{stem}.json").model for stem in (name, baseline))
     found = match_width(with_width(model, "hidden_size", 999), like, "hidden_size")
     close = "47m" in name or name == "wt103_switchhead_262m"
+    assert isinstance(model.feedforward, DenseFeedForwardConfig)
     published = model.feedforward.hidden_size
     assert published <= found.value <= published + (1 if close else 6)
     # The solved total is nearer than half a unit of width in every layer.
@@ -209,6 +211,7 @@ def test_match_finds_the_published_feed_forward_width(name: str, baseline: str) 
 def test_solved_widths_are_those_of_match(name: str) -> None:
     model = load_config(PAPER / f"{name}.json").model
     like = load_config(PAPER / f"wt103_dense_{name.rpartition('_')[2]}.json").model
+    assert isinstance(model.feedforward, DenseFeedForwardConfig)
     assert match_width(model, like, "hidden_size").value == model.feedforward.hidden_size
 
 

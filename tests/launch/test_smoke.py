@@ -84,12 +84,12 @@ def lying(rank: int, name: str) -> list[str]:
 def lying_pair(rank: int) -> list[str]:
     receive = dist.batch_isend_irecv
 
-    def wrong(operations: list[dist.P2POp]) -> list[object]:
-        works = receive(operations)
+    def wrong(p2p_op_list: list[dist.P2POp]) -> list[dist.Work]:
+        works = receive(p2p_op_list)
         for work in works:
             work.wait()
         if rank == 1:
-            operations[1].tensor[3] = -5.0
+            p2p_op_list[1].tensor[3] = -5.0
         return []
 
     dist.batch_isend_irecv = wrong

@@ -18,6 +18,7 @@ import pytest
 from common.run_lock import FolderLock
 from launch.sweeps import check
 from launch.sweeps.command import main
+from model.costs import formula_parameters
 from pretrain.config.loading import load_config
 from pretrain.report.disk_space import checkpoint_space
 from pretrain.views.reading import State
@@ -97,6 +98,39 @@ def test_a_sweep_trains_ranks_and_draws_its_runs(case: Case, capsys: pytest.Capt
         ]
     assert (case.dir / "x,learning_rate=2e-3.log").read_text() == "trains 2e-3\n"
     assert all((case.dir / name).read_bytes().startswith(b"\x89PNG") for name in ("losses.png", "curves.png"))
+
+
+def test_widths_are_solved_for_so_that_all_runs_have_as_many_parameters(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the solved width, which the user did not choose, has no better side."""
+    width, vary = "model.feedforward.expert_size", ("--vary", "model.feedforward.num_experts=2,8", *VARY)
+    assert case.run(*vary, "--equal-parameters", "model.feedforward.hidden_size") == 2
+    assert "a sigma_moe feed-forward has no hidden_size; solve for its expert_size" in capsys.readouterr().err
+    assert case.run(*vary, "--equal-parameters", width) == 0
+    printed = capsys.readouterr().out
+    calls = [json.loads(line) for line in (case.folder / "calls").read_text().splitlines()]
+    sizes = [
+        formula_parameters(load_config(case.config, [a for a in call if a.startswith(("model.", "optim"))]).model).total
+        for call in calls
+    ]
+    like = load_config(case.config).model
+    one = like.d_model * 2 * 8  # of 8 experts, one more column and row
+    assert len(sizes) == 4 and all(
+        abs(size - formula_parameters(like).total) <= one / 2 + 8 * like.d_model for size in sizes
+    )
+    assert f"note: the best {RATE}, 1e-3, is the lowest" in printed and f"best {width}" not in printed
+    record = json.loads((case.dir / "sweep.json").read_bytes())
+    assert record["solved"] == width and len({run["values"][width] for run in record["runs"]}) == 2
+    for line, words in (
+        (
+            (*vary, "--equal-parameters", width, "--set", f"{width}=3"),
+            f"--equal-parameters: {width} stands in --vary or",
+        ),
+        (vary, f"is a sweep of model.feedforward.num_experts and {RATE} and {width} (solved for"),
+    ):
+        assert case.run(*line) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_run_without_validation_ends_without_a_validation_loss(

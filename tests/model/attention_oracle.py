@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.model.oracles import choose, rotate, sinusoid
+from tests.tensors import sum_of
 
 Keep = dict[str, Tensor]
 """Per selector [tokens, H, E] bool: experts that expert dropout leaves."""
@@ -62,7 +63,7 @@ def attention(
         if projection in p:
             return p[projection][head] @ context[token]
         experts = p[f"{projection}_experts"][head]
-        return sum(s * (context[token] @ experts[e]) for e, s in gates(projection, head, token).items())
+        return sum_of(s * (context[token] @ experts[e]) for e, s in gates(projection, head, token).items())
 
     y, maps = [torch.zeros(d, dtype=torch.float64) for _ in range(T)], torch.zeros(H, T, L, dtype=torch.float64)
     for head in range(H):
@@ -82,7 +83,7 @@ def attention(
             weights = torch.exp(scale * logits - (scale * logits).max().detach())
             weights = weights / weights.sum()
             maps[head, t, : i + 1] = weights.detach()
-            attended = sum(weights[j] * values[j] for j in range(i + 1))
+            attended = sum_of(weights[j] * values[j] for j in range(i + 1))
             if "output" in p:
                 y[t] = y[t] + p["output"][head] @ attended
             else:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.model.oracles import choose, rotate, sinusoid
+from tests.tensors import sum_of
 
 
 class Routed(NamedTuple):
@@ -66,7 +67,7 @@ def attend(
 
 
 def z_loss(routed: list[Routed]) -> Tensor:
-    return sum(torch.log(torch.exp(t.logits).sum()) ** 2 for t in routed) / len(routed)
+    return sum_of(torch.log(torch.exp(t.logits).sum()) ** 2 for t in routed) / len(routed)
 
 
 def choice_share(routed: list[Routed]) -> Tensor:
@@ -81,8 +82,8 @@ def choice_share(routed: list[Routed]) -> Tensor:
 def switch_loss(routed: list[Routed], share: Tensor | None = None) -> Tensor:
     """E sum_e f_e P_e; f = `share` where given."""
     share = choice_share(routed) if share is None else share
-    probability = sum(t.probability for t in routed) / len(routed)
-    return len(share) * sum(f * p for f, p in zip(share, probability, strict=True))
+    probability = sum_of(t.probability for t in routed) / len(routed)
+    return len(share) * sum_of(f * p for f, p in zip(share, probability, strict=True))
 
 
 def gate_mean(routed: list[Routed]) -> Tensor:

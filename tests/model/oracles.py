@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from tests.tensors import sum_of
+
 
 def choose(scores: list[float], k: int) -> list[int]:
     """Indices of the k largest scores; of equal ones the lowest index."""
@@ -51,7 +53,7 @@ def sigma_moe(x: Tensor, p: dict[str, Tensor], *, k: int, keep: Tensor | None) -
         if keep is not None:
             scores = torch.stack([s if bool(keep[t, e]) else s * 0 for e, s in enumerate(scores)])
         chosen = choose([float(s.detach()) for s in scores], k)
-        rows.append(sum(scores[e] * (activated(x[t] @ p["up_experts"][e]) @ p["down_experts"][e]) for e in chosen))
+        rows.append(sum_of(scores[e] * (activated(x[t] @ p["up_experts"][e]) @ p["down_experts"][e]) for e in chosen))
     return torch.stack(rows)
 
 

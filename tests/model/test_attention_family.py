@@ -4,17 +4,19 @@ RoPE or Transformer-XL positions, with and without memory. What SwitchHead choos
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import model.attention.dense as dense_module
 import model.attention.switchhead as switchhead_module
 from model.attention.dense import DenseAttention
 from model.attention.switchhead import PROJECTIONS, SwitchHeadAttention
 from model.attention.xl import Sinusoids, sinusoids
-from model.config import ModelConfig
+from model.config import ModelConfig, SwitchHeadConfig
 from model.dropout import keep_mask, site_key
 from model.initialization import initial_value
 from model.kernels.choice import Backends
@@ -23,7 +25,9 @@ from model.kernels.ops.route import Routing
 from model.parallel.context import ParallelContext
 from model.parallel.overlap import Late
 from model.parameters import parameter_specs
+from model.routing import RoutingStatistics
 from tests.model import attention_oracle, oracles
+from tests.tensors import gradient_of
 
 ALL_SUBSETS = [c for n in range(1, 5) for c in itertools.combinations(PROJECTIONS, n)]
 VO = ("value", "output")
@@ -65,7 +69,7 @@ BACKENDS = {
 Position = str | tuple[float, float]
 
 
-def model_config(attention: dict[str, object], position: Position, d: int, T: int) -> ModelConfig:
+def model_config(attention: dict[str, Any], position: Position, d: int, T: int) -> ModelConfig:
     rope = {} if isinstance(position, str) else {"fraction": position[0], "base": position[1]}
     return ModelConfig.model_validate(
         {
@@ -80,11 +84,9 @@ def model_config(attention: dict[str, object], position: Position, d: int, T: in
 
 
 def build(config: ModelConfig, backend: str) -> SwitchHeadAttention | DenseAttention:
-    place = {"parallel": ParallelContext(), "backends": BACKENDS[backend], "name": "blocks.0.attention", "seed": 3}
-    if config.attention.type == "dense":
-        layer: SwitchHeadAttention | DenseAttention = DenseAttention(config, **place)
-    else:
-        layer = SwitchHeadAttention(config, **place)
+    kind = DenseAttention if config.attention.type == "dense" else SwitchHeadAttention
+    parallel, backends = ParallelContext(), BACKENDS[backend]
+    layer = kind(config, parallel=parallel, backends=backends, name="blocks.0.attention", seed=3)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -92,19 +94,20 @@ def build(config: ModelConfig, backend: str) -> SwitchHeadAttention | DenseAtten
     return layer
 
 
-def copy_first_experts(layer: SwitchHeadAttention, dense: DenseAttention) -> None:
+def copy_first_experts(layer: nn.Module, dense: nn.Module) -> None:
     """Makes `dense` what `layer` is without gates: its first value and output experts; no biases, the usual scale."""
-    (H, _, d, h) = layer.value_experts.shape
+    ours, theirs = dict(layer.named_parameters()), dict(dense.named_parameters())
+    (H, _, d, h) = ours["value_experts"].shape
     with torch.no_grad():
-        dense.query.weight.copy_(layer.query.weight)
-        dense.key.weight.copy_(layer.key.weight)
-        dense.value.weight.copy_(layer.value_experts[:, 0].transpose(1, 2).reshape(H * h, d))
-        dense.output.weight.copy_(layer.output_experts[:, 0].reshape(H * h, d).T)
-        if hasattr(layer, "position"):
-            dense.position.weight.copy_(layer.position.weight)
-            dense.content_bias.zero_()
-            dense.position_bias.zero_()
-            dense.scale.fill_(h**-0.5)
+        theirs["query.weight"].copy_(ours["query.weight"])
+        theirs["key.weight"].copy_(ours["key.weight"])
+        theirs["value.weight"].copy_(ours["value_experts"][:, 0].transpose(1, 2).reshape(H * h, d))
+        theirs["output.weight"].copy_(ours["output_experts"][:, 0].reshape(H * h, d).T)
+        if "position.weight" in ours:
+            theirs["position.weight"].copy_(ours["position.weight"])
+            theirs["content_bias"].zero_()
+            theirs["position_bias"].zero_()
+            theirs["scale"].fill_(h**-0.5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -134,6 +137,7 @@ def test_forward_and_every_gradient_equal_the_loop(
     keep: list[attention_oracle.Keep | None] = [None] * B
     if dropout:
         masks = {}
+        assert isinstance(layer, SwitchHeadAttention) and isinstance(config.attention, SwitchHeadConfig)
         for owner in layer.selectors:
             of_source = any(config.attention.selector_of(name) == owner for name in sources)
             masks[owner] = keep_mask(
@@ -161,11 +165,12 @@ def test_forward_and_every_gradient_equal_the_loop(
     )
     expected.backward(upstream.double())
     torch.testing.assert_close(y.double(), expected, rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(context.grad.double(), context64.grad, rtol=5e-5, atol=5e-5)
-    largest = max(float(value.grad.norm()) for value in p64.values())
+    torch.testing.assert_close(gradient_of(context).double(), context64.grad, rtol=5e-5, atol=5e-5)
+    largest = max(float(gradient_of(value).norm()) for value in p64.values())
     for name, parameter in layer.named_parameters():
-        error = float((parameter.grad.double() - p64[name].grad).norm())
-        assert error < 1e-5 * max(float(p64[name].grad.norm()), 1e-3 * largest), f"gradient of {name} is off by {error}"
+        error = float((gradient_of(parameter).double() - gradient_of(p64[name])).norm())
+        size = float(gradient_of(p64[name]).norm())
+        assert error < 1e-5 * max(size, 1e-3 * largest), f"gradient of {name} is off by {error}"
 
 
 @pytest.mark.parametrize("position, memory", [("rope", 0), ("xl", 0), ("xl", 5)])
@@ -178,8 +183,8 @@ def test_one_expert_with_gates_of_one_is_dense_attention(
     dense = build(model_config({"type": "dense", "num_heads": H, "head_dim": h}, position, d, T), "cpu")
     original = switchhead_module.route_handing_on
 
-    def open_gates(*arguments: object, **options: object) -> tuple[torch.Tensor, Routing]:
-        x, routing = original(*arguments, **options)  # type: ignore[arg-type]
+    def open_gates(*arguments: Any, **options: Any) -> tuple[torch.Tensor, Routing]:
+        x, routing = original(*arguments, **options)
         return x, routing._replace(scores=torch.ones_like(routing.scores))
 
     monkeypatch.setattr(switchhead_module, "route_handing_on", open_gates)
@@ -199,7 +204,7 @@ def test_identical_experts_are_the_dense_projection_times_the_sum_of_the_chosen_
     layer = build(model_config(attention, position, d, T), "cpu")
     dense = build(model_config({"type": "dense", "num_heads": H, "head_dim": h}, position, d, T), "cpu")
     with torch.no_grad():
-        for experts in (layer.value_experts, layer.output_experts):
+        for experts in (layer.get_parameter("value_experts"), layer.get_parameter("output_experts")):
             experts.copy_(experts[:, :1].expand_as(experts).clone())
     copy_first_experts(layer, dense)
     context = torch.randn(B, memory + T, d, generator=torch.Generator().manual_seed(5))
@@ -210,14 +215,15 @@ def test_identical_experts_are_the_dense_projection_times_the_sum_of_the_chosen_
         return sums.repeat_interleave(h, dim=-1)
 
     # A linear layer followed by a product per token and head, of the dense layer's own projections.
-    values, outputs = gate_sums(layer.value_selector), gate_sums(layer.output_selector)[:, memory:]
+    values = gate_sums(layer.get_parameter("value_selector"))
+    outputs = gate_sums(layer.get_parameter("output_selector"))[:, memory:]
     own = dense_module.region_linear
 
     def gated(x: torch.Tensor, late: Late) -> torch.Tensor:
-        return own(x, late) * values if late.weights[0] is dense.value.weight else own(x, late)
+        return own(x, late) * values if late.weights[0] is dense.get_parameter("value.weight") else own(x, late)
 
     monkeypatch.setattr(dense_module, "region_linear", gated)
-    dense.output.register_forward_pre_hook(lambda module, inputs: (inputs[0] * outputs,))
+    dense.get_submodule("output").register_forward_pre_hook(lambda module, inputs: (inputs[0] * outputs,))
     index = torch.zeros(B, dtype=torch.int64)
     torch.testing.assert_close(layer(context, T, index)[0], dense(context, T, index)[0], rtol=1e-5, atol=1e-5)
 
@@ -244,12 +250,18 @@ def switchhead(**settings: object) -> SwitchHeadAttention:
     return layer
 
 
+def statistics_of(layer: SwitchHeadAttention, side: str) -> RoutingStatistics:
+    found = getattr(layer, f"{side}_statistics")
+    assert isinstance(found, RoutingStatistics)
+    return found
+
+
 def test_selectors_learn_only_through_chosen_scores() -> None:
     layer = switchhead(num_experts=4, active_experts=1)
     x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
     layer(x, 5, torch.zeros(1, dtype=torch.int64))[0].square().sum().backward()
-    chosen = layer.value_statistics.load > 0
-    has_gradient = layer.value_selector.grad.abs().sum(-1) > 0
+    chosen = statistics_of(layer, "value").load > 0
+    has_gradient = gradient_of(layer.get_parameter("value_selector")).abs().sum(-1) > 0
     assert torch.equal(chosen, has_gradient)
     assert 0 < int(chosen.sum()) < chosen.numel()
 
@@ -258,8 +270,7 @@ def test_evaluation_drops_no_expert_and_counts_nothing() -> None:
     layer, spared = switchhead(expert_dropout=0.6).eval(), switchhead()
     x, index = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(5)), torch.arange(2)
     assert torch.equal(layer(x, 6, index)[0], spared(x, 6, index)[0])
-    for statistics in (layer.value_statistics, layer.output_statistics):
-        assert not statistics.load.any()
+    assert not any(statistics_of(layer, side).load.any() for side in ("value", "output"))
     assert not torch.equal(layer.train()(x, 6, index)[0], spared(x, 6, index)[0])
 
 
@@ -269,9 +280,9 @@ def test_tokens_of_memory_are_chosen_for_but_not_counted_again() -> None:
     context = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(6))
     layer(context, 3, torch.arange(2))
     for side in ("value", "output"):
-        logits = torch.einsum("btd,hed->hbte", context[:, 4:], getattr(layer, f"{side}_selector"))
+        logits = torch.einsum("btd,hed->hbte", context[:, 4:], layer.get_parameter(f"{side}_selector"))
         chosen = F.one_hot(logits.topk(2).indices, 5).sum((1, 2, 3))
-        assert torch.equal(getattr(layer, f"{side}_statistics").load, chosen.double()), side
+        assert torch.equal(statistics_of(layer, side).load, chosen.double()), side
 
 
 def test_selectors_are_shared_as_the_setting_says() -> None:

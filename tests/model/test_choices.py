@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,12 +14,12 @@ from model.routing import Place, RoutingStatistics
 N, R, E, K, D = 12, 3, 5, 2, 8
 
 
-def routed(backend: str, *, with_keep: bool, drop_scores: bool) -> tuple[Routing, torch.Tensor, dict[str, object]]:
+def routed(backend: str, *, with_keep: bool, drop_scores: bool) -> tuple[Routing, torch.Tensor, dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(N, D, generator=generator, requires_grad=True)
     weight = torch.randn(R, E, D, generator=generator)
     keep = (torch.rand(N, R, E, generator=generator) > 0.3) if with_keep else None
-    options = {"keep": keep, "drop_scores": drop_scores}
+    options: dict[str, Any] = {"keep": keep, "drop_scores": drop_scores}
     return route(x, weight, K, backend=backend, **options), x, options
 
 

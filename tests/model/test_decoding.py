@@ -13,6 +13,7 @@ from model.config import ModelConfig
 from model.decoding import Decoding, context_limit, uncached_logits
 from model.language_model import LanguageModel, build_model
 from model.memory import layer_memories
+from tests.model.options import check_kinds, kinds
 
 SWITCHHEAD = {"type": "switchhead", "num_heads": 2, "head_dim": 6, "num_experts": 4, "active_experts": 2}
 ALL_EXPERTS = {**SWITCHHEAD, "expert_projections": ["query", "key", "value", "output"]}
@@ -54,7 +55,7 @@ def tiny(case: str) -> LanguageModel:
     with torch.no_grad():
         for parameter in model.parameters():  # the biases of XL begin at 0
             parameter.mul_(1.5).add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-        model.head.weight.mul_(0.3)  # logits as large as those of a trained model
+        model.get_parameter("head.weight").mul_(0.3)  # logits as large as those of a trained model
     return model
 
 
@@ -80,6 +81,12 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     assert expected.std() > 0.3, "so even that a mistake would not be seen"
     assert found.dtype == expected.dtype
     assert (found - expected).abs().max() < (1e-5 if found.dtype == torch.float32 else 1e-11)
+
+
+def test_every_layer_is_in_a_model_here() -> None:
+    models = [tiny(case).config for case in CASES]
+    types = {layer.type for model in models for layer in (model.attention, model.feedforward)}
+    check_kinds(types, "CASES of tests/model/test_decoding.py", kinds())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,6 +14,7 @@ from model.feedforward.dense import DenseFeedForward
 from model.feedforward.swiglu import SwiGLU
 from model.kernels.choice import Backends
 from model.parallel.context import ParallelContext
+from tests.tensors import gradient_of
 
 
 def relu_layer(x: Tensor, p: dict[str, Tensor], mask: Tensor) -> Tensor:
@@ -42,7 +43,12 @@ def test_a_hidden_layer_that_is_filled_up(dropout: float, backend: str, monkeypa
     widths = []
     monkeypatch.setattr(linear, "padding", lambda x, weight: (-weight.shape[1] % 8, -weight.shape[0] % 8))
     relu = F.relu
-    monkeypatch.setattr(F, "relu", lambda hidden: widths.append(hidden.shape[2]) or relu(hidden))
+
+    def noted(hidden: Tensor) -> Tensor:
+        widths.append(hidden.shape[2])
+        return relu(hidden)
+
+    monkeypatch.setattr(F, "relu", noted)
     check("dense", dropout, Backends(elementwise=backend))
     assert widths == [16]
 
@@ -78,6 +84,6 @@ def check(kind: str, dropout: float, backends: Backends) -> None:
     expected = equation(x64, p, mask)
     expected.backward(upstream.double())
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient_of(x).double(), x64.grad, rtol=1e-5, atol=1e-5)
     for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(parameter.grad.double(), p[name].grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient_of(parameter).double(), p[name].grad, rtol=1e-5, atol=1e-5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from model.memory import layer_memories
 from model.parallel.context import ParallelContext
 from model.parameters import parameter_specs
 from pretrain.config.loading import load_config
+from tests.tensors import gradient_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SWITCHHEAD = {"type": "switchhead", "num_heads": 2, "head_dim": 24, "num_experts": 4}
@@ -142,7 +142,8 @@ def test_a_tied_output_layer_keeps_the_embedding_and_its_own_bias() -> None:
     assert float(found["head.bias"].abs().max()) > 0.12
     last_stage = nn.ModuleDict({"head": Head(config, parallel=ParallelContext(), backends=Backends(), seed=3)})
     initialize(last_stage, config, ParallelContext(), seed=3)  # a pipeline's copy
-    assert torch.equal(last_stage.head.weight, normal) and torch.equal(last_stage.head.bias, found["head.bias"])
+    assert torch.equal(last_stage.get_parameter("head.weight"), normal)
+    assert torch.equal(last_stage.get_parameter("head.bias"), found["head.bias"])
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -151,9 +152,9 @@ def test_tensor_parallel_ranks_hold_slices_of_the_same_weights(attention: str, f
     """The scaling by a tensor's own deviation is over the whole tensor, not over a rank's part."""
     config = small(attention, feedforward)
     whole, specs = parameters(config), parameter_specs(config)
+    group: Any = object()  # nobody asks it anything
     ranks = [
-        parameters(config, dataclasses.replace(ParallelContext(), tensor_size=2, tensor_rank=r, tensor_group=object()))
-        for r in range(2)
+        parameters(config, ParallelContext(tensor_size=2, tensor_rank=rank, tensor_group=group)) for rank in range(2)
     ]
     divided = 0
     for name, value in whole.items():
@@ -182,4 +183,4 @@ def test_the_first_step_of_the_published_47m_switchhead() -> None:
         (objective / 16).backward()
         losses.append(float(sequence_loss.mean()))
     assert sum(losses) / 16 == pytest.approx(9.12, abs=0.12)
-    assert float(nn.utils.get_total_norm([p.grad for p in model.parameters()])) == pytest.approx(9.2, abs=1.5)
+    assert float(nn.utils.get_total_norm([gradient_of(p) for p in model.parameters()])) == pytest.approx(9.2, abs=1.5)

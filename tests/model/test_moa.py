@@ -21,6 +21,7 @@ from model.parameters import count_parameters
 from model.routing import RoutingStatistics
 from tests.harness import run_ranks
 from tests.model import moa_oracle
+from tests.tensors import gradient_of, sum_of
 
 
 class Shape(NamedTuple):
@@ -77,7 +78,7 @@ def model_config(shape: Shape, **attention: Any) -> ModelConfig:
     )
 
 
-def build(shape: Shape, backend: str = "reference", **attention: Any) -> MoAAttention:
+def build(shape: Shape, backend: str = "reference", /, **attention: Any) -> MoAAttention:
     layer = MoAAttention(
         model_config(shape, **attention),
         parallel=ParallelContext(),
@@ -161,16 +162,16 @@ def test_forward_and_every_gradient_equal_the_loop(name: str, backend: str, scop
 
     torch.testing.assert_close(y.double(), expected, rtol=5e-5, atol=5e-5)
     torch.testing.assert_close(loss.double(), torch.as_tensor(expected_loss).double().detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(context.grad.double(), x.grad, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(gradient_of(context).double(), x.grad, rtol=2e-4, atol=2e-4)
     assert len(p) == (7 if shape.memory is not None else 5)
-    largest = max(float(value.grad.norm()) for value in p.values())
+    largest = max(float(gradient_of(value).norm()) for value in p.values())
     for parameter_name, parameter in layer.named_parameters():
-        reference = p[parameter_name].grad
+        reference = gradient_of(p[parameter_name])
         if float(reference.norm()) < 1e-12 * largest:
             # A single token attends to itself alone, a single expert has probability 1: no gradient, but for rounding.
-            assert float(parameter.grad.norm()) < 1e-5 * largest, parameter_name
+            assert float(gradient_of(parameter).norm()) < 1e-5 * largest, parameter_name
             continue
-        error = (parameter.grad.double() - reference).norm() / reference.norm()
+        error = (gradient_of(parameter).double() - reference).norm() / reference.norm()
         assert error < 2e-5, f"gradient of {parameter_name} is off by {error:.1e}"
 
 
@@ -263,7 +264,7 @@ def test_first_step_of_global_batch_scope_has_no_balancing_gradient() -> None:
     _, loss = layer(torch.randn(2, 6, 11), 6, torch.zeros(2, dtype=torch.int64))
     loss.backward()
     assert loss.item() == pytest.approx(LOSSES["switch_loss_weight"], rel=1e-6)
-    assert float(layer.selector.grad.abs().max()) < 1e-6
+    assert float(gradient_of(layer.selector).abs().max()) < 1e-6
 
 
 def test_tangent_touches_the_loss_at_its_point() -> None:
@@ -280,7 +281,7 @@ def _rank_gradient(rank: int, x: Tensor, selector: Tensor, scope: str, world_siz
     group = dist.group.WORLD if world_size > 1 else None
     parallel = ParallelContext(data_rank=rank, data_size=world_size, data_group=group)
     E = selector.shape[0]
-    config = MoAConfig(num_experts=E, num_heads=2, loss_scope=scope, **LOSSES)
+    config = MoAConfig.model_validate({"num_experts": E, "num_heads": 2, "loss_scope": scope, **LOSSES})
     statistics = RoutingStatistics((E,), tracks_probability=False, tracks_balance=True)
     statistics.choice_share = statistics.gate_mean = torch.arange(1.0, E + 1, dtype=torch.float64) / 10
     selector = selector.clone().requires_grad_()
@@ -290,7 +291,7 @@ def _rank_gradient(rank: int, x: Tensor, selector: Tensor, scope: str, world_siz
     load = index.flatten().bincount(minlength=E)
     loss = balance_losses(logits, probability, gates, index, load, config, statistics, parallel)
     loss.backward()
-    results = torch.cat([loss.detach().view(1), selector.grad.flatten()]) / world_size
+    results = torch.cat([loss.detach().view(1), gradient_of(selector).flatten()]) / world_size
     if world_size > 1:
         dist.all_reduce(results)
     return results[0], results[1:]
@@ -309,8 +310,8 @@ def test_losses_have_the_single_process_gradient_on_any_number_of_ranks(scope: s
             moa_oracle.switch_loss(routed),
             moa_oracle.cv_loss(moa_oracle.gate_mean(routed)),
         )
-        sum(weight * term for weight, term in zip(LOSSES.values(), terms, strict=True)).backward()
-        torch.testing.assert_close(expected.double(), selector64.grad.flatten(), rtol=1e-5, atol=1e-6)
+        sum_of(weight * term for weight, term in zip(LOSSES.values(), terms, strict=True)).backward()
+        torch.testing.assert_close(expected.double(), gradient_of(selector64).flatten(), rtol=1e-5, atol=1e-6)
     for world_size in (1, 2):
         for loss, gradient in run_ranks(_rank_gradient, world_size, x, selector, scope, world_size):
             torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-6)

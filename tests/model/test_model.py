@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from model.kernels.ops.elementwise import dropout
 from model.language_model import LanguageModel, build_model, build_on_meta
 from model.parameters import count_parameters
 from pretrain.config.loading import load_config
+from tests.tensors import sum_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,7 +103,11 @@ def test_dropout_masks_are_functions_of_place() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 12, 5), (3, 12), (3, 12, 2, 7)])
 def test_a_rank_draws_the_masks_of_its_tokens(shape: tuple[int, ...]) -> None:
-    options = {"probability": 0.3, "key": site_key(1, "x"), "sequence_index": torch.tensor([3, 900_000_000_007, 12])}
+    options: dict[str, Any] = {
+        "probability": 0.3,
+        "key": site_key(1, "x"),
+        "sequence_index": torch.tensor([3, 900_000_000_007, 12]),
+    }
     mask = keep_mask(**options, shape=shape)
     for first, last in ((0, 4), (4, 8), (5, 12), (11, 12)):
         part = (shape[0], last - first, *shape[2:])
@@ -213,13 +219,13 @@ def test_auxiliary_losses_of_attention_and_feedforward_join_the_objective() -> N
     attention = {"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 4, "z_loss_weight": 0.5}
     model = build_model(small(attention=attention, feedforward={"type": "sigma_moe", "entropy_weight": 0.3}), seed=0)
     parts: list[torch.Tensor] = []
-    for block in model.blocks:
-        for layer in (block.attention, block.feedforward):
+    for name, layer in model.named_modules():
+        if name.endswith((".attention", ".feedforward")):
             layer.register_forward_hook(lambda module, inputs, output: parts.append(output[1]))
     tokens = torch.randint(0, 500, (2, 17), generator=torch.Generator().manual_seed(0))
     objective, sequence_loss, auxiliary_loss = model(tokens[:, :-1], tokens[:, 1:], torch.arange(2))
     assert len(parts) == 6 and all(abs(float(part.detach())) > 0.1 for part in parts)
-    torch.testing.assert_close(auxiliary_loss, sum(parts).detach())
+    torch.testing.assert_close(auxiliary_loss, sum_of(parts).detach())
     torch.testing.assert_close(objective, sequence_loss.mean() + sum(parts))
 
 

@@ -14,6 +14,8 @@ from model.config import ModelConfig
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel, build_model, routing_statistics
 from model.memory import layer_memories
+from tests.model.options import ATTENTIONS, check_kinds
+from tests.tensors import gradient_of
 
 ATTENTION: dict[str, dict[str, Any]] = {
     "switchhead": {"type": "switchhead", "num_heads": 2, "head_dim": 6, "num_experts": 3, "active_experts": 2},
@@ -57,7 +59,11 @@ def two_steps(config: ModelConfig, recompute: Any, backends: Backends | None = N
             memory.advance()
             assert memory.kept is not None
             found[f"memory {name} {step}"] = memory.kept.clone()
-    return found | {name: p.grad for name, p in model.named_parameters()}
+    return found | {name: gradient_of(p) for name, p in model.named_parameters()}
+
+
+def test_every_attention_is_here() -> None:
+    check_kinds(ATTENTION, "ATTENTION of tests/model/test_recompute.py", ATTENTIONS)
 
 
 @pytest.mark.parametrize("position", ["rope", "xl"])

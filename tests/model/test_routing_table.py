@@ -167,9 +167,9 @@ def launches_of_a_step(num_layers: int) -> tuple[list[str], list[str]]:
         router.record(torch.ones(router.shape, dtype=torch.int64), torch.zeros(6, 4) if is_moe else None)
     with Launches() as of_micro_step:
         add_up(router for _, router in routing_statistics(model))
-    losses = torch.ones(2).unbind()
+    loss, auxiliary = torch.ones(2).unbind()
     with Launches() as of_step:
-        report = reduce(StepOutput(*losses, torch.tensor(1.0)), 1)
+        report = reduce(StepOutput(loss, auxiliary, torch.tensor(1.0)), 1)
     sums = report.read()
     assert list(sums.load) == names
     assert all(bool((load == 1).all()) for load in sums.load.values())

@@ -13,6 +13,7 @@ from model.parallel.context import ParallelContext
 from model.routing import Place, RoutingStatistics, entropy_regularizer
 from tests.harness import run_ranks
 from tests.model import oracles
+from tests.tensors import gradient_of
 
 # d, E, G, k, B, T, expert dropout
 SHAPES = [
@@ -102,10 +103,12 @@ def test_forward_and_every_gradient_equal_the_loop(
     ((expected * upstream.double()).sum() + expected_loss).backward()
     torch.testing.assert_close(y.double(), expected, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(auxiliary_loss.double(), expected_loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=5e-5, atol=5e-5)
+    torch.testing.assert_close(gradient_of(x).double(), x64.grad, rtol=5e-5, atol=5e-5)
     assert len(p) == 3
     for name, parameter in layer.named_parameters():
-        error = (parameter.grad.double() - p[name].grad).norm() / p[name].grad.norm().clamp_min(1e-12)
+        error = (gradient_of(parameter).double() - gradient_of(p[name])).norm() / gradient_of(p[name]).norm().clamp_min(
+            1e-12
+        )
         assert error < 1e-5, f"gradient of {name} is off by {error:.1e}"
 
 
@@ -198,7 +201,9 @@ def _rank_gradients(
         num_experts=router.shape[0], active_experts=2, entropy_weight=1.0, entropy_scope="micro_batch"
     )
     statistics = RoutingStatistics((router.shape[0],), tracks_probability=True)
-    ways = [(ParallelContext(data_rank=rank, data_size=world_size, data_group=group), None)]
+    ways: list[tuple[ParallelContext, dist.ProcessGroup | None]] = [
+        (ParallelContext(data_rank=rank, data_size=world_size, data_group=group), None)
+    ]
     ways += [(ParallelContext(), group)] if world_size == 2 else []
     found, share = [], x.chunk(world_size)[rank]
     for parallel, token_group in ways:
@@ -228,13 +233,14 @@ def test_micro_batch_regulariser_has_the_single_process_gradient_on_any_number_o
 
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
 def test_an_expert_whose_probability_underflows_has_a_finite_gradient(scope: str) -> None:
-    config = SigmaMoEConfig(num_experts=3, active_experts=1, entropy_weight=1.0, entropy_scope=scope)
+    tree = {"num_experts": 3, "active_experts": 1, "entropy_weight": 1.0, "entropy_scope": scope}
+    config = SigmaMoEConfig.model_validate(tree)
     logits = torch.tensor([[0.0, 0.0, -200.0], [1.0, 0.0, -150.0]], requires_grad=True)
     statistics = RoutingStatistics((3,), tracks_probability=True)
     loss, _ = entropy_regularizer(logits, config, statistics, ParallelContext())
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
-    assert float(logits.grad[:, 2].abs().max()) == 0.0
+    assert torch.isfinite(loss) and torch.isfinite(gradient_of(logits)).all()
+    assert float(gradient_of(logits)[:, 2].abs().max()) == 0.0
     if scope == "micro_batch":
         p = logits.detach().double().softmax(-1).mean(0)[:2]
         assert float(loss) == pytest.approx(float((p * p.log()).sum()), rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from pretrain.parallel.context import parallel_context
 from pretrain.report.metrics import StepResult
 from pretrain.trainer import RunSetup, Trainer, build_trainer
 from tests.corpus import VOCAB_SIZE
+from tests.tensors import gradient_of
 
 
 def small_config(prepared: Path, *overrides: str) -> Config:
@@ -153,12 +155,12 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
             }
             trace.gradients[now] = _of_all_stages(own, trainer)
 
-    def capture_first(norm: GradientNorm) -> None:
+    def capture_first(self: GradientNorm) -> None:
         capture()
-        before_step(norm)
+        before_step(self)
 
     if trainer.setup.parallel.pipeline_size == 1:
-        GradientNorm.before_step = capture_first  # type: ignore[method-assign]
+        GradientNorm.before_step = capture_first
     else:
         take_step = engine._take_model_step
 
@@ -172,7 +174,7 @@ def _trace_one(trainer: Trainer, steps: int, gradient_steps: tuple[int, ...]) ->
         trace.losses.append(result.sums.loss)
         trace.loads.append(result.sums.load)
         trace.grad_norms.append(float("nan") if result.sums.grad_norm is None else result.sums.grad_norm)
-    GradientNorm.before_step = before_step  # type: ignore[method-assign]
+    GradientNorm.before_step = before_step
     return trace
 
 
@@ -185,7 +187,10 @@ def _whole(name: str, part: torch.Tensor, trainer: Trainer) -> torch.Tensor:
         replicas = _gathered(part, parallel.tensor_group)
         assert all(torch.equal(other, part) for other in replicas), f"{name}: replicas have different gradients"
     group = {"tensor": parallel.tensor_group, "expert": parallel.expert_group, None: None}[axis]
-    return part.clone() if group is None else torch.cat(_gathered(part, group), spec.divided)
+    if group is None:
+        return part.clone()
+    assert spec.divided is not None
+    return torch.cat(_gathered(part, group), spec.divided)
 
 
 def _gathered(part: torch.Tensor, group: Any) -> list[torch.Tensor]:
@@ -210,24 +215,39 @@ def _of_all_stages(own: dict[str, torch.Tensor], trainer: Trainer) -> dict[str, 
     return found
 
 
+def one_parameter_group(name: str, parameter: torch.nn.Parameter, config: Config) -> dict[str, Any]:
+    """Of torch's AdamW, by what names of parameters look like alone."""
+    own, decay = config.optimizer.groups, config.optimizer.weight_decay
+    if "norm" in name:
+        return {"params": [parameter], "weight_decay": 0.0, "ratio": own.norms.learning_rate_ratio}
+    if name.startswith(("embedding", "head")):
+        group = own.embedding if name.startswith("embedding") else own.head
+    elif name.endswith("_experts"):
+        group = own.experts
+    elif name.endswith(("selector", "router")):
+        group = own.routers
+    else:
+        group = own.attention if ".attention." in name else own.feedforward
+    decay = decay if group.weight_decay is None else group.weight_decay
+    decay = 0.0 if name.endswith(("bias", "scale")) else decay
+    return {"params": [parameter], "weight_decay": decay, "ratio": group.learning_rate_ratio}
+
+
 def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> Trace:
     """The same training in one process without DeepSpeed: plain backward, torch clipping, torch AdamW."""
     reader = Sources.load(config).reader("train", config)
     stream = TrainingStream(reader, config, data_rank=0, data_size=1)
     network = build_model(config.model, seed=config.train.seed)
     names = dict(network.named_parameters())
-    undecayed = [p for n, p in names.items() if "norm" in n or n.endswith(("bias", "scale"))]
-    decayed = [p for n, p in names.items() if not ("norm" in n or n.endswith(("bias", "scale")))]
-    groups = [
-        {"params": undecayed, "weight_decay": 0.0},
-        {"params": decayed, "weight_decay": config.optimizer.weight_decay},
-    ]
+    groups = [one_parameter_group(name, parameter, config) for name, parameter in names.items()]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
     for _, memory in layer_memories(network):
         memory.assign(stream.streams(), config.batch.global_sequences)
-    trace, original = Trace(), model.kernels.ops.route.route
+    trace, original, measured_heads = Trace(), model.kernels.ops.route.route, 0
 
     def measured(x: torch.Tensor, weight: torch.Tensor, k: int, **options: Any) -> Any:
+        nonlocal measured_heads
+        measured_heads += weight.shape[0]
         routing = original(x, weight, k, **options)
         keep, scores = options.get("keep"), torch.sigmoid(routing.logits.detach())
         if keep is not None:
@@ -240,44 +260,44 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
             trace.smallest_margin = min([trace.smallest_margin, *gap.flatten().tolist()])
         return routing
 
-    experts = model.feedforward.sigma_moe.sigma_moe
+    sigma_moe = model.feedforward.sigma_moe.sigma_moe
 
-    def measured_experts(x: torch.Tensor, choice: Choice, held: HeldExperts, **options: Any) -> torch.Tensor:
-        if not is_swiglu(held.up, held.down):
-            products = torch.einsum("nd,edw->new", x.detach(), held.up.detach())
+    def measured_experts(x: torch.Tensor, choice: Choice, experts: HeldExperts, **options: Any) -> torch.Tensor:
+        if not is_swiglu(experts.up, experts.down):
+            products = torch.einsum("nd,edw->new", x.detach(), experts.up.detach())
             chosen = products[torch.arange(len(x))[:, None], choice.index]
             trace.smallest_activation = min(trace.smallest_activation, float(chosen.abs().min()))
-        return experts(x, choice, held, **options)
+        return sigma_moe(x, choice, experts, **options)
 
-    users = (model.attention.moa, model.attention.switchhead, model.feedforward.sigma_moe)
-    for user in users:
-        user.route = measured
+    # MoA calls it by this name, SwitchHead and sigma-MoE by `route_handing_on`, which calls it in its own module.
+    model.attention.moa.route = model.kernels.ops.route.route = measured
     model.feedforward.sigma_moe.sigma_moe = measured_experts
     try:
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
+                group["lr"] = learning_rate(config, step) * group["ratio"]
             if step % max(1, reader.num_windows // config.batch.global_sequences) == 0:
                 for _, memory in layer_memories(network):
                     memory.forget()
             losses = []
-            for _, statistics in routing_statistics(network):
-                statistics.choices = Counter(statistics.shape, config.model.sequence_length)
+            counters = {}
+            for name, statistics in routing_statistics(network):
+                statistics.choices = counters[name] = Counter(statistics.shape, config.model.sequence_length)
             for micro_step in range(stream.micro_steps):
                 batch = stream.batch(step * config.batch.global_sequences, micro_step)
                 objective, sequence_loss, _ = network(*batch.model_inputs())
                 (objective / stream.micro_steps).backward()
                 losses.append(float(sequence_loss.mean()))
-            trace.loads.append({name: router.choices.load for name, router in routing_statistics(network)})
+            trace.loads.append({name: counter.load for name, counter in counters.items()})
             for _, statistics in routing_statistics(network):
                 statistics.finish_step()
             for _, memory in layer_memories(network):
                 memory.advance()
             if step in gradient_steps:
-                trace.gradients[step] = {n: p.grad.clone() for n, p in network.named_parameters()}
+                trace.gradients[step] = {n: gradient_of(p).clone() for n, p in network.named_parameters()}
             # In fp64, as the engine: torch's fp32 norm on the CPU is off by 3e-5, enough to decide another activation.
             norm = torch.linalg.vector_norm(
-                torch.stack([torch.linalg.vector_norm(p.grad.double()) for p in network.parameters()])
+                torch.stack([torch.linalg.vector_norm(gradient_of(p).double()) for p in network.parameters()])
             )
             torch.nn.utils.clip_grads_with_norm_(network.parameters(), config.optimizer.clip_norm, norm.float())
             trace.losses.append(sum(losses) / len(losses))
@@ -285,9 +305,10 @@ def plain_trace(config: Config, steps: int, gradient_steps: tuple[int, ...]) -> 
             optimizer.step()
             optimizer.zero_grad()
     finally:
-        for user in users:
-            user.route = original
-        model.feedforward.sigma_moe.sigma_moe = experts
+        model.attention.moa.route = model.kernels.ops.route.route = original
+        model.feedforward.sigma_moe.sigma_moe = sigma_moe
+    heads = sum(math.prod(statistics.shape[:-1]) for _, statistics in routing_statistics(network))
+    assert measured_heads == heads * stream.micro_steps * steps, "some router chose without being measured"
     return trace
 
 

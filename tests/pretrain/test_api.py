@@ -53,6 +53,7 @@ def test_logits_hidden_states_and_losses(opened: OpenModel) -> None:
     )
     size = len(TEXT.encode()) - len(opened.tokenizer.decode(ids[:1]).encode())
     assert loss.bits_per_byte == pytest.approx(sum(expected) / math.log(2) / size)
+    assert math.isnan(opened.loss([*ids, 0]).bits_per_byte), "an unknown piece stands for any text"
 
 
 def test_a_model_on_a_cpu_is_ready_for_single_tokens(opened: OpenModel, trained: Path) -> None:
@@ -98,6 +99,26 @@ def test_an_export_is_opened_like_its_run(opened: OpenModel, tmp_path: Path) -> 
     exported = open_model(tmp_path / "exported")
     assert torch.equal(exported.logits(TEXT), opened.logits(TEXT)) and "exported, step 1, 2 layers" in repr(exported)
     assert exported.generate("gab", tokens=5, seed=4) == opened.generate("gab", tokens=5, seed=4)
+
+
+def test_what_a_program_made_of_the_weights_is_a_checkpoint(opened: OpenModel, trained: Path, tmp_path: Path) -> None:
+    """Trained on in plain PyTorch, of a run and of an export of it."""
+    export(opened.checkpoint, tmp_path / "exported", ExportOptions())
+    for number, place in enumerate((trained, tmp_path / "exported")):
+        tuned = open_model(place)
+        before = tuned.logits(TEXT)
+        model = tuned.model.train().requires_grad_(True)
+        tokens = torch.tensor([tuned.encode(TEXT)])
+        model(tokens[:, :-1], tokens[:, 1:], torch.arange(1))[0].backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        model.eval()
+        found = open_model(tuned.save(tmp_path / f"tuned {number}", "one more step"))
+        assert torch.equal(found.logits(TEXT), tuned.logits(TEXT)) and not torch.equal(found.logits(TEXT), before)
+        assert found.checkpoint.state["weights_only"]["source"] == "one more step"
+        assert found.checkpoint.progress.step == 1 and found.encode(TEXT) == tuned.encode(TEXT)
+        assert (found.checkpoint.path / "tokenizer.model").exists(), "no data are needed to read text"
+    with pytest.raises(UserError, match=r"^folder: .*tuned 0"):
+        tuned.save(tmp_path / "tuned 0")
 
 
 def test_a_text_ends_where_it_is_told(opened: OpenModel) -> None:

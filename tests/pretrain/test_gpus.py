@@ -215,11 +215,12 @@ def test_a_rank_touches_its_own_gpu_first(
 def switches() -> list[Any]:
     """torch's, that decide how products and attention round."""
     matmul = torch.backends.cuda.matmul
+    deterministic: Any = torch.utils.deterministic  # whose attribute is a property of the module
     return [
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,
         torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        deterministic.fill_uninitialized_memory,
         _cur_sdpa_kernel_backends(with_priority=True),
     ]
 
@@ -254,7 +255,8 @@ def test_order_of_fused_attention(
     assert names == (order or [backend.name for backend in before])
     assert torch.are_deterministic_algorithms_enabled() is deterministic
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory is not deterministic
+    settings: Any = torch.utils.deterministic
+    assert settings.fill_uninitialized_memory is not deterministic
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
     gpus._NUMERICS.close()
@@ -391,4 +393,4 @@ def test_groups_without_a_limit_of_their_own_follow_ours(monkeypatch: pytest.Mon
     monkeypatch.setattr(dist.distributed_c10d, "default_pg_nccl_timeout", timedelta(seconds=600))
     monkeypatch.setenv(gpus.NCCL_HEARTBEAT, "2000")
     gpus.let_the_watchdog_speak_first(1830.0, speaks=False)
-    assert dist.distributed_c10d._get_default_timeout(dist.Backend.NCCL) == timedelta(seconds=1830)
+    assert dist.distributed_c10d._get_default_timeout(dist.Backend("nccl")) == timedelta(seconds=1830)

@@ -147,8 +147,16 @@ def test_bf16_stays_near_fp32(prepared: Path) -> None:
 
 
 def test_adamw_has_its_keys_in_every_layout(prepared: Path) -> None:
-    """Weight decay, which spares vectors, the decay rates of both moments, and eps."""
-    keys = ("optimizer.weight_decay=0.3", "optimizer.betas=[0.7, 0.9]", "optimizer.eps=1e-4")
+    """Weight decay, which spares vectors, the decay rates of both moments, eps, and what groups have of their own."""
+    keys = (
+        "optimizer.weight_decay=0.3",
+        "optimizer.betas=[0.7, 0.9]",
+        "optimizer.eps=1e-4",
+        "optimizer.groups.routers.weight_decay=6",
+        "optimizer.groups.experts.learning_rate_ratio=0.5",
+        "optimizer.groups.norms.learning_rate_ratio=3",
+        "optimizer.groups.embedding.weight_decay=0",
+    )
     reference = plain_trace(small_config(prepared, *keys, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
     configs = [small_config(prepared, *keys, f"parallel.zero={zero}", "batch.micro_sequences=4") for zero in (0, 1, 3)]
     for trace in run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0]:

@@ -32,7 +32,8 @@ def leave(output: Path, error: type[Exception]) -> int:
         os.dup2(file.fileno(), sys.stderr.fileno())
     loop.train = fail  # type: ignore[assignment]
     device.LEAVE_SECONDS = 0.1
-    dist.destroy_process_group = threading.Event().wait
+    never = threading.Event()
+    dist.destroy_process_group = lambda group=None: never.wait()
     train, resilience = TrainConfig(device="cpu", threads=1), ResilienceConfig()
     config: Any = SimpleNamespace(train=train, resilience=resilience)
     nothing: Any = None

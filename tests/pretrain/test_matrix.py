@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness import run_ranks
+from tests.model.options import check_kinds, kinds
+from tests.pretrain import family
 from tests.pretrain.matrix import GRADIENT_STEPS, MODELS, STEPS, Layout, config_of
 from tests.pretrain.runs import Trace, assert_same, engine_trace, plain_trace
 
@@ -123,14 +125,25 @@ def test_every_legal_pair_occurs() -> None:
     assert not covered & ILLEGAL
 
 
+def test_every_layer_that_ranks_divide_is_in_a_model(prepared: Path) -> None:
+    """Here, or in test_tensor_parallel.py."""
+    configs = [config_of(prepared, model, Layout()).model for model in MODELS]
+    configs += [family.config_of(prepared, model).model for model in family.MODELS]
+    types = {layer.type for model in configs for layer in (model.attention, model.feedforward)}
+    check_kinds(types, "MODELS of tests/pretrain/matrix.py or family.py", kinds("tensor"))
+
+
+References = dict[tuple[str, bool, bool, int], Trace]
+
+
 @pytest.fixture(scope="module")
-def references(prepared: Path) -> dict[tuple[str, bool, bool, int], Trace]:
+def references(prepared: Path) -> References:
     """Filled as needed: (model, tied, dropouts on, steps) -> trace of one process without DeepSpeed."""
     return {}
 
 
 def reference_of(
-    references: dict[tuple[str, bool, bool, int], Trace],
+    references: References,
     prepared: Path,
     model: str,
     steps: int,
@@ -155,19 +168,19 @@ def legal(model: str, layout: Layout) -> bool:
 @pytest.mark.parametrize("with_dropouts", [False, True], ids=["without dropout", "with every dropout"])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("model", MODELS)
-def test_all(prepared: Path, references, model: str, ranks: int, with_dropouts: bool) -> None:
+def test_all(prepared: Path, references: References, model: str, ranks: int, with_dropouts: bool) -> None:
     layouts = [x for x in LAYOUTS if x.ranks == ranks and legal(model, x)]
     check(prepared, references, model, layouts, with_dropouts, STEPS, GRADIENT_STEPS)
 
 
 @pytest.mark.parametrize("model, with_dropouts, layouts", FAST)
-def test_some(prepared: Path, references, model: str, with_dropouts: bool, layouts: list[Layout]) -> None:
+def test_some(prepared: Path, references: References, model: str, with_dropouts: bool, layouts: list[Layout]) -> None:
     check(prepared, references, model, layouts, with_dropouts, FEW_STEPS, FEW_GRADIENT_STEPS)
 
 
-def check(  # type: ignore[no-untyped-def]
+def check(
     prepared: Path,
-    references,
+    references: References,
     model: str,
     layouts: list[Layout],
     with_dropouts: bool,

@@ -27,7 +27,7 @@ class Steps:
     def __init__(self) -> None:
         self.memory = LayerMemory(4)
         self.memory.assign(torch.tensor([0]), 1)
-        module = nn.Module()
+        module: Any = nn.Module()
         module.memory = self.memory
         self.loss, self.begins, self.seen = 0.0, False, list[int]()
         engine: Any = SimpleNamespace(
@@ -39,7 +39,7 @@ class Steps:
         config: Config = load_config(REPOSITORY / "configs" / "switchall_tiny.json")
         nothing: Any = None
         setup = RunSetup(config, nothing, ParallelContext(), CPU)
-        self.trainer = Trainer(setup, engine, executor, lambda output, count: report, data, nothing)  # type: ignore[arg-type, return-value]
+        self.trainer = Trainer(setup, engine, executor, lambda output, count: report, data, nothing)  # type: ignore[arg-type]
 
     def _train(self, batches: Any, phases: Any) -> Any:
         context = self.memory.extend(torch.ones(1, 2, 3), torch.tensor([0]))

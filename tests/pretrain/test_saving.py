@@ -30,13 +30,13 @@ def let_steps_take(minutes: float) -> None:
     on the disk before the next step is launched."""
     launch, now = Trainer.launch, [1000.0]
 
-    def launching(trainer: Trainer, *arguments: Any) -> Any:
-        trainer.saver.wait()
-        launched = launch(trainer, *arguments)
+    def launching(self: Trainer, *arguments: Any, **options: Any) -> Any:
+        self.saver.wait()
+        launched = launch(self, *arguments, **options)
         now[0] += 60.0 * minutes
         return launched
 
-    Trainer.launch = launching  # type: ignore[method-assign]
+    Trainer.launch = launching
     pretrain.saving.monotonic = lambda: now[0]
 
 

@@ -15,6 +15,7 @@ from model.parallel.context import ParallelContext
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.engine.gradient_norm import GradientNorm
+from pretrain.parallel.agreement import PeerFailed
 from pretrain.resilience.control import Control
 from pretrain.trainer import LaunchedStep, Trainer
 from tests.harness import run_ranks
@@ -30,9 +31,9 @@ def logged_run(rank: int, config: Config, run_dir: Path) -> list[str]:
     agree, read, validate = Control.agree, LaunchedStep.read, pretrain.segment.validate
     numbers: dict[int, int] = {}
 
-    def agreeing(self: Control, *arguments: Any) -> Any:
+    def agreeing(self: Control, *arguments: Any, **options: Any) -> Any:
         log.append("message")
-        return agree(self, *arguments)
+        return agree(self, *arguments, **options)
 
     def reading(self: LaunchedStep) -> Any:
         log.append(f"read {numbers[id(self)]}")
@@ -59,10 +60,10 @@ def logged_run(rank: int, config: Config, run_dir: Path) -> list[str]:
             log.append("compare")
             return compare(self)
 
-        trainer.launch, trainer.saver.save = launching, saving  # type: ignore[method-assign]
-        pretrain.segment.ReplicaCheck.__call__ = comparing  # type: ignore[method-assign]
+        trainer.launch, trainer.saver.save = launching, saving
+        pretrain.segment.ReplicaCheck.__call__ = comparing
 
-    Control.agree, LaunchedStep.read, pretrain.segment.validate = agreeing, reading, validating  # type: ignore[method-assign]
+    Control.agree, LaunchedStep.read, pretrain.segment.validate = agreeing, reading, validating
     assert train_with(rank, config, run_dir, prepare) == "FINISHED"
     return log
 
@@ -103,7 +104,7 @@ def fail_to_read(trainer: Trainer, step: int) -> None:
             raise UserError("data: a shard is damaged")
         return take(consumed)
 
-    trainer.data.prefetcher.take = taking  # type: ignore[method-assign]
+    trainer.data.prefetcher.take = taking
 
 
 def test_a_rank_without_a_batch_stops_all_after_the_step_before_is_written(prepared: Path, tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_rank_without_a_batch_stops_all_after_the_step_before_is_written(prepa
 def _leave_on_error(rank: int, config: Config, run_dir: Path) -> str:
     try:
         return train_with(rank, config, run_dir, fail_to_read, 3)
-    except pretrain.parallel.agreement.PeerFailed:
+    except PeerFailed:
         return "PeerFailed"
 
 

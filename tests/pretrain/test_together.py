@@ -92,7 +92,11 @@ def _parts(rank: int, configs: list[Config]) -> tuple[list[object], list[object]
     parts: list[object] = []
     checks: list[object] = []
     for kind in ("ext4", "lustre"):
-        pretrain.together.filesystem_type = lambda path, kind=kind: kind  # type: ignore[assignment, misc]
+
+        def filesystem_type(path: Path, mounts: str | None = None, kind: str = kind) -> str:
+            return kind
+
+        pretrain.together.filesystem_type = filesystem_type
         pretrain.together.os.environ.update(LOCAL_RANK="0", LOCAL_SIZE="1")
         parts.append(part_of(open_sources(configs[0]).sources[0].manifest))
     pretrain.together.MANY_RANKS = 2

@@ -18,7 +18,7 @@ from benchmarks.gpu.record import Entry, Identity
 
 CASES = op_shapes.equality_cases(small=True)
 CPU = torch.device("cpu")
-MEASURED = {ceilings.COPY: {"bytes_per_second": 1e9}, ceilings.PRODUCT: {"flops_per_second": 1e12}}
+MEASURED: dict[str, Any] = {ceilings.COPY: {"bytes_per_second": 1e9}, ceilings.PRODUCT: {"flops_per_second": 1e12}}
 ON_CPU = Identity(card="CPU", driver="none", python="3", torch="2", cuda="none", triton="3", sources="0")
 
 

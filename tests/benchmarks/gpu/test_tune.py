@@ -251,7 +251,7 @@ def test_a_part_whose_time_is_over_is_tried_again(four: Search, tmp_path: Path) 
 
 
 def test_the_table_of_tiles() -> None:
-    result = {
+    result: dict[str, Any] = {
         "candidates": [{}, {}, {}],
         "today": {"tiles": {"rows": 64, "warps": 4}, "ms": 2.0},
         "best": {"tiles": {"rows": 128, "warps": 4}, "ms": 1.5},

@@ -28,7 +28,13 @@ from tests.benchmarks.gpu.cases import CPU, MEASURED, entry
 
 pytestmark = pytest.mark.usefixtures("own_tiles")
 WIDTH = models.load("tiny").d_model
-NORM = {"kernel": "norm forward", "capability": "9.0", "dtype": "bf16", "shape": {"d": WIDTH}, "rows": 0}
+NORM: dict[str, Any] = {
+    "kernel": "norm forward",
+    "capability": "9.0",
+    "dtype": "bf16",
+    "shape": {"d": WIDTH},
+    "rows": 0,
+}
 """Which the tiny model launches."""
 SHAPE = {"V": 50, "holds_row": 1}
 SOFTMAX = NORM | {"kernel": "softmax", "shape": SHAPE, "tiles": {"block": 64, "warps": 4}}
@@ -82,7 +88,7 @@ def test_what_is_a_winner(tmp_path: Path) -> None:
 
 
 def test_without_winners_there_is_nothing_to_time(tmp_path: Path) -> None:
-    step = {"name": "tiny", "sequences": 1, "kind": "tuned"}
+    step: dict[str, Any] = {"name": "tiny", "sequences": 1, "kind": "tuned"}
     with pytest.raises(Unavailable, match="tune has recorded nothing for this card and these sources"):
         tuned_step.compute(context(tmp_path), **step)
     other = Identity(**vars(identity("cpu")) | {"sources": "another"})

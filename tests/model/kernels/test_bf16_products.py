@@ -46,7 +46,8 @@ def test_sigma_moe(name: str, tolerance: float) -> None:
         assert of_moe.error(value, wanted) <= tolerance, what
     # Of tensor-parallel ranks: backward in two parts.
     leaves = (t.detach() for t in (case.x, case.scores, case.order, case.load, case.up_experts, case.down_experts))
-    inputs = Inputs(*leaves, 0)
+    x, scores, order, load, up_experts, down_experts = leaves
+    inputs = Inputs(x, scores, order, load, up_experts, down_experts, 0)
     _, hidden = moe.forward(inputs)
     grad_x, grad_scores, grad_hidden = moe.input_gradients(case.grad, inputs, hidden)
     parts = (grad_x, grad_scores, *moe.expert_gradients(case.grad, inputs, hidden, grad_hidden))

@@ -14,6 +14,7 @@ from model.kernels.cpu import workers
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.route import Choice
 from tests.model.kernels.chosen import chosen_experts
+from tests.tensors import sum_of
 
 
 class Shape(NamedTuple):
@@ -102,7 +103,7 @@ def loop(case: Case) -> list[Tensor]:
             parts.append(torch.stack([x[n] @ experts[e] for e in chosen]))
         else:
             a, gates, experts = leaves
-            parts.append(sum(gates[n, j] * (a[n, j] @ experts[e]) for j, e in enumerate(chosen)))
+            parts.append(sum_of(gates[n, j] * (a[n, j] @ experts[e]) for j, e in enumerate(chosen)))
     y = torch.stack(parts) if parts else y + 0.0 * leaves[-1].sum()
     return [y.detach(), *torch.autograd.grad(y, leaves, case.grad.double(), allow_unused=True, materialize_grads=True)]
 

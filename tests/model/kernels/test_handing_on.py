@@ -20,6 +20,7 @@ from model.kernels.ops.elementwise import layer_norm
 from model.kernels.ops.route import group_choices, route_handing_on, route_reference
 from model.kernels.ops.switchhead import Choice, switchhead_value_handing_on, switchhead_value_reference
 from model.language_model import build_model
+from model.recompute import Recompute
 from tests.model.kernels.triton.small_tiles import use_tiles
 
 B, T, d, R, E, k, h = 3, 7, 24, 2, 4, 2, 8
@@ -211,7 +212,10 @@ def test_a_model_that_hands_on_has_the_gradients_of_the_reference(value: str) ->
     config, tokens = ModelConfig.model_validate(MODEL), torch.arange(B * T).view(B, T) % 19
     adding = Backends(route="dense", switchhead_value=value, elementwise="triton")
     gradients = []
-    for backends, recompute in ((Backends(), "none"), (adding, "none"), (adding, "selective"), (adding, "full")):
+    ways: list[tuple[Backends, Recompute]] = [
+        (Backends(), "none"), (adding, "none"), (adding, "selective"), (adding, "full"),
+    ]  # fmt: skip
+    for backends, recompute in ways:
         model = build_model(config, backends=backends, seed=3, recompute=recompute)
         model(tokens, tokens.roll(-1, 1), torch.arange(B))[0].backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})

@@ -296,8 +296,8 @@ def test_loss_of_uniform_logits() -> None:
 def test_small_gradients_of_fp16_live_until_the_loss_is_scaled(backend: str) -> None:
     """As of 16384 tokens: gradients below fp16's smallest normal number, 6e-5, and a scale above its largest."""
     case = make_case(Shape(N=16, d=8, V=20), torch.float16)
-    small = [t.detach() * 2**-12 for t in leaves(case)]
-    case = Case(*(t.requires_grad_() for t in small), case.targets)
+    hidden, weight, bias = [t.detach() * 2**-12 for t in leaves(case)]
+    case = Case(hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), case.targets)
     scale = 2.0**17
     loss, _ = linear_cross_entropy(*case, backend=backend)
     grads = torch.autograd.grad(loss * scale, leaves(case))

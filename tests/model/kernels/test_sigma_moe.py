@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 class Case(NamedTuple):
     x: Tensor
     scores: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     order: Tensor
     load: Tensor
     up_experts: Tensor
@@ -207,7 +207,8 @@ def test_strides(backend: str) -> None:
 def poisoned() -> Iterator[None]:
     """Memory that nothing has written to holds NaN."""
     torch.use_deterministic_algorithms(True)  # the filling is a part of that
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # whose attribute is a property of the module
+    assert deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
 

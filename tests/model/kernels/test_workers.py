@@ -38,7 +38,11 @@ def test_balanced_tasks_have_one_thread_each_and_a_lone_one_has_all() -> None:
 
 def test_tasks_run_at_the_same_time() -> None:
     barrier = threading.Barrier(3, timeout=30)
-    run_tasks([1, 1, 1], lambda i: barrier.wait() and None)
+
+    def meet(task: int) -> None:
+        barrier.wait()
+
+    run_tasks([1, 1, 1], meet)
 
 
 @pytest.mark.parametrize("failing", [0, 4])

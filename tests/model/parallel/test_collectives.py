@@ -13,6 +13,7 @@ from model.parallel.context import ParallelContext
 from model.parallel.overlap import enter_overlapped, own_tokens
 from model.parallel.regions import enter_region
 from tests.harness import run_ranks
+from tests.tensors import gradient_of
 
 # ranks, B, chunks in a row, tokens of a chunk per rank, d
 SHAPES = [(2, 3, 1, 5, 7), (2, 1, 3, 1, 1), (3, 2, 2, 3, 4), (3, 1, 1, 1, 5)]
@@ -82,7 +83,7 @@ def collectives(rank: int) -> None:
         kept_tokens = scatter_tokens(partial, group)
         torch.testing.assert_close(kept_tokens, rank_tokens(torch.stack(weights).sum(0), rank, ranks, chunks * chunk))
         kept_tokens.backward(strided(rank_tokens(alike, rank, ranks, chunks * chunk)))
-        assert torch.equal(partial.grad, alike) and torch.equal(partial, before)
+        assert torch.equal(gradient_of(partial), alike) and torch.equal(partial, before)
         whole_tensors(rank, group, [strided(w) for w in weights], strided(alike))
 
 
@@ -96,12 +97,12 @@ def whole_tensors(rank: int, group: dist.ProcessGroup, parts: list[Tensor], alik
     total = leave_shards(partial, group)
     torch.testing.assert_close(total, torch.stack(parts).sum(0))
     total.backward(alike.detach())
-    assert torch.equal(partial.grad, alike) and torch.equal(partial, parts[rank])
+    assert torch.equal(gradient_of(partial), alike) and torch.equal(partial, parts[rank])
     partial.grad = None
     together = gather_last(partial, group)
     assert torch.equal(together, torch.cat(parts, -1))
     together.backward(torch.cat([(i + 1.0) * alike.detach() for i in range(len(parts))], -1))
-    assert torch.equal(partial.grad, (rank + 1.0) * alike)
+    assert torch.equal(gradient_of(partial), (rank + 1.0) * alike)
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])

@@ -15,6 +15,7 @@ from model.kernels.choice import Backends
 from model.parallel.context import ParallelContext
 from model.parallel.exchange import Exchange, collect, spread
 from tests.harness import run_ranks
+from tests.tensors import gradient_of
 
 D, EXPERTS, WIDTH, CHOICES, T = 8, 6, 4, 2, 5
 BACKENDS = {
@@ -81,7 +82,7 @@ def exchange(rank: int) -> None:
 
 def compare(rank: int, router: str, training: bool) -> None:
     group, size = dist.group.WORLD, dist.get_world_size()
-    common = {"data_rank": rank, "data_size": size, "data_group": group}
+    common: dict[str, Any] = {"data_rank": rank, "data_size": size, "data_group": group}
     parallel = ParallelContext(**common, expert_rank=rank, expert_size=size, expert_group=group)
     held = slice(2 * rank, 2 * rank + 2)
     for backend, backends in BACKENDS.items():
@@ -92,35 +93,33 @@ def compare(rank: int, router: str, training: bool) -> None:
             for p, q, value in zip(plain.parameters(), layer.parameters(), weights(router), strict=True):
                 p.copy_(value)
                 q.copy_(value if q.shape == value.shape else value[held])
+
+        def labelled(said: str, label: str = label) -> str:
+            return f"{label}: {said}"
+
         y, grad_x = run(layer, *inputs(rank))
         received = layer.up_experts.grad
         assert received is not None and layer.router.grad is not None
         if router == "everything to the first rank" and not training:
             assert (received == 0).all() == (rank > 0)
-        first = [t.clone() for t in (y, grad_x, *(p.grad for p in layer.parameters()))]
+        first = [t.clone() for t in (y, grad_x, *(gradient_of(p) for p in layer.parameters()))]
         own_router_grad = layer.router.grad.clone()
         again = run(layer, *inputs(rank))
-        for a, b in zip(first, (*again, *(p.grad for p in layer.parameters())), strict=True):
+        for a, b in zip(first, (*again, *(gradient_of(p) for p in layer.parameters())), strict=True):
             assert torch.equal(a, b), f"{label}: not repeatable"
 
         expert_grads = [torch.zeros_like(p) for p in (plain.up_experts, plain.down_experts)]
         for source in range(size):
             expected_y, expected_grad = run(plain, *inputs(source))
             if source == rank:
-                torch.testing.assert_close(y, expected_y, msg=lambda m, label=label: f"{label}: {m}")
-                torch.testing.assert_close(grad_x, expected_grad, msg=lambda m, label=label: f"{label}: {m}")
-                torch.testing.assert_close(
-                    own_router_grad, plain.router.grad, msg=lambda m, label=label: f"{label}: {m}"
-                )
+                torch.testing.assert_close(y, expected_y, msg=labelled)
+                torch.testing.assert_close(grad_x, expected_grad, msg=labelled)
+                torch.testing.assert_close(own_router_grad, plain.router.grad, msg=labelled)
             for total, p in zip(expert_grads, (plain.up_experts, plain.down_experts), strict=True):
-                total += p.grad
+                total += gradient_of(p)
         # Of all ranks' tokens: no reduction over these ranks is left to do.
-        torch.testing.assert_close(
-            layer.up_experts.grad, expert_grads[0][held], msg=lambda m, label=label: f"{label}: {m}"
-        )
-        torch.testing.assert_close(
-            layer.down_experts.grad, expert_grads[1][held], msg=lambda m, label=label: f"{label}: {m}"
-        )
+        torch.testing.assert_close(layer.up_experts.grad, expert_grads[0][held], msg=labelled)
+        torch.testing.assert_close(layer.down_experts.grad, expert_grads[1][held], msg=labelled)
 
 
 def test_a_layer_computes_the_same() -> None:

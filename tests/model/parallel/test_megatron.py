@@ -7,6 +7,7 @@ import logging
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from model.parallel.context import DIMENSIONS, ParallelContext
 from model.parallel.regions import enter_region, leave_region
 from pretrain.parallel.groups import process_groups
 from tests.harness import run_ranks
+from tests.tensors import gradient_of
 
 B, T, D, V, WIDTH = 3, 6, 10, 14, 8
 
@@ -36,7 +38,7 @@ def compare(rank: int, sequence_parallel: bool) -> dict[str, tuple[Tensor, Tenso
     """Pairs (ours, megatron-core's) of outputs and gradients on this rank of two."""
     from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
 
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]  # what its layers ask for
+    torch.cuda.current_device = partial(torch.device, "cpu")  # type: ignore[assignment]  # what its layers ask for
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     group = process_groups(pipeline=1, data=1, tensor=2).tensor
     parallel = ParallelContext(tensor_rank=rank, tensor_size=2, tensor_group=group, sequence_parallel=sequence_parallel)
@@ -68,9 +70,9 @@ def compare(rank: int, sequence_parallel: bool) -> dict[str, tuple[Tensor, Tenso
     z = row(F.relu(column(their_x)[0]))[0]
     z.backward(towards.transpose(0, 1).contiguous())
     found["layers"] = (y, z.transpose(0, 1))
-    found["gradient of x"] = (ours_x.grad, their_x.grad.transpose(0, 1))
-    found["gradient of up"] = (ours_up.grad, column.weight.grad)
-    found["gradient of down"] = (ours_down.grad, row.weight.grad)
+    found["gradient of x"] = (gradient_of(ours_x), gradient_of(their_x).transpose(0, 1))
+    found["gradient of up"] = (gradient_of(ours_up), column.weight.grad)
+    found["gradient of down"] = (gradient_of(ours_down), row.weight.grad)
 
     # Embedding, output layer and cross-entropy.
     config = ModelConfig.model_validate({"d_model": D, "num_layers": 1, "vocab_size": V, "sequence_length": T})
@@ -102,8 +104,8 @@ def compare(rank: int, sequence_parallel: bool) -> dict[str, tuple[Tensor, Tenso
     their_loss.backward()
     found["embedding"] = (hidden, their_hidden.transpose(0, 1))
     found["loss"] = (loss, their_loss)
-    found["gradient of the embedding"] = (embedding.weight.grad, word.weight.grad)
-    found["gradient of the output layer"] = (head.weight.grad, last.weight.grad)
+    found["gradient of the embedding"] = (gradient_of(embedding.weight), word.weight.grad)
+    found["gradient of the output layer"] = (gradient_of(head.weight), last.weight.grad)
     return {name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in found.items()}
 
 

@@ -3,7 +3,7 @@ and awaited after them, in every layer; and what is left for later has the value
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -91,7 +91,12 @@ class Trace(TorchDispatchMode):
 
         def left(slot: Slot, gradients: WeightGradients) -> None:
             self.events.append("leave")
-            leave(slot, lambda: [self.events.append("compute"), gradients()][1])  # type: ignore[func-returns-value]
+
+            def compute() -> Sequence[Tensor]:
+                self.events.append("compute")
+                return gradients()
+
+            leave(slot, compute)
 
         monkeypatch.setattr(Slot, "leave", left)
 
@@ -245,7 +250,7 @@ def test_what_is_left_for_later_has_the_same_values(name: str, dtype: torch.dtyp
     assert late.slot.take() is None, "something was left over"
 
     def recomputed(_: Late) -> Tensor:
-        return checkpoint(lambda: map_(late_weights(weights)), use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(lambda: map_(late_weights(weights)), use_reentrant=False)
 
     for found, expected in zip(gradients(recomputed, late, [*inputs, *weights]), at_once, strict=True):
         torch.testing.assert_close(found, expected)

@@ -14,13 +14,14 @@ import model.attention.moa
 import model.attention.switchhead
 import model.feedforward.sigma_moe
 from model.attention.switchhead import SwitchHeadAttention
-from model.config import DenseAttentionConfig, MoAConfig, RopeConfig, SigmaMoEConfig, SwitchHeadConfig, XLConfig
+from model.config import RopeConfig, XLConfig
 from model.feedforward.sigma_moe import SigmaMoE
 from model.kernels.ops.route import route_handing_on
+from model.memory import layer_memories
 from pretrain.analysis.counting import Counts, Favourite, favourites, gate_matrix
 from pretrain.analysis.findings import Findings, shown
 from pretrain.analysis.trace import Request, RouterTrace, trace_text
-from tests.model.options import left_out
+from tests.model.options import ATTENTIONS, check_options, kinds
 from tests.pretrain.analysis.models import CASES, some_tokens, tiny
 
 ROUTED = [case for case in CASES if case not in ("dense", "dense xl")]
@@ -62,8 +63,9 @@ def test_the_choices_are_the_routers_own(case: str, monkeypatch: pytest.MonkeyPa
 
 def test_every_option_of_attention_and_of_a_router_is_in_a_model_here() -> None:
     """Maps and gates are computed apart from the layers, which a new option changes."""
-    sections = (SwitchHeadConfig, DenseAttentionConfig, MoAConfig, RopeConfig, XLConfig, SigmaMoEConfig)
-    assert left_out([tiny(case).config for case in CASES], *sections) == []
+    sections = [kind for kind in kinds("analysis") if kind in ATTENTIONS or kind().routers]
+    models = [tiny(case).config for case in CASES]
+    check_options(models, "CASES of tests/pretrain/analysis/models.py", RopeConfig, XLConfig, *sections)
 
 
 @pytest.mark.parametrize("case", ROUTED)
@@ -124,7 +126,8 @@ def test_memory_is_carried_from_window_to_window() -> None:
     assert np.allclose(trace.maps[1].sum(-1), 1.0, atol=1e-6)
     alone = trace_text(network, tokens[7:], Request([1], map_tokens=5))
     assert np.abs(trace.losses[7:13] - alone.losses[:6]).max() > 1e-3, "the memory made no difference"
-    assert network.blocks[0].memory.num_streams == 0, "the model's own streams were changed"
+    streams = [memory.num_streams for _, memory in layer_memories(network)]
+    assert streams and not any(streams), "the model's own streams were changed"
     again = trace_text(network, tokens, Request([0, 1], window=1, map_tokens=5))
     assert np.array_equal(again.losses, trace.losses)
 

@@ -78,7 +78,7 @@ def test_another_cut_reads_the_same_elements(tmp_path: Path, dim: int, parts: in
         for part, shard in enumerate(full.chunk(pieces, other)):
             target = torch.zeros(shard.numel(), dtype=dtype)[2:-1]
             where = {"dim": other, "offset": part * shard.shape[other]}
-            piece = flat_range(target, 2, local_shape=shard.shape, shape=full.shape, **where)  # type: ignore[arg-type]
+            piece = flat_range(target, 2, local_shape=shard.shape, shape=full.shape, **where)
             scalar = torch.tensor(0.0)
             read(Reader(checkpoint), {"x": piece, "scalar": single_fragment(scalar)})
             assert torch.equal(target, shard.reshape(-1)[2:-1]) and scalar == 3.5

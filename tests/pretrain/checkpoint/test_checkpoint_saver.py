@@ -39,22 +39,22 @@ def train_while_a_save_waits(rank: int, config: Config, run_dir: Path) -> list[i
     condition = threading.Condition()
     launch, write = Trainer.launch, Writer.write_data
 
-    def counted(trainer: Trainer, *args: Any) -> Any:
-        result = launch(trainer, *args)
+    def counted(self: Trainer, *args: Any, **options: Any) -> Any:
+        result = launch(self, *args, **options)
         with condition:
             taken[0] += 1
             condition.notify_all()
         return result
 
-    def held(writer: Writer, *args: Any) -> Any:
-        saved = int(writer.final.name.removeprefix("step-"))
+    def held(self: Writer, *args: Any, **options: Any) -> Any:
+        saved = int(self.final.name.removeprefix("step-"))
         with condition:
             wanted = min(saved + 2, config.train.steps)
             assert condition.wait_for(lambda: taken[0] >= wanted, timeout=60), "training waited for the write"
             began.append(taken[0])
-        return write(writer, *args)
+        return write(self, *args, **options)
 
-    Trainer.launch, Writer.write_data = counted, held  # type: ignore[method-assign]
+    Trainer.launch, Writer.write_data = counted, held
     train_runs(rank, [(config, run_dir)])
     return began
 
@@ -79,16 +79,16 @@ def save_four_times(rank: int, config: Config, folder: Path) -> list[int]:
     trainer, sent = trainer_of(config), []
     create = SavePlanner.create_local_plan
 
-    def created(planner: SavePlanner) -> Any:
-        plan = create(planner)
+    def created(self: SavePlanner) -> Any:
+        plan = create(self)
         sent.append(len(plan.items))
         return plan
 
-    SavePlanner.create_local_plan = created  # type: ignore[method-assign]
+    SavePlanner.create_local_plan = created
     owned = pretrain.checkpoint.saver.owned_state
 
-    def owned_and_more(*args: Any) -> Any:
-        return owned(*args) | {"more": single_fragment(torch.arange(5.0))}
+    def owned_and_more(*args: Any, **options: Any) -> Any:
+        return owned(*args, **options) | {"more": single_fragment(torch.arange(5.0))}
 
     for step in range(4):
         if step == 2 and rank == 1:

@@ -45,7 +45,7 @@ def written(folder: Path, prepared: Path, weights: dict[str, Tensor]) -> Checkpo
         source="a test",
         tokenizer=StoredTokenizer.of(Manifest.load(prepared)),
     )
-    return write_weights(folder, origin, {name: (lambda value=value: value) for name, value in weights.items()})
+    return write_weights(folder, origin, {name: value.detach for name, value in weights.items()})
 
 
 def test_they_are_read_like_any_other(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,7 +138,12 @@ def test_a_disk_too_small_is_refused_and_one_without_room_for_all_is_warned_abou
     (tmp_path / "c.json").write_text(json.dumps(to_json(config)))
     size = checkpoint_space(config, tmp_path / "run").size
     started: list[object] = []
-    monkeypatch.setattr(cli, "run", lambda *_: (started.append(1), 0)[1])
+
+    def run(*given: object) -> int:
+        started.append(given)
+        return 0
+
+    monkeypatch.setattr(cli, "run", run)
     arguments = ["--config", str(tmp_path / "c.json"), "--run-dir", str(tmp_path / "run"), *more]
     for free, code in ((2 * size - 1, 2), (2 * size, 0), (4 * size - 1, 0), (4 * size, 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(free, 0, free))

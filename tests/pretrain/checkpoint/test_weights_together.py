@@ -46,13 +46,13 @@ def _load(rank: int, configs: list[Config], folder: Path) -> list[tuple[bool, li
                 value.fill_(torch.nan)
         read: set[str] = set()
 
-        def reading(reader: Reader, plan: Any, planner: Any, read: set[str] = read) -> Any:
+        def reading(self: Reader, plan: Any, planner: Any, read: set[str] = read) -> Any:
             read |= {item.dest_index.fqn.removeprefix("master/") for item in plan.items}
-            return read_data(reader, plan, planner)
+            return read_data(self, plan, planner)
 
-        Reader.read_data = reading  # type: ignore[method-assign]
+        Reader.read_data = reading
         load_weights_together(checkpoint, model, parallel)
-        Reader.read_data = read_data  # type: ignore[method-assign]
+        Reader.read_data = read_data
         same = all(torch.equal(value, expected[name]) for name, value in model.named_parameters())
         found.append((same, [(name, shard_place(specs[name], parallel)[0]) for name in sorted(read)]))
     dist.barrier()

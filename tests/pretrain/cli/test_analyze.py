@@ -78,7 +78,7 @@ def check_page(folder: Path) -> list[dict[str, str | None]]:
         source = attributes["src"] or ""
         assert source.startswith("data:image/png;base64,") and attributes["alt"]
         picture = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB")
-        assert len(picture.getcolors(1 << 24)) > 20, "nothing is drawn"
+        assert len(picture.getcolors(1 << 24) or ()) > 20, "nothing is drawn"
     names = {attributes["id"] for _, attributes in elements if "id" in attributes}
     assert {a["href"] for tag, a in elements if tag == "a"} == {f"#{name}" for name in names}
     written = {base64.b64encode(path.read_bytes()).decode() for path in folder.glob("*.png")}

@@ -123,7 +123,7 @@ def test_verify(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_convert(run_dir: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = list_checkpoints(run_dir / "checkpoints")[-1]
-    assert main(["convert", str(run_dir), str(tmp_path / "out")]) == 0
+    assert main(["convert", str(run_dir), "--to", str(tmp_path / "out")]) == 0
     assert "of step 4" in capsys.readouterr().out
     names = ["config.json", "model.safetensors", "tokenizer.model", "weights.json"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
@@ -138,9 +138,9 @@ def test_convert(run_dir: Path, prepared: Path, tmp_path: Path, capsys: pytest.C
     assert {f"master/{name}" for name in found} == expected.keys()
     assert all(torch.equal(value, expected[f"master/{name}"]) for name, value in found.items())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model"]["d_model"] == 24
-    assert main(["convert", str(run_dir), str(tmp_path / "out")]) == 2
+    assert main(["convert", str(run_dir), "--to", str(tmp_path / "out")]) == 2
     assert "exists; name another folder" in capsys.readouterr().err
-    assert main(["convert", str(newest.with_name("step-00000002")), str(tmp_path / "other")]) == 0
+    assert main(["convert", str(newest.with_name("step-00000002")), "--to", str(tmp_path / "other")]) == 0
 
 
 def test_a_checkpoint_that_its_run_removes_meanwhile_is_not_called_damaged(
@@ -207,9 +207,9 @@ def test_a_converted_moving_average_does_not_have_the_losses_of_the_weights(
     newest = list_checkpoints(shutil.copytree(trained, tmp_path / "run") / "checkpoints")[-1]
     rewrite_state(newest, lambda state: state.update(loss=5.0, validation_loss=6.0))
     average = add_moving_average(newest, lambda weight: weight + 1)
-    assert main(["convert", str(newest), str(tmp_path / "of_average"), "--ema"]) == 0
+    assert main(["convert", str(newest), "--to", str(tmp_path / "of_average"), "--ema"]) == 0
     assert ", moving average of the weights\n" in capsys.readouterr().out
-    assert main(["convert", str(newest), str(tmp_path / "of_weights")]) == 0
+    assert main(["convert", str(newest), "--to", str(tmp_path / "of_weights")]) == 0
     assert "moving average" not in capsys.readouterr().out
     found = load_file(tmp_path / "of_average" / "model.safetensors")
     assert all(torch.equal(value, average[name]) for name, value in found.items())
@@ -227,7 +227,7 @@ def test_convert_finds_the_tokenizer_or_says_why_not(
     shutil.copytree(list_checkpoints(run_dir / "checkpoints")[-1], newest)
     gone = str(tmp_path / "gone")
     rewrite_state(newest, lambda state: state["config"]["data"].update(manifest=gone))
-    assert main(["convert", str(newest), str(tmp_path / "without")]) == 0
+    assert main(["convert", str(newest), "--to", str(tmp_path / "without")]) == 0
     said = capsys.readouterr().out
     assert f"no tokenizer was written: data.manifest: there is no {gone}" in said and "name the place" in said
     names = ["config.json", "model.safetensors", "weights.json"]
@@ -236,16 +236,16 @@ def test_convert_finds_the_tokenizer_or_says_why_not(
 
     moved = tmp_path / "moved"
     shutil.copytree(prepared, moved)
-    assert main(["convert", str(newest), str(tmp_path / "with"), "--data", str(moved)]) == 0
+    assert main(["convert", str(newest), "--to", str(tmp_path / "with"), "--data", str(moved)]) == 0
     model = tmp_path / "with" / "tokenizer.model"
     assert model.read_bytes() == (prepared / "tokenizer.model").read_bytes()
     assert f"{model}: the tokenizer" in capsys.readouterr().out
 
     (moved / "tokenizer.model").write_bytes(b"another")
-    assert main(["convert", str(newest), str(tmp_path / "no"), "--data", str(moved)]) == 2
+    assert main(["convert", str(newest), "--to", str(tmp_path / "no"), "--data", str(moved)]) == 2
     assert "tokenizer.model does not match its manifest" in capsys.readouterr().err
     rewrite_state(newest, lambda state: state.update(manifest_digest="0" * 64))
-    assert main(["convert", str(newest), str(tmp_path / "no"), "--data", str(prepared)]) == 2
+    assert main(["convert", str(newest), "--to", str(tmp_path / "no"), "--data", str(prepared)]) == 2
     assert "is not the data set that the run read" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
@@ -258,7 +258,7 @@ def test_convert_leaves_what_it_did_not_write(
     out.mkdir()
     for name in ("tokenizer.model", "config.json", "weights.json", "model.safetensors.partial"):
         (out / name).write_text("mine")
-        assert main(["convert", str(run_dir), str(out)]) == 2
+        assert main(["convert", str(run_dir), "--to", str(out)]) == 2
         assert f"{name} exists; name another folder" in capsys.readouterr().err
         assert [(p.name, p.read_text()) for p in out.iterdir()] == [(name, "mine")]
         (out / name).unlink()
@@ -269,12 +269,12 @@ def test_convert_leaves_what_it_did_not_write(
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr("pretrain.checkpoint.storage.write_safetensors", full)
-    assert main(["convert", str(run_dir), str(out)]) == 2
+    assert main(["convert", str(run_dir), "--to", str(out)]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert [(p.name, p.read_text()) for p in out.iterdir()] == [("notes", "mine")]
-    assert main(["convert", str(run_dir), str(tmp_path / "new" / "deep")]) == 2
+    assert main(["convert", str(run_dir), "--to", str(tmp_path / "new" / "deep")]) == 2
     assert capsys.readouterr().err and not (tmp_path / "new").exists()
-    assert main(["convert", str(run_dir), str(out / "notes")]) == 2
+    assert main(["convert", str(run_dir), "--to", str(out / "notes")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -285,7 +285,7 @@ def test_the_page_shows_how_to_load_the_weights(
     [snippet] = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert "pretrain" not in snippet and "deepspeed" not in snippet
     monkeypatch.chdir(tmp_path)
-    assert main(["convert", str(run_dir), "weights"]) == 0
+    assert main(["convert", str(run_dir), "--to", "weights"]) == 0
     capsys.readouterr()
     names: dict[str, Any] = {}
     exec(compile(snippet, str(page), "exec"), names)
@@ -305,7 +305,7 @@ def test_convert_holds_one_parameter_at_a_time(run_dir: Path, tmp_path: Path, mo
         read(reader, state)
 
     monkeypatch.setattr(pretrain.checkpoint.loading, "read", noted)
-    assert main(["convert", str(run_dir), str(tmp_path / "out")]) == 0
+    assert main(["convert", str(run_dir), "--to", str(tmp_path / "out")]) == 0
     assert all(len(names) == 1 for names in asked) and len(asked) > 10
 
 
@@ -318,7 +318,7 @@ def test_convert_a_tied_model_of_tensor_parallel_stages(prepared: Path, tmp_path
     one = config_of(prepared, "switchall", Layout(tied=True), *keys)
     run_ranks(train_runs, 1, [(one, tmp_path / "one")])
     for name in ("one", "four"):
-        assert main(["convert", str(tmp_path / name), str(tmp_path / f"out-{name}")]) == 0
+        assert main(["convert", str(tmp_path / name), "--to", str(tmp_path / f"out-{name}")]) == 0
     ours, theirs = (load_file(tmp_path / f"out-{name}" / "model.safetensors") for name in ("four", "one"))
     assert ours.keys() == theirs.keys() and "head.weight" not in ours
     assert all(gradient_error(ours[name], value) < 1e-3 for name, value in theirs.items())
@@ -333,8 +333,8 @@ def test_nothing_is_written_among_the_checkpoints_of_a_run(
     before = sorted(run.rglob("*"))
     newest = list_checkpoints(run / "checkpoints")[-1]
     for out in (newest, newest / "deep" / "er", newest.with_name("step-99999999")):
-        assert main(["convert", str(run), str(out)]) == 2
-        assert capsys.readouterr().err.startswith("error: OUT: ")
+        assert main(["convert", str(run), "--to", str(out)]) == 2
+        assert capsys.readouterr().err.startswith("error: --to: ")
         assert export([str(run), "--to", str(out)]) == 2
         assert capsys.readouterr().err.startswith("error: --to: ")
         assert analyze([str(run), "--out", str(out)]) == 2
@@ -343,7 +343,7 @@ def test_nothing_is_written_among_the_checkpoints_of_a_run(
         assert "error: --out: " in capsys.readouterr().err
     assert sorted(run.rglob("*")) == before
     copy = tmp_path / "checkpoints" / "step-00000001"  # of no run: a user may call a folder so
-    assert main(["convert", str(run), str(copy)]) == 0 and (copy / "model.safetensors").exists()
+    assert main(["convert", str(run), "--to", str(copy)]) == 0 and (copy / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,10 @@ def test_nothing_is_written_among_the_checkpoints_of_a_run(
         (["list", "{0}"], "holds no checkpoints"),
         (["verify", "{0}"], "{0} holds no checkpoints; name a checkpoint (step-...) or a run folder"),
         (["verify", "{0}/nowhere"], "error: PATH: there is no folder {0}/nowhere"),
-        (["convert", "{0}/nowhere", "{0}/out"], "error: PATH: there is no folder {0}/nowhere"),
+        (["convert", "{0}/nowhere", "--to={0}/out"], "error: PATH: there is no folder {0}/nowhere"),
+        (["convert", "{0}/nowhere", "{0}/out"], "error: PATH: there is no folder {0}/nowhere"),  # as it was written
+        (["convert", "{0}"], "error: --to: is missing; name the one folder to write to, --to DIR"),
+        (["convert", "{0}", "{0}/one", "--to={0}/two"], "error: --to: is {0}/two, and {0}/one is another argument"),
     ],
 )
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:

@@ -215,9 +215,6 @@ def test_logits_that_are_not_finite_and_ids_that_do_not_fit(
     with_change(lambda saved: saved.model.final_norm.weight.fill_(torch.nan))
     code, _, said = generate(trained, "--prompt", "a")
     assert code == 2 and "step-00000001 (step 1): the logits of new token 1 of --prompt are not finite" in said
-    with_change(lambda saved: vars(saved.tokenizer).update(vocab_size=401))
-    code, _, said = generate(trained, "--prompt", "a")
-    assert code == 2 and "its tokenizer has 401 ids, but model.vocab_size is 400" in said
     with_change(lambda saved: vars(saved.tokenizer).update(eos_id=None))
     code, _, said = generate(trained, "--prompt", "a", "--tokens", 3)
     assert code == 0 and said.startswith("the run's data have no id that ends a text: texts end after --tokens\n")

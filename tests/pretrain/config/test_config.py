@@ -10,6 +10,7 @@ import pytest
 
 from common.errors import ConfigError, UserError
 from common.json_config import keys
+from model.config import SigmaMoEConfig, SwitchHeadConfig
 from pretrain.cli.train import keys_help
 from pretrain.config.compile_rules import compile_decision
 from pretrain.config.graph_rules import graph_decision
@@ -35,6 +36,7 @@ def test_tiny_is_even_enough_for_every_later_layout() -> None:
     config = load_config(TINY)
     model = config.model
     assert model.num_layers >= 4
+    assert isinstance(model.attention, SwitchHeadConfig) and isinstance(model.feedforward, SigmaMoEConfig)
     even = (
         model.attention.num_heads,
         model.attention.num_experts,

@@ -22,7 +22,7 @@ TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
 TABLES = (OWNED, NO_EFFECT, BREAKS, EXTRA)
 
 
-class Asked(dict):  # type: ignore[type-arg]
+class Asked(dict):
     """An empty configuration that remembers which keys DeepSpeed asked for."""
 
     def __init__(self, names: set[str]) -> None:
@@ -226,7 +226,8 @@ def test_refusals(override: str, words: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_leaves_are_the_layers_that_there_are() -> None:
     from model.layers import ATTENTIONS, FEEDFORWARDS
 
-    assert {*LEAVES} == {layer.__name__ for layer in (*ATTENTIONS.values(), *FEEDFORWARDS.values())}
+    layers = {layer.__name__ for layer in (*ATTENTIONS.values(), *FEEDFORWARDS.values())}
+    assert layers == {*LEAVES}, "name the layer in LEAVES of pretrain/config/deepspeed_keys.py"
 
 
 def test_what_quantizes_on_gpus_alone() -> None:

@@ -20,6 +20,7 @@ from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.preflight.whole import Wanted
 from pretrain.report.model_text import parameter_count
+from tests.model.options import ATTENTIONS, FEEDFORWARDS, check_kinds
 
 TINY = Path(__file__).resolve().parents[3] / "configs" / "switchall_tiny.json"
 VALUES = ("0", "1", "-1", str(2**31 - 1), str(10**30), "1e-300", "1e300", "1e400", "NaN")
@@ -116,6 +117,11 @@ FEEDFORWARD = {
     "dense": {"hidden_size": 4},
     "swiglu": {"hidden_size": 4},
 }
+
+
+def test_every_layer_is_among_the_smallest() -> None:
+    check_kinds(ATTENTION, "ATTENTION of tests/pretrain/config/test_numeric_keys.py", ATTENTIONS)
+    check_kinds(FEEDFORWARD, "FEEDFORWARD of tests/pretrain/config/test_numeric_keys.py", FEEDFORWARDS)
 
 
 @pytest.mark.parametrize("attention, feedforward", itertools.product(ATTENTION, FEEDFORWARD))

@@ -7,11 +7,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pretrain.cli import train as cli
 from pretrain.config.loading import to_json
+from pretrain.config.schema import Config
+from pretrain.data.sources import Sources
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
 from tests.pretrain.saved import rewrite_state
@@ -76,7 +79,10 @@ def link(name: str, target: str) -> Callable[[Path], None]:
 
 
 def file(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda place: (place / name).write_bytes(content) and None
+    def write(place: Path) -> None:
+        (place / name).write_bytes(content)
+
+    return write
 
 
 DRY = ["--dry-run", "--no-step"]
@@ -291,7 +297,12 @@ def test_advice_for_a_key_that_this_version_has_not(
 @pytest.mark.parametrize("given", ["run", "run/config.json", "./run/"])
 def test_the_configuration_of_a_run_means_that_run(place: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    monkeypatch.setattr(cli, "run", lambda config, sources, run_dir, *_: started.append((config, run_dir)) or 0)
+
+    def run(config: Config, sources: Sources, run_dir: Path, *_: Any) -> int:
+        started.append((config, run_dir))
+        return 0
+
+    monkeypatch.setattr(cli, "run", run)
     assert cli.main(["--config", given]) == 0
     assert started[0][1] == place / "run"
     assert to_json(started[0][0]) == json.loads((place / "run" / "config.json").read_text())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,15 +70,12 @@ def test_every_epoch_visits_every_window_once() -> None:
 def test_a_window_needs_the_token_behind_its_inputs() -> None:
     """Of a split that sequence_length divides the last tokens are no window: nothing follows the last of them."""
 
-    class Split:
-        def __init__(self, tokens: int) -> None:
-            self.tokens = tokens
+    def of(tokens: int) -> Any:
+        """What a manifest is asked."""
+        return SimpleNamespace(num_tokens=lambda split: tokens)
 
-        def num_tokens(self, split: str) -> int:
-            return self.tokens
-
-    assert [num_windows(Split(n), "train", 16) for n in (0, 16, 17, 32, 33, 48)] == [0, 0, 1, 1, 2, 2]
-    assert [num_windows(Split(100), "train", 16, max_tokens=n) for n in (15, 16, 32, 96, 999)] == [0, 1, 2, 6, 6]
+    assert [num_windows(of(n), "train", 16) for n in (0, 16, 17, 32, 33, 48)] == [0, 0, 1, 1, 2, 2]
+    assert [num_windows(of(100), "train", 16, max_tokens=n) for n in (15, 16, 32, 96, 999)] == [0, 1, 2, 6, 6]
 
 
 def stream_of(prepared: Path, rank: int, size: int, micro: int) -> TrainingStream:

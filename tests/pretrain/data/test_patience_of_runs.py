@@ -81,7 +81,7 @@ def test_two_ranks_of_which_one_cannot_read(prepared: Path, tmp_path: Path) -> N
         # Rank 0 writes the outcome, and rank 1 knows what happened.
         assert second[number].endswith(". Nothing was saved: the same command begins anew")
         outcome = json.loads((tmp_path / name / "outcome.json").read_text())
-        assert outcome["exit_code"] == ExitCode.CUT_OFF == 7
+        assert outcome["exit_code"] == int(ExitCode.CUT_OFF) == 7
         assert outcome["reason"] == second[number].replace("CUT_OFF: ", "rank 1: ")
         assert not (tmp_path / name / "metrics.jsonl").exists() and any(
             e["event"] == "data_waited" for e in events(tmp_path / name)

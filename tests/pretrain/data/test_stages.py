@@ -162,7 +162,7 @@ def note_reads(trainer: Trainer, log: Path) -> None:
         np.savez(log / name, tokens=tokens, index=index)
         return launch(progress, given)
 
-    trainer.launch = noting  # type: ignore[method-assign]
+    trainer.launch = noting
 
 
 def read_at(base: Path, log: Path) -> dict[int, tuple[str, int]]:

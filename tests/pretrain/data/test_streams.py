@@ -277,7 +277,7 @@ def test_data_that_are_not_there_name_the_configuration_that_prepares_them() -> 
             open_sources(config)
 
 
-def validation_losses(rank: int, configs: list[Config]) -> list[dict[str, float]]:
+def validation_losses(rank: int, configs: list[Config]) -> list[dict[str, float] | None]:
     """On every rank: `evaluate` of an untrained model, seed 0."""
     found = []
     for config in configs:

@@ -18,10 +18,12 @@ from tests.pretrain.runs import curve, small_config, train_runs
 def test_training_on_ids_gives_the_losses_of_their_text_and_a_model_that_writes(prepared: Path, tmp_path: Path) -> None:
     """In the order of the files: shuffled, the order would follow from the digest, in which the raw files are."""
     manifest = Manifest.load(prepared)
+    eos = manifest.tokenizer.eos_id
+    assert eos is not None
     for split in ("train", "validation"):
         with SplitReader(manifest, split, verify_on_first_read=True) as reader:
             documents = [reader.document(number) for number in range(reader.num_documents)]
-        ended = [np.append(ids, manifest.tokenizer.eos_id) for ids in documents]
+        ended = [np.append(ids, eos) for ids in documents]
         np.save(tmp_path / f"{split}.npy", np.concatenate(ended).astype(np.uint16))
     config = {
         "format": "token_array",

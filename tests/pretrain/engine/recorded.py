@@ -35,7 +35,7 @@ class Address(NamedTuple):
     @classmethod
     def of(cls, t: Tensor) -> Address:
         ref = StorageWeakRef(t.untyped_storage())
-        return cls(ref, t.dtype, t.storage_offset(), tuple(t.shape), tuple(t.stride()))
+        return cls(ref, t.dtype, int(t.storage_offset()), tuple(t.shape), tuple(t.stride()))
 
     def tensor(self) -> Tensor:
         storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)

@@ -24,8 +24,9 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.engine import zero_1
 from pretrain.engine.compiled import compile_blocks
-from pretrain.engine.details import BINS, GROUPS, KINDS, Details, ScoreCounter, Survey, group_of, is_softmax
+from pretrain.engine.details import BINS, KINDS, Details, ScoreCounter, Survey, is_softmax
 from pretrain.engine.graphed import GraphedForward
+from pretrain.engine.parts import GROUPS, group_of
 from tests.harness import run_ranks
 from tests.pretrain.engine.recorded import Pool
 from tests.pretrain.export.models import model_of
@@ -47,7 +48,13 @@ FOUR = [
 ]
 
 
-ADAMW = ("optimizer.eps=1e-4", "optimizer.betas=[0.7, 0.9]", "optimizer.weight_decay=5.0")
+ADAMW = (
+    "optimizer.eps=1e-4",
+    "optimizer.betas=[0.7, 0.9]",
+    "optimizer.weight_decay=5.0",
+    "optimizer.groups.routers.weight_decay=0.5",
+    "optimizer.groups.head.learning_rate_ratio=2",
+)
 """A step decays by 2%, so that what is left out of its square shows."""
 
 
@@ -103,12 +110,18 @@ def copy(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
-def grouped(config: Config, values: dict[str, Tensor]) -> dict[str, float]:
-    """Euclidean norm by group, in fp64 and by hand."""
-    specs, squares = parameter_specs(config.model), dict.fromkeys(GROUPS, 0.0)
+def grouped(config: Config, values: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+    """Euclidean norms by group, and by block and group, in fp64 and by hand."""
+    specs = parameter_specs(config.model)
+    by_group: dict[str, float] = {}
+    by_part: dict[str, float] = {}
     for name, value in values.items():
-        squares[group_of(name, specs[name])] += float((value.double() ** 2).sum())
-    return {group: math.sqrt(square) for group, square in squares.items() if square}
+        group, (first, second, *_) = group_of(name, specs[name]), name.split(".")
+        part = f"blocks.{second}.{group}" if first == "blocks" else group
+        for sums, key in ((by_group, group), (by_part, part)):
+            sums[key] = sums.get(key, 0.0) + float((value.double() ** 2).sum())
+    by_group, by_part = ({key: math.sqrt(x) for key, x in sums.items() if x} for sums in (by_group, by_part))
+    return by_group, by_part
 
 
 @pytest.mark.parametrize("model", ["switchall", pytest.param("moa", marks=pytest.mark.slow)])
@@ -122,11 +135,10 @@ def test_one_process_gives_what_plain_pytorch_gives(prepared: Path, model: str) 
         before, after = weights[step], weights[step + 1]
         update = {name: after[name].double() - before[name].double() for name in before}
         for kind, values in zip(KINDS, (gradients[step], after, update), strict=True):
-            expected = grouped(config, values)
-            assert found.norms[kind].keys() == expected.keys()
-            for group, norm in expected.items():
+            for own, expected in zip((found.norms, found.parts), grouped(config, values), strict=True):
                 # The update's reference is a difference of fp32 weights.
-                assert found.norms[kind][group] == pytest.approx(norm, rel=2e-3 if kind == KINDS[2] else 1e-5), kind
+                assert own[kind] == pytest.approx(expected, rel=2e-3 if kind == KINDS[2] else 1e-5), kind
+            assert "blocks.1.routers" in found.parts[kind]
         for name, shares in found.scores.items():
             experts = 5 if is_softmax[name] else 0
             values = logits[step][name].astype(np.float64)
@@ -144,6 +156,8 @@ def pairs(found: Details, expected: Details) -> Iterator[tuple[str, float, float
     for kind in KINDS:
         assert found.norms[kind].keys() == expected.norms[kind].keys()
         yield from ((f"{kind} {g}", found.norms[kind][g], n) for g, n in expected.norms[kind].items())
+        assert found.parts[kind].keys() == expected.parts[kind].keys()
+        yield from ((f"{kind} {part}", found.parts[kind][part], n) for part, n in expected.parts[kind].items())
 
 
 def check(prepared: Path, model: str, ranks: int, layouts: list[Layout]) -> None:

@@ -104,7 +104,7 @@ def test_a_question_leaves_the_model_as_it_was(make: Callable[[Network], Any], e
     for own in (None, lambda *inputs: "a loss of a recording"):
         network = Network(error)
         if own is not None:
-            network.forward = own  # type: ignore[method-assign]
+            network.forward = own
         executor = make(network)
         if error is None:
             assert executor.log_likelihoods([Queries(text, text[0], text[0])] * 2) == [False, False]

@@ -4,6 +4,7 @@ A run takes the fused one; checkpoints of before may come from the other."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 import pretrain.engine.build
+from common.errors import ConfigError
 from model.language_model import build_on_meta
 from pretrain.config.schema import Config
-from pretrain.engine.optimizer import AdamW, build_optimizer
+from pretrain.engine.optimizer import AdamW, Rates, build_optimizer, grouped
 from pretrain.engine.zero_state import _adam_state, optimizer_steps, set_optimizer_steps
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, state_tensors, train_runs
@@ -23,7 +25,8 @@ from tests.pretrain.runs import small_config, state_tensors, train_runs
 def train_in_forms(rank: int, runs: list[tuple[Config, Path, bool]]) -> None:
     """As train_runs, each run with AdamW in the form that it names: fused or not."""
     for config, folder, fused in runs:
-        pretrain.engine.build.build_optimizer = build_optimizer if fused else plain_optimizer
+        made: Callable[..., Any] = build_optimizer if fused else plain_optimizer
+        pretrain.engine.build.build_optimizer = made
         train_runs(rank, [(config, folder)])
 
 
@@ -60,7 +63,7 @@ def test_a_run_goes_on_in_the_other_form(prepared: Path, tmp_path: Path, precisi
             assert (other[key].dtype, other[key].shape) == (expected.dtype, expected.shape)
             if expected.is_floating_point():
                 # A counter that began again at 0 would move every weight: the correction of the moments is 10 then.
-                torch.testing.assert_close(other[key], expected, rtol=2e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+                torch.testing.assert_close(other[key], expected, rtol=2e-3, atol=2e-4, msg=f"{{}} of {key}".format)
 
 
 @pytest.mark.parametrize("fused, place", [(True, "meta"), (False, "cpu")])
@@ -127,3 +130,34 @@ def test_ours_is_torchs_to_the_bit(dtype: torch.dtype) -> None:
         runs.append([parameter.detach() for parameter in parameters] + state)
     for theirs, ours in zip(*runs, strict=True):
         assert torch.equal(theirs, ours)
+
+
+def test_groups_of_parameters_that_differ_are_the_fewest(prepared: Path) -> None:
+    """By name, those that decay most first; a tied output layer follows the embedding."""
+    config = small_config(
+        prepared,
+        "model.tied_embedding=true",
+        "optimizer.weight_decay=0.1",
+        "optimizer.groups.routers.weight_decay=0",
+        "optimizer.groups.embedding.learning_rate_ratio=0.5",
+        "optimizer.groups.head.learning_rate_ratio=2",
+    )
+    names = [*dict(build_on_meta(config.model).named_parameters()), "head.weight"]
+    found = grouped(names, config)
+    assert list(found) == [(0.1, 1.0), (0.1, 0.5), (0.0, 2.0), (0.0, 1.0)]
+    assert found[Rates(0.1, 0.5)] == ["embedding.weight", "head.weight"] and found[Rates(0.0, 2.0)] == ["head.bias"]
+    assert {"blocks.0.feedforward.router", "blocks.0.attention.value_selector"} <= {*found[Rates(0.0, 1.0)]}
+    assert "blocks.0.feedforward.up_experts" in found[Rates(0.1, 1.0)]
+    assert len(grouped(names, small_config(prepared, "optimizer.groups.routers.weight_decay=0"))) == 1
+
+
+def test_a_group_that_a_model_does_not_have_is_refused(prepared: Path) -> None:
+    dense = ("model.attention.type=dense", "model.feedforward.type=dense", "model.attention.num_heads=2")
+    config = small_config(prepared, *dense, "optimizer.groups.routers.weight_decay=0.1")
+    with pytest.raises(ConfigError, match=r"^optimizer\.groups\.routers: this model has no such parameters; remove"):
+        build_optimizer(build_on_meta(config.model), config)
+    config = small_config(prepared, "model.tied_embedding=true", "optimizer.groups.head.weight_decay=0.1")
+    with pytest.raises(ConfigError, match=r"^optimizer\.groups\.head\.weight_decay: nothing of it is decayed; remove"):
+        build_optimizer(build_on_meta(config.model), config)
+    with pytest.raises(ConfigError, match=r"optimizer\.groups\.norms\.weight_decay: unknown key"):
+        small_config(prepared, "optimizer.groups.norms.weight_decay=0.1")

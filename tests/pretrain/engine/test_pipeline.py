@@ -171,7 +171,7 @@ def build_undeclared(rank: int, config: Config) -> str:
     parallel, specs = parallel_context(config), SwiGLU.parameter_specs(config.model)
     PipelineStage(config, parallel, Backends())
     del specs["gate.weight"]
-    SwiGLU.parameter_specs = staticmethod(lambda _: specs)  # type: ignore[method-assign]
+    SwiGLU.parameter_specs = staticmethod(lambda config: specs)
     try:
         PipelineStage(config, parallel, Backends())
     except DeclarationError as error:

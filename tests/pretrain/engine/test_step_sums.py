@@ -45,8 +45,9 @@ def stage_of(names: tuple[str, ...]) -> tuple[nn.Module, dict[str, np.ndarray], 
     """A module with these routers, their choices by canonical name, their negative entropies."""
     module, loads, entropies = nn.ModuleDict(), {}, []
     for name in names:
-        module[name] = nn.Module()
-        module[name].statistics, loads[f"{name}.statistics"], found = router(name)
+        layer: Any = nn.Module()
+        layer.statistics, loads[f"{name}.statistics"], found = router(name)
+        module[name] = layer
         entropies += found
     return module, loads, entropies
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def some_queries(model: Bigrams) -> list[Query]:
     chosen = np.random.default_rng(0)
     queries = []
     for context, target in ((1, 1), (30, 10), (3, 2), (5, 1), (1, 9), (12, 3), (20, 1)):
-        queries.append(as_query(chosen.integers(V, size=context), chosen.integers(V, size=target)))
+        queries.append(as_query(chosen.integers(V, size=context).tolist(), chosen.integers(V, size=target).tolist()))
     for tokens in (1, 4):
         queries.append(as_query([2, 5], greedy(model, 5, tokens)))
     almost = greedy(model, 5, 3)
@@ -133,7 +133,7 @@ def test_a_target_may_be_as_long_as_the_context() -> None:
 
 
 def test_texts_are_computed_with_empty_memory_and_leave_none() -> None:
-    model = nn.Module()
+    model: Any = nn.Module()
     memory = model.memory = LayerMemory(4)
     memory.assign(torch.tensor([0, 1]), 2)
     memory.kept = before = torch.randn(2, 4, 3)
@@ -148,7 +148,7 @@ def test_texts_are_computed_with_empty_memory_and_leave_none() -> None:
 
 def result_of(answers: list[list[Answer]], groups: list[str], task: Task) -> dict[str, float]:
     examples = [Example("", group, "", ("x",) * len(own)) for group, own in zip(groups, answers, strict=True)]
-    prepared = PreparedTask(task, Path(), examples, [], 0)
+    prepared = PreparedTask(task, examples, [], 0)
     found = prepared._result(Answers([one for own in answers for one in own], 0))
     assert found.examples == len(answers)
     return found.values
@@ -158,7 +158,7 @@ def test_a_result_is_the_mean_of_groups_and_the_perplexity_of_whole_targets() ->
     def lone(log_likelihood: float, right: bool) -> list[Answer]:
         return [Answer(log_likelihood, right, 3)]
 
-    task = Task("t", "", lambda path: None, right_if_decoded, has_perplexity=True)  # type: ignore[arg-type, return-value]
+    task = Task("t", lambda path: None, right_if_decoded, has_perplexity=True)  # type: ignore[arg-type, return-value]
     answers = [lone(-1.0, True), lone(-2.0, False), lone(-4.0, False), lone(-5.0, True)]
     values = result_of(answers, ["a", "b", "b", "b"], task)
     assert values == {"accuracy": pytest.approx((1 + 1 / 3) / 2), "perplexity": pytest.approx(math.exp(3.0))}
@@ -190,13 +190,13 @@ class Characters:
 
 def test_blanks_before_a_target_are_its_own_and_a_text_alone_follows_the_end_of_another() -> None:
     encoder = Encoder(Characters(eos_id=3))  # type: ignore[arg-type]
-    for query in (encoder.queries(Example("", "", "ab  ", ("c",)))[0], encoder.continuation("ab  ", "c")):
+    for query in (encoder.of_example(Example("", "", "ab  ", ("c",)))[0], encoder.queries("ab  ", ["c"])[0]):
         assert (query.context.tolist(), query.target.tolist()) == ([97, 98], [32, 32, 99])
-    first, second = encoder.queries(Example("", "", "", ("ab", "c")))
+    first, second = encoder.queries("", ("ab", "c"))
     assert (first.context.tolist(), first.target.tolist()) == ([3], [97, 98])
     assert (second.context.tolist(), second.target.tolist()) == ([3], [99])
     without_end = Encoder(Characters(eos_id=None)).whole("abc")  # type: ignore[arg-type]
     assert (without_end.context.tolist(), without_end.target.tolist()) == ([97], [98, 99])
     assert encoder.prompt("a") == [97] and encoder.prompt("") == [3]
     with pytest.raises(UserError, match="file line 2: the target gives no token"):
-        encoder.queries(Example("file line 2", "", "ab", ("",)))
+        encoder.of_example(Example("file line 2", "", "ab", ("",)))

@@ -27,12 +27,12 @@ from pretrain.checkpoint import Checkpoint
 from pretrain.cli.evaluate import main
 from pretrain.cli.evaluate_checkpoint import Choices, evaluate_checkpoint
 from pretrain.data.sources import Sources
-from pretrain.evaluation import models, results
+from pretrain.evaluation import results
 from pretrain.evaluation.training import RunTasks
 from pretrain.export.origin import evaluations_of
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.report.tags import layout as board
-from pretrain.saved_model import SavedModel, load_model
+from pretrain.saved_model import SavedModel, load_model, loading
 from pretrain.views.reading import RunView
 from pretrain.views.status import screen, summary
 from tests.harness import run_ranks
@@ -108,6 +108,7 @@ class Loop:
 
     def blimp_sets(self, folder: Path) -> dict[str, float]:
         """File -> accuracy."""
+        assert self.eos is not None
         of_sets = {}
         for path in folder.glob("*.jsonl"):
             rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -363,9 +364,23 @@ def test_refusals(runs: Path, prepared: Path, tmp_path: Path, capsys: pytest.Cap
     refused("lambada: the outputs of checkpoint .*step-00000001 are not finite", *arguments, run=copy)
 
 
+def test_a_checkpoint_that_its_run_removes_meanwhile(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, check_files = shutil.copytree(runs / "rope", tmp_path / "copy"), Checkpoint.check_files
+
+    def removed_first(checkpoint: Checkpoint, **named: int) -> None:
+        shutil.rmtree(checkpoint.path)
+        check_files(checkpoint, **named)
+
+    monkeypatch.setattr(Checkpoint, "check_files", removed_first)
+    assert main([str(copy), "--limit", "1"]) == 2
+    assert re.search(r"RUN: .*step-00000001 was removed while it was read, by a run that goes", capsys.readouterr().err)
+
+
 def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(models, "tokenizer_of", lambda *names: SimpleNamespace(vocab_size=10**6))
+    monkeypatch.setattr(loading, "Tokenizer", lambda stored: SimpleNamespace(vocab_size=10**6))
     assert main([str(runs / "rope"), "--limit", "1"]) == 2
-    assert re.search(r"its model knows \d+ tokens, its tokenizer has 1000000", capsys.readouterr().err)
+    assert re.search(r"its tokenizer has 1,000,000 ids, but model.vocab_size is \d+", capsys.readouterr().err)

@@ -118,7 +118,7 @@ def checkpoint_of(model: LanguageModel, folder: Path, prepared: Path) -> Checkpo
         validation_loss=5.25,
     )
     parameters = dict(model.named_parameters())
-    return write_weights(folder, origin, {name: (lambda p=p: p.detach()) for name, p in parameters.items()})
+    return write_weights(folder, origin, {name: p.detach for name, p in parameters.items()})
 
 
 def export_of(name: str, folder: Path, prepared: Path) -> LanguageModel:

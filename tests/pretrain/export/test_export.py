@@ -142,11 +142,11 @@ def test_half_precision_is_rounded_and_overflow_refused(
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     large = model_of(TIED)
     with torch.no_grad():
-        large.head.bias[0] = 1e5
+        large.get_parameter("head.bias")[0] = 1e5
     place = checkpoint_of(large, tmp_path / "step-00000004", prepared).path
     refused(place, tmp_path / "out", "--dtype: head.bias has values that float16 has not", capsys, "--dtype=float16")
     with torch.no_grad():
-        large.head.bias[0] = torch.nan
+        large.get_parameter("head.bias")[0] = torch.nan
     diverged = checkpoint_of(large, tmp_path / "step-00000005", prepared).path
     refused(diverged, tmp_path / "out", "step-00000005: its outputs are not finite, so it has", capsys, "--verify")
 

@@ -18,8 +18,9 @@ from pretrain.export import layers_switchall
 from pretrain.export.hf_config import NAMES, hf_config
 from pretrain.export.layers_switchall import SigmaMoE, relative_shift
 from tests.marks import NO_SPACE
-from tests.model.options import TRAINING_ALONE, left_out
+from tests.model.options import TRAINING_ALONE, check_kinds, check_options, kinds, sections_of
 from tests.pretrain.export.models import CHUNK, MODELS, config_of, model_of, our_logits, some_tokens
+from tests.tensors import gradient_of
 
 LENGTH, TOLERANCE = 3 * CHUNK + 2, 1e-5  # the last chunk of a text is seldom whole
 
@@ -38,7 +39,11 @@ def theirs(model: LanguageModel, attention: str) -> Any:
 def test_every_option_of_a_model_is_exported_and_compared_here() -> None:
     """One that is not would be lost on the way, and the export compute something else without a word."""
     assert ModelConfig.model_fields.keys() - TRAINING_ALONE <= NAMES.keys()
-    assert left_out(map(config_of, MODELS)) == []
+    lacking = set(kinds()) - set(kinds("export"))
+    sections = [section for section in sections_of(ModelConfig) if section not in lacking]
+    check_options(map(config_of, MODELS), "MODELS of tests/pretrain/export/models.py", *sections)
+    computed = {*layers_switchall.ATTENTIONS, *layers_switchall.FEEDFORWARDS}
+    check_kinds(computed, "ATTENTIONS and FEEDFORWARDS of pretrain/export/layers_switchall.py", kinds("export"))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -48,13 +53,13 @@ def test_logits_and_gradients(name: str) -> None:
     # A memory carries no gradient, while here keys get one from all later tokens: the same within a chunk.
     text = tokens[:, :CHUNK] if ours.config.memory_length else tokens
     F.cross_entropy(our_logits(ours, text)[:, :-1].flatten(0, 1), text[:, 1:].flatten()).backward()
-    gradients = {parameter: value.grad for parameter, value in ours.named_parameters()}
+    gradients = {parameter: gradient_of(value) for parameter, value in ours.named_parameters()}
     for attention in ("sdpa", "eager"):
         model = theirs(ours, attention)
         output = model(tokens, output_hidden_states=True, output_attentions=attention == "eager")
         assert torch.allclose(output.logits, logits, atol=TOLERANCE, rtol=0)
         model(text, labels=text).loss.backward()
-        found = {parameter: value.grad for parameter, value in model.named_parameters()}
+        found = {parameter: gradient_of(value) for parameter, value in model.named_parameters()}
         assert found.keys() == gradients.keys()
         for parameter, gradient in found.items():
             assert torch.allclose(gradient, gradients[parameter], atol=TOLERANCE, rtol=1e-4), parameter
@@ -80,6 +85,7 @@ def test_cache_and_padding(name: str) -> None:
             parts.append(output.logits)
         assert torch.allclose(torch.cat(parts, dim=1), logits, atol=TOLERANCE, rtol=0)
         if ours.config.memory_length:
+            assert cache is not None
             kept = cache.layers[0].keys.shape[2]
             assert kept == min(LENGTH, ours.config.memory_length + CHUNK - 1) < LENGTH
 

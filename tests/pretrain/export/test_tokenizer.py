@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 
 from common.errors import UserError
 from data_prep.shards.manifest_records import TokenizerEntry
 from data_prep.stages.tokenizer import TextTokenizer
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
+from pretrain.export import verify
 from pretrain.export.tokenizer_config import check_tokenizer, special_ids, stored_tokenizer, tokenizer_config
+from pretrain.saved_model import Tokenizer
 from tests.pretrain.export.models import config_of
 
 TEXTS = [
@@ -68,7 +72,9 @@ def test_ids_of_the_data_and_the_text_back(prepared: Path, tmp_path: Path) -> No
 def test_line_by_line(prepared: Path, tmp_path: Path) -> None:
     stored = StoredTokenizer(entry=sentencepiece_entry(prepared), folder=prepared, by_line=True)
     reference = TextTokenizer.load(prepared / "tokenizer.model")
-    ids = tokenizer_of(stored, tmp_path)(TEXTS)["input_ids"]
+    tokenizer = tokenizer_of(stored, tmp_path)
+    ids = tokenizer(TEXTS)["input_ids"]
+    assert tokenizer.batch_decode(ids) == [text.replace("\u2581", " ") for text in TEXTS]
     assert ids == [reference.encode_lines(text).tolist() for text in TEXTS]
     assert ids != [reference.encode(text).tolist() for text in TEXTS]
     assert stored_tokenizer(tmp_path, None).by_line
@@ -90,6 +96,24 @@ def test_bytes(kind: str, tmp_path: Path) -> None:
             tokenizer("abcd")
     found = stored_tokenizer(tmp_path, None).entry
     assert (found.kind, found.vocab_size, found.eos_id) == (kind, len(values), None)
+
+
+def test_a_text_with_letters_that_the_pieces_lack_is_verified(tmp_path: Path) -> None:
+    """transformers shows the unknown piece as a token, SentencePiece as a sign."""
+    made = io.BytesIO()
+    lines = ["the river ran to the sea", "a box of letters and a lamp"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=made, model_type="bpe", vocab_size=40, minloglevel=2
+    )
+    (tmp_path / "pieces").write_bytes(made.getvalue())
+    entry = TokenizerEntry(file="pieces", sha256=_sha256(made.getvalue()), vocab_size=40, eos_id=2)
+    stored = StoredTokenizer(entry=entry, folder=tmp_path)
+    tokenizer = tokenizer_of(stored, tmp_path)
+    ids = verify._check_tokenizer(tokenizer, Tokenizer(stored))
+    assert tokenizer.unk_token_id in ids and ids == tokenizer(verify.TEXT)["input_ids"]
+    tokenizer._pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "pieces"), add_bos=True)
+    with pytest.raises(UserError, match="gives other ids"):
+        verify._check_tokenizer(tokenizer, Tokenizer(stored))
 
 
 def _sha256(content: bytes) -> str:

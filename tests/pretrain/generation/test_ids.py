@@ -63,7 +63,7 @@ def test_a_text_ends_with_its_end_and_the_others_go_on() -> None:
 def test_ids_beyond_the_tokenizers_are_never_chosen() -> None:
     model = tiny("dense")
     with torch.no_grad():
-        model.head.bias[20:] = 50.0
+        model.get_parameter("head.bias")[20:] = 50.0
     assert min(texts_of(model, work([1, 2], sampling=GREEDY))[0]) >= 20
     assert max(texts_of(model, work([1, 2], sampling=GREEDY, num_ids=20))[0]) < 20
 
@@ -91,7 +91,7 @@ def test_a_full_context_slides(is_cached: bool) -> None:
 def test_logits_that_are_not_finite() -> None:
     model = tiny("dense")
     with torch.no_grad():
-        model.embedding.weight[9] = float("nan")
+        model.get_parameter("embedding.weight")[9] = float("nan")
     with pytest.raises(NotFinite) as error:
         texts_of(model, work([3], [9]))
     assert (error.value.text, error.value.place) == (1, 1)

@@ -20,6 +20,7 @@ def test_pieces_join_to_what_the_tokenizer_decodes(text: str, prepared: Path) ->
     peer = sentencepiece.SentencePieceProcessor(model_file=str(prepared / "tokenizer.model"))
     prompt, ids = tokenizer.encode("gab"), tokenizer.encode(text)
     stream = TextStream(tokenizer)
+    assert tokenizer.eos_id is not None
     parts = [stream.add(number) for number in [*ids, tokenizer.eos_id]]
     assert "\ufffd" not in "".join(parts) and not stream.end()
     assert "".join(parts) == peer.decode([*prompt, *ids]).removeprefix(peer.decode(prompt))

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.tensors import sum_of
+
 State = dict[str, Tensor]
 
 
@@ -156,7 +158,7 @@ def feedforward(state: State, x: Tensor, k: int) -> Tensor:
     for token in x:
         scores = torch.sigmoid(state["expert_sel"] @ token)
         best = scores.topk(k).indices
-        rows.append(sum(scores[e] * (F.relu(token @ state["keys"][e]) @ state["values"][e]) for e in best))
+        rows.append(sum_of(scores[e] * (F.relu(token @ state["keys"][e]) @ state["values"][e]) for e in best))
     return torch.stack(rows)
 
 

@@ -167,7 +167,7 @@ def test_every_attention_gives_the_authors_outputs(case: str, prepared: Path) ->
     config = small_config(prepared, f"model.d_model={D}", *overrides).model
     tensors = random_state({name: shape for name, shape in shapes.items() if shape}, seed=7)
     state = State("a test", {f"blocks.0.attention.{name}": value.clone() for name, value in tensors.items()}, [])
-    layer = build_model(config, seed=0).eval().blocks[0].attention
+    layer = build_model(config, seed=0).eval().get_submodule("blocks.0.attention")
     layer.load_state_dict({name: tensor() for name, tensor in attention(state, "blocks.0.attention", config).items()})
     assert state.left() == []
     context = torch.randn(2, M + T, D, generator=torch.Generator().manual_seed(3))
@@ -239,7 +239,7 @@ def compare(out: Path, state: dict[str, torch.Tensor], names: dict[str, str]) ->
     assert torch.allclose(found, expected, atol=1e-5), float((found - expected).abs().max())
 
 
-class DotDict(dict):  # type: ignore[type-arg]
+class DotDict(dict):
     """As the authors' code has it, under the name that its checkpoints say."""
 
 

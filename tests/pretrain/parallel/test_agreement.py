@@ -60,7 +60,7 @@ def test_an_altered_validation_shard_too(prepared: Path, tmp_path: Path) -> None
 
 
 def _outcome_without_a_second_look(rank: int, config: Config, run_dir: Path) -> str:
-    def gone(*arguments: Any) -> Any:
+    def gone(reader: Any, windows: Any) -> Any:
         raise DataError("validation-00000.tar is gone")
 
     pretrain.evaluate.target_counts = gone  # this process ends with the test
@@ -132,10 +132,10 @@ def _primitives(rank: int, folder: Path) -> list[str]:
             outcomes.append(f"PeerFailed of {error.kind.__name__}: {error.words}")
     attempt(lambda: check_shared(own if rank == 0 else folder / ("x" * 300)))  # to ask after it is an error itself
 
-    def unanswered(path: Path) -> None:
-        raise OSError(errno.EIO, "Input/output error", str(path))
+    def unanswered(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(self))
 
-    Path.unlink = unanswered  # type: ignore[assignment,method-assign]  # this process ends with the test
+    Path.unlink = unanswered  # this process ends with the test
     attempt(lambda: check_shared(folder))
     return outcomes
 

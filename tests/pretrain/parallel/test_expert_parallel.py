@@ -235,8 +235,8 @@ def test_groups_are_those_of_deepspeed() -> None:
         (("parallel.tensor=2",), "set parallel.sequence to true or parallel.expert to 1"),
         (
             ("model.feedforward.type=dense", "model.feedforward.hidden_size=8"),
-            "parallel.expert: 2 ranks would divide the sigma-MoE experts, but model.feedforward.type is dense; set "
-            "parallel.expert to 1",
+            "parallel.expert: 2 ranks would divide the feed-forward experts, but model.feedforward.type is dense: it "
+            "has no experts; set parallel.expert to 1",
         ),
         (('deepspeed={"zero_optimization": {"reduce_scatter": false}}',), "zero_optimization.reduce_scatter: "),
         (('deepspeed={"use_data_before_expert_parallelism": true}',), "is decided by parallel.expert"),

@@ -191,12 +191,6 @@ def test_what_is_there_in_any_case(keys: tuple[str, ...], begun: int, share: int
     assert layout_plan.at_least(config, on) == max(stages)
 
 
-def test_the_buffer_of_a_checkpoint_holds_a_ranks_share_of_the_state() -> None:
-    """12 bytes a parameter, and 4 of a moving average; nothing where training waits for the files."""
-    for keys, size in (((), 152), (("train.ema_decay=0.9",), 202), (("checkpoint.asynchronous=false",), 0)):
-        assert layout_plan.staging_bytes(load_config(ONE_BILLION, keys), 101, 8) == size
-
-
 def test_no_single_change_is_enough(by_hand: ByHand) -> None:
     by_hand(lambda config: 1000.0)
     report = fit(load_config(ONE_BILLION), h100(8), results=NOWHERE)
@@ -314,7 +308,7 @@ def test_a_divided_layout_is_rehearsed(capsys: pytest.CaptureFixture[str], monke
         resting = {"weights": 2 * GIB, "optimizer": 3 * GIB, "pipeline": GIB}
         at_peak = {**resting, "loss": GIB, "update": 5}
         kept = {"blocks.0": 7 * GIB, "blocks.1": 6 * GIB, "head": GIB}
-        return Rehearsal(most_micro_steps, resting, 0, 0, kept, 20 * GIB + rank, at_peak, calls, [])
+        return Rehearsal(most_micro_steps, resting, 0, kept, 20 * GIB + rank, at_peak, calls, [])
 
     monkeypatch.setattr(layout_plan, "rehearsed", rehearse)
     line = ["fit", str(ONE_BILLION), "--gpus", "8", "--gpu", "h100-80gb", "--set", "parallel.pipeline=2", "--json"]

@@ -101,6 +101,9 @@ def test_a_micro_step_of_the_same_model_takes_its_measured_time(tmp_path: Path) 
     assert graphs.fast.flops == pytest.approx(flops / 0.06)
     small = paces(load_config(ONE_BILLION, ["batch.micro_sequences=1", LAUNCHED]), H100, found)
     assert small.slow.flops == pytest.approx(flops / 4 / 0.04)  # the nearest, of 2
+    for other in ("model.sequence_length=1024", "train.precision=fp32", "train.precision=fp16"):
+        config = load_config(ONE_BILLION, [other, LAUNCHED])
+        assert found.of_model(config) is None and paces(config, H100, found).slow.launches > 0.0, other
 
 
 def test_other_models_of_its_kind_bound_the_range(tmp_path: Path) -> None:
@@ -110,7 +113,7 @@ def test_other_models_of_its_kind_bound_the_range(tmp_path: Path) -> None:
     found = measurements(H100.device, record(tmp_path, *parts, *CEILINGS))
     wider = load_config(ONE_BILLION, ["model.d_model=1024", LAUNCHED])
     ends = paces(wider, H100, found)
-    assert (ends.slow.flops, ends.fast.flops) == (pytest.approx(0.3 * 700e12), pytest.approx(0.4 * 700e12))
+    assert (ends.slow.flops, ends.fast.flops) == pytest.approx((0.3 * 700e12, 0.4 * 700e12))
     dense = load_config(ONE_BILLION, ['model.feedforward={"type": "dense", "hidden_size": 64}', DENSE, LAUNCHED])
     assert paces(dense, H100, found).fast.flops == pytest.approx(0.9 * 700e12)
 
@@ -120,7 +123,7 @@ DENSE = 'model.attention={"type": "dense", "num_heads": 8, "head_dim": 128}'
 
 def test_without_measurements_data_sheets_and_assumptions() -> None:
     ends = paces(CONFIG, H100, Measurements())
-    assert (ends.slow.flops, ends.fast.flops) == (pytest.approx(0.12 * 989e12), pytest.approx(0.39 * 989e12))
+    assert (ends.slow.flops, ends.fast.flops) == pytest.approx((0.12 * 989e12, 0.39 * 989e12))
     assert ends.fast.launches < ends.slow.launches and ends.fast.hides and not ends.slow.hides
     assert all(line.source for line in ends.assumptions)
     ceiling = paces(CONFIG, H100, Measurements(product=200e12, ceilings_source="made up"))

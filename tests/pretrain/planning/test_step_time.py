@@ -84,7 +84,7 @@ def test_a_short_reduction_is_hidden_whole_and_no_more() -> None:
 def test_the_host_is_waited_for_where_it_launches_more_slowly() -> None:
     config, machine = sixteen()
     terms = step_terms(config, machine, [work(flops=5.0)], SLOW)  # 0.05 s of computing, 2 x 0.1 s of launching
-    assert (terms.compute, terms.host) == (pytest.approx(0.1), pytest.approx(0.3))
+    assert (terms.compute, terms.host) == pytest.approx((0.1, 0.3))
 
 
 def test_selective_recomputation_reads_and_writes_again() -> None:

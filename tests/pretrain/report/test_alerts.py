@@ -28,36 +28,16 @@ from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_folder import RunFolder
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
+from tests.pretrain.report.alert_case import WRITES, calls, command
 from tests.pretrain.resilience.faults import outcome, spike_in_steps, spoil_losses_of_steps, train_with
 from tests.pretrain.runs import light_config, metrics, small_config
 
-WRITES = """
-import json, os, sys
-with open(sys.argv[1], "a") as file:
-    file.write(json.dumps([sys.argv[2:], sys.stdin.read(), os.environ.get("RANK")]) + "\\n")
-"""
-"""Appends its arguments after the first, its stdin and its rank to a file that the first one names."""
 HANGS = "sh -c 'cat >/dev/null; echo $$ >\"$0\"; sleep 600'"
 """Reads the event, writes the number of its process to the file that the next word names, and does not end."""
 
 
-def command(folder: Path, program: str, *words: str) -> str:
-    """A command of this program and these words, as a configuration has it."""
-    path = folder / "program of mine.py"
-    path.write_text(program)
-    return " ".join(f"'{word}'" for word in (sys.executable, str(path), *words))
-
-
 def settings(given: str, **more: Any) -> MonitorConfig:
     return MonitorConfig(alert_command=given, alert_minutes=0.0, **more)
-
-
-def calls(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The sentence and the JSON of every call of WRITES."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for (*_, sentence), given, _ in lines:
-        assert given.count("\n") == 1 and json.loads(given)["text"] == sentence
-    return [(arguments[-1], json.loads(given)) for arguments, given, _ in lines]
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -1,4 +1,4 @@
-"""Training on bytes: validation also says bits per byte, in the event, TensorBoard and the printed lines."""
+"""Validation also says bits per byte of the text, in the event, TensorBoard and the printed lines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
 
+import pretrain.evaluate
+from common.errors import DataError, UserError
 from data_prep.cli import main as data_prep
 from pretrain.config.schema import Config
-from pretrain.evaluate import target_counts, unigram_perplexity
+from pretrain.data.sources import Sources
+from pretrain.data.windows import Windows
+from pretrain.evaluate import evaluation_windows, target_counts, unigram_perplexity
+from pretrain.parallel.agreement import PeerFailed
 from tests.harness import run_ranks
 from tests.pretrain.runs import events, light_config, train_runs
 
@@ -44,7 +50,20 @@ def train_and_keep_output(rank: int, runs: list[tuple[Config, Path]], output: Pa
         train_runs(rank, runs)
 
 
-def test_bits_per_byte_is_the_loss_over_ln_2_and_only_for_bytes(prepared: Path, tmp_path: Path) -> None:
+def bytes_of_targets(data: Path, config: Config) -> int:
+    """UTF-8 bytes of what a validation predicts, as SentencePiece decodes it behind a document."""
+    model = SentencePieceProcessor(model_file=str(data / "tokenizer.model"))
+    reader = Sources.load(config).reader("validation", config)
+    size = 0
+    for window in evaluation_windows(reader, config).ravel():
+        _, targets = reader.read(np.array([window]))
+        pieces = [piece for piece in targets[0].tolist() if not model.is_control(piece)]
+        before = [model.piece_to_id("\u2581")]  # SentencePiece leaves out a blank at the beginning
+        size += len(model.decode(before + before + pieces).encode()) - len(model.decode(before + before).encode())
+    return size
+
+
+def test_bits_per_byte_are_of_the_text_whatever_the_tokens(prepared: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     keys = ("train.steps=2", "evaluate.sequences=8")
@@ -60,7 +79,10 @@ def test_bits_per_byte_is_the_loss_over_ln_2_and_only_for_bytes(prepared: Path, 
 
     values = validation("run")
     assert values["bits_per_byte"] == pytest.approx(values["loss"] / math.log(2), rel=1e-12)
-    assert "bits_per_byte" not in validation("pieces")
+    of_pieces = validation("pieces")
+    size = bytes_of_targets(prepared, pieces)
+    bits = of_pieces["loss"] * of_pieces["tokens"] / math.log(2) / size
+    assert of_pieces["bits_per_byte"] == pytest.approx(bits, rel=1e-12) and size > 2 * of_pieces["tokens"]
     of_symbols = validation("symbols")  # a symbol is a byte, whatever its number
     assert of_symbols["bits_per_byte"] == pytest.approx(of_symbols["loss"] / math.log(2), rel=1e-12)
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
@@ -70,7 +92,26 @@ def test_bits_per_byte_is_the_loss_over_ln_2_and_only_for_bytes(prepared: Path, 
     assert line.startswith("validation after step 2: loss")
     (last,) = [line for line in printed if f"({values['bits_per_byte']:.4f} bits per byte)" in line]
     assert last.startswith("validation perplexity")
-    assert sum("bits per byte" in line for line in printed) == 4
+    assert sum("bits per byte" in line for line in printed) == 6
+
+
+def end_without_a_second_look(rank: int, config: Config, run_dir: Path) -> str:
+    """How a run ends whose held-out windows cannot be read again."""
+
+    def gone(reader: Windows, windows: np.ndarray) -> np.ndarray:
+        raise DataError("validation-00000.tar is gone")
+
+    pretrain.evaluate.target_counts = gone  # this process ends with the test
+    try:
+        train_runs(rank, [(config, run_dir)])
+    except (UserError, PeerFailed) as error:
+        return type(error).__name__
+    return "trained"
+
+
+def test_the_first_rank_alone_reads_the_windows_again_and_all_hear_if_it_cannot(prepared: Path, tmp_path: Path) -> None:
+    config = light_config(prepared, "train.steps=1", "evaluate.sequences=8", ranks=2)
+    assert run_ranks(end_without_a_second_look, 2, config, tmp_path / "run") == ["DataError", "PeerFailed"]
 
 
 def test_the_unigram_perplexity_counts_each_window_once_and_none_of_a_stream_that_has_ended() -> None:

@@ -11,6 +11,7 @@ import shutil
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -121,8 +122,9 @@ def test_losses_on_the_test_split_are_shown_as_those_on_the_other(prepared: Path
     curves.close()
     assert [p.value for p in read(tmp_path / "against tokens").Scalars("loss against tokens/test split")] == [2.5]
     assert steps_of(read(tmp_path / "against MFLOP"), "loss against MFLOP/test split") == [3000]
-    _, (pattern,) = tags.layout(has_tasks=False, has_sources=False)["how well it learns"]["loss"]  # type: ignore[misc]
-    shown = {tag for tag in read(tmp_path).Tags()["scalars"] if re.search(str(pattern), tag)}
+    chart: list[Any] = tags.layout(has_tasks=False, has_sources=False)["how well it learns"]["loss"]
+    _, (pattern,) = chart
+    shown = {tag for tag in read(tmp_path).Tags()["scalars"] if re.search(pattern, tag)}
     assert shown == {"loss/test split", "loss/test split of the moving average"}
     assert b"loss/test split" in read(tmp_path).SummaryMetadata("_hparams_/experiment").plugin_data.content
 

@@ -19,6 +19,7 @@ from pretrain import gpus
 from pretrain.cli import forecast as child
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
+from pretrain.data.sources import Sources
 from pretrain.loop import train
 from pretrain.planning.layout_plan import step_time
 from pretrain.planning.machine import MachineOptions, machine
@@ -128,7 +129,7 @@ def run_of(rank: int, config: Config, run_dir: Path) -> None:
     pretrain.segment.memory_bytes = lambda device: {"memory_peak_bytes": 1000 * (rank + 2)}
     estimates = [RunEstimate(2500, "cuda", "2,500 bytes"), None]  # the second look finds it
     side_by_side = SideBySide(lambda: estimates.pop() if estimates else None) if rank == 0 else None
-    train(config, pretrain.data.sources.Sources.load(config), run_dir, torch.device("cpu"), side_by_side=side_by_side)
+    train(config, Sources.load(config), run_dir, torch.device("cpu"), side_by_side=side_by_side)
 
 
 def runs_of(rank: int, configs: list[tuple[Config, Path]]) -> None:

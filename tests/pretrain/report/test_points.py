@@ -182,6 +182,7 @@ def test_points_stay_finite_and_events_stand_at_their_step(prepared: Path, tmp_p
     of_start._folder.event("lock_taken_over", owner="another")
     of_start.step(values(8, loss=1e4), {NAME: torch.zeros(5)}, details=details())
     of_start.close()
-    assert notes.points["perplexity/train"] == [(8, pytest.approx(math.exp(700.0)))]
+    ((step, perplexity),) = notes.points["perplexity/train"]
+    assert step == 8 and perplexity == pytest.approx(math.exp(700.0))
     assert all(math.isfinite(value) for points in notes.points.values() for _, value in points)
     assert notes.events[-2:] == [(3, "loss spike"), (8, "lock taken over")]

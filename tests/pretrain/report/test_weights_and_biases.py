@@ -109,7 +109,11 @@ def test_each_step_is_sent_once_after_a_kill_and_a_rollback(wandb: StandIn, tmp_
             writer.close()
         else:  # Killed once all of it is sent: a flush alone waits 2 s at most, a busy machine may need more.
             sent = threading.Event()
-            writer._put(lambda run, sent=sent: sent.set())
+
+            def told(run: Any, sent: threading.Event = sent) -> None:
+                sent.set()
+
+            writer._put(told)
             assert sent.wait(60)
     (rows,) = wandb.rows.values()
     assert sorted(rows) == list(range(1, 10))
@@ -192,7 +196,7 @@ def test_what_goes_wrong_is_one_warning(
         raise SystemExit("no route\nto host")  # which wandb raises too
 
     if what == "init":
-        wandb.init = broken  # type: ignore[method-assign]
+        wandb.init = broken
     if what == "log":
         monkeypatch.setattr(Run, "log", broken)
     writer = WeightsAndBiases(tmp_path, MonitorConfig(wandb="online"), {})
@@ -214,7 +218,7 @@ def test_a_network_that_stands_still_stops_nobody(
     monkeypatch.setattr(weights_and_biases, "FLUSH_SECONDS", 0.05)
     monkeypatch.setattr(weights_and_biases, "MOST_WAITING", 3)
     goes_on, original = threading.Event(), wandb.init
-    wandb.init = lambda **given: (goes_on.wait(60), original(**given))[1]  # type: ignore[method-assign]
+    wandb.init = lambda **given: (goes_on.wait(60), original(**given))[1]
     writer = WeightsAndBiases(tmp_path, OFFLINE, {})
     for step in range(1, 9):
         writer.scalars(at(step), {"loss/train": 1.0})

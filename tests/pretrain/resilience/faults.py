@@ -64,7 +64,7 @@ def train_with(
         prepare(trainer, *arguments)
         return trainer
 
-    pretrain.segment.build_trainer = build_and_prepare  # type: ignore[assignment]
+    pretrain.segment.build_trainer = build_and_prepare
     try:
         code = pretrain.loop.train(config, Sources.load(config), run_dir, torch.device("cpu"), stop)
         return code.name
@@ -73,7 +73,7 @@ def train_with(
     except UserError as error:
         return f"REFUSED: {error}"
     finally:
-        pretrain.segment.build_trainer = build  # type: ignore[assignment]
+        pretrain.segment.build_trainer = build
 
 
 def before_steps(trainer: Trainer, function: Callable[[int], None]) -> None:
@@ -84,7 +84,7 @@ def before_steps(trainer: Trainer, function: Callable[[int], None]) -> None:
         function(progress.step + 1)
         return launch(progress, given)
 
-    trainer.launch = launched  # type: ignore[method-assign]
+    trainer.launch = launched
 
 
 def spoil_losses_of_steps(trainer: Trainer, wrong: tuple[int, ...], rank: int) -> None:

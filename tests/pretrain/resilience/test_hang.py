@@ -70,7 +70,7 @@ def stop_in(trainer: Trainer, rank: int, phase: str, step: int, sleeps: bool) ->
             else:
                 os.kill(os.getpid(), signal.SIGSTOP)
 
-    trainer.setup.phases.enter = entered  # type: ignore[method-assign]
+    trainer.setup.phases.enter = entered
 
 
 def hang(prepared: Path, run_dir: Path, rank: int, phase: str, step: int, *, sleeps: bool) -> list[int | None]:
@@ -288,7 +288,7 @@ def test_a_rank_that_was_called_goes_on_with_the_one_that_called_it(
     for watchdog, grace in zip(watchdogs, graces, strict=True):
         watchdog._grace = grace
     monotonic = time.monotonic
-    watchdogs[0]._all_have_reported = lambda: False  # type: ignore[method-assign]  # it waits until its time is over
+    watchdogs[0]._all_have_reported = lambda: False  # it waits until its time is over
     phases[0].enter("forward", quick=True)
     while len(list(hang.glob("rank-*.json"))) < 2 and monotonic() < deadline:
         time.sleep(0.02)
@@ -308,7 +308,7 @@ def test_a_step_that_ended_late_and_is_being_written_down_is_no_hang(tmp_path: P
     hang, deadline = tmp_path / "hang", time.monotonic() + 60
     watchdogs[1].close()
     watchdogs[0]._grace = 1.0
-    watchdogs[0]._wake_silent_ranks_here = list  # type: ignore[method-assign]  # as one that is on another node
+    watchdogs[0]._wake_silent_ranks_here = list  # as one that is on another node
     phases[0].enter("reading the step's sums", quick=True)
     while not (hang / "reader").exists() and time.monotonic() < deadline:
         time.sleep(0.01)

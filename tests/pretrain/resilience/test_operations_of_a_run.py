@@ -49,7 +49,7 @@ def read_only(trainer: Trainer, step: int) -> None:
     def turn(now: int) -> None:
         if now == step:
             line_log.append_whole = refused
-            Path.unlink = Path.rmdir = Path.mkdir = refused  # type: ignore[method-assign, assignment]
+            Path.unlink = Path.rmdir = Path.mkdir = refused  # type: ignore[assignment]
 
     before_steps(trainer, turn)
 
@@ -63,7 +63,7 @@ def no_folder_for_ranks(rank: int, config: Config, run_dir: Path) -> str:
             raise OSError(errno.EROFS, "Read-only file system", str(path))
         make(path, *arguments, **options)
 
-    Path.mkdir = refused  # type: ignore[method-assign, assignment]
+    Path.mkdir = refused  # type: ignore[assignment]
     try:
         return train_with(rank, config, run_dir, nothing)
     except PeerFailed:

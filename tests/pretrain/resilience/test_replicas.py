@@ -147,7 +147,7 @@ def _flip_on_last_rank(rank: int, configs: list[Config]) -> list[tuple[list[str]
 def test_of_parameters_that_zero_3_divides_those_that_stay_whole_alone_are_compared(prepared: Path) -> None:
     model = build_model(small_config(prepared).model, seed=1)
     for number, parameter in enumerate(model.parameters()):
-        parameter.ds_persist = number % 2 == 0
+        parameter.ds_persist = number % 2 == 0  # type: ignore[attr-defined]
     names = [name for name, _ in model.named_parameters()]
     for stage, compared in ((2, names), (3, names[::2])):
         engine = SimpleNamespace(module=model, zero_optimization_stage=lambda stage=stage: stage)

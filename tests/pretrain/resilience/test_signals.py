@@ -94,11 +94,11 @@ def _stop_and_resume(rank: int, config: Config, cases: list[tuple]) -> list[tupl
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the case before left it ignored
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         stop.install(launched=False)
-        Phases.enter = entered  # type: ignore[method-assign]
+        Phases.enter = entered
         try:
             code = pretrain.loop.train(config, Sources.load(config), run_dir, torch.device("cpu"), stop)
         finally:
-            Phases.enter = enter  # type: ignore[method-assign]
+            Phases.enter = enter
         dist.barrier()
         saved = len(metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
         dist.barrier()
@@ -147,6 +147,25 @@ def test_before_the_ranks_have_met_a_signal_ends_the_process_at_once(name: str) 
     done = run_process(f"{script}os.kill(os.getpid(), signal.{name})\ntime.sleep(20)\nprint('no')")
     assert (done.returncode, done.stdout) == (85, "")
     assert f"{name} during start-up" in done.stderr
+
+
+def test_while_the_program_is_loading_a_signal_waits_for_the_run_to_be_known() -> None:
+    """So that the run folder can say how the start ended; not for ever, if the loading hangs."""
+    script = """
+        signals.START_UP_SECONDS = {seconds}
+        stop.enter(ProcessState.LOADING)
+        stop.install(launched=False)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while stop.requested is None:
+            time.sleep(0.01)
+        time.sleep({loading})
+        stop.before_leaving.append(lambda code, message: print("left with", int(code), message, flush=True))
+        stop.enter(ProcessState.JOINING)
+        print("no")
+        """
+    done = run_process(script.format(seconds=600, loading=0.0))
+    assert (done.returncode, done.stdout) == (85, "left with 85 SIGTERM during start-up: nothing was trained\n")
+    assert run_process(script.format(seconds=0.1, loading=20)).returncode == 85
 
 
 def test_a_second_signal_counts_after_a_while_and_works_although_the_main_thread_waits() -> None:

@@ -92,7 +92,8 @@ def test_the_slowest_rank_and_its_distance_from_the_median_are_those_of_numpy(si
     noise = np.random.default_rng(size)
     for _ in range(50):
         work = noise.integers(0, 1000, size=(size, 3))
-        values, _ = SlowRankWatch(HOSTS[:size], 1).see(table(*work.T.tolist(), step=4000))
+        reading, forward, reporting = work.T.tolist()
+        values, _ = SlowRankWatch(HOSTS[:size], 1).see(table(reading, forward, reporting, step=4000))
         own = work.sum(1)
         median = np.quantile(own, 0.5, method="lower")
         assert values["slowest_rank_behind_seconds"] == pytest.approx((own.max() - median) / 1e6)
@@ -216,7 +217,7 @@ def counted_run(rank: int, config: Config, run_dir: Path, slow: int | None, phas
             if rank == slow and name == phase:
                 now[0] += 0.04
 
-        trainer.setup.phases.enter = entered  # type: ignore[method-assign]
+        trainer.setup.phases.enter = entered
 
     return train_with(rank, config, run_dir, prepare)
 

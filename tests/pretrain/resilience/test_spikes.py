@@ -262,21 +262,21 @@ def killed_then_started(rank: int, config: Config, run_dir: Path, before: str) -
     def kill(*args: Any, **values: Any) -> None:
         raise Killed
 
-    def say(folder: RunFolder, kind: str, **values: Any) -> None:
-        (kill if kind == before else event)(folder, kind, **values)
+    def say(self: RunFolder, kind: str, **values: Any) -> None:
+        (kill if kind == before else event)(self, kind, **values)
 
-    def found(*args: Any) -> Any:
-        return kill() if len(events(run_dir, "rollback")) else find_start(*args)
+    def found(*args: Any, **options: Any) -> Any:
+        return kill() if len(events(run_dir, "rollback")) else find_start(*args, **options)
 
     find_start = pretrain.loop.find_start
-    going_back.write_json = kill if before == "the file" else write_json  # type: ignore[assignment]
-    RunFolder.event = say  # type: ignore[method-assign]
+    going_back.write_json = kill if before == "the file" else write_json
+    RunFolder.event = say
     pretrain.loop.find_start = found if before == "the next course" else find_start
     try:
         first = train_with(rank, config, run_dir, spike_on_position, 60)
     except Killed:
         first = "killed"
-    going_back.write_json, RunFolder.event = write_json, event  # type: ignore[method-assign]
+    going_back.write_json, RunFolder.event = write_json, event
     pretrain.loop.find_start = find_start
     return [first, train_with(rank, config, run_dir, spike_on_position, 60)]
 

@@ -138,12 +138,12 @@ def note_quick_phases(trainer: Trainer, file: Path) -> None:
         note()
         return found
 
-    phases.enter, trainer.launch = entered, launched  # type: ignore[method-assign]
+    phases.enter, trainer.launch = entered, launched
     step_values = pretrain.segment.step_values
 
-    def written(*arguments: Any) -> Any:
+    def written(*arguments: Any, **options: Any) -> Any:
         note()
-        return step_values(*arguments)
+        return step_values(*arguments, **options)
 
     pretrain.segment.step_values = written
 

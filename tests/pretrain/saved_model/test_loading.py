@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from pretrain.checkpoint import loading as checkpoint_loading
 from pretrain.checkpoint.convert import convert
 from pretrain.export.loading import load_any
 from pretrain.export.reading import open_export
+from pretrain.generation.pieces import TextStream
 from pretrain.report.run_paths import SWEEP_RECORD
-from pretrain.saved_model import Tokenizer, find_checkpoint, load_model
+from pretrain.saved_model import Tokenizer, find_checkpoint, load_model, loading
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
 from tests.pretrain.saved import rewrite_state, whole_tensors
@@ -117,6 +119,12 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     refused(older, "another version wrote its configuration .*novelty")
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "Tokenizer", lambda stored: SimpleNamespace(vocab_size=401))
+    with pytest.raises(UserError, match=r"its tokenizer has 401 ids, but model\.vocab_size is 400"):
+        load_model(run)
+
+
 def test_a_checkpoint_that_its_run_removes_meanwhile(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +205,20 @@ def test_the_bytes_of_counted_ids_are_those_of_their_text(prepared: Path) -> Non
     assert tokenizer.bytes_of(np.bincount([*ids, 0])) is None, "an unknown piece stands for any text"
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_ids_of_a_wider_model_have_no_text(prepared: Path, kind: str) -> None:
+    manifest = Manifest.load(prepared)
+    if kind == "bytes":
+        entry = {"kind": kind, "file": None, "sha256": None, "eos_id": None, "vocab_size": 256}
+        manifest = manifest.model_copy(update={"tokenizer": manifest.tokenizer.model_copy(update=entry)})
+    tokenizer = Tokenizer(manifest)
+    ids = tokenizer.encode("gab")
+    wider = [*ids, tokenizer.vocab_size, tokenizer.vocab_size + 9]
+    assert tokenizer.decode(wider) == "gab" and tokenizer.content(wider[-1]) == b""
+    assert tokenizer.pieces(wider)[-1] == f"<unused {wider[-1]}>"
+    assert tokenizer.bytes_of(np.bincount(wider)) == tokenizer.bytes_of(np.bincount(ids))
+
+
 def test_lines_are_cut_one_by_one_where_the_data_were(prepared: Path) -> None:
     raw = json.loads((prepared / "manifest.json").read_text())
     manifest = Manifest.load(prepared)
@@ -205,5 +227,13 @@ def test_lines_are_cut_one_by_one_where_the_data_were(prepared: Path) -> None:
     changed = manifest.model_copy(update={"provenance": provenance})
     changed._folder = manifest.folder
     reference = TextTokenizer.load(prepared / "tokenizer.model")
-    assert Tokenizer(changed).encode(TEXT) == reference.encode_lines(TEXT).tolist()
+    tokenizer = Tokenizer(changed)
+    assert tokenizer.encode(TEXT) == reference.encode_lines(TEXT).tolist()
+    for text in (TEXT, f"{TEXT}\n\n  and two blanks\n"):
+        size = tokenizer.bytes_of(np.bincount(tokenizer.encode(text)))
+        assert size == len(text.encode()) + (not text.endswith("\n")), "of all blanks before lines one at most counts"
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        first, _, rest = text.partition("\n")
+        stream = TextStream(tokenizer, after=f"{first}\n")
+        assert "".join(map(stream.add, tokenizer.encode(rest))) + stream.end() == rest
     assert reference.encode_lines(TEXT).tolist() != reference.encode(TEXT).tolist()

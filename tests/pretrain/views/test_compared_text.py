@@ -37,13 +37,15 @@ def test_losses_of_other_texts_are_not_left_to_speak_for_themselves(
 
 
 def test_validations_of_other_weights_of_the_same_sources_are_of_the_same_text(tmp_path: Path) -> None:
-    def note(*others: dict[str, Any]) -> str:
-        first = {"data": {"sources": [{"manifest": "a", "weight": 1.0}, {"manifest": "b", "weight": 1.0}]}}
+    def note(*others: list[dict[str, Any]]) -> str:
+        first: dict[str, Any] = {
+            "data": {"sources": [{"manifest": "a", "weight": 1.0}, {"manifest": "b", "weight": 1.0}]}
+        }
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         configs = [first, *({"data": {"sources": rows}} for rows in others)]
         return text(runs_of(*(write(folder / str(n), [row(1, 5.0)], c) for n, c in enumerate(configs))), 1e-5)
 
-    heavy = [{"manifest": "a", "weight": 1.0}, {"manifest": "b", "weight": 3.0}]
+    heavy: list[dict[str, Any]] = [{"manifest": "a", "weight": 1.0}, {"manifest": "b", "weight": 3.0}]
     assert "note: the weights of data.sources differ" in note(heavy) and "different texts" not in note(heavy)
     for others in ([heavy[::-1]], [heavy, heavy[:1]], [[heavy[0], {"manifest": "c", "weight": 3.0}]]):
         assert "note: data.sources differ: losses per token of different texts" in note(*others)
@@ -87,9 +89,12 @@ def test_data_are_the_same_by_their_digest_and_not_by_their_place(
 def test_a_folder_of_data_and_the_manifest_in_it_are_the_same(
     tmp_path: Path, one: str, other: str | None, differs: bool
 ) -> None:
-    configs = [{"data": {"manifest": place}} for place in (one, other)]
-    sources = [{"data": {"sources": [{"manifest": place, "weight": 1.0}] * 2}} for place in (one, other)]
-    for name, pair in (("single", configs), ("mixture", sources)):
+    configs: list[dict[str, Any]] = [{"data": {"manifest": place}} for place in (one, other)]
+    sources: list[dict[str, Any]] = [
+        {"data": {"sources": [{"manifest": place, "weight": 1.0}] * 2}} for place in (one, other)
+    ]
+    pairs: dict[str, list[dict[str, Any]]] = {"single": configs, "mixture": sources}
+    for name, pair in pairs.items():
         runs = runs_of(*(write(tmp_path / name / str(n), [row(1, 5.0)], config) for n, config in enumerate(pair)))
         assert bool(differing_facts(runs)) == differs
         assert ("note:" in text(runs, 0.0)) == differs

@@ -25,7 +25,7 @@ def curves_by_source(*paths: Path) -> list[tuple[list[float], list[float]]]:
     axes = Figure().subplots()
     _sources(axes, runs_of(*paths))
     assert (axes.get_legend() is not None) == bool(axes.lines)
-    return [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
+    return [(np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist()) for line in axes.lines]
 
 
 def test_the_picture_has_the_losses_of_a_few_sources(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,8 @@ def test_where_the_command_of_a_run_goes_on_follows_its_configuration(
 def test_a_run_whose_job_requeues_itself_is_not_to_be_started_beside_it(
     tmp_path: Path, code: int | None, waits: bool
 ) -> None:
-    folder = write(tmp_path / "run", **({} if code is None else {"exit_code": code, "reason": "x"}))
+    outcome: dict[str, Any] = {} if code is None else {"exit_code": code, "reason": "x"}
+    folder = write(tmp_path / "run", **outcome)
     assert "squeue" not in next_text(RunView.open(folder))
     (folder / "slurm").mkdir()
     told = next_text(RunView.open(folder))

@@ -46,7 +46,7 @@ def test_what_a_start_goes_on_from_still_counts(tmp_path: Path) -> None:
         {"event": "validation", "split": split, "step": 6, "loss": loss}
         for split, loss in (("validation", 3.0), ("test", 4.0))
     ]
-    events = [*evaluated, *validated, {"event": "superseded_metrics", "metrics": {"step": 7}}]
+    events: list[dict[str, Any]] = [*evaluated, *validated, {"event": "superseded_metrics", "metrics": {"step": 7}}]
     folder = write(tmp_path / "run", events=[*events, {"event": "started", "step": 6, "time": 2.0}])
     with (folder / "events.jsonl").open("a") as file:
         file.write("\n  \n{torn\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -34,35 +33,8 @@ from pretrain.views.sweep import (
 )
 from pretrain.views.sweep_picture import losses_drawn
 from tests.pretrain.views.compared import row, write
+from tests.pretrain.views.swept import RATE, result
 from tests.pretrain.words_drawn import note_words
-
-RATE = "optimizer.learning_rate"
-
-
-def result(
-    folder: Path,
-    value: str,
-    losses: list[float] | None = None,
-    code: int | None = 0,
-    *,
-    config: str = "x",
-    key: str = RATE,
-    validated: bool = True,
-    split: str = "validation",
-    unrecorded: int | None = None,
-    job: str = "",
-) -> Result:
-    """A run with these training losses, whose validation loss is 0.1 above the last; without losses not begun.
-    `code`: of its outcome."""
-    run = SweepRun(name=f"{config},{value}", config=config, values={key: value})
-    if losses is not None:
-        path = write(folder / run.name, [row(n, x) for n, x in enumerate(losses, 1)], {"train": {"steps": 3}})
-        event: dict[str, Any] = {"event": "validation", "split": split, "step": len(losses)}
-        event["loss"] = losses[-1] + 0.1
-        (path / "events.jsonl").write_text(json.dumps(event) + "\n" if validated else "")
-        if code is not None:
-            (path / "outcome.json").write_text(json.dumps({"exit_code": code}))
-    return Result.read(run, folder, unrecorded, job)
 
 
 def test_the_lowest_validation_loss_is_first_and_what_has_not_finished_is_last(tmp_path: Path) -> None:
@@ -344,7 +316,9 @@ def test_every_line_with_a_name_in_the_legend_looks_different(tmp_path: Path, mo
 
     def noted(canvas: FigureCanvasAgg, *given: Any, **options: Any) -> Any:
         for axes in canvas.figure.axes:
-            lines = axes.get_legend().get_lines()
+            legend = axes.get_legend()
+            assert legend is not None
+            lines = legend.get_lines()
             looks.append({(to_hex(line.get_color()), line.get_linestyle(), line.get_fillstyle()) for line in lines})
         return print_png(canvas, *given, **options)
 

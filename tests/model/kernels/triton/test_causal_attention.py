@@ -63,12 +63,14 @@ def test_tiles_of_other_documents_are_not_read() -> None:
     index = torch.repeat_interleave(torch.arange(3), 32)[None]
     inputs = make_inputs(Shape(T=96, h=8, B=1), torch.float32)
     documents, middle = Documents.of(index), slice(32, 64)
-    broken: list[Tensor] = []
-    for t in inputs[:3]:
+
+    def broken(t: Tensor) -> Tensor:
         values = torch.full_like(t, torch.nan)
         values[:, :, middle] = t.detach()[:, :, middle]
-        broken.append(values.requires_grad_())
-    found = run(Inputs(*broken, documents.first, documents.end), "triton")
+        return values.requires_grad_()
+
+    q, k, v = broken(inputs.q), broken(inputs.k), broken(inputs.v)
+    found = run(Inputs(q, k, v, documents.first, documents.end), "triton")
     alone = Inputs(*(t.detach()[:, :, middle].requires_grad_() for t in inputs[:3]))
     out = causal_attention(alone, backend="reference")
     grads = torch.autograd.grad(out, alone[:3], upstream(inputs)[:, :, middle])

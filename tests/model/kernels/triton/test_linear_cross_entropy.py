@@ -122,8 +122,9 @@ def shards(rank: int, dtype: torch.dtype) -> dict[str, float]:
     classes = parallel.slice_of(66)
     assert case.bias is not None
     local = [t.detach().requires_grad_() for t in (case.hidden, case.weight[classes], case.bias[classes])]
+    hidden, weight, bias = local
     with recording() as launches:
-        loss, token_loss = linear_cross_entropy(*local, case.targets, backend="triton", parallel=parallel)
+        loss, token_loss = linear_cross_entropy(hidden, weight, bias, case.targets, backend="triton", parallel=parallel)
     assert len(launches) == 2
     grads = torch.autograd.grad(loss * UPSTREAM, local)
     grad_hidden = grads[0].double()

@@ -44,6 +44,8 @@ def test_both_parts_are_the_gradient_to_16_bits(shape: tuple[int, int, int, int]
 def test_strided_gradients_are_read_where_they_stand() -> None:
     grad_logits, grad_scores, scores, index = inputs(9, 2, 4, 2)
     expected = logit_gradient.in_two_parts(grad_logits, grad_scores, scores, index, 4)
-    strided = [torch.stack([t, t], -1)[..., 0] for t in (grad_logits, grad_scores, scores, index)]
+    logits, chosen, scores, index = strided = [
+        torch.stack([t, t], -1)[..., 0] for t in (grad_logits, grad_scores, scores, index)
+    ]
     assert not any(t.is_contiguous() for t in strided)
-    assert torch.equal(logit_gradient.in_two_parts(*strided, 4), expected)
+    assert torch.equal(logit_gradient.in_two_parts(logits, chosen, scores, index, 4), expected)

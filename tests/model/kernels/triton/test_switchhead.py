@@ -132,7 +132,12 @@ def test_fewer_experts_share_a_tile_where_tensor_memory_holds_them(monkeypatch: 
     assert [shared(E, 64, 10) for E in (4, 5)] == [4, 5]
     monkeypatch.undo()
     asked: list[int] = []
-    monkeypatch.setattr(value_kernels, "shared_experts", lambda *given: asked.append(shared(*given)) or asked[-1])
+
+    def noted(*given: int) -> int:
+        asked.append(shared(*given))
+        return asked[-1]
+
+    monkeypatch.setattr(value_kernels, "shared_experts", noted)
     monkeypatch.setattr(value_kernels, "cuda_capability", lambda: (10, 0))
     assert_equals_loop(VALUE, Shape(20, 40, 1, 100, 4, 2), "gated", torch.bfloat16)
     assert asked == [2]

@@ -1,0 +1,58 @@
+"""What the section of every kind of attention and feed-forward layer answers, so that the rest of the project need not
+know the kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from common.json_config import Section
+
+
+class Routers(NamedTuple):
+    """What the routers of a layer choose from."""
+
+    num_experts: int
+    active: int
+    """Experts that a token chooses (k); where that varies, the fewest."""
+    scores: Literal["sigmoid", "softmax"]
+    """What a router makes of its logits."""
+
+
+Ability = Literal["tensor", "expert", "xl", "memory", "choices", "graphs", "analysis", "export"]
+"""Tensor parallelism, expert parallelism, Transformer-XL positions, memory, choices of experts that are recorded and
+replayed (`settled` in model/choices.py), CUDA graphs, attention maps and experts of a text, exports."""
+Lacks = Mapping[Ability, str]
+"""What a layer cannot do -> why, in words that follow a colon."""
+
+
+class LayerSection(Section):
+    """The section of a kind of attention or feed-forward layer. It answers what the rest of the project asks of a layer
+    besides its keys. No answer has a default: a new kind that lacks one is refused when it is imported, so that nothing
+    takes it for another kind."""
+
+    label: ClassVar[str]
+    """The layer's name for people."""
+    lacks: ClassVar[Lacks]
+    """Where one of these is asked for, it is refused, with the reason."""
+
+    @property
+    def sizes(self) -> str:
+        """In a few words, for the line that a run prints of its model."""
+        raise NotImplementedError
+
+    @property
+    def routers(self) -> Routers | None:
+        """None: the layer has no experts."""
+        raise NotImplementedError
+
+    @property
+    def divided(self) -> Mapping[str, int]:
+        """The sizes that tensor-parallel ranks divide, by key. Empty where the layer lacks that."""
+        raise NotImplementedError
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        asked = [name for name in ("label", "lacks", "sizes", "routers", "divided") if name not in vars(cls)]
+        if asked:
+            raise TypeError(f"{cls.__name__} does not say {', '.join(asked)}; model/layer_section.py explains")

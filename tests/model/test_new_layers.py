@@ -1,0 +1,168 @@
+"""A layer that the project does not know yet: it trains and is counted by what it declares, what it lacks is refused
+with its own words, and what nobody has said of it is asked for, not guessed. new_layers.py has two."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from common.errors import ConfigError, UserError
+from common.json_config import validate
+from model import costs
+from model.config import MoAConfig, ModelConfig
+from model.decoding import Decoding
+from model.language_model import build_model, routing_statistics
+from model.layer_section import LayerSection
+from model.layers import Block
+from model.parameters import count_parameters
+from pretrain.analysis.routers import routers_of
+from pretrain.analysis.trace import Request, trace_text
+from pretrain.config.graph_rules import check_graphs
+from pretrain.config.loading import load_config
+from pretrain.config.rules import broken_rules
+from pretrain.config.schema import Config
+from pretrain.engine.details import is_softmax
+from pretrain.export.hf_config import check_layers
+from pretrain.report.model_text import model_family, model_text
+from pretrain.report.router_load import Choice, choices
+from tests.model.new_layers import SoftmaxMoEConfig, TopPConfig, make_known
+
+Tree = dict[str, Any]
+TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_known(monkeypatch)
+
+
+def new_model() -> ModelConfig:
+    model = ModelConfig(d_model=12, num_layers=2, vocab_size=50, sequence_length=7)
+    return model.model_copy(update={"attention": TopPConfig(), "feedforward": SoftmaxMoEConfig()})
+
+
+def new_run(*overrides: str) -> Config:
+    return load_config(TINY, overrides).model_copy(update={"model": new_model()})
+
+
+def test_they_train_count_and_read_on() -> None:
+    torch.manual_seed(0)
+    model = build_model(new_model(), seed=3)
+    tokens = torch.randint(50, (2, 7))
+    model(tokens, tokens.roll(1, 1), torch.arange(2))[0].backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    load = {name: statistics.load for name, statistics in routing_statistics(model)}
+    recorders = {recorder for b in model.modules() if isinstance(b, Block) for recorder in b.recorders}
+    assert len(load) == 6 and recorders == {statistics for _, statistics in routing_statistics(model)}
+    assert load["blocks.1.feedforward.statistics"].sum() == 2 * 7 * 2
+    chosen = load["blocks.0.attention.value_statistics"].sum(-1)
+    assert (chosen > 2 * 7).all() and (chosen < 2 * 7 * 4).all(), "some tokens choose one expert, some more"
+    model.eval()
+    reading, text = Decoding(model, 1), tokens[0].tolist()
+    with torch.no_grad():
+        whole = model.logits(tokens[:1])[0][0]
+    parts = torch.cat([reading.read_all([text[:4]])[0], reading.read_all([text[4:]])[0]])
+    assert (parts - whole).abs().max() < 1e-5
+
+
+def test_they_are_called_by_their_names() -> None:
+    model = new_model()
+    assert model_family(model) == "top-p SwitchHead with softmax MoE"
+    assert model_text(model).startswith(
+        "2 x (top-p SwitchHead: 2 heads of 6, up to 4 experts for 0.7; softmax MoE: 2 of 5 experts of 7), d_model 12"
+    )
+    assert choices(model) == {"attention": Choice(4, 1), "feedforward": Choice(5, 2)}
+    assert is_softmax(model, "blocks.0.attention.value") and is_softmax(model, "blocks.0.feedforward")
+    # Expert tensors in the share that a token uses: 2 of 5 feed-forward experts, and all of attention's.
+    count = count_parameters(build_model(model, seed=0), model)
+    assert count.total - count.active == 2 * 3 * 5 * 12 * 7 * 3 // 5
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["parallel.tensor=2"], "parallel.tensor: 2 ranks would divide every layer, but model.attention.type is top_p: "
+         "every rank has all of its heads; set parallel.tensor to 1"),
+        (["parallel.expert=2"], "parallel.expert: 2 ranks would divide the feed-forward experts, but "
+         "model.feedforward.type is softmax_moe: it does not send tokens to other ranks; set parallel.expert to 1"),
+        (["train.record_routing=true"], "train.record_routing: model.attention.type is top_p: a record holds as many "
+         "experts for each token; remove the key"),
+    ],
+)  # fmt: skip
+def test_what_they_lack_is_refused(overrides: list[str], message: str) -> None:
+    assert message in [str(error) for error in broken_rules(new_run(*overrides)).values()]
+
+
+def test_what_they_lack_is_refused_where_it_is_asked_for() -> None:
+    model = new_model()
+    with pytest.raises(UserError, match=r"model\.attention\.type is top_p, which no export has: it is not in"):
+        check_layers(model)
+    with pytest.raises(UserError, match=r"maps and experts cannot be shown: nobody has written its maps yet"):
+        trace_text(build_model(model, seed=0), [1, 2, 3], Request(layers=[0]))
+
+
+@pytest.mark.parametrize(
+    "ability, position, message",
+    [
+        ("xl", {"type": "xl"}, "position.type is xl, but attention.type is moa: for a test; set position.type to rope"),
+        ("memory", {"type": "rope", "memory_chunks": 2}, "position.memory_chunks is 2, but attention.type is moa: for "
+         "a test; set position.memory_chunks to 0"),
+    ],
+)  # fmt: skip
+def test_a_lack_of_positions(ability: str, position: Tree, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = {"d_model": 8, "num_layers": 1, "vocab_size": 9, "sequence_length": 4, "attention": {"type": "moa"}}
+    validate(ModelConfig, {**tree, "position": position})
+    monkeypatch.setattr(MoAConfig, "lacks", {ability: "for a test"})
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate(ModelConfig, {**tree, "position": position})
+
+
+def test_a_lack_of_graphs_is_told_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SoftmaxMoEConfig, "lacks", {"graphs": "it waits for the device"})
+    with pytest.raises(ConfigError, match=r"softmax_moe.*it waits for the device"):
+        check_graphs(new_run("train.cuda_graph=on"))
+
+
+def test_what_nobody_said_is_asked_for() -> None:
+    with pytest.raises(TypeError, match=r"^Forgetful does not say lacks, routers, divided; model/layer_section\.py"):
+
+        class Forgetful(LayerSection):
+            label = "forgetful"
+            type: Literal["forgetful"] = "forgetful"
+
+            @property
+            def sizes(self) -> str:
+                return "all"
+
+    with pytest.raises(TypeError, match=r"does not say label, lacks, sizes, routers, divided"):
+
+        class Heir(MoAConfig):
+            """What is said of the kind that it is made of need not be true of it."""
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        costs.attention_macs,
+        costs.attention_memory,
+        costs.cache_floats,
+        costs.feedforward_macs,
+        costs.feedforward_memory,
+        costs.formula_parameters,
+        costs.training_flops_per_token,
+    ],
+)
+def test_no_cost_is_guessed(cost: Callable[[ModelConfig], object]) -> None:
+    with pytest.raises(AssertionError, match=r"TopPConfig|SoftmaxMoEConfig"):
+        cost(new_model())
+
+
+def test_no_router_is_passed_over() -> None:
+    layer = build_model(new_model(), seed=0).blocks[0].get_submodule("feedforward")
+    with pytest.raises(AssertionError, match="SoftmaxMoE"):
+        routers_of(layer)
