@@ -68,17 +68,16 @@ class FolderLock:
                     self._path.unlink()
                 raise OSError(error.errno, error.strerror, str(self._path)) from error
             break
-        for path in _locks(folder):
-            if path == self._path:
-                continue
-            try:
-                self._refuse_if_alive(path)
-            except UserError:
-                self.release()  # it was created between the two looks
-                raise
-            if not _is_copy(path, _read(path) or {}):
-                self.taken_over.append(_name(_read(path) or {}))
-            path.unlink(missing_ok=True)
+        try:
+            for path in _locks(folder):
+                if path != self._path:
+                    self._refuse_if_alive(path)  # it was created between the two looks
+                    if not _is_copy(path, _read(path) or {}):
+                        self.taken_over.append(_name(_read(path) or {}))
+                    path.unlink(missing_ok=True)
+        except (UserError, OSError):
+            self.release()
+            raise
 
     @property
     def owner(self) -> dict[str, Any]:

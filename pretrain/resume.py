@@ -348,19 +348,12 @@ def record_start(
     folder: RunFolder, start: StartPoint, config: Config, layout: dict[str, int], *, data_digest: str, last_step: int
 ) -> None:
     """Rank 0, before the first step: sets aside what this start supersedes, records and prints where it begins.
-    `layout`: see checkpoint.layout. Raises UserError where the disk refuses."""
+    `layout`: see checkpoint.layout. Raises OSError."""
     from pretrain.checkpoint.state import versions  # see environment_changes
 
-    try:
-        patch = keep_patch(folder.path)
-        software = dict(versions()) if patch is None else {**versions(), "changes": patch}
-        about = {"layout": layout, "software": software, "data_digest": data_digest}
-        _record_start(folder, start, config, {"last_step": last_step, **about})
-    except OSError as error:
-        raise UserError(f"--run-dir: {error.filename or folder.path} cannot be written: {error.strerror}") from None
-
-
-def _record_start(folder: RunFolder, start: StartPoint, config: Config, about: dict[str, Any]) -> None:
+    patch = keep_patch(folder.path)
+    software = dict(versions()) if patch is None else {**versions(), "changes": patch}
+    about = {"last_step": last_step, "layout": layout, "software": software, "data_digest": data_digest}
     resumed = start.checkpoint
     step = resumed.progress.step if resumed else 0
     for reason in start.damaged:
@@ -382,7 +375,7 @@ def _record_start(folder: RunFolder, start: StartPoint, config: Config, about: d
         return
     print(f"resuming from {resumed.path} at step {step}", flush=True)
     folder.event("resumed", step=step, path=str(resumed.path))
-    for key, (then, now) in {**start.changes, **environment_changes(resumed, about["layout"])}.items():
+    for key, (then, now) in {**start.changes, **environment_changes(resumed, layout)}.items():
         if key == "description":  # of a run with --set it names the keys that are said here anyway
             continue
         print(f"  changed on resume: {key}: {value_text(then)} -> {value_text(now)}", flush=True)

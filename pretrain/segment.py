@@ -9,6 +9,7 @@ from functools import partial
 
 import torch.distributed as dist
 
+from common.errors import UserError
 from common.strict_json import finite
 from pretrain.checkpoint.state import layout
 from pretrain.data.progress import Progress
@@ -60,24 +61,26 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
     steps = range(step + 1, last + 1)
     trainer.tape = open_tape(config, trainer.data, trainer.engine.module, parallel, folder.path, steps)
 
-    def prepare() -> Monitor | None:
+    def prepare() -> tuple[Monitor | None, list[float]]:
         if not parallel.is_first:
-            return None
-        digest = setup.sources.digest
-        record_start(folder, start, config, layout(trainer.engine, parallel), data_digest=digest, last_step=last)
-        tokens = start.progress.tokens(config.model.sequence_length)
-        extra = start.progress.extra_flops
+            return None, []
+        tokens, extra = start.progress.tokens(config.model.sequence_length), start.progress.extra_flops
         origin = Origin(step, tokens, last, setup.device, dist.get_world_size(), extra_flops=extra)
-        facts = start_facts(config, layout(trainer.engine, parallel), setup.device)
-        return Monitor(config, folder, origin, facts=facts, side_by_side=setup.side_by_side)
+        sizes = layout(trainer.engine, parallel)
+        try:
+            record_start(folder, start, config, sizes, data_digest=setup.sources.digest, last_step=last)
+            facts = start_facts(config, sizes, setup.device)
+            monitor = Monitor(config, folder, origin, facts=facts, side_by_side=setup.side_by_side)
+            return monitor, folder.losses(step, settings.spike_window_steps)
+        except OSError as error:
+            raise UserError(f"--run-dir: {error.filename or folder.path} cannot be written: {error.strerror}") from None
 
-    monitor = agreed(prepare)
+    monitor, losses = agreed(prepare)
     replicas = None
     if settings.replica_check_every_steps and dist.get_world_size() > 1:
         replicas = ReplicaCheck(trainer.engine, parallel, control.group)
     # Rank 0 decides: it has the losses before this start, and floats of other ranks could differ in the last bit.
-    window = settings.spike_window_steps
-    spikes = SpikeDetector(settings.spike_threshold, window, folder.losses(step, window))
+    spikes = SpikeDetector(settings.spike_threshold, settings.spike_window_steps, losses)
     profiler = StepProfiler(config.monitor.profile_steps, folder.path, parallel, setup.device, ahead=steps)
     timer = SaveTimer(config.checkpoint.every_minutes, trainer.saver)
     ranks = RankComparison(config, parallel, control, setup.phases, folder)

@@ -93,12 +93,9 @@ class Fragments:
 
     def __init__(self, shape: Sequence[int], chunks: Iterable[Chunk]) -> None:
         self.shape = torch.Size(shape)
+        """Of the whole tensor."""
         self.chunks = {torch.Size(chunk.offsets): chunk.values for chunk in chunks}
         assert self.chunks, "fragments of nothing"
-
-    def size(self) -> torch.Size:
-        """Shape of the whole tensor."""
-        return self.shape
 
     @property
     def numel(self) -> int:

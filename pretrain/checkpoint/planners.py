@@ -94,9 +94,9 @@ class LoadPlanner(DefaultLoadPlanner):
             saved = self.metadata.state_dict_metadata.get(name)
             if not isinstance(saved, TensorStorageMetadata):
                 raise UserError(f"{self._what}: holds no {name}, which this model has")
-            if saved.size != fragments.size():
+            if saved.size != fragments.shape:
                 raise UserError(
-                    f"{self._what}: {name} has shape {list(saved.size)}, the model's is {list(fragments.size())}"
+                    f"{self._what}: {name} has shape {list(saved.size)}, the model's is {list(fragments.shape)}"
                 )
             found = create_read_items_for_chunk_list(name, saved, fragments.__create_chunk_list__())
             covered = sum(math.prod(item.lengths) for item in found)

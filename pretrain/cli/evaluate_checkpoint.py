@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.paths import find_input
 from common.terminal import visible
 from common.urls import URL
-from pretrain.checkpoint.folder import check_output_folder
+from pretrain.checkpoint.folder import check_output_folder, while_they_are_there
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources, check_held_out, open_sources
 from pretrain.evaluate import bits_per_byte, evaluation_windows, target_counts, unigram_perplexity
@@ -59,19 +59,20 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
     specs = task_specs(choices.harness) if choices.harness is not None else []
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     checkpoint = agreed(lambda: find_checkpoint(run))
-    config, tokenizer = agreed(
-        lambda: evaluation_config(
-            checkpoint,
-            config_of(checkpoint),
-            data=choices.data,
-            overrides=choices.overrides,
-            batch=choices.batch,
-            ranks=world_size,
-        )
-    )
     out = (choices.out or results.results_folder(checkpoint, ema=choices.ema)).absolute()
-    agreed(lambda: check_output_folder(out, "--out"))
-    opened = open_model(checkpoint, config, tokenizer, device, ema=choices.ema)
+    with while_they_are_there([checkpoint.path], "RUN"):
+        config, tokenizer = agreed(
+            lambda: evaluation_config(
+                checkpoint,
+                config_of(checkpoint),
+                data=choices.data,
+                overrides=choices.overrides,
+                batch=choices.batch,
+                ranks=world_size,
+            )
+        )
+        agreed(lambda: check_output_folder(out, "--out"))
+        opened = open_model(checkpoint, config, tokenizer, device, ema=choices.ema)
     limits = Limits(choices.batch, choices.context or learned_context(config.model))
     is_first = opened.place.parallel.is_first
     rows: list[tuple[str, ...]] = []

@@ -112,4 +112,4 @@ def _example(file: Path, kind: str, first: int, lines: list[str]) -> Example | N
     return Example(f"{file} line {last}", kind, context, tuple(word + after for word in (answer, *others)))
 
 
-CBT = Task("cbt", PUBLISHED, read, right_if_likelier_per_token, groups=len(KINDS))
+CBT = Task("cbt", read, right_if_likelier_per_token, groups=len(KINDS))

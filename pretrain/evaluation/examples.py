@@ -76,8 +76,6 @@ class Task:
     """A file format, and a protocol."""
 
     name: str
-    published: str
-    """What one downloads, for messages."""
     read: Callable[[Path], Examples]
     """The examples of a file or folder. Raises UserError with file and line."""
     is_right: Callable[[Sequence[Answer]], bool]

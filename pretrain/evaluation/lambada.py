@@ -30,4 +30,4 @@ def read(path: Path) -> Examples:
     return Examples(examples)
 
 
-LAMBADA = Task("lambada", PUBLISHED, read, right_if_decoded, has_perplexity=True)
+LAMBADA = Task("lambada", read, right_if_decoded, has_perplexity=True)

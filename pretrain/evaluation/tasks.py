@@ -48,7 +48,6 @@ class PreparedTask:
     """A task as ids of one tokenizer."""
 
     task: Task
-    path: Path
     examples: list[Example]
     queries: list[Query]
     """Those of all examples, one after the other."""
@@ -75,7 +74,7 @@ class PreparedTask:
             check_lengths(queries, limits)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        return cls(task, path, examples, queries, found.left_out)
+        return cls(task, examples, queries, found.left_out)
 
     def evaluate(
         self,

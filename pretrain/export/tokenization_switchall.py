@@ -100,7 +100,12 @@ class SwitchAllTokenizer(PreTrainedTokenizer):
         nothing."""
         known = [number for number in numbers if 0 <= number < self.vocab_size]
         if self._pieces is not None:
-            return str(self._pieces.decode(known))
+            text = str(self._pieces.decode(known))
+            # Where lines were cut into pieces one by one, SentencePiece has put a blank before each.
+            has_blanks = (
+                self._sentences == "lines" and self._pieces.id_to_piece(self._pieces.encode("a")[0])[0] == BLANK
+            )
+            return text.replace("\n ", "\n") if has_blanks else text
         return bytes(self._content[number] for number in known).decode("utf-8", errors="replace")
 
     def _decode(

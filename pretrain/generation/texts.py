@@ -142,7 +142,7 @@ class _Text:
         """`end`: most tokens, and the words that end it."""
         self.prompt, self.sample, self.eos_id = prompt, sample, saved.tokenizer.eos_id
         self.most, self.until = end
-        self.stream = TextStream(saved.tokenizer)
+        self.stream = TextStream(saved.tokenizer, after=prompt)
         self.ids: list[int] = []
         self.text = ""
         self.taken = 0

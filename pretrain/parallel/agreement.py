@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable
@@ -149,7 +150,8 @@ def check_shared(folder: Path) -> None:
         )
     finally:
         if dist.get_rank() == 0:
-            path.unlink()
+            with contextlib.suppress(OSError):  # the next start removes it
+                path.unlink()
 
 
 def _seen_file(folder: Path) -> str:

@@ -36,7 +36,6 @@ class MemoryEstimate:
     """Transformer-XL memory of all its streams, as it is read and as it is written."""
     gradients: Gradients
     activations: Activations
-    micro_steps: int
     graphs: int = 0
     """What CUDA graphs hold besides the activations: gradients of each kind of micro-step. 0: there are none."""
 
@@ -96,7 +95,6 @@ def estimate(config: Config, data_size: int, device_type: str, *, micro_sequence
         memory=2 * streams * model.num_layers * model.memory_length * model.d_model * dtype.itemsize,
         gradients=gradients(config, data_size, micro_steps, device_type),
         activations=traced(run),
-        micro_steps=micro_steps,
         graphs=_graphs(config, count, dtype.itemsize, data_size, device_type),
     )
 

@@ -24,8 +24,6 @@ class Rehearsal(NamedTuple):
     """Between steps, by part: RESTING."""
     elsewhere: int
     """Of the optimizer, in CPU memory (parallel.offload_optimizer on a GPU); not in `resting` and `peak`."""
-    between: int
-    """Above `resting` between two micro-steps: sums of gradients, new memory. 0 where there is one micro-step."""
     kept: dict[str, int]
     """What each layer keeps of the first micro-batch for its backward pass, by its name."""
     peak: int

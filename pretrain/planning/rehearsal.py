@@ -55,12 +55,11 @@ def rehearse(
         ledger.calls.clear()
         ledger.forget_peak()
         resting = {part: size for part, size in ledger.parts.items() if size}
-        between, kept, starts = rehearsed.step()
+        kept, starts = rehearsed.step()
         return Rehearsal(
             micro_steps=micro_steps,
             resting={part: size for part, size in resting.items() if part not in ledger.elsewhere},
             elsewhere=sum(size for part, size in resting.items() if part in ledger.elsewhere),
-            between=between,
             kept=kept,
             peak=ledger.peak,
             at_peak={part: size for part, size in ledger.at_peak.items() if size and part not in ledger.elsewhere},
@@ -93,10 +92,9 @@ class _Rank:
         self._watch = _Watch(ledger, self._engine.module)
         self.settle()
 
-    def step(self) -> tuple[int, dict[str, int], list[int]]:
-        """-> `between`, `kept` and `starts` of a Rehearsal."""
-        batches = self._batches()
-        before, watch = self._ledger.now, self._watch
+    def step(self) -> tuple[dict[str, int], list[int]]:
+        """-> `kept` and `starts` of a Rehearsal."""
+        batches, watch = self._batches(), self._watch
         watch.begin()
         output = self._executor.train(batches, watch.phases)
         if self._average is not None:
@@ -106,7 +104,7 @@ class _Rank:
         for _, memory in layer_memories(self._engine.module):
             memory.advance()
         watch.end()
-        return max(0, watch.between - before) if watch.between else 0, watch.kept, watch.starts
+        return watch.kept, watch.starts
 
     def _batches(self) -> list[Batch]:
         batch, length = self._config.batch, self._config.model.sequence_length
@@ -184,14 +182,13 @@ class _Watch:
         self.phases.on_enter = self._phase
         self.kept: dict[str, int] = {}
         self.starts: list[int] = []
-        self.between = 0
         self._layers = {name: layer for name, layer in module.named_modules() if _is_layer(name)}
         for name, layer in self._layers.items():
             layer.register_forward_pre_hook(lambda *_, name=name: self._name(name))
             layer.register_forward_hook(lambda *_, name=name: self._leave(name))
 
     def begin(self) -> None:
-        self.kept, self.starts, self.between = {}, [], 0
+        self.kept, self.starts = {}, []
         self._ledger.part, self._ledger.when = "inputs", "micro-step"
 
     def end(self) -> None:
@@ -201,8 +198,6 @@ class _Watch:
     def _phase(self, name: str) -> None:
         ledger = self._ledger
         if name.startswith("forward"):
-            if len(self.starts) == 1:
-                self.between = ledger.now
             self.starts.append(len(ledger.calls))
         elif name == "backward":
             ledger.part = "engine"  # outside the pass itself, DeepSpeed makes buffers for gradients

@@ -105,4 +105,6 @@ class Checklist:
 
 
 def _of_the_system(error: OSError) -> UserError:
-    return UserError(f"{error.filename}: {error.strerror}; see that this user may read it")
+    """A failed read names no file, and a damaged one has no words of the system."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return UserError(f"{where}{error.strerror or error}; see that this user may read it")

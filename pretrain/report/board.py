@@ -38,7 +38,7 @@ def _next_number(folder: Path) -> int:
 
 def texts_of(folder: Path) -> Iterator[tuple[str, int, str]]:
     """Tag, step and text of every text that earlier starts wrote there, in the order of TensorBoard. What is torn or
-    damaged ends its file."""
+    damaged ends its file. Raises OSError."""
     for path in sorted(folder.glob(f"{PREFIX}*")):
         # What protobuf raises of a damaged event is its own, and it is TensorBoard that depends on it.
         with contextlib.suppress(Exception):
@@ -68,12 +68,13 @@ class Board:
         they are computed again. Raises UserError if the folder cannot be made."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            number = _next_number(folder)
         except OSError as error:
             raise UserError(
                 f"monitor.tensorboard: {folder} is to be a folder ({error.strerror}); move what is there away, or set "
                 f"monitor.tensorboard to false"
             ) from None
-        name = f"{PREFIX}{_next_number(folder):010d}.{socket.gethostname()}.{os.getpid()}"
+        name = f"{PREFIX}{number:010d}.{socket.gethostname()}.{os.getpid()}"
         self.path = folder / f"{name}.{first_step}"
         self._pending = bytearray()
         self._records = RecordWriter(self)

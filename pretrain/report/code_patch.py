@@ -15,6 +15,8 @@ CODE = [f"{folder}/*{kind}" for folder in PACKAGES for kind in (".py", ".cu", ".
 """Git's patterns of what a run imports and reads."""
 MOST_BYTES = 4 << 20
 SECONDS = 20
+DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv")
+"""Whatever the user's own git shows differences by."""
 
 
 def keep_patch(run_dir: Path) -> str | None:
@@ -32,10 +34,10 @@ def keep_patch(run_dir: Path) -> str | None:
 def code_patch(root: Path) -> bytes:
     """Of the checkout `root`: changed files, and new ones that git does not ignore. Empty where git does not answer."""
     try:
-        patch = _git(root, "diff", "--binary", "HEAD", "--", *CODE)
+        patch = _git(root, *DIFF, "HEAD", "--", *CODE)
         new = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *CODE)
         for name in filter(None, new.decode().split("\0")):
-            patch += _git(root, "diff", "--binary", "--no-index", "--", "/dev/null", name, good=(0, 1))
+            patch += _git(root, *DIFF, "--no-index", "--", "/dev/null", name, good=(0, 1))
     except (OSError, ValueError, subprocess.SubprocessError):
         return b""
     return patch

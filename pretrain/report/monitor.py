@@ -1,4 +1,4 @@
-"""What a step reports: metrics.jsonl, TensorBoard and the terminal. Rank 0 writes, see step_sums.py for the values."""
+"""What a step reports: metrics.jsonl, TensorBoard and the terminal. Rank 0 writes, see metrics.py for the values."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class StepProfiler:
         self._run_dir, self._device, self._rank = run_dir, device, dist.get_rank()
         self._profiler: profile | None = None
         if self._steps is not None and self._rank == 0 and self._steps[0] not in ahead and not self._folder.exists():
-            run = f"runs steps {ahead[0]} to {ahead[-1]}" if ahead else f"is done, at step {ahead.stop - 1}"
+            run = f"runs steps {ahead[0]} to {ahead[-1]}" if ahead else f"is done, at step {ahead.start - 1}"
             print(
                 f"warning: monitor.profile_steps: {list(self._steps)} begins outside of this start, which {run}; "
                 f"nothing is profiled",

@@ -7,7 +7,7 @@ import collections
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,19 +141,18 @@ class RunFolder:
             self._alerts.finish()
 
     def losses(self, last_step: int, count: int) -> list[float]:
-        """The last `count` finite losses up to step `last_step`, from metrics.jsonl."""
+        """The last `count` finite losses up to step `last_step`, from metrics.jsonl. Raises UserError."""
         found: collections.deque[float] = collections.deque(maxlen=count)
-        if self._writes:
-            for row in self._metrics.rows():
-                if row["step"] <= last_step and isinstance(row.get("loss"), int | float):
-                    found.append(row["loss"])
+        for row in self._rows(self._metrics):
+            if row["step"] <= last_step and isinstance(row.get("loss"), int | float):
+                found.append(row["loss"])
         return list(found)
 
     def was_validated(self, step: int, kind: str = "validation") -> bool:
         """Whether events.jsonl holds a validation (or another event of `kind`) after `step` that still counts: a start
-        from before that step computes it again."""
+        from before that step computes it again. Raises UserError."""
         found = False
-        for row in self._events.rows() if self._writes else ():
+        for row in self._rows(self._events):
             if row["event"] in ("started", kind) and isinstance(row.get("step"), int):
                 if row["event"] == kind:
                     found = found or row["step"] == step
@@ -162,11 +161,18 @@ class RunFolder:
         return found
 
     def has_said_since_start(self, kind: str) -> bool:
-        """Whether events.jsonl holds an event of `kind` after the newest start."""
+        """Whether events.jsonl holds an event of `kind` after the newest start. Raises UserError."""
         found = False
-        for row in self._events.rows() if self._writes else ():
+        for row in self._rows(self._events):
             found = row["event"] == kind or (found and row["event"] != "started")
         return found
+
+    def _rows(self, log: LineLog) -> Iterator[Row]:
+        """Nothing on ranks that do not write. Raises UserError if the file cannot be read."""
+        try:
+            yield from log.rows() if self._writes else ()
+        except OSError as error:
+            raise UserError(f"--run-dir: {log.path} cannot be read: {error.strerror}") from None
 
     def write_config(self, tree: dict[str, Any]) -> None:
         """config.json: the resolved configuration of the newest start."""

@@ -12,9 +12,10 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_json
-from common.line_log import LineLog, is_event
+from common.line_log import append_whole
 from common.presence import exists
 from common.run_lock import last_sign_of_life
+from common.strict_json import dumps
 from pretrain.config.validated import setting
 from pretrain.config.watching import MonitorConfig
 from pretrain.report.alerts import Alerts
@@ -56,8 +57,7 @@ class EarlyEnd:
         sign = last_sign_of_life(self._run_dir)
         if sign is not None and sign.is_alive:
             return
-        events = LineLog(self._run_dir / "events.jsonl", is_event)
-        events.append(end_event(outcome))
+        append_whole(self._run_dir / "events.jsonl", f"{dumps(end_event(outcome))}\n".encode())
         write_json(self._run_dir / "outcome.json", outcome)
 
     def hear(self, stop: Stop) -> None:

@@ -119,7 +119,8 @@ class Tokenizer:
         known = [int(number) for number in ids if number < self.vocab_size]
         if self._model is None:
             return self._values[np.asarray(known, np.int64)].tobytes().decode("utf-8", errors="replace")
-        return str(self._model.decode(known))
+        text = str(self._model.decode(known))
+        return text.replace("\n ", "\n") if self.has_blanks_before_lines else text
 
     def content(self, number: int) -> bytes:
         """What an id adds to a text that goes on, in UTF-8: a byte's id one byte of a character, a control id (EOS) and
@@ -140,11 +141,19 @@ class Tokenizer:
 
     def bytes_of(self, counts: np.ndarray) -> int | None:
         """Bytes in UTF-8 of a text that has each id as often as `counts` [n] says, with the blank that SentencePiece
-        puts before a document; None where ids have no text, or some are unknown, whose text is lost."""
+        puts before a document (not those before its other lines, where these were cut one by one); None where ids have
+        no text, or some are unknown, whose text is lost."""
         present = np.flatnonzero(counts[: self.vocab_size]).tolist()
         if not self.has_text or (self._model is not None and any(map(self._model.is_unknown, present))):
             return None
-        return int(sum(int(counts[number]) * len(self.content(number)) for number in present))
+        contents, is_cut = {number: self.content(number) for number in present}, self.has_blanks_before_lines
+        return sum(int(counts[n]) * (len(text) - is_cut * text.count(b"\n")) for n, text in contents.items())
+
+    @functools.cached_property
+    def has_blanks_before_lines(self) -> bool:
+        """Whether ids hold a blank before each line, which the text does not have."""
+        model = self._model
+        return self._by_line and model is not None and model.id_to_piece(model.encode("a")[0])[0] == SPACE_SYMBOL
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each id stands for inside a text; a byte that is no character of its own as <0xE2>."""

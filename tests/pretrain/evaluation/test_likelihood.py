@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,7 +148,7 @@ def test_texts_are_computed_with_empty_memory_and_leave_none() -> None:
 
 def result_of(answers: list[list[Answer]], groups: list[str], task: Task) -> dict[str, float]:
     examples = [Example("", group, "", ("x",) * len(own)) for group, own in zip(groups, answers, strict=True)]
-    prepared = PreparedTask(task, Path(), examples, [], 0)
+    prepared = PreparedTask(task, examples, [], 0)
     found = prepared._result(Answers([one for own in answers for one in own], 0))
     assert found.examples == len(answers)
     return found.values
@@ -159,7 +158,7 @@ def test_a_result_is_the_mean_of_groups_and_the_perplexity_of_whole_targets() ->
     def lone(log_likelihood: float, right: bool) -> list[Answer]:
         return [Answer(log_likelihood, right, 3)]
 
-    task = Task("t", "", lambda path: None, right_if_decoded, has_perplexity=True)  # type: ignore[arg-type, return-value]
+    task = Task("t", lambda path: None, right_if_decoded, has_perplexity=True)  # type: ignore[arg-type, return-value]
     answers = [lone(-1.0, True), lone(-2.0, False), lone(-4.0, False), lone(-5.0, True)]
     values = result_of(answers, ["a", "b", "b", "b"], task)
     assert values == {"accuracy": pytest.approx((1 + 1 / 3) / 2), "perplexity": pytest.approx(math.exp(3.0))}

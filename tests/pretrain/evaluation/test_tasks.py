@@ -364,6 +364,20 @@ def test_refusals(runs: Path, prepared: Path, tmp_path: Path, capsys: pytest.Cap
     refused("lambada: the outputs of checkpoint .*step-00000001 are not finite", *arguments, run=copy)
 
 
+def test_a_checkpoint_that_its_run_removes_meanwhile(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, check_files = shutil.copytree(runs / "rope", tmp_path / "copy"), Checkpoint.check_files
+
+    def removed_first(checkpoint: Checkpoint, **named: int) -> None:
+        shutil.rmtree(checkpoint.path)
+        check_files(checkpoint, **named)
+
+    monkeypatch.setattr(Checkpoint, "check_files", removed_first)
+    assert main([str(copy), "--limit", "1"]) == 2
+    assert re.search(r"RUN: .*step-00000001 was removed while it was read, by a run that goes", capsys.readouterr().err)
+
+
 def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,7 +72,9 @@ def test_ids_of_the_data_and_the_text_back(prepared: Path, tmp_path: Path) -> No
 def test_line_by_line(prepared: Path, tmp_path: Path) -> None:
     stored = StoredTokenizer(entry=sentencepiece_entry(prepared), folder=prepared, by_line=True)
     reference = TextTokenizer.load(prepared / "tokenizer.model")
-    ids = tokenizer_of(stored, tmp_path)(TEXTS)["input_ids"]
+    tokenizer = tokenizer_of(stored, tmp_path)
+    ids = tokenizer(TEXTS)["input_ids"]
+    assert tokenizer.batch_decode(ids) == [text.replace("\u2581", " ") for text in TEXTS]
     assert ids == [reference.encode_lines(text).tolist() for text in TEXTS]
     assert ids != [reference.encode(text).tolist() for text in TEXTS]
     assert stored_tokenizer(tmp_path, None).by_line

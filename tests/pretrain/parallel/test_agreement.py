@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 import pretrain.evaluate
+import pretrain.report.tensorboard
 from common.errors import DataError, PassingError, UserError
 from data_prep.shards.format import Manifest
 from pretrain.config.schema import Config
@@ -78,6 +80,21 @@ def test_a_run_folder_that_cannot_be_written(prepared: Path, tmp_path: Path) -> 
     assert outcomes[1].startswith("PeerFailed")
 
 
+def _outcome_without_earlier_texts(rank: int, config: Config, run_dir: Path) -> str:
+    def unanswered(folder: Path) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    pretrain.report.tensorboard.texts_of = unanswered  # this process ends with the test
+    return _outcome_of_training(rank, config, run_dir)
+
+
+def test_a_board_that_the_first_rank_cannot_open(prepared: Path, tmp_path: Path) -> None:
+    config = small_config(prepared, "monitor.tensorboard=true")
+    first, second = run_ranks(_outcome_without_earlier_texts, 2, config, tmp_path / "run")
+    assert first.startswith("UserError: --run-dir:") and "tensorboard/events cannot be written" in first
+    assert second.startswith("PeerFailed")
+
+
 def _primitives(rank: int, folder: Path) -> list[str]:
     outcomes = []
 
@@ -114,6 +131,12 @@ def _primitives(rank: int, folder: Path) -> list[str]:
         except PeerFailed as error:
             outcomes.append(f"PeerFailed of {error.kind.__name__}: {error.words}")
     attempt(lambda: check_shared(own if rank == 0 else folder / ("x" * 300)))  # to ask after it is an error itself
+
+    def unanswered(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(self))
+
+    Path.unlink = unanswered  # this process ends with the test
+    attempt(lambda: check_shared(folder))
     return outcomes
 
 
@@ -127,6 +150,7 @@ def test_primitives(tmp_path: Path) -> None:
     assert "rank 1 does not see the folder" in second[5]
     assert first[5] == second[5].replace("UserError: ", "PeerFailed: rank 1: ")
     assert first[8].startswith("PeerFailed: rank 1: --run-dir") and "rank 1 does not see the folder" in second[8]
+    assert first[9] == second[9] == "None"
     assert not list(tmp_path.glob("*/.seen*"))
     # An error that stays goes before one that may pass, which would be waited for in vain.
     assert (first[6], second[6]) == ("PeerFailed of UserError: rank 1: stays", "UserError: stays")

@@ -308,7 +308,7 @@ def test_a_divided_layout_is_rehearsed(capsys: pytest.CaptureFixture[str], monke
         resting = {"weights": 2 * GIB, "optimizer": 3 * GIB, "pipeline": GIB}
         at_peak = {**resting, "loss": GIB, "update": 5}
         kept = {"blocks.0": 7 * GIB, "blocks.1": 6 * GIB, "head": GIB}
-        return Rehearsal(most_micro_steps, resting, 0, 0, kept, 20 * GIB + rank, at_peak, calls, [])
+        return Rehearsal(most_micro_steps, resting, 0, kept, 20 * GIB + rank, at_peak, calls, [])
 
     monkeypatch.setattr(layout_plan, "rehearsed", rehearse)
     line = ["fit", str(ONE_BILLION), "--gpus", "8", "--gpu", "h100-80gb", "--set", "parallel.pipeline=2", "--json"]

@@ -198,7 +198,7 @@ def given(micro_steps: int, per_sequence: int, sequences: int) -> MemoryEstimate
     sums = 50 if micro_steps > 1 else 0
     return MemoryEstimate(
         weights=100, optimizer=0, memory=0, activations=Activations(0, 0, peak, peak, peak, peak, 0),
-        gradients=Gradients(sums, sums, sums, sums, 0, 0, 50 - sums, 50, 0), micro_steps=micro_steps,
+        gradients=Gradients(sums, sums, sums, sums, 0, 0, 50 - sums, 50, 0),
     )  # fmt: skip
 
 
@@ -247,9 +247,7 @@ def test_the_highest_point_of_a_step(changed: dict[str, int], highest: int) -> N
     )
     held = {"between": 0, "at_loss": 5, "first": 3, "coming": 40, "passed": 2, "joined": 10, "stay": 0, "buckets": 0}
     of_step = Gradients(**{**held, "afterwards": 0, **changed})
-    found = MemoryEstimate(
-        weights=100, optimizer=200, memory=300, activations=activations, gradients=of_step, micro_steps=2
-    )
+    found = MemoryEstimate(weights=100, optimizer=200, memory=300, activations=activations, gradients=of_step)
     assert found.total == 600 + highest
 
 
@@ -261,7 +259,6 @@ def test_the_1b_model_on_its_eight_gpus() -> None:
     gib = {name: getattr(found, name) / 2**30 for name in ("weights", "optimizer")}
     gib |= {name: parts[name] / 2**30 for name in ("between", "buckets")}
     assert gib == pytest.approx({"weights": 2.08, "optimizer": 1.56, "between": 4.16, "buckets": 0.37}, abs=0.01)
-    assert found.micro_steps == 8
     a_state = 8 * 2048 * 2048 * 2
     assert a_state <= found.activations.of_a_layer < 1.1 * a_state
 

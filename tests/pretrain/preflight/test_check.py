@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections import namedtuple
+from gzip import BadGzipFile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,6 +161,20 @@ def test_the_last_line_blames_no_problem_for_a_check_that_was_not_made() -> None
     checks.do("text", lambda outcome: "is there")
     said = summary(SimpleNamespace(checks=checks))  # type: ignore[arg-type]
     assert said == "1 problem in 3 checks, 1 could not be made (see above); nothing was written"
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (PermissionError(13, "Permission denied", "data/x"), "data/x: Permission denied; see that this user may read"),
+        (OSError(5, "Input/output error"), "data.manifest: Input/output error; see that"),  # of a read
+        (BadGzipFile("Not a gzipped file"), "data.manifest: Not a gzipped file; see that"),
+    ],
+)
+def test_what_the_system_refuses_names_what_is_known(error: OSError, words: str) -> None:
+    checks = Checklist()
+    checks.do("shards", Mock(side_effect=error), key="data.manifest")
+    assert words in str(checks.problems[0]) and "None" not in str(checks.problems[0])
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_the_memory_of_a_step_is_compared_with_that_of_the_device(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rehearse(config: Config, *others: Any, **options: Any) -> Rehearsal:
-        return Rehearsal(1, {}, 0, 0, {}, 9 * 2**30, {}, [], [])
+        return Rehearsal(1, {}, 0, {}, 9 * 2**30, {}, [], [])
 
     monkeypatch.setattr(rehearsal, "rehearse", rehearse)
     graphs = "train.cuda_graph=off"

@@ -42,7 +42,8 @@ def test_a_patch_gives_the_code_again(tree: Path, tmp_path: Path, monkeypatch: p
     (tree / "model" / "attention" / "dense.py").unlink()
     (tree / "model" / "attention" / "top p.py").write_text("new, with a blank in its name\n")
     (tree / "model" / "my_scratch.py").write_text("ignored\n")
-    git(tree, "config", "diff.noprefix", "true")
+    for key, value in (("diff.noprefix", "true"), ("color.ui", "always"), ("diff.external", "false")):
+        git(tree, "config", key, value)
     name = keep_patch(run)
     assert name is not None and [path.name for path in run.iterdir()] == [name] and keep_patch(run) == name
     git(tmp_path, "clone", "-q", str(tree), "again")

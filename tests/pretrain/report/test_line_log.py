@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import resource
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import common.line_log
+import pretrain.report.board
 from common.errors import UserError
 from common.files import write_json
 from common.line_log import LineLog, is_event, is_step
@@ -115,6 +118,25 @@ def test_a_board_hears_of_a_start_that_moves_many_lines_away(tmp_path: Path) -> 
     folder.end(ExitCode.FINISHED, "finished")
 
 
+def test_a_log_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first rank, which alone reads it, so that the ranks can agree on it."""
+
+    def unanswered(path: Path) -> bool:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    folder = RunFolder(tmp_path, writes=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(common.line_log, "exists", unanswered)
+        for ask, name in (
+            (lambda: folder.losses(5, 10), "metrics.jsonl"),
+            (lambda: folder.was_validated(5), "events.jsonl"),
+            (lambda: folder.has_said_since_start("rollback"), "events.jsonl"),
+        ):
+            with pytest.raises(UserError, match=f"^--run-dir: .*{name} cannot be read: Input/output error$"):
+                ask()
+    folder.end(ExitCode.FINISHED, "finished")
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "checkpoints", "outcome.json"])
 def test_what_is_in_the_way_is_named(tmp_path: Path, name: str) -> None:
     if name == "checkpoints":
@@ -130,6 +152,15 @@ def test_a_file_in_the_place_of_the_boards_folder_is_named(tmp_path: Path) -> No
     (tmp_path / "tensorboard").write_text("")
     with pytest.raises(UserError, match=r"monitor\.tensorboard: .*tensorboard is to be a folder"):
         Board(tmp_path / "tensorboard", first_step=0)
+
+
+def test_a_boards_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unanswered(folder: Path) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pretrain.report.board, "_next_number", unanswered)
+    with pytest.raises(UserError, match=r"^monitor\.tensorboard: .*\(Input/output error\)"):
+        Board(tmp_path, first_step=0)
 
 
 def test_the_end_of_a_run_on_a_full_disk_is_still_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,6 +81,8 @@ def test_steps_that_this_start_does_not_run_are_a_warning(
     )
     assert "[9, 9] begins outside of this start, which runs steps 5 to 8;" in build((9, 9), range(5, 9))
     assert "[9, 9] begins outside of this start, which is done, at step 8;" in build((9, 9), range(9, 9))
+    # train.stop_after_steps = 5 of a run that has taken 8.
+    assert "which is done, at step 8;" in build((9, 9), range(9, 6))
     assert build((5, 9), range(5, 9)) == build((8, 8), range(5, 9)) == build(None, range(5, 9)) == ""
     (tmp_path / "profile" / "steps-4-9").mkdir(parents=True)
     assert build((4, 9), range(5, 9)) == "", "an earlier start recorded them"

@@ -116,6 +116,18 @@ def test_a_run_that_has_taken_all_steps_stays_finished(run: Path, step: int, is_
     assert (RunView.open(run).state is State.FAILED) == is_noted
 
 
+def test_a_folder_that_cannot_be_written_adds_no_word(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, data: bytes) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("pretrain.resilience.early_end.append_whole", refuse)
+    assert started(run, "data.manifest=nowhere") == ExitCode.REFUSED
+    said = capsys.readouterr().err
+    assert said.startswith("error: data.manifest: ") and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("content", ["3", "{", "[" * 100_000])
 def test_what_the_folder_holds_does_not_change_how_the_start_ends(run: Path, content: str) -> None:
     for name in ("outcome.json", "config.json"):

@@ -86,6 +86,14 @@ def test_a_folder_in_use_that_was_moved_stays_in_use(tmp_path: Path) -> None:
         FolderLock(moved)
 
 
+def test_no_lock_stays_where_the_folder_cannot_be_listed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep another node out for a minute."""
+    monkeypatch.setattr(locks, "_locks", Mock(side_effect=[[], OSError(errno.EIO, "no answer")]))
+    with pytest.raises(OSError, match="no answer"):
+        FolderLock(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lock_that_goes_while_a_reader_who_may_not_write_looks_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

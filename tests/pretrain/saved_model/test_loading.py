@@ -21,6 +21,7 @@ from pretrain.checkpoint import loading as checkpoint_loading
 from pretrain.checkpoint.convert import convert
 from pretrain.export.loading import load_any
 from pretrain.export.reading import open_export
+from pretrain.generation.pieces import TextStream
 from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.saved_model import Tokenizer, find_checkpoint, load_model, loading
 from tests.harness import run_ranks
@@ -226,5 +227,13 @@ def test_lines_are_cut_one_by_one_where_the_data_were(prepared: Path) -> None:
     changed = manifest.model_copy(update={"provenance": provenance})
     changed._folder = manifest.folder
     reference = TextTokenizer.load(prepared / "tokenizer.model")
-    assert Tokenizer(changed).encode(TEXT) == reference.encode_lines(TEXT).tolist()
+    tokenizer = Tokenizer(changed)
+    assert tokenizer.encode(TEXT) == reference.encode_lines(TEXT).tolist()
+    for text in (TEXT, f"{TEXT}\n\n  and two blanks\n"):
+        size = tokenizer.bytes_of(np.bincount(tokenizer.encode(text)))
+        assert size == len(text.encode()) + (not text.endswith("\n")), "of all blanks before lines one at most counts"
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        first, _, rest = text.partition("\n")
+        stream = TextStream(tokenizer, after=f"{first}\n")
+        assert "".join(map(stream.add, tokenizer.encode(rest))) + stream.end() == rest
     assert reference.encode_lines(TEXT).tolist() != reference.encode(TEXT).tolist()

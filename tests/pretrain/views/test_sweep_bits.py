@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from pretrain.views.sweep import Result, loss_name, table, table_csv
+from pretrain.views.sweep_means import means_csv, means_latex, summarised
 from pretrain.views.sweep_picture import losses_drawn
 from tests.pretrain.views.swept import result
 
@@ -32,6 +33,13 @@ def test_runs_of_different_data_are_ranked_by_bits_per_byte(tmp_path: Path) -> N
     (best, _) = csv.DictReader(io.StringIO(table_csv(results, ["data.manifest"])))
     assert (best["validation_bits_per_byte"], best["validation_loss"]) == ("1.4", "4.0")
     assert losses_drawn(results, ["data.manifest"])
+    best_mean, other = summarised(results, ["data.manifest"])
+    assert (best_mean.values["data.manifest"], best_mean.losses) == ("32k", [1.4])
+    assert other.has_bits
+    (row, _) = csv.DictReader(io.StringIO(means_csv([best_mean, other], ["data.manifest"])))
+    assert row["validation_bits_per_byte_mean"] == "1.4"
+    drawn = means_latex([best_mean, other], ["data.manifest"])
+    assert "& bits per byte" in drawn and "& 1.4000" in drawn and "perplexity" not in drawn
     same = [of_data("x", 3.0, 1.5, "a"), of_data("y", 4.0, 1.4, "a")]
     unknown = [results[0], of_data("z", 4.0, None, "b")]
     assert loss_name(same) == loss_name(unknown) == "validation"
