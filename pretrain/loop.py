@@ -46,14 +46,14 @@ def train(
     (what was saved stands)."""
     stop = stop or Stop()
     stop.enter(ProcessState.STARTING)
-    with early_end_noted(run_dir, config.monitor, stop):
+    with early_end_noted(run_dir, config.monitor, stop) as early_end:
         check_same(f"{sources.key} (digest)", sources.digest)
         sources = check_data(sources, config, run_dir)
         parallel, tasks = parallel_context(config), agreed(lambda: RunTasks.open(config, sources))
         if config.monitor.memory_history:
             record_memory_history(device)  # before a model is built: only what is allocated later has a stack
         alerts = Alerts(config.monitor, run_dir) if parallel.is_first else None
-        folder = agreed(lambda: RunFolder(run_dir, writes=parallel.is_first, alerts=alerts))
+        folder = agreed(lambda: early_end.open(lambda: RunFolder(run_dir, writes=parallel.is_first, alerts=alerts)))
     setup = RunSetup(config, sources, parallel, device, tasks=tasks, side_by_side=side_by_side)
     stop.standing = lambda: what_stands(config, run_dir)
     with guarded(config.resilience, folder, stop, setup.phases) as control, drained():

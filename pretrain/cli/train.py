@@ -151,6 +151,7 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         return code
     except Exception as error:
         if end is not None and ranks.rank == 0:
+            stop.enter(ProcessState.ENDING)
             end.note(ExitCode.UNFORESEEN, repr(error))
         raise
 
@@ -235,6 +236,7 @@ def run(  # noqa: PLR0913 (what main has found, one after the other)
     except devices.Unreachable as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if end is not None and ranks.rank == 0:
+            stop.enter(ProcessState.ENDING)
             end.note(ExitCode.CUT_OFF, str(error))
         return ExitCode.CUT_OFF
     stop.enter(ProcessState.STARTING)

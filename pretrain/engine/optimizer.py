@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,12 +38,11 @@ def rates_of(name: str, spec: ParameterSpec, config: OptimizerConfig) -> Rates:
     return Rates(decay if spec.decayed else 0.0, own.learning_rate_ratio)
 
 
-def grouped(names: Iterable[str], config: Config) -> dict[Rates, list[str]]:
-    """The parameters, all of a model's or a stage's, by what the optimizer does with them; the ones that decay most
-    first. Raises ConfigError if optimizer.groups has a group of which the model has no parameter."""
-    specs, groups = parameter_specs(config.model), config.optimizer.groups
+def group_problems(config: Config) -> Iterator[ConfigError]:
+    """What optimizer.groups says of parameters that the model does not have, or does not decay."""
+    groups = config.optimizer.groups
     decayed: dict[str, bool] = {}
-    for name, spec in specs.items():
+    for name, spec in parameter_specs(config.model).items():
         group = group_of(name, spec).replace("-", "")
         is_copy = owner_of(name, config.model) != name
         decayed[group] = decayed.get(group, False) or (spec.decayed and not is_copy)
@@ -52,9 +51,17 @@ def grouped(names: Iterable[str], config: Config) -> dict[Rates, list[str]]:
         if own == type(groups).model_fields[group].default:
             continue
         if has_decayed is None:
-            raise ConfigError(f"optimizer.groups.{group}: this model has no such parameters; remove the key")
-        if not has_decayed and getattr(own, "weight_decay", None) is not None:
-            raise ConfigError(f"optimizer.groups.{group}.weight_decay: nothing of it is decayed; remove the key")
+            yield ConfigError(f"optimizer.groups.{group}: this model has no such parameters; remove the key")
+        elif not has_decayed and getattr(own, "weight_decay", None) is not None:
+            yield ConfigError(f"optimizer.groups.{group}.weight_decay: nothing of it is decayed; remove the key")
+
+
+def grouped(names: Iterable[str], config: Config) -> dict[Rates, list[str]]:
+    """The parameters, all of a model's or a stage's, by what the optimizer does with them; the ones that decay most
+    first. Raises ConfigError, the first of `group_problems`."""
+    for error in group_problems(config):
+        raise error
+    specs = parameter_specs(config.model)
     found: dict[Rates, list[str]] = {}
     for name in names:
         owner = owner_of(name, config.model)  # both stages that hold a tied embedding change it in the same way

@@ -60,6 +60,7 @@ class PlannedRun:
         checks.do("packages", self._packages)
         checks.do("layout", self._layout)
         checks.do("device", self._device)
+        checks.do("optimizer", self._optimizer)
         checks.do("data sets", self._data_sets, key=data)
         checks.do("tokenizer", self._tokenizer, key=data)
         checks.do("text", self._text, key=data)
@@ -96,6 +97,13 @@ class PlannedRun:
         check_device(self.config, self.device)
         kernels = choose_backends(self.config, self.device)
         return f"{self.config.train.precision} on {self.device}; kernels: {kernels}"
+
+    def _optimizer(self, found: Outcome) -> str:
+        from pretrain.engine.optimizer import group_problems
+
+        for error in group_problems(self.config):
+            found.problem(error)
+        return "the model has every group of parameters of optimizer.groups"
 
     def _data_sets(self, found: Outcome) -> str:
         from pretrain.data.sources import Sources

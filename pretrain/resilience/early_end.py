@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pretrain.config.validated import setting
 from pretrain.config.watching import MonitorConfig
 from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
-from pretrain.report.run_folder import end_event
+from pretrain.report.run_folder import RunFolder, end_event
 from pretrain.report.run_paths import SAVED_CONFIG
 from pretrain.resilience.signals import Stop
 
@@ -33,14 +34,25 @@ class EarlyEnd:
         does anything: an outcome that is written later is of this start, by another rank."""
         self._run_dir, self._monitor = run_dir, monitor
         self._before = _outcome(run_dir)
+        self._folder: RunFolder | None = None
         self._is_closed = False
+        self._noted_by: threading.Thread | None = None
+        self._lock = threading.RLock()
 
     def note(self, code: ExitCode, reason: str) -> None:
         """Writes the end down and sends its alert, for which it waits some seconds. Nothing if another rank has done
-        it, or after `close`."""
-        if self._is_closed or _outcome(self._run_dir) != self._before:
-            return
-        outcome = {"exit_code": int(code), "reason": reason, "step": None, "time": time.time()}
+        it, for a second end, and after `close`."""
+        with self._lock:
+            if self._is_closed or self._noted_by is not None:
+                return
+            self._noted_by = threading.current_thread()
+            if self._folder is not None:
+                self._folder.end(code, reason)
+                self._folder.finish_alerts()
+            elif _outcome(self._run_dir) == self._before:
+                self._note({"exit_code": int(code), "reason": reason, "step": None, "time": time.time()})
+
+    def _note(self, outcome: dict[str, Any]) -> None:
         with contextlib.suppress(UserError, OSError):
             self._write(outcome)
         with contextlib.suppress(UserError, OSError):
@@ -64,11 +76,32 @@ class EarlyEnd:
         """From now on a process that leaves at once notes that."""
         stop.before_leaving.append(self.note)
 
+    def open(self, folder: Callable[[], RunFolder]) -> RunFolder:
+        """Opens the run folder, which then writes the end down itself and gives up its lock."""
+        with self._going_on():
+            self._folder = folder()
+        return self._folder
+
     def close(self, stop: Stop) -> None:
         """From now on somebody else writes down how the start ends."""
-        self._is_closed = True
+        with self._going_on():
+            self._is_closed = True
         if self.note in stop.before_leaving:
             stop.before_leaving.remove(self.note)
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Nobody notes an end in the block. If another thread has, it ends the process as soon as it has sent its
+        alert; opening the folder now would remove what it wrote."""
+        with self._lock:
+            if self._noted_by not in (None, threading.current_thread()):
+                wait_for_the_end()
+            yield
+
+
+def wait_for_the_end() -> None:
+    """Never returns: another thread ends the process."""
+    threading.Event().wait()
 
 
 def _has_ended_for_good(run_dir: Path) -> bool:

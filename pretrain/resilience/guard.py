@@ -63,13 +63,13 @@ def collective_timeout(config: ResilienceConfig) -> float:
 
 
 @contextlib.contextmanager
-def early_end_noted(run_dir: Path, monitor: MonitorConfig, stop: Stop) -> Iterator[None]:
-    """Notes how a start ended in the block, before it came to open its folder (early_end.py)."""
+def early_end_noted(run_dir: Path, monitor: MonitorConfig, stop: Stop) -> Iterator[EarlyEnd]:
+    """Notes how a start ended in the block, in which it opens its folder (early_end.py)."""
     end, is_first = EarlyEnd(run_dir, lambda: monitor), dist.get_rank() == 0
     if is_first:
         end.hear(stop)
     try:
-        yield
+        yield end
     except BaseException as error:
         if is_first:
             end.note(*_early_end(error))

@@ -34,7 +34,8 @@ def losses_drawn(results: Sequence[Result], keys: Sequence[str]) -> bytes:
     value, in one colour for each combination of the others. Of runs that differ in their seeds alone the mean is drawn,
     with the standard deviation (of a sample) as a bar; against the seeds themselves each run. A star is the best."""
     varied = [key for key in (*keys, CONFIG) if len({_value(result, key) for result in results}) > 1] or [CONFIG]
-    finished = [result for result in ranked(results) if result.state is State.FINISHED]
+    name = loss_name(results)
+    finished = [r for r in ranked(results) if r.state is State.FINISHED and math.isfinite(r.loss(name))]
     figure = Figure(figsize=(6.5 * len(varied), 5), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for axes, key in zip(figure.subplots(1, len(varied), squeeze=False)[0], varied, strict=True):

@@ -82,6 +82,8 @@ def test_all_mistakes_are_found_in_one_call(
         "batch.global_sequences=9",
         "parallel.tensor=4",
         "train.precision=fp16",
+        "optimizer.groups.feedforward.weight_decay=0.1",
+        "optimizer.groups.norms.learning_rate_ratio=0.5",
         f"data.sources={json.dumps(sources)}",
         f"checkpoint.resume={checkpoint}",
         "evaluate.tasks.lambada=no/where",
@@ -98,6 +100,7 @@ def test_all_mistakes_are_found_in_one_call(
         ("monitor.wandb: is online, but the package wandb is not installed", 'pip install -e ".[wandb]"'),
         ("parallel: 6 ranks cannot be divided into groups of tensor x pipeline = 4", "start 8 ranks"),
         ("train.precision: fp16 needs CUDA", "set train.precision to bf16 or fp32"),
+        ("optimizer.groups.feedforward: this model has no such parameters", "remove the key"),
         ("data.sources.1.manifest: ", "was made with another tokenizer", "prepare one of them again"),
         ("model.vocab_size: 384 rows cannot hold the tokenizer's 400 pieces", "set it to 400 or more"),
         (
@@ -125,9 +128,9 @@ def test_all_mistakes_are_found_in_one_call(
         (
             ValueError("Type fp8 is not supported"),
             2,
-            "1 problem in 18 checks, 1 could not be made (see above); ",
+            "1 problem in 19 checks, 1 could not be made (see above); ",
         ),
-        (NotImplementedError("aten::new"), 0, "16 of 18 checks passed, 2 could not be made (see above); "),
+        (NotImplementedError("aten::new"), 0, "17 of 19 checks passed, 2 could not be made (see above); "),
     ],
     ids=["of the run", "of the rehearsal"],
 )

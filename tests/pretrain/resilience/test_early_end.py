@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 import pretrain.device
+import pretrain.loop
 import pretrain.resilience.guard
 from common.errors import PassingError, UserError
 from common.paths import REPOSITORY
@@ -22,8 +26,11 @@ from pretrain.cli.train import main
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.loop import train
-from pretrain.parallel.agreement import PeerFailed
+from pretrain.parallel.agreement import PeerFailed, agreed
+from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
+from pretrain.report.run_folder import RunFolder
+from pretrain.resilience.early_end import EarlyEnd
 from pretrain.resilience.signals import Stop
 from pretrain.views.reading import RunView, State
 from tests.harness import run_ranks
@@ -203,6 +210,53 @@ def test_an_error_that_nobody_foresaw_is_the_outcome(
     assert (outcome["exit_code"], outcome["reason"]) == (ExitCode.UNFORESEEN, "RuntimeError('planted')")
 
 
+@pytest.mark.parametrize("is_foreseen", [True, False])
+def test_a_signal_cuts_no_alert_of_how_the_start_ended(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_foreseen: bool
+) -> None:
+    """The launcher sends SIGTERM as soon as another rank has left, which cannot reach this one either."""
+    stop, error = Stop(), pretrain.device.Unreachable("the ranks cannot meet")
+    finish = Alerts.finish
+
+    def start(*arguments: object, **options: object) -> torch.device:
+        raise error if is_foreseen else RuntimeError("planted")
+
+    def finish_later(alerts: Alerts) -> None:
+        stop._ask("SIGTERM")
+        finish(alerts)
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    monkeypatch.setattr("pretrain.resilience.signals.LEAVE_SECONDS", 1e6)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(pretrain.device, "start", start)
+    monkeypatch.setattr(Alerts, "finish", finish_later)
+    told = f"monitor.alert_command={command(tmp_path, WRITES, str(tmp_path / 'got'))}"
+    with contextlib.nullcontext() if is_foreseen else pytest.raises(RuntimeError):
+        assert started(tmp_path / "night", f"data.manifest={prepared}", told, stop=stop) == ExitCode.CUT_OFF
+    ((_, given),) = calls(tmp_path / "got")
+    assert given["event"]["event"] == "failed"
+
+
+def test_a_start_that_is_being_ended_opens_no_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the thread of signals tells of it, the ranks may meet: opening the folder removes outcome.json."""
+
+    def waits() -> None:
+        raise Left
+
+    monkeypatch.setattr("pretrain.resilience.early_end.wait_for_the_end", waits)
+    end = EarlyEnd(run, lambda: None)
+    noting = threading.Thread(target=end.note, args=(ExitCode.STOPPED, "SIGTERM"))
+    noting.start()
+    noting.join()
+    with pytest.raises(Left):
+        end.open(lambda: RunFolder(run, writes=True))
+    with pytest.raises(Left):
+        end.close(Stop())
+    assert RunView.open(run).outcome["reason"] == "SIGTERM" and not list(run.glob("lock-*"))
+
+
 @pytest.mark.parametrize("wrong", ["data.manifest=nowhere", "train.stepz=3", "train", "monitor.print_every_steps=x"])
 def test_what_is_refused_before_the_ranks_meet_is_told(tmp_path: Path, wrong: str) -> None:
     """Of a first start too, which leaves nothing in the run folder."""
@@ -264,3 +318,24 @@ def test_ranks_that_meet_and_cannot_agree_are_the_outcome(prepared: Path, tmp_pa
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert outcome["exit_code"] == ExitCode.CUT_OFF and outcome["reason"].startswith("GLOO_SOCKET_IFNAME: ")
     assert not list(tmp_path.glob("lock-*"))
+
+
+def _cut_off(rank: int, config: Config, run: Path) -> None:
+    def cut(function: Callable[[], Any]) -> Any:
+        if isinstance(found := agreed(function), RunFolder):
+            raise torch.distributed.DistNetworkError("Connection closed by peer")
+        return found
+
+    pretrain.loop.agreed = cut  # type: ignore[assignment]  # this process ends with the test
+    with pytest.raises(RuntimeError):
+        train(config, Sources.load(config), run, torch.device("cpu"))
+
+
+def test_a_rank_that_is_lost_as_the_folder_opens_is_the_outcome_and_leaves_no_lock(
+    run: Path, prepared: Path, tmp_path: Path
+) -> None:
+    told = f"monitor.alert_command={command(tmp_path, WRITES, str(tmp_path / 'got'))}"
+    run_ranks(_cut_off, 1, light_config(prepared, told), run)
+    assert RunView.open(run).outcome["exit_code"] == ExitCode.CUT_OFF
+    assert not list(run.glob("lock-*"))
+    assert [given["event"]["event"] for _, given in calls(tmp_path / "got")] == ["failed"]

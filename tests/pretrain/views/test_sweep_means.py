@@ -117,3 +117,21 @@ def test_the_picture_has_means_over_seeds_with_their_deviation(tmp_path: Path, m
     first, second = stdev([3.0, 3.4]), stdev([2.9, 3.7])
     assert np.allclose(ends, [[3.2 - first, 3.2 + first], [3.3 - second, 3.3 + second]])
     assert not of_seeds.containers and len(of_seeds.lines) == 3
+
+
+def test_finished_runs_without_a_loss_are_in_no_mean_of_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their loss is no number, or they were not validated: two seeds of them have no deviation either."""
+    stars: list[tuple[float, float]] = []
+    plot = Axes.plot
+
+    def plotted(axes: Axes, *values: Any, **look: Any) -> Any:
+        if "k*" in values:
+            stars.append((values[0], values[1]))
+        return plot(axes, *values, **look)
+
+    monkeypatch.setattr(Axes, "plot", plotted)
+    losses = {("4", "0"): math.nan, ("4", "1"): math.nan, ("8", "0"): 3.0, ("8", "1"): math.nan}
+    losses_drawn([result(tmp_path, *names, loss) for names, loss in losses.items()], [EXPERTS, SEED])
+    assert stars[0] == (8.0, 3.0)
