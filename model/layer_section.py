@@ -19,9 +19,9 @@ class Routers(NamedTuple):
     """What a router makes of its logits."""
 
 
-Ability = Literal["tensor", "expert", "xl", "memory", "choices", "graphs", "analysis", "export"]
+Ability = Literal["tensor", "expert", "xl", "memory", "choices", "graphs", "maps", "routing", "export"]
 """Tensor parallelism, expert parallelism, Transformer-XL positions, memory, choices of experts that are recorded and
-replayed (`settled` in model/choices.py), CUDA graphs, attention maps and experts of a text, exports."""
+replayed (`settled` in model/choices.py), CUDA graphs, attention maps, experts that a text chooses, exports."""
 Lacks = Mapping[Ability, str]
 """What a layer cannot do -> why, in words that follow a colon."""
 

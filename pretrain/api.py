@@ -21,8 +21,9 @@ from torch import Tensor
 from common.errors import UserError
 from common.tables import beginning
 from model.decoding import hidden_states, uncached_logits
+from model.layer_section import Ability
 from model.parameters import owner_of
-from pretrain.analysis.trace import Request, RouterTrace, Trace, trace_text
+from pretrain.analysis.trace import Request, RouterTrace, Trace, lacking, trace_text
 from pretrain.checkpoint.average import origin_of
 from pretrain.checkpoint.weights import write_weights
 from pretrain.export.loading import load_any
@@ -128,8 +129,16 @@ class OpenModel:
         mean = total / len(tokens)
         return TextLoss(tokens, mean, math.exp(min(mean, 700.0)), total / math.log(2) / size if size else math.nan)
 
+    def _refuse(self, *lacks: tuple[str, Ability]) -> None:
+        """Raises UserError for what a layer lacks."""
+        found = lacking(self.model.config)
+        for lack in lacks:
+            if lack in found:
+                raise UserError(found[lack])
+
     def attention(self, text: Text, *, layers: Sequence[int] | None = None, window: int = 0) -> AttentionMaps:
         """Of `layers` (None: all) and the window of sequence_length tokens with this number, from 0."""
+        self._refuse(("attention", "maps"))
         config = self.model.config
         ids, wanted = self.encode(text), list(range(config.num_layers)) if layers is None else list(layers)
         if wrong := [layer for layer in wanted if not 0 <= layer < config.num_layers]:
@@ -144,7 +153,9 @@ class OpenModel:
         return AttentionMaps(weights, trace.first_query, trace.first_key)
 
     def routing(self, text: Text) -> list[RouterTrace]:
-        """The experts that every router chooses for each token, and their gates; empty for a model without experts."""
+        """The experts that every router chooses for each token, and their gates; empty for a model without experts.
+        Raises UserError where nothing shows a layer's choices; `pretrain.analysis.trace.trace_text` has the others'."""
+        self._refuse(("attention", "routing"), ("feedforward", "routing"))
         return self._trace(self.encode(text), Request([])).routers
 
     def generate(

@@ -9,7 +9,6 @@ from functools import partial
 
 import torch.distributed as dist
 
-from common.errors import UserError
 from common.strict_json import finite
 from pretrain.checkpoint.state import layout
 from pretrain.data.progress import Progress
@@ -21,7 +20,7 @@ from pretrain.report.estimate import COMPARED_AFTER
 from pretrain.report.metrics import step_values
 from pretrain.report.monitor import Monitor, Origin
 from pretrain.report.profile import StepProfiler
-from pretrain.report.run_folder import RunFolder
+from pretrain.report.run_folder import RunFolder, refusal
 from pretrain.report.start_facts import start_facts
 from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer
@@ -73,7 +72,7 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
             monitor = Monitor(config, folder, origin, facts=facts, side_by_side=setup.side_by_side)
             return monitor, folder.losses(step, settings.spike_window_steps)
         except OSError as error:
-            raise UserError(f"--run-dir: {error.filename or folder.path} cannot be written: {error.strerror}") from None
+            raise refusal(folder.path, error) from None
 
     monitor, losses = agreed(prepare)
     replicas = None

@@ -47,6 +47,11 @@ class Findings:
         """What one attention matrix belongs to: MoA has one for each of a token's chosen experts."""
         return "choice" if isinstance(self.model.attention, MoAConfig) else "head"
 
+    @property
+    def map_layers(self) -> list[int]:
+        """Of the drawn layers those that have maps: none where attention lacks them."""
+        return [layer for layer in self.layers if layer in self.trace.maps]
+
     def routers_of(self, layer: int) -> list[tuple[RouterTrace, Counts]]:
         return [pair for pair in zip(self.trace.routers, self.counts, strict=True) if pair[0].layer == layer]
 

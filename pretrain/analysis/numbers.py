@@ -46,7 +46,8 @@ def _run(run: Findings) -> dict[str, Any]:
         "model": run.model.model_dump(mode="json"),
         "loss": run.trace.loss,
         "pieces": run.pieces,
-        "maps": {"layers": run.layers, "first_query": run.trace.first_query, "first_key": run.trace.first_key},
+        "left_out": run.trace.left_out,
+        "maps": {"layers": run.map_layers, "first_query": run.trace.first_query, "first_key": run.trace.first_key},
         "routers": [
             {
                 "name": router.name,

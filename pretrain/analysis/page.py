@@ -69,14 +69,18 @@ class Page:
             "and follow the square root of the weight; grey lies in the future of the query. “▁” in a token is a "
             "blank, “⏎” a line break.</p>"
         )
-        for number in range(max((len(run.layers) for run in self._runs), default=0)):
-            layers = [(run, run.layers[number]) for run in self._runs if number < len(run.layers)]
+        for run in self._runs:
+            for sentence in run.trace.left_out:
+                yield f"<p>{escape(run.title)}: {escape(sentence)}.</p>"
+        for number in range(max((len(run.map_layers) for run in self._runs), default=0)):
+            layers = [(run, run.map_layers[number]) for run in self._runs if number < len(run.map_layers)]
             yield f"<h3>{escape(_layers_title(layers))}</h3>"
             yield self._image(f"attention-maximum-{number}.png", "largest attention weight over heads")
             yield "<details><summary>Each head</summary>"
             for index, run in enumerate(self._runs):
-                if number < len(run.layers):
-                    yield self._image(f"attention-heads-{index}-layer-{run.layers[number]}.png", "weights of each head")
+                if number < len(run.map_layers):
+                    name = f"attention-heads-{index}-layer-{run.map_layers[number]}.png"
+                    yield self._image(name, "weights of each head")
             yield "</details>"
 
     def _load(self) -> Iterator[str]:

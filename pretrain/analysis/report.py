@@ -145,14 +145,15 @@ def drawn(runs: Sequence[Findings], settings: Settings, after_picture: Callable[
             found[name] = content
         after_picture(name)
 
-    for number in range(max(len(run.layers) for run in runs)):
-        rows = [(run, run.layers[number]) for run in runs if number < len(run.layers)]
+    for number in range(max(len(run.map_layers) for run in runs)):
+        rows = [(run, run.map_layers[number]) for run in runs if number < len(run.map_layers)]
         add(f"attention-maximum-{number}.png", pictures.maximum_maps(rows))
     for index, run in enumerate(runs):
         for kind in run.kinds():
             add(f"load-{index}-{kind.replace(' ', '-')}.png", pictures.load(run, kind))
         for layer in run.layers:
-            add(f"attention-heads-{index}-layer-{layer}.png", pictures.head_maps(run, layer))
+            if layer in run.map_layers:
+                add(f"attention-heads-{index}-layer-{layer}.png", pictures.head_maps(run, layer))
             if run.trace.routers:
                 add(f"selection-{index}-layer-{layer}.png", pictures.selection(run, layer, settings.map_tokens))
                 add(f"together-{index}-layer-{layer}.png", pictures.together(run, layer))

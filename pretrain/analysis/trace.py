@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from model.config import ModelConfig
 from model.language_model import LanguageModel
+from model.layer_section import Ability
 from model.memory import layer_memories, separate_streams
 from pretrain.analysis.attention import attention_weights
 from pretrain.analysis.routers import Router, routers_of, routing_of
+
+ABILITIES: tuple[Ability, ...] = ("maps", "routing")
+"""Of a layer, that this needs."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Trace:
     first_query: int
     """Position in the text of the maps' first query; their first key is `first_key`."""
     first_key: int
+    left_out: list[str] = field(default_factory=list)
+    """What the model's layers lack of this, a sentence each."""
 
     @property
     def loss(self) -> float:
@@ -75,15 +81,12 @@ def trace_text(
     after_window: Callable[[int], object] = lambda n: None,
 ) -> Trace:
     """`tokens`: ids [N], N >= 1. They are read in windows of sequence_length tokens; a model with memory carries it
-    from window to window, as in training. Calls `after_window` with the number of tokens read. Raises UserError if
-    nothing here computes what the model's layers do."""
-    config = model.config
-    for place, layer in (("attention", config.attention), ("feedforward", config.feedforward)):
-        if (reason := layer.lacks.get("analysis")) is not None:
-            raise UserError(f"model.{place}.type is {layer.type}, whose maps and experts cannot be shown: {reason}")
+    from window to window, as in training. Calls `after_window` with the number of tokens read. What the model's layers
+    lack is left out, and the trace says so."""
     length, device = model.config.sequence_length, next(model.parameters()).device
     ids = torch.tensor(list(tokens), device=device)
-    kept, losses = _Kept(model, request), []
+    left_out = lacking(model.config)
+    kept, losses = _Kept(model, request, frozenset(left_out)), []
     with separate_streams(model, torch.zeros(1, dtype=torch.int64, device=device), 1), _watched(model, kept):
         for number, first in enumerate(range(0, len(ids), length)):
             window = ids[first : first + length]
@@ -95,7 +98,20 @@ def trace_text(
                 memory.advance()
             after_window(len(window))
     first_query = request.window * length
-    return Trace(torch.cat(losses).numpy(), kept.routers(), kept.maps, first_query, first_query - kept.memory_tokens)
+    first_key = first_query - kept.memory_tokens
+    told = list(left_out.values())
+    return Trace(torch.cat(losses).numpy(), kept.routers(), kept.maps, first_query, first_key, told)
+
+
+def lacking(config: ModelConfig) -> dict[tuple[str, str], str]:
+    """What nothing here computes of the model's layers: (place, ability) -> a sentence."""
+    words = {"maps": "whose attention maps are not shown", "routing": "whose choices of experts are not shown"}
+    return {
+        (place, ability): f"model.{place}.type is {layer.type}, {words[ability]}: {layer.lacks[ability]}"
+        for place, layer in (("attention", config.attention), ("feedforward", config.feedforward))
+        for ability in ABILITIES
+        if ability in layer.lacks
+    }
 
 
 @dataclass
@@ -104,6 +120,8 @@ class _Kept:
 
     model: LanguageModel
     request: Request
+    left_out: frozenset[tuple[str, str]]
+    """(place, ability), see `lacking`."""
     maps: dict[int, np.ndarray] = field(default_factory=dict)
     memory_tokens: int = 0
     _parts: dict[tuple[int, str], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
@@ -116,7 +134,7 @@ class _Kept:
     def attention(self, layer: int, module: nn.Module, context: Tensor, num_queries: int) -> None:
         """`context` [1, L, d], see `attention_weights`."""
         self._choices(layer, "attention", module, context[0, -num_queries:])
-        if self._wants_maps and layer in self.request.layers:
+        if self._wants_maps and layer in self.request.layers and ("attention", "maps") not in self.left_out:
             self.memory_tokens = context.shape[1] - num_queries
             queries = min(self.request.map_tokens, num_queries)
             # The tokens after the last drawn query are keys of none that is drawn.
@@ -128,6 +146,8 @@ class _Kept:
         self._choices(layer, "feedforward", module, x[0])
 
     def _choices(self, layer: int, place: str, module: nn.Module, tokens: Tensor) -> None:
+        if (place, "routing") in self.left_out:
+            return
         for router in routers_of(module):
             routing = routing_of(module, router, tokens)
             name = ".".join(part for part in ("blocks", str(layer), place, router.name) if part)

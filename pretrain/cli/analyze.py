@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from common.arguments import Parser, a_path, at_least
@@ -99,6 +100,8 @@ def analyze(args: argparse.Namespace) -> None:
             found.append(report.findings_of(saved, label, ids, settings, bar.update, of_average=args.ema))
         run = found[-1]
         print(f"{visible(run.title)}: {len(ids):,} tokens, loss {run.trace.loss:.4f}", flush=True)
+        for sentence in run.trace.left_out:
+            print(f"warning: {sentence}", file=sys.stderr, flush=True)
         del saved  # one model in memory at a time
     with tqdm(desc="pictures", unit="", leave=False, disable=None) as bar:
         images = report.drawn(found, settings, lambda name: bar.update(1))

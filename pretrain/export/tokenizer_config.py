@@ -62,12 +62,11 @@ def tokenizer_config(
 ) -> dict[str, Any]:
     """The content of tokenizer_config.json."""
     is_model = tokenizer.entry.kind == "sentencepiece"
-    tokens: dict[str, str] = {}
-    for name in ("eos", "pad"):
-        if (number := special[f"{name}_token_id"]) is not None:
-            tokens[f"{name}_token"] = _pieces(content).id_to_piece(number) if is_model else f"<0x{content[number]:02X}>"
+    named = _pieces(content).id_to_piece if is_model else lambda number: f"<0x{content[number]:02X}>"
+    ids = {"eos_token": special["eos_token_id"], "pad_token": special["pad_token_id"]}
     if is_model:
-        tokens["unk_token"] = _pieces(content).id_to_piece(_pieces(content).unk_id())
+        ids["unk_token"] = special["pad_token_id"]  # see special_ids
+    tokens = {name: named(number) for name, number in ids.items() if number is not None}
     return {
         "tokenizer_class": TOKENIZER_CLASS,
         "auto_map": {"AutoTokenizer": [f"tokenization_switchall.{TOKENIZER_CLASS}", None]},

@@ -118,13 +118,15 @@ def _compute(config: Config, machine: Machine, measured: Measurements, lines: li
 
 def _shares_of_others(config: Config, data_size: int, measured: Measurements, peak: float) -> list[tuple[float, str]]:
     """Shares of the peak that micro-steps of the shipped models reached, with or without experts as the run's model
-    has."""
+    has; of each model that of the micro-step with the number of tokens nearest to the run's."""
     wanted = kind_of(config, data_size) if has_experts(config.model) else DENSE
-    return [
-        (step.flops_per_second / peak, step.source)
-        for step in measured.micro_steps
-        if step.kind == wanted and step.flops_per_second is not None
-    ]
+    tokens = config.batch.micro_sequences * config.model.sequence_length
+    nearest: dict[int, tuple[int, float, str]] = {}
+    for step in measured.micro_steps:
+        if step.kind == wanted and step.flops_per_second is not None:
+            found = abs(step.tokens - tokens), step.flops_per_second / peak, step.source
+            nearest[step.parameters] = min(found, nearest.get(step.parameters, found))
+    return [(share, source) for _, share, source in nearest.values()]
 
 
 def _memory(machine: Machine, measured: Measurements, lines: list[Assumption]) -> Ends:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import PassingError, UserError
 from common.files import write_json
 from common.line_log import LineLog, Row, is_event, is_step
 from common.run_lock import FolderLock
+from pretrain.data.patience import PASSING
 from pretrain.report import console
 from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
@@ -72,7 +73,7 @@ class RunFolder:
                 self.lock.release()
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"--run-dir: {error.filename or path} cannot be written: {error.strerror}") from None
+            raise refusal(path, error) from None
         for name, count in damaged.items():
             if count:
                 print(f"warning: {path / name}: {count} damaged lines were moved to {name}.damaged", file=sys.stderr)
@@ -172,7 +173,7 @@ class RunFolder:
         try:
             yield from log.rows() if self._writes else ()
         except OSError as error:
-            raise UserError(f"--run-dir: {log.path} cannot be read: {error.strerror}") from None
+            raise refusal(log.path, error, "read") from None
 
     def write_config(self, tree: dict[str, Any]) -> None:
         """config.json: the resolved configuration of the newest start."""
@@ -225,6 +226,13 @@ class RunFolder:
             self._events.append({"event": "superseded_metrics", "time": time.time(), "metrics": row})
         self._events.make_durable()
         self._metrics.keep(lambda row: row["step"] <= step)
+
+
+def refusal(path: Path, error: OSError, what: str = "written") -> UserError:
+    """Of a file of a run folder, which is `path` where the error names none; a PassingError where another attempt may
+    not meet it."""
+    kind = PassingError if error.errno in PASSING else UserError
+    return kind(f"--run-dir: {error.filename or path} cannot be {what}: {error.strerror}")
 
 
 def end_event(outcome: dict[str, Any]) -> Row:

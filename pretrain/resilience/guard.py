@@ -18,7 +18,7 @@ from pretrain.parallel.agreement import PeerFailed, agreed, of_all_ranks
 from pretrain.parallel.lost_ranks import lost_connection, lost_text
 from pretrain.phases import Phases
 from pretrain.report.exit_codes import ExitCode, code_of
-from pretrain.report.run_folder import RunFolder
+from pretrain.report.run_folder import RunFolder, refusal
 from pretrain.resilience.control import Control
 from pretrain.resilience.early_end import EarlyEnd
 from pretrain.resilience.signals import Stop
@@ -114,10 +114,7 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
                 lock=folder.lock,
             )
         except OSError as error:  # on this rank alone, perhaps: its node may see the folder otherwise
-            raise UserError(
-                f"--run-dir: {error.filename or folder.path} cannot be written by rank {dist.get_rank()}: "
-                f"{error.strerror}"
-            ) from None
+            raise refusal(folder.path, error, f"written by rank {dist.get_rank()}") from None
 
     stop.before_leaving.append(leave)
     try:

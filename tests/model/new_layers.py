@@ -32,7 +32,8 @@ class TopPConfig(LayerSection):
         "tensor": "every rank has all of its heads",
         "xl": "it knows rotary positions alone",
         "choices": "a record holds as many experts for each token",
-        "analysis": "nobody has written its maps yet",
+        "maps": "nobody has written its logits down there yet",
+        "routing": "tokens choose different numbers of experts",
         "export": "it is not in layers_switchall.py",
     }
     type: Literal["top_p"] = "top_p"
@@ -129,7 +130,7 @@ class SoftmaxMoEConfig(LayerSection):
         "tensor": "every rank has all of its experts",
         "expert": "it does not send tokens to other ranks",
         "choices": "it calls no `settled`",
-        "analysis": "pretrain/analysis/routers.py does not know it",
+        "routing": "pretrain/analysis/routers.py does not know it",
         "export": "it is not in layers_switchall.py",
     }
     type: Literal["softmax_moe"] = "softmax_moe"

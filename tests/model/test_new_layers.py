@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from model.layer_section import LayerSection
 from model.layers import Block
 from model.parameters import count_parameters
 from pretrain.analysis.routers import routers_of
-from pretrain.analysis.trace import Request, trace_text
+from pretrain.api import OpenModel
 from pretrain.config.graph_rules import check_graphs
 from pretrain.config.loading import load_config
 from pretrain.config.rules import broken_rules
@@ -30,6 +30,7 @@ from pretrain.engine.details import is_softmax
 from pretrain.export.hf_config import check_layers
 from pretrain.report.model_text import model_family, model_text
 from pretrain.report.router_load import Choice, choices
+from pretrain.saved_model import SavedModel
 from tests.model.new_layers import SoftmaxMoEConfig, TopPConfig, make_known
 
 Tree = dict[str, Any]
@@ -102,8 +103,11 @@ def test_what_they_lack_is_refused_where_it_is_asked_for() -> None:
     model = new_model()
     with pytest.raises(UserError, match=r"model\.attention\.type is top_p, which no export has: it is not in"):
         check_layers(model)
-    with pytest.raises(UserError, match=r"maps and experts cannot be shown: nobody has written its maps yet"):
-        trace_text(build_model(model, seed=0), [1, 2, 3], Request(layers=[0]))
+    opened = OpenModel(cast("SavedModel", (build_model(model, seed=0), None, None, None)))
+    with pytest.raises(UserError, match=r"^model\.attention\.type is top_p, whose attention maps are not shown: no"):
+        opened.attention([1, 2, 3])
+    with pytest.raises(UserError, match=r"^model\.attention\.type is top_p, whose choices of experts are not shown"):
+        opened.routing([1, 2, 3])
 
 
 @pytest.mark.parametrize(

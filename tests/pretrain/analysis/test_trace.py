@@ -63,7 +63,8 @@ def test_the_choices_are_the_routers_own(case: str, monkeypatch: pytest.MonkeyPa
 
 def test_every_option_of_attention_and_of_a_router_is_in_a_model_here() -> None:
     """Maps and gates are computed apart from the layers, which a new option changes."""
-    sections = [kind for kind in kinds("analysis") if kind in ATTENTIONS or kind().routers]
+    sections = [kind for kind in kinds("maps") if kind in ATTENTIONS]
+    sections += [kind for kind in kinds("routing") if kind().routers]
     models = [tiny(case).config for case in CASES]
     check_options(models, "CASES of tests/pretrain/analysis/models.py", RopeConfig, XLConfig, *sections)
 

@@ -114,10 +114,16 @@ def test_other_models_of_its_kind_bound_the_range(tmp_path: Path) -> None:
     wider = load_config(ONE_BILLION, ["model.d_model=1024", LAUNCHED])
     ends = paces(wider, H100, found)
     assert (ends.slow.flops, ends.fast.flops) == pytest.approx((0.3 * 700e12, 0.4 * 700e12))
+    # Of each of them the micro-step nearest in tokens: a single sequence says nothing of eight.
+    few = measurements(H100.device, record(tmp_path, ("micro-step 262m 1", "passed", {**parts[1][2], **FEW})))
+    assert paces(wider, H100, few).slow.flops == pytest.approx(0.3 * 700e12)
+    one = load_config(ONE_BILLION, ["model.d_model=1024", LAUNCHED, "batch.micro_sequences=1"])
+    assert paces(one, H100, few).slow.flops == pytest.approx(0.01 * 700e12)
     dense = load_config(ONE_BILLION, ['model.feedforward={"type": "dense", "hidden_size": 64}', DENSE, LAUNCHED])
     assert paces(dense, H100, found).fast.flops == pytest.approx(0.9 * 700e12)
 
 
+FEW = {"tokens": CONFIG.model.sequence_length, "flops_of_ceiling": 0.01}
 DENSE = 'model.attention={"type": "dense", "num_heads": 8, "head_dim": 128}'
 
 

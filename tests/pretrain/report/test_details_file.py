@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
 
+ROOT = Path(__file__).resolve().parents[3]
 KEYS = ("monitor.tensorboard=true", "monitor.details_every_steps=2", "checkpoint.every_steps=3", "train.steps=6")
 
 
@@ -29,6 +31,10 @@ def test_a_run_that_goes_back_has_each_line_once(prepared: Path, tmp_path: Path)
     assert [line["step"] for line in whole] == [1, 2, 4, 6] == [line["step"] for line in again]
     assert [line["load_from_step"] for line in whole] == [1, 2, 3, 5]
     assert [line["load_from_step"] for line in again] == [1, 2, 4, 5], "a start counts its own steps"
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    table = page.partition("## What the details have")[2].partition("\n## ")[0]
+    keys = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert whole[0].keys() == set(re.findall(r"`(\w+)`", "".join(keys)))
     for norms in ("gradient_norm", "parameter_norm", "update_norm"):
         assert [line[norms] for line in whole] == [line[norms] for line in again]
     norm = sum(value**2 for value in whole[-1]["gradient_norm"].values()) ** 0.5

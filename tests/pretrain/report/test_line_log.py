@@ -15,13 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import common.line_log
 import pretrain.report.board
-from common.errors import UserError
+from common.errors import PassingError, UserError
 from common.files import write_json
 from common.line_log import LineLog, is_event, is_step
 from common.strict_json import dumps
 from pretrain.report.board import Board
 from pretrain.report.exit_codes import ExitCode
-from pretrain.report.run_folder import RunFolder
+from pretrain.report.run_folder import RunFolder, refusal
 
 GARBAGE = [b'{"a": blah\n', b"17\n", b'{"loss": 3.0}\n', b'{"step": true}\n', b"\xff\xfe\0\n", b"[" * 100_000 + b"\n"]
 ROWS = [{"step": step, "loss": 0.1 * step} for step in (1, 2, 3)]
@@ -132,8 +132,10 @@ def test_a_log_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.
             (lambda: folder.was_validated(5), "events.jsonl"),
             (lambda: folder.has_said_since_start("rollback"), "events.jsonl"),
         ):
-            with pytest.raises(UserError, match=f"^--run-dir: .*{name} cannot be read: Input/output error$"):
+            with pytest.raises(PassingError, match=f"^--run-dir: .*{name} cannot be read: Input/output error$"):
                 ask()
+    full = refusal(tmp_path, OSError(errno.ENOSPC, "No space left on device"))
+    assert type(full) is UserError and str(full) == f"--run-dir: {tmp_path} cannot be written: No space left on device"
     folder.end(ExitCode.FINISHED, "finished")
 
 

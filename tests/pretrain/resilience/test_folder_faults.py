@@ -1,0 +1,94 @@
+"""An error at any one operation on the run folder, on any rank: the run goes on, or all ranks end with one sentence."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import UserError
+from pretrain.config.schema import Config
+from pretrain.data.sources import Sources
+from pretrain.loop import train
+from pretrain.parallel.agreement import PeerFailed
+from tests.harness import run_ranks
+from tests.pretrain.runs import light_config, train_runs
+
+OPERATIONS = ("stat", "open", "listdir", "scandir", "replace", "rename", "unlink", "mkdir", "rmdir", "utime", "statvfs")
+KEYS = (
+    "train.steps=4",
+    "train.record_routing=true",
+    "checkpoint.every_steps=1",
+    "checkpoint.keep_last=1",
+    "checkpoint.keep_best=1",
+    "evaluate.every_steps=2",
+    "evaluate.sequences=8",
+    "monitor.tensorboard=true",
+    "monitor.details_every_steps=2",
+    "resilience.replica_check_every_steps=2",
+)
+
+
+def fail_once(folder: Path, at: int) -> list[int]:
+    """From now on in this process operation number `at` below `folder` is an error, and no other. Returns the number of
+    operations so far, in a list."""
+    count = [0]
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            path = args[0] if args else ""
+            if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(str(folder)):
+                count[0] += 1
+                if count[0] == at:
+                    raise OSError(errno.EIO, "Input/output error", os.fspath(path))
+            return function(*args, **options)
+
+        return call
+
+    for name in OPERATIONS:
+        setattr(os, name, counted(getattr(os, name)))
+    io.open = builtins.open = counted(io.open)
+    return count
+
+
+def end_of(rank: int, config: Config, run_dir: Path, faulty: int, at: int) -> tuple[str, int]:
+    """How training ends if rank `faulty` meets an error at operation `at`, and how many operations this rank has made.
+    The process ends with the test."""
+    count = fail_once(run_dir, at if rank == faulty else 0)
+    try:
+        end = train(config, Sources.load(config), run_dir, torch.device("cpu")).name
+    except UserError:
+        end = "says why"
+    except PeerFailed:
+        end = "was told"
+    except Exception as error:
+        end = repr(error)
+    return end, count[0]
+
+
+@pytest.mark.slow  # test_agreement.py and report/test_line_log.py have the errors that this has found
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_all_ranks_end_alike(prepared: Path, tmp_path: Path, is_resumed: bool) -> None:
+    """At every seventh operation, which in a run is now this one and now that."""
+    config = light_config(prepared, *KEYS, ranks=2)
+    (tmp_path / "before").mkdir()
+    if is_resumed:
+        run_ranks(train_runs, 2, [(config.replaced("train", stop_after_steps=2), tmp_path / "before")])
+        with (tmp_path / "before" / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 3, "loss": 3.0}\n')  # of a start that was killed
+    run = Path(shutil.copytree(tmp_path / "before", tmp_path / "none"))
+    counts = [count for _, count in run_ranks(end_of, 2, config, run, 0, 0)]
+    for faulty, last in enumerate(counts):
+        for at in range(1, last + 1, 7):
+            run = Path(shutil.copytree(tmp_path / "before", tmp_path / f"{faulty} {at}"))
+            ends = sorted(end for end, _ in run_ranks(end_of, 2, config, run, faulty, at))
+            assert ends in (["FINISHED", "FINISHED"], ["says why", "was told"]), (faulty, at, ends)
+            shutil.rmtree(run)
