@@ -25,6 +25,10 @@ from pretrain.report.run_folder import RunFolder, end_event
 from pretrain.report.run_paths import SAVED_CONFIG
 from pretrain.resilience.signals import Stop
 
+OPENING_SECONDS = 1.0
+"""How long an end waits for the folder that is being opened: that may wait a minute for the lock of a lost node, and
+who leaves at once has 10 s (signals.py)."""
+
 
 class EarlyEnd:
     """The end of one start, by the one rank that says why. Its methods may be called in any thread."""
@@ -42,7 +46,8 @@ class EarlyEnd:
     def note(self, code: ExitCode, reason: str) -> None:
         """Writes the end down and sends its alert, for which it waits some seconds. Nothing if another rank has done
         it, for a second end, and after `close`."""
-        with self._lock:
+        is_alone = self._lock.acquire(timeout=OPENING_SECONDS)
+        try:
             if self._is_closed or self._noted_by is not None:
                 return
             self._noted_by = threading.current_thread()
@@ -51,6 +56,9 @@ class EarlyEnd:
                 self._folder.finish_alerts()
             elif _outcome(self._run_dir) == self._before:
                 self._note({"exit_code": int(code), "reason": reason, "step": None, "time": time.time()})
+        finally:
+            if is_alone:
+                self._lock.release()
 
     def _note(self, outcome: dict[str, Any]) -> None:
         with contextlib.suppress(UserError, OSError):

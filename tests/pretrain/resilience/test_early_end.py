@@ -269,6 +269,29 @@ def test_a_start_that_is_being_ended_opens_no_folder(run: Path, monkeypatch: pyt
     assert RunView.open(run).outcome["reason"] == "SIGTERM" and not list(run.glob("lock-*"))
 
 
+def test_an_end_is_noted_while_the_folder_waits_for_the_lock_of_a_lost_node(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.resilience.early_end.OPENING_SECONDS", 0.0)
+    end, is_opening, is_noted = EarlyEnd(run, lambda: None), threading.Event(), threading.Event()
+
+    def opened() -> RunFolder:
+        is_opening.set()
+        is_noted.wait(60)
+        return RunFolder(run, writes=False)
+
+    opening = threading.Thread(target=end.open, args=(opened,))
+    opening.start()
+    is_opening.wait(60)
+    noting = threading.Thread(target=end.note, args=(ExitCode.STOPPED, "SIGTERM"))
+    noting.start()
+    noting.join(10)
+    reason = RunView.open(run).outcome["reason"]
+    is_noted.set()
+    opening.join()
+    assert reason == "SIGTERM"
+
+
 @pytest.mark.parametrize("wrong", ["data.manifest=nowhere", "train.stepz=3", "train", "monitor.print_every_steps=x"])
 def test_what_is_refused_before_the_ranks_meet_is_told(tmp_path: Path, wrong: str) -> None:
     """Of a first start too, which leaves nothing in the run folder."""
