@@ -71,6 +71,7 @@ def test_a_signal_in_any_phase_stops_all_ranks_and_loses_nothing(
         assert validated == [2, 4, 5], phase
         assert outcome(run_dir)["exit_code"] == 0
         left = {p.name for p in run_dir.iterdir()} - {"config.json", "metrics.jsonl", "events.jsonl", "outcome.json"}
+        left = {name for name in left if not name.startswith("code-")}  # of a checkout that is being changed
         assert left == {"checkpoints"}, phase
 
 
