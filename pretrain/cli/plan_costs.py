@@ -22,6 +22,7 @@ from model.costs import (
 from model.counted_costs import count_macs
 from pretrain.report.run_paths import SAVED_CONFIG
 
+UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 LEGEND = """\
 MACs and floats: one layer, one sequence of T tokens, forward, causal masking not deducted.
 published: the convention of the paper's tables. Eq. 13: the paper's equation, SwitchHead's position term times C and no
@@ -144,11 +145,12 @@ def _cell(value: int | float | None) -> str:
 
 def short(value: int) -> str:
     """Four digits with a unit, e.g. 202.5M, 2.358G, 47.26M."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            scaled = value / size
-            return f"{scaled:.{max(0, 3 - len(str(int(scaled))) + 1)}f}{unit}"
-    return str(value)
+    if value < 1000:
+        return str(value)
+    rounded = float(f"{value:.4g}")  # first: 999,951 is 1.000M, not 1000.0k
+    unit, size = next((unit, size) for unit, size in UNITS if rounded >= size)
+    scaled = rounded / size
+    return f"{scaled:.{max(0, 4 - len(str(int(scaled))))}f}{unit}"
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:

@@ -23,9 +23,10 @@ from pretrain.report.startup import DerivedValue
 class CheckpointSpace:
     """What a run's checkpoints take, bytes."""
 
-    size: int
-    """Bytes of one checkpoint: `per_parameter`, and the memory of all streams."""
+    parameters: int
     per_parameter: int
+    memory: int
+    """Of all streams, Transformer-XL's."""
     saved: int
     """Checkpoints that this start and those before it save, one or more."""
     kept: int
@@ -34,6 +35,11 @@ class CheckpointSpace:
     """Checkpoints in the run folder already, which count towards `kept`."""
     free: int
     folder: Path
+
+    @property
+    def size(self) -> int:
+        """Of one checkpoint."""
+        return self.per_parameter * self.parameters + self.memory
 
     @property
     def wanted(self) -> int:
@@ -47,7 +53,7 @@ class CheckpointSpace:
         return max(1, min(self.saved, 2) - self.there) * self.size
 
     def row(self) -> DerivedValue:
-        memory = " + memory" if self.size % self.per_parameter else ""
+        memory = " + memory" if self.memory else ""
         meanwhile = "with one being written " if self.saved > self.kept else ""
         return DerivedValue(
             "checkpoints",
@@ -83,10 +89,10 @@ def checkpoint_space(config: Config, run_dir: Path) -> CheckpointSpace:
     saved = -(-config.train.last_step // every)
     apart = saving.keep_every_steps // math.gcd(saving.keep_every_steps, every)
     forever = max(0, saved - saving.keep_last) // apart if apart else 0  # beside the last ones
-    per_parameter = state_bytes(config)
     return CheckpointSpace(
-        size=per_parameter * _parameters(model) + _memory_bytes(config),
-        per_parameter=per_parameter,
+        parameters=_parameters(model),
+        per_parameter=state_bytes(config),
+        memory=_memory_bytes(config),
         saved=saved,
         kept=min(saved, saving.keep_last + saving.keep_best + forever),
         there=len(list_checkpoints(run_dir / "checkpoints")),

@@ -237,9 +237,10 @@ def test_layout_prints_what_the_documentation_shows(plan: Callable[..., str]) ->
 
 
 def test_numbers_have_four_digits() -> None:
-    assert [short(n) for n in (999, 1234, 47_259_000, 202_500_000, 5_369_000_000)] == [
+    assert [short(n) for n in (999, 1234, 999_951, 47_259_000, 202_500_000, 5_369_000_000)] == [
         "999",
         "1.234k",
+        "1.000M",
         "47.26M",
         "202.5M",
         "5.369G",

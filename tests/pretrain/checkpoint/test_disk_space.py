@@ -28,12 +28,14 @@ Usage = namedtuple("Usage", "total used free")
 def test_the_size_by_hand(prepared: Path, tmp_path: Path) -> None:
     plain = small_config(prepared)
     parameters = sum(parameter.numel() for parameter in build_on_meta(plain.model).parameters())
-    assert checkpoint_space(plain, tmp_path).size == 12 * parameters
+    space = checkpoint_space(plain, tmp_path)
+    assert space.size == 12 * parameters and "memory" not in space.row().formula
     for precision, width in (("fp32", 4), ("bf16", 2)):
         config = small_config(prepared, "model.position.type=xl", f"train.precision={precision}")
         parameters = sum(parameter.numel() for parameter in build_on_meta(config.model).parameters())
         memory = 8 * 2 * 16 * 24 * width  # streams, layers, tokens, features
-        assert checkpoint_space(config, tmp_path).size == 12 * parameters + memory
+        space = checkpoint_space(config, tmp_path)
+        assert space.size == 12 * parameters + memory and " + memory;" in space.row().formula
 
 
 def test_what_a_disk_that_refused_a_file_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +116,7 @@ def test_as_many_are_kept_as_outlive_newer_ones(
 
 
 def test_the_limits_themselves() -> None:
-    sizes: Any = {"size": 100, "per_parameter": 12, "kept": 3, "there": 0, "folder": Path("run")}
+    sizes: Any = {"parameters": 5, "per_parameter": 12, "memory": 40, "kept": 3, "there": 0, "folder": Path("run")}
     space = CheckpointSpace(saved=4, free=200, **sizes)
     space.check()
     assert space.warning() == (
