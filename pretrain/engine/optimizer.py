@@ -55,6 +55,23 @@ def group_problems(config: Config) -> Iterator[ConfigError]:
         elif not has_decayed and getattr(own, "weight_decay", None) is not None:
             yield ConfigError(f"optimizer.groups.{group}.weight_decay: nothing of it is decayed; remove the key")
 
+    yield from _of_stages(config)
+
+
+def _of_stages(config: Config) -> Iterator[ConfigError]:
+    """DeepSpeed adds up a gradient norm over the stages of a pipeline once for each group of its optimizer, so stages
+    with other numbers of groups wait for each other for ever. Every stage has blocks, which are all alike."""
+    specs = parameter_specs(config.model)
+    rates = {name: rates_of(owner := owner_of(name, config.model), specs[owner], config.optimizer) for name in specs}
+    of_blocks = {rates[name] for name in specs if name.startswith("blocks.")}
+    alone = sorted({group_of(name, specs[name]).replace("-", "") for name in specs if rates[name] not in of_blocks})
+    if config.parallel.pipeline > 1 and alone:
+        yield ConfigError(
+            f"optimizer.groups: {' and '.join(alone)} would have a weight decay and a learning rate that no parameter "
+            f"of a block has, which pipeline stages cannot do; give it those of a group in the blocks, or set "
+            f"parallel.pipeline to 1"
+        )
+
 
 def grouped(names: Iterable[str], config: Config) -> dict[Rates, list[str]]:
     """The parameters, all of a model's or a stage's, by what the optimizer does with them; the ones that decay most

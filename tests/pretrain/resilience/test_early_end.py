@@ -361,7 +361,7 @@ def _cut_off(rank: int, config: Config, run: Path) -> None:
             raise torch.distributed.DistNetworkError("Connection closed by peer")
         return found
 
-    pretrain.loop.agreed = cut  # type: ignore[assignment]  # this process ends with the test
+    pretrain.loop.agreed = cut  # this process ends with the test
     with pytest.raises(RuntimeError):
         train(config, Sources.load(config), run, torch.device("cpu"))
 
