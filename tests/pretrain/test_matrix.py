@@ -133,6 +133,35 @@ def test_every_layer_that_ranks_divide_is_in_a_model(prepared: Path) -> None:
     check_kinds(types, "MODELS of tests/pretrain/matrix.py or family.py", kinds("tensor"))
 
 
+GROUPS = (
+    "optimizer.weight_decay=0.3",
+    "optimizer.groups.routers.weight_decay=6",
+    "optimizer.groups.experts.learning_rate_ratio=0.5",
+    "optimizer.groups.embedding.weight_decay=0",
+)
+
+
+def test_groups_of_the_optimizer_hold_however_the_model_is_divided(prepared: Path) -> None:
+    """The other ZeRO stages are in test_layouts.py."""
+    layouts = [
+        Layout(tensor=2, sequence=True, tied=True),
+        Layout(pipeline=2, tied=True),
+        Layout(pipeline=2, micro=4),
+        Layout(data=2, expert=2),
+        Layout(data=2, expert=2, zero=2),
+    ]
+    reference = {}
+    for tied in (True, False):
+        config = config_of(prepared, "switchall", Layout(micro=8, tied=tied), *GROUPS)
+        reference[tied] = plain_trace(config, FEW_STEPS, FEW_GRADIENT_STEPS)
+    configs = [config_of(prepared, "switchall", layout, *GROUPS) for layout in layouts]
+    traces = run_ranks(engine_trace, 2, configs, FEW_STEPS, FEW_GRADIENT_STEPS, timeout_seconds=900)[0]
+    for layout, trace in zip(layouts, traces, strict=True):
+        assert_same(trace, reference[layout.tied], f"groups, {layout}")
+    plain = plain_trace(config_of(prepared, "switchall", Layout(micro=8)), FEW_STEPS, ())
+    assert plain.losses[-1] != pytest.approx(reference[False].losses[-1], rel=1e-3), "groups have no effect"
+
+
 References = dict[tuple[str, bool, bool, int], Trace]
 
 
