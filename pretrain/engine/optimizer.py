@@ -48,13 +48,13 @@ def group_problems(config: Config) -> Iterator[ConfigError]:
         decayed[group] = decayed.get(group, False) or (spec.decayed and not is_copy)
     for group in sorted(groups.model_fields_set):
         own, has_decayed = getattr(groups, group), decayed.get(group)
-        if own == type(groups).model_fields[group].default:
-            continue
+        default = type(groups).model_fields[group].default
+        changed = [key for key, value in own if value != getattr(default, key)]
         if has_decayed is None:
-            yield ConfigError(f"optimizer.groups.{group}: this model has no such parameters; remove the key")
-        elif not has_decayed and getattr(own, "weight_decay", None) is not None:
+            for key in changed:
+                yield ConfigError(f"optimizer.groups.{group}.{key}: this model has no such parameters; remove the key")
+        elif not has_decayed and "weight_decay" in changed:
             yield ConfigError(f"optimizer.groups.{group}.weight_decay: nothing of it is decayed; remove the key")
-
     yield from _of_stages(config)
 
 

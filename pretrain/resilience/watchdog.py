@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os.path import exists  # pathlib's raises if the file system does not answer, which would end the thread
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from common.files import write_file, write_json
 from common.run_lock import BEAT_SECONDS, FolderLock, LockLost, is_alive, is_same_machine, process_state
@@ -36,6 +36,8 @@ from pretrain.resilience.signals import Stop
 DUMP_SIGNAL = signal.SIGUSR2
 """Makes a rank write its stacks, in a C-level handler that needs no interpreter lock."""
 
+MESSAGE = "message.txt"
+"""In RUN_DIR/hang: what the hang was. All ranks leave for it."""
 READER = "reader"
 """Empty file in RUN_DIR/hang: the rank that made it reads all reports."""
 READ_SECONDS = 0.002
@@ -116,9 +118,12 @@ class Watchdog:
 
     def settle(self) -> None:
         """Called by a main thread that met an error: if a hang is being reported, the error is only what follows from
-        it (ranks were killed or have left), and the report ends this process with the hang's code."""
+        it (ranks were killed or have left), and the report ends this process with the hang's code. So it is on a rank
+        that reported nothing, because it was stopped and has been woken: a launcher may look at its code first."""
         if self._reporting.is_set():
             self._thread.join(timeout=60)
+        if exists(self._hang / MESSAGE):
+            self._leave()
 
     def _watch(self) -> None:
         pause = min(1.0, self._timeout / 10) if self._timeout else 1.0
@@ -180,7 +185,7 @@ class Watchdog:
         # One that was called reads for nobody: if the rank that called it goes on, so must this one.
         is_reader = self._has_hung(time.monotonic()) and self._becomes_reader()
         deadline = time.monotonic() + self._grace
-        message = self._hang / "message.txt"
+        message = self._hang / MESSAGE
         while time.monotonic() < deadline and not exists(message) and not (is_reader and self._all_have_reported()):
             time.sleep(self._pause)
         # Once the message is out, ranks are woken and killed, so it means nothing if this one then gets further.
@@ -205,7 +210,10 @@ class Watchdog:
         silent = self._wake_silent_ranks_here()
         if not self._stop.launcher_ends_others:
             self._stop.before_leaving.append(lambda code, message: self._kill(silent))
-        reason = ""
+        self._leave()
+
+    def _leave(self) -> NoReturn:
+        message, reason = self._hang / MESSAGE, ""
         with contextlib.suppress(OSError):  # the reader may not have got so far
             reason = message.read_text(encoding="utf-8").strip()
         self._stop.leave(ExitCode.HUNG, f"rank {self._rank}: leaving because of a hang, see {message}", reason)

@@ -154,7 +154,9 @@ def test_groups_of_parameters_that_differ_are_the_fewest(prepared: Path) -> None
 def test_a_group_that_a_model_does_not_have_is_refused(prepared: Path) -> None:
     dense = ("model.attention.type=dense", "model.feedforward.type=dense", "model.attention.num_heads=2")
     config = small_config(prepared, *dense, "optimizer.groups.routers.weight_decay=0.1")
-    with pytest.raises(ConfigError, match=r"^optimizer\.groups\.routers: this model has no such parameters; remove"):
+    with pytest.raises(
+        ConfigError, match=r"^optimizer\.groups\.routers\.weight_decay: this model has no such parameters; remove"
+    ):
         build_optimizer(build_on_meta(config.model), config)
     config = small_config(prepared, "model.tied_embedding=true", "optimizer.groups.head.weight_decay=0.1")
     with pytest.raises(ConfigError, match=r"^optimizer\.groups\.head\.weight_decay: nothing of it is decayed; remove"):

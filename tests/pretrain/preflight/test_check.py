@@ -100,7 +100,7 @@ def test_all_mistakes_are_found_in_one_call(
         ("monitor.wandb: is online, but the package wandb is not installed", 'pip install -e ".[wandb]"'),
         ("parallel: 6 ranks cannot be divided into groups of tensor x pipeline = 4", "start 8 ranks"),
         ("train.precision: fp16 needs CUDA", "set train.precision to bf16 or fp32"),
-        ("optimizer.groups.feedforward: this model has no such parameters", "remove the key"),
+        ("optimizer.groups.feedforward.weight_decay: this model has no such parameters", "remove the key"),
         ("data.sources.1.manifest: ", "was made with another tokenizer", "prepare one of them again"),
         ("model.vocab_size: 384 rows cannot hold the tokenizer's 400 pieces", "set it to 400 or more"),
         (

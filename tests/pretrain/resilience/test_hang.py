@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import psutil
 import pytest
@@ -23,7 +23,7 @@ from pretrain.phases import Phases, Record, read
 from pretrain.report.exit_codes import ExitCode
 from pretrain.resilience.guard import collective_timeout
 from pretrain.resilience.signals import Stop
-from pretrain.resilience.watchdog import LISTED, READER, Peers, Report, Watchdog, describe, read_reports
+from pretrain.resilience.watchdog import LISTED, MESSAGE, READER, Peers, Report, Watchdog, describe, read_reports
 from pretrain.trainer import Trainer
 from tests.pretrain.resilience.faults import outcome, train_with
 from tests.pretrain.runs import events, small_config
@@ -237,6 +237,22 @@ def test_a_file_system_that_does_not_answer_does_not_end_the_watchdog(
     (tmp_path / "hang").mkdir()
     (tmp_path / "hang" / READER).touch()
     assert watchdogs[0]._is_called(phases.since + 40.0)
+
+
+def test_what_follows_from_a_hang_has_its_code_on_a_rank_that_was_woken(tmp_path: Path) -> None:
+    """It reported nothing, and meets the end of the others' connections."""
+    codes: list[int] = []
+    _, watchdogs = ranks_of_two(tmp_path, codes)
+    for watchdog in watchdogs:
+        watchdog.settle()
+    (tmp_path / "hang").mkdir()
+    (tmp_path / "hang" / MESSAGE).write_text("error: hang: rank 1 is stopped\n")
+    for watchdog in watchdogs:
+        with pytest.raises(SystemExit):
+            watchdog.settle()
+        assert cast(Left, watchdog._stop).reason == "error: hang: rank 1 is stopped"
+        watchdog.close()
+    assert codes == [ExitCode.HUNG] * 2
 
 
 def test_the_limit_of_a_step_holds_in_quick_phases_alone(tmp_path: Path) -> None:
