@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -65,6 +64,7 @@ class SwitchHeadConfig(LayerSection):
 
     label = "SwitchHead"
     lacks: ClassVar[Lacks] = {}
+    divided: ClassVar[tuple[str, ...]] = ("num_heads",)
     type: Literal["switchhead"] = "switchhead"
     """Kind of attention."""
     num_heads: Heads = 4
@@ -113,16 +113,13 @@ class SwitchHeadConfig(LayerSection):
     def routers(self) -> Routers:
         return Routers(self.num_experts, self.active_experts, "sigmoid")
 
-    @property
-    def divided(self) -> Mapping[str, int]:
-        return {"num_heads": self.num_heads}
-
 
 class DenseAttentionConfig(LayerSection):
     """Multi-head attention without experts: the baseline."""
 
     label = "dense attention"
     lacks: ClassVar[Lacks] = {}
+    divided: ClassVar[tuple[str, ...]] = ("num_heads",)
     type: Literal["dense"] = "dense"
     """Kind of attention."""
     num_heads: Heads = 8
@@ -138,10 +135,6 @@ class DenseAttentionConfig(LayerSection):
     def routers(self) -> Routers | None:
         return None
 
-    @property
-    def divided(self) -> Mapping[str, int]:
-        return {"num_heads": self.num_heads}
-
 
 class MoAConfig(LayerSection):
     """Mixture of Attention Heads (arXiv 2210.05144): one shared key and value projection, query and output experts.
@@ -151,6 +144,7 @@ class MoAConfig(LayerSection):
 
     label = "MoA"
     lacks: ClassVar[Lacks] = {}
+    divided: ClassVar[tuple[str, ...]] = ("num_heads",)
     type: Literal["moa"] = "moa"
     """Kind of attention."""
     num_heads: Heads = 4
@@ -197,16 +191,13 @@ class MoAConfig(LayerSection):
     def routers(self) -> Routers:
         return Routers(self.num_experts, self.num_heads, self.router)
 
-    @property
-    def divided(self) -> Mapping[str, int]:
-        return {"num_heads": self.num_heads}
-
 
 class SigmaMoEConfig(LayerSection):
     """sigma-MoE feed-forward (arXiv 2310.10837): y = sum over the k chosen experts of s_e a(x W_1[e]) W_2[e]."""
 
     label = "sigma-MoE"
     lacks: ClassVar[Lacks] = {}
+    divided: ClassVar[tuple[str, ...]] = ("num_experts",)
     type: Literal["sigma_moe"] = "sigma_moe"
     """Kind of feed-forward layer."""
     num_experts: Experts = 16
@@ -246,16 +237,13 @@ class SigmaMoEConfig(LayerSection):
     def routers(self) -> Routers:
         return Routers(self.num_experts, self.active_experts, "sigmoid")
 
-    @property
-    def divided(self) -> Mapping[str, int]:
-        return {"num_experts": self.num_experts}
-
 
 class DenseFeedForwardConfig(LayerSection):
     """Two linear layers with biases and a ReLU between them: the baseline."""
 
     label = "dense feed-forward"
     lacks: ClassVar[Lacks] = {"expert": "it has no experts"}
+    divided: ClassVar[tuple[str, ...]] = ("hidden_size",)
     type: Literal["dense"] = "dense"
     """Kind of feed-forward layer."""
     hidden_size: Width = 512
@@ -269,16 +257,13 @@ class DenseFeedForwardConfig(LayerSection):
     def routers(self) -> Routers | None:
         return None
 
-    @property
-    def divided(self) -> Mapping[str, int]:
-        return {"hidden_size": self.hidden_size}
-
 
 class SwiGLUConfig(LayerSection):
     """Gated feed-forward without biases: y = (SiLU(x W_gate) * x W_up) W_down (arXiv 2002.05202)."""
 
     label = "SwiGLU feed-forward"
     lacks: ClassVar[Lacks] = {"expert": "it has no experts"}
+    divided: ClassVar[tuple[str, ...]] = ("hidden_size",)
     type: Literal["swiglu"] = "swiglu"
     """Kind of feed-forward layer."""
     hidden_size: Width = 512
@@ -291,10 +276,6 @@ class SwiGLUConfig(LayerSection):
     @property
     def routers(self) -> Routers | None:
         return None
-
-    @property
-    def divided(self) -> Mapping[str, int]:
-        return {"hidden_size": self.hidden_size}
 
 
 AttentionConfig = Annotated[SwitchHeadConfig | DenseAttentionConfig | MoAConfig, Field(discriminator="type")]

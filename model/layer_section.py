@@ -3,6 +3,7 @@ know the kinds."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -36,20 +37,18 @@ class LayerSection(Section):
     lacks: ClassVar[Lacks]
     """Where one of these is asked for, it is refused, with the reason."""
 
+    divided: ClassVar[tuple[str, ...]]
+    """The keys whose sizes tensor-parallel ranks divide. Empty where the layer lacks that."""
+
     @property
+    @abstractmethod
     def sizes(self) -> str:
         """In a few words, for the line that a run prints of its model."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def routers(self) -> Routers | None:
         """None: the layer has no experts."""
-        raise NotImplementedError
-
-    @property
-    def divided(self) -> Mapping[str, int]:
-        """The sizes that tensor-parallel ranks divide, by key. Empty where the layer lacks that."""
-        raise NotImplementedError
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

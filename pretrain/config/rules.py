@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,15 @@ from pretrain.config.compile_rules import check_compile
 from pretrain.config.data_rules import check_data
 from pretrain.config.deepspeed_keys import check_deepspeed
 from pretrain.config.graph_rules import check_graphs
+from pretrain.config.parallel_rules import (
+    check_expert,
+    check_offload,
+    check_pipeline,
+    check_sequence,
+    check_tensor,
+    largest_divisor,
+    nearest_multiple,
+)
 from pretrain.config.schema import BatchConfig, Config
 
 if TYPE_CHECKING:
@@ -84,7 +92,7 @@ def _check_batch(config: Config) -> None:
     if batch.global_sequences % batch.micro_sequences:
         raise ConfigError(
             f"batch.global_sequences: {batch.global_sequences} is not divisible by batch.micro_sequences = "
-            f"{batch.micro_sequences}; set it to {_nearest_multiple(batch.global_sequences, batch.micro_sequences)}"
+            f"{batch.micro_sequences}; set it to {nearest_multiple(batch.global_sequences, batch.micro_sequences)}"
         )
 
 
@@ -149,127 +157,6 @@ def _check_routing_record(config: Config) -> None:
         )
 
 
-def _check_tensor(config: Config) -> None:
-    """Every size that is divided over tensor-parallel ranks must be a multiple of their number."""
-    tensor, model = config.parallel.tensor, config.model
-    divided: dict[str, int] = {}
-    for place, layer in (("attention", model.attention), ("feedforward", model.feedforward)):
-        if tensor > 1 and (reason := layer.lacks.get("tensor")) is not None:
-            raise ConfigError(
-                f"parallel.tensor: {tensor} ranks would divide every layer, but model.{place}.type is {layer.type}: "
-                f"{reason}; set parallel.tensor to 1"
-            )
-        if place == "feedforward" and config.parallel.expert > 1:
-            continue  # experts are divided over expert-parallel ranks instead
-        divided |= {f"model.{place}.{key}": value for key, value in layer.divided.items()}
-    divided["model.vocab_size"] = model.vocab_size
-    common = math.gcd(*divided.values())
-    for key, value in divided.items():
-        if value % tensor:
-            fits = _largest_divisor(common, tensor)
-            raise ConfigError(
-                f"parallel.tensor: {tensor} does not divide {key} = {value}; set parallel.tensor to {fits}, or {key} "
-                f"to {-(-value // tensor) * tensor}"
-            )
-
-
-def _check_pipeline(config: Config) -> None:
-    """Each stage needs a block, and DeepSpeed's pipeline engine needs ZeRO 1."""
-    stages, zero = config.parallel.pipeline, config.parallel.zero
-    if stages == 1:
-        return
-    if zero != 1:
-        reason = (
-            "at stage 0 DeepSpeed clips by the norm of one pipeline stage"
-            if zero == 0
-            else "DeepSpeed's pipeline engine refuses stages 2 and 3: they would move gradients or parameters at "
-            "every micro-step"
-        )
-        raise ConfigError(
-            f"parallel.zero: {zero} does not go with parallel.pipeline = {stages} ({reason}); set parallel.zero to 1, "
-            f"or parallel.pipeline to 1"
-        )
-    if stages > config.model.num_layers:
-        raise ConfigError(
-            f"parallel.pipeline: {stages} stages need a block each, but model.num_layers is {config.model.num_layers}; "
-            f"set parallel.pipeline to at most {config.model.num_layers}"
-        )
-
-
-def _check_offload(config: Config) -> None:
-    """DeepSpeed offloads sharded optimizer states only."""
-    if not config.parallel.offload_optimizer:
-        return
-    if config.parallel.zero == 0:
-        raise ConfigError(
-            "parallel.offload_optimizer: ZeRO 0 keeps the optimizer with the parameters; set parallel.zero to 1, 2 or "
-            "3, or parallel.offload_optimizer to false"
-        )
-    if config.parallel.pipeline > 1:
-        raise ConfigError(
-            f"parallel.offload_optimizer: does not go with parallel.pipeline = {config.parallel.pipeline}; set "
-            f"parallel.pipeline to 1, or parallel.offload_optimizer to false"
-        )
-
-
-def _check_sequence(config: Config) -> None:
-    """Sequence parallelism divides tokens over the ranks of a tensor-parallel group."""
-    if not config.parallel.sequence:
-        return
-    tensor, length = config.parallel.tensor, config.model.sequence_length
-    if tensor == 1:
-        raise ConfigError(
-            "parallel.sequence: divides the tokens over tensor-parallel ranks, but parallel.tensor is 1; set "
-            "parallel.sequence to false or parallel.tensor to 2"
-        )
-    if length % tensor:
-        raise ConfigError(
-            f"parallel.sequence: parallel.tensor = {tensor} does not divide model.sequence_length = {length}; set "
-            f"parallel.sequence to false or model.sequence_length to {_nearest_multiple(length, tensor)}"
-        )
-
-
-def _check_expert(config: Config) -> None:
-    """Expert parallelism divides the feed-forward experts over data-parallel ranks."""
-    expert, feedforward, zero = config.parallel.expert, config.model.feedforward, config.parallel.zero
-    if expert == 1:
-        return
-    if (why := feedforward.lacks.get("expert")) is not None:
-        raise ConfigError(
-            f"parallel.expert: {expert} ranks would divide the feed-forward experts, but model.feedforward.type is "
-            f"{feedforward.type}: {why}; set parallel.expert to 1"
-        )
-    assert feedforward.routers is not None
-    experts = feedforward.routers.num_experts
-    if experts % expert:
-        raise ConfigError(
-            f"parallel.expert: {expert} does not divide model.feedforward.num_experts = {experts}; set "
-            f"parallel.expert to {_largest_divisor(experts, expert)}, or model.feedforward.num_experts "
-            f"to {_nearest_multiple(experts, expert)}"
-        )
-    if config.parallel.tensor > 1 and not config.parallel.sequence:
-        raise ConfigError(
-            f"parallel.expert: with parallel.tensor = {config.parallel.tensor} each tensor-parallel rank must have "
-            f"tokens of its own to route, or experts would be taught every token more than once; set parallel.sequence "
-            f"to true or parallel.expert to 1"
-        )
-    if zero not in (1, 2):
-        reason = {
-            0: "without ZeRO DeepSpeed clips the gradients of experts by a norm that is not the global one",
-            3: "DeepSpeed's stage 3 cannot divide parameters that only some data-parallel ranks share",
-        }[zero]
-        raise ConfigError(
-            f"parallel.zero: stage {zero} is impossible with parallel.expert = {expert} ({reason}); set parallel.zero "
-            f"to {1 if zero == 0 else 2} or parallel.expert to 1"
-        )
-    for key in ("reduce_scatter", "contiguous_gradients"):
-        if not config.deepspeed.get("zero_optimization", {}).get(key, True):
-            raise ConfigError(
-                f"deepspeed.zero_optimization.{key}: without it DeepSpeed sums the gradients of experts over the wrong "
-                f"ranks; remove this key or set parallel.expert to 1"
-            )
-
-
 def smallest_world(config: Config) -> int:
     """The fewest ranks that the parallel sizes allow."""
     return config.parallel.tensor * config.parallel.pipeline * config.parallel.expert
@@ -288,15 +175,15 @@ def rank_problems(config: Config, world_size: int) -> Iterator[ConfigError]:
     if world_size % model_ranks:
         yield ConfigError(
             f"parallel: {world_size} ranks cannot be divided into groups of tensor x pipeline = {model_ranks}; "
-            f"start {_nearest_multiple(world_size, model_ranks)} ranks"
+            f"start {nearest_multiple(world_size, model_ranks)} ranks"
         )
         return  # there is no data-parallel size
     data_size, expert = world_size // model_ranks, config.parallel.expert
     if data_size % expert:
         yield ConfigError(
             f"parallel.expert: {expert} does not divide the {data_size} data-parallel ranks (ranks / (tensor x "
-            f"pipeline)); set parallel.expert to {_largest_divisor(data_size, expert)} or start "
-            f"{_nearest_multiple(data_size, expert) * model_ranks} ranks"
+            f"pipeline)); set parallel.expert to {largest_divisor(data_size, expert)} or start "
+            f"{nearest_multiple(data_size, expert) * model_ranks} ranks"
         )
     batch, sequences = config.batch, config.batch.micro_sequences * data_size
     if batch.global_sequences % sequences and batch.global_sequences % batch.micro_sequences == 0:  # else: _check_batch
@@ -346,27 +233,16 @@ def choose_backends(config: Config, device_type: str) -> Backends:
         raise ConfigError(f"kernels.backend: {error}") from None
 
 
-def _largest_divisor(value: int, limit: int) -> int:
-    """The largest divisor of `value` that is at most `limit`."""
-    small = [size for size in range(1, math.isqrt(value) + 1) if value % size == 0]
-    return max(size for size in (*small, *(value // size for size in small)) if size <= limit)
-
-
 def _ways_to_divide(batch: BatchConfig, data_size: int, expert: int, model_ranks: int) -> Iterator[str]:
     """What makes batch.micro_sequences x DP divide batch.global_sequences: each way that there is."""
     total, micro = batch.global_sequences, batch.micro_sequences
-    yield str(_nearest_multiple(total, micro * data_size))
+    yield str(nearest_multiple(total, micro * data_size))
     if total % data_size == 0:
-        yield f"batch.micro_sequences to {_largest_divisor(total // data_size, micro)}"
+        yield f"batch.micro_sequences to {largest_divisor(total // data_size, micro)}"
     most = min(data_size, total // micro + 1)  # of ranks that can divide the batch, however many are asked for
     sizes = [size for size in range(expert, most, expert) if total % (micro * size) == 0]
     if sizes:
         yield f"start {counted(sizes[-1] * model_ranks, 'rank')}"
-
-
-def _nearest_multiple(value: int, divisor: int) -> int:
-    """The positive multiple of `divisor` nearest to `value`."""
-    return max(divisor, round(value / divisor) * divisor)
 
 
 def _check_allow_changes(config: Config) -> None:
@@ -385,11 +261,11 @@ RULES: dict[str, Callable[[Config], None]] = {
     "graphs": check_graphs,
     "compile": check_compile,
     "routing record": _check_routing_record,
-    "tensor": _check_tensor,
-    "pipeline": _check_pipeline,
-    "offload": _check_offload,
-    "sequence": _check_sequence,
-    "expert": _check_expert,
+    "tensor": check_tensor,
+    "pipeline": check_pipeline,
+    "offload": check_offload,
+    "sequence": check_sequence,
+    "expert": check_expert,
     "data": check_data,
     "precision": _check_precision,
     "keep_best": _check_keep_best,

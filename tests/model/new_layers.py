@@ -4,7 +4,6 @@ parameters. docs/new-layer.md says what each part is for. (In model/ the section
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import pytest
@@ -36,6 +35,7 @@ class TopPConfig(LayerSection):
         "routing": "tokens choose different numbers of experts",
         "export": "it is not in layers_switchall.py",
     }
+    divided: ClassVar[tuple[str, ...]] = ()
     type: Literal["top_p"] = "top_p"
     """Kind of attention."""
     num_heads: int = 2
@@ -54,10 +54,6 @@ class TopPConfig(LayerSection):
     @property
     def routers(self) -> Routers:
         return Routers(self.num_experts, 1, "softmax")
-
-    @property
-    def divided(self) -> Mapping[str, int]:
-        return {}
 
 
 class TopPAttention(nn.Module):
@@ -133,6 +129,7 @@ class SoftmaxMoEConfig(LayerSection):
         "routing": "pretrain/analysis/routers.py does not know it",
         "export": "it is not in layers_switchall.py",
     }
+    divided: ClassVar[tuple[str, ...]] = ()
     type: Literal["softmax_moe"] = "softmax_moe"
     """Kind of feed-forward layer."""
     num_experts: int = 5
@@ -149,10 +146,6 @@ class SoftmaxMoEConfig(LayerSection):
     @property
     def routers(self) -> Routers:
         return Routers(self.num_experts, self.active_experts, "softmax")
-
-    @property
-    def divided(self) -> Mapping[str, int]:
-        return {}
 
 
 class SoftmaxMoE(nn.Module):
