@@ -9,7 +9,7 @@ import numpy as np
 
 from common.errors import DataError
 from common.hashing import sha256_file, sha256_json
-from data_prep.config.schema import TokenizerConfig
+from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.shards.format import BYTE_VALUES, TOKENIZER_FILE, TokenizerEntry, dtype_name
 from data_prep.stages.tokenizer import TextTokenizer
 

@@ -6,7 +6,7 @@ repeated blanks and rewrites symbols) or have no pieces for bytes, so that chara
 
 from common.errors import DataError
 from data_prep.config.resolved import ResolvedConfig
-from data_prep.config.schema import TokenizerConfig
+from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.raw.documents import ID_FORMATS
 from data_prep.stages.tokenizer import TextTokenizer, normalizer_name
 

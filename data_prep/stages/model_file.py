@@ -9,7 +9,7 @@ import numpy as np
 
 from common.files import write_file, write_json
 from common.hashing import sha256_file
-from data_prep.config.schema import TokenizerConfig
+from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.shards.format import BYTE_VALUES, TOKENIZER_FILE
 from data_prep.stages.id_maker import symbols_of
 from data_prep.stages.lossy import check_vocab_size

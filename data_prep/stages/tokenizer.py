@@ -21,7 +21,7 @@ import sentencepiece
 from common.errors import DataError
 from common.hashing import GOLDEN_RATIO, mix64
 from common.progress_bar import byte_bar, heartbeat
-from data_prep.config.schema import TokenizerConfig
+from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.raw.documents import stable_fractions
 from data_prep.stages.selection import Selection
 from data_prep.stages.word_cache import WordCache, is_word_by_word

@@ -12,7 +12,8 @@ from common.paths import REPOSITORY
 from data_prep.cli import main
 from data_prep.config.loading import load_config
 from data_prep.config.resolved import resolve
-from data_prep.config.schema import DataConfig, ShardConfig, TokenizerConfig
+from data_prep.config.schema import DataConfig, ShardConfig
+from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.shards.format import Manifest
 from tests.data_prep.conftest import c4_line, write_dump
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
-from data_prep.config.schema import FilterConfig, TokenizerConfig
+from data_prep.config.schema import FilterConfig
+from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.run.up_to_date import changed_text
 from data_prep.shards.format import Manifest
 from data_prep.stages.c4_rules import clean_page

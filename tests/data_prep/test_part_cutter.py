@@ -10,7 +10,8 @@ import pytest
 import zstandard
 
 from common.errors import PassingError
-from data_prep.config.schema import DataConfig, IngestConfig, TokenizerConfig
+from data_prep.config.schema import DataConfig, IngestConfig
+from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.raw.locations import RemoteFile
 from data_prep.stages.id_maker import IdRecipe
 from data_prep.stages.ingest import IngestTask, RawInput, ingest_batch, read_state

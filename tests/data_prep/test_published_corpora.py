@@ -14,7 +14,7 @@ import sentencepiece
 
 from common.splits import SplitName
 from data_prep.cli import main
-from data_prep.config.schema import TokenizerConfig
+from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.shards.format import Manifest
 from data_prep.shards.manifest_records import TokenizerEntry
 from data_prep.shards.reader import SplitReader

@@ -10,7 +10,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from common.errors import DataError
-from data_prep.config.schema import TokenizerConfig
+from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.stages.selection import Selection
 from data_prep.stages.tokenizer import (
     MAX_LINE_CHARACTERS,

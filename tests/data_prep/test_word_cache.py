@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data_prep.config.schema import TokenizerConfig
+from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.stages import word_cache
 from data_prep.stages.tokenizer import TextTokenizer, train_tokenizer
 from data_prep.stages.word_cache import is_word_by_word
