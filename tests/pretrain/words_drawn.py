@@ -1,10 +1,12 @@
-"""Where matplotlib draws the words of a picture."""
+"""What matplotlib draws in a picture, and where its words are."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
@@ -21,3 +23,16 @@ def note_words(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Bbox]]:
 
     monkeypatch.setattr(Text, "draw", noted)
     return words
+
+
+def note_axes(monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
+    """From now on gets the axes of every picture that is written."""
+    found: list[Axes] = []
+    print_png = FigureCanvasAgg.print_png
+
+    def noted(canvas: FigureCanvasAgg, *given: Any, **options: Any) -> None:
+        found.extend(canvas.figure.axes)
+        print_png(canvas, *given, **options)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    return found

@@ -14,7 +14,6 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.transforms import Bbox
 
@@ -34,7 +33,7 @@ from pretrain.views.sweep import (
 from pretrain.views.sweep_picture import losses_drawn
 from tests.pretrain.views.compared import row, write
 from tests.pretrain.views.swept import RATE, result
-from tests.pretrain.words_drawn import note_words
+from tests.pretrain.words_drawn import note_axes, note_words
 
 
 def test_the_lowest_validation_loss_is_first_and_what_has_not_finished_is_last(tmp_path: Path) -> None:
@@ -253,18 +252,7 @@ def test_sections_that_begin_alike_are_told_apart_in_the_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each has a line of its own, and below the axis what it holds."""
-    drawn: list[tuple[list[str], list[list[float]]]] = []
-    print_png = FigureCanvasAgg.print_png
-
-    def noted(canvas: FigureCanvasAgg, *given: Any, **options: Any) -> Any:
-        for axes in canvas.figure.axes:
-            words = [text.get_text() for text in axes.get_xticklabels()]
-            drawn.append(
-                (words, [np.asarray(line.get_ydata()).tolist() for line in axes.lines if line.get_marker() == "o"])
-            )
-        return print_png(canvas, *given, **options)
-
-    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    found = note_axes(monkeypatch)
     key = "model.feedforward"
     sections = [f'{{"type": "dense", "hidden_size": {size}}}' for size in (64, 128)]
     mixtures = [f'[{{"manifest": "data/{"m" * 30}", "weight": {share}}}, "data/o"]' for share in (0.25, 0.75)]
@@ -275,6 +263,13 @@ def test_sections_that_begin_alike_are_told_apart_in_the_picture(
             for value, loss in zip(values, (3, 5), strict=True)
         ]
         losses_drawn(runs, [key])
+    drawn = [
+        (
+            [text.get_text() for text in axes.get_xticklabels()],
+            [np.asarray(line.get_ydata()).tolist() for line in axes.lines if line.get_marker() == "o"],
+        )
+        for axes in found
+    ]
     (sizes, _), (_, by_size), (shares, _), (_, by_share) = drawn
     assert sizes == ["dense 64", "dense 128"] and len(set(shares)) == 2, drawn
     assert np.allclose(sorted(by_size), [[3, 4], [5, 6]]) and np.allclose(sorted(by_share), [[3, 4], [5, 6]])
@@ -295,50 +290,32 @@ def test_a_run_that_blew_up_does_not_hide_how_the_others_differ(
 def test_the_legend_names_also_a_configuration_that_begins_with_an_underscore(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[list[str]] = []
-    print_png = FigureCanvasAgg.print_png
-
-    def noted(canvas: FigureCanvasAgg, *given: Any, **options: Any) -> Any:
-        legend = canvas.figure.axes[0].get_legend()
-        drawn.append([] if legend is None else [text.get_text() for text in legend.get_texts()])
-        return print_png(canvas, *given, **options)
-
-    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    found = note_axes(monkeypatch)
     values = ("1e-3", "2e-3")
     losses_drawn([result(tmp_path, value, [3.0], config=config) for config in ("_x", "y") for value in values], [RATE])
-    assert drawn == [["_x", "y"]]
+    assert len({axes.figure for axes in found}) == 1
+    legend = found[0].get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["_x", "y"]
 
 
 def test_every_line_with_a_name_in_the_legend_looks_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve configurations, where matplotlib has ten colours; also dots without lines, of the configurations."""
-    looks: list[set[tuple[object, ...]]] = []
-    print_png = FigureCanvasAgg.print_png
-
-    def noted(canvas: FigureCanvasAgg, *given: Any, **options: Any) -> Any:
-        for axes in canvas.figure.axes:
-            legend = axes.get_legend()
-            assert legend is not None
-            lines = legend.get_lines()
-            looks.append({(to_hex(line.get_color()), line.get_linestyle(), line.get_fillstyle()) for line in lines})
-        return print_png(canvas, *given, **options)
-
-    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    found = note_axes(monkeypatch)
     configs = [f"config-{number:02}" for number in range(12)]
     rates = [f"{number}e-3" for number in range(1, 13)]
     losses_drawn([result(tmp_path, value, [3.0], config=config) for config in configs for value in rates], [RATE])
+    looks = []
+    for axes in found:
+        legend = axes.get_legend()
+        assert legend is not None
+        lines = legend.get_lines()
+        looks.append({(to_hex(line.get_color()), line.get_linestyle(), line.get_fillstyle()) for line in lines})
     assert [len(of_axes) for of_axes in looks] == [12, 12]
 
 
 def test_seeds_are_names_and_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Side by side in rising order, and no line leads from one to the next, as if there were something between them."""
-    found: list[Axes] = []
-    print_png = FigureCanvasAgg.print_png
-
-    def noted(canvas: FigureCanvasAgg, *args: Any, **kwargs: Any) -> None:
-        found.extend(canvas.figure.axes)
-        print_png(canvas, *args, **kwargs)
-
-    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    found = note_axes(monkeypatch)
     key = "train.seed"
     losses_drawn([result(tmp_path, v, [5.0, 2.0 + n], key=key) for n, v in enumerate(["100", "9", "1"])], [key])
     (axes,) = found

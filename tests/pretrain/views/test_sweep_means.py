@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
 from model.config import ModelConfig
@@ -21,6 +20,7 @@ from pretrain.views.sweep import Result, SweepRun, edges
 from pretrain.views.sweep_means import means_csv, means_latex, summarised
 from pretrain.views.sweep_picture import losses_drawn
 from tests.pretrain.views.compared import row, write
+from tests.pretrain.words_drawn import note_axes
 
 EXPERTS, SEED = "model.feedforward.num_experts", "train.seed"
 MODEL = ModelConfig(d_model=8, num_layers=1, vocab_size=10, sequence_length=4)
@@ -99,14 +99,7 @@ def test_the_best_value_is_that_of_the_best_mean(tmp_path: Path) -> None:
 def test_the_picture_has_means_over_seeds_with_their_deviation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And each run against the seeds themselves. The star is the best mean, not the luckiest run."""
     losses = {("4", "0"): 3.0, ("4", "1"): 3.4, ("8", "0"): 2.9, ("8", "1"): 3.7}
-    found: list[Axes] = []
-    print_png = FigureCanvasAgg.print_png
-
-    def noted(canvas: FigureCanvasAgg, *args: Any, **kwargs: Any) -> None:
-        found.extend(canvas.figure.axes)
-        print_png(canvas, *args, **kwargs)
-
-    monkeypatch.setattr(FigureCanvasAgg, "print_png", noted)
+    found = note_axes(monkeypatch)
     losses_drawn([result(tmp_path, *at, loss) for at, loss in losses.items()], [EXPERTS, SEED])
     of_experts, of_seeds = found
     mean, star = of_experts.lines[0], of_experts.lines[-1]
