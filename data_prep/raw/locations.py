@@ -185,7 +185,7 @@ def _status(error: BaseException | None) -> int | None:
 
 def expand(pattern: str) -> list[str]:
     """Expands {a,b} and {00..09} in a pattern, as a shell and webdataset do."""
-    if "{" not in pattern or Path(pattern).exists():
+    if "{" not in pattern or os.path.exists(pattern):  # pathlib's raises for a long name, as commands and lists are
         return [pattern]
     import braceexpand  # here: training reads shards, and needs none of what the preparation brings
 
