@@ -205,7 +205,7 @@ def test_progress_is_of_the_whole_and_not_of_this_start(
     monkeypatch.setattr(Workers, "run", run)
 
     def task(size: int) -> SimpleNamespace:
-        return SimpleNamespace(size=size, tokens=size, part=SimpleNamespace(bytes=size))
+        return SimpleNamespace(size=size, tokens=0, bytes=size, part=SimpleNamespace(bytes=size))
 
     spread_over_tasks = [stage for stage in STAGES if stage.name not in ("dedup", "tokenizer")]
     for stage in spread_over_tasks:
