@@ -150,6 +150,8 @@ class Segment:
             return SegmentEnd(self.progress.step, rollback)
         stopping = stopping or self.control.stopping()
         self.setup.phases.enter("checkpoint")
+        if self.trainer.saver.should_try_again():
+            self._save()
         self.trainer.saver.finish()
         return SegmentEnd(self.progress.step, stopped=self.control.stop_reason() if stopping else None)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, kind_of
 from common.files import intended_name
 from common.folders import check_writable_folder
 from common.hashing import sha256_file
@@ -170,7 +170,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"--run-dir: {folder} cannot be read: {error.strerror}") from None
+        raise kind_of(error)(f"--run-dir: {folder} cannot be read: {error.strerror}") from None
     return sorted(found, key=step_of)
 
 

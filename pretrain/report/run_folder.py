@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import PassingError, UserError
+from common.errors import UserError, kind_of
 from common.files import write_json
 from common.line_log import LineLog, Row, is_event, is_step
 from common.run_lock import FolderLock
-from pretrain.data.patience import PASSING
 from pretrain.report import console
 from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
@@ -231,8 +230,7 @@ class RunFolder:
 def refusal(path: Path, error: OSError, what: str = "written") -> UserError:
     """Of a file of a run folder, which is `path` where the error names none; a PassingError where another attempt may
     not meet it."""
-    kind = PassingError if error.errno in PASSING else UserError
-    return kind(f"--run-dir: {error.filename or path} cannot be {what}: {error.strerror}")
+    return kind_of(error)(f"--run-dir: {error.filename or path} cannot be {what}: {error.strerror}")
 
 
 def end_event(outcome: dict[str, Any]) -> Row:

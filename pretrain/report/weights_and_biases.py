@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, kind_of
 from common.files import write_file
 from pretrain.config.watching import MonitorConfig
 from pretrain.report.writer import Position
@@ -215,7 +215,7 @@ class Mark:
             found = os.pread(self._file, 32, 0).strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(
+            raise kind_of(error)(
                 f"monitor.wandb: {folder} cannot be written ({reason}); move it away, or set monitor.wandb to off"
             ) from None
         self.step = int(found) if found.isdigit() else 0
