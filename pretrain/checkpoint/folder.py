@@ -121,11 +121,12 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def while_they_are_there(checkpoints: Sequence[Path], argument: str) -> Iterator[None]:
-    """What fails inside because a run that goes on has removed one of the checkpoints is raised as a UserError that
-    says so; `argument` of the command named it."""
+    """What cannot be read inside because a run that goes on has removed one of the checkpoints is raised as a UserError
+    that says so; `argument` of the command named it. Of several ranks the one that has met it says it: what the others
+    raise, that a peer has failed or is gone, stays what it is."""
     try:
         yield
-    except Exception:
+    except (UserError, OSError):
         gone = next((path for path in checkpoints if not path.is_dir()), None)
         if gone is None:
             raise
