@@ -28,6 +28,8 @@ from pretrain.config.rules import broken_rules
 from pretrain.config.schema import Config
 from pretrain.engine.details import is_softmax
 from pretrain.export.hf_config import check_layers
+from pretrain.preflight.checklist import Checklist
+from pretrain.preflight.run import PlannedRun
 from pretrain.report.model_text import model_family, model_text
 from pretrain.report.router_load import Choice, choices
 from pretrain.saved_model import SavedModel
@@ -162,8 +164,16 @@ def test_what_nobody_said_is_asked_for() -> None:
     ],
 )
 def test_no_cost_is_guessed(cost: Callable[[ModelConfig], object]) -> None:
-    with pytest.raises(AssertionError, match=r"TopPConfig|SoftmaxMoEConfig"):
+    with pytest.raises(UserError, match=r"^model: the costs of layers of type (top_p|softmax_moe) are not known; give"):
         cost(new_model())
+
+
+def test_a_start_without_costs_is_refused_before_its_ranks_meet_with_one_sentence(tmp_path: Path) -> None:
+    checks = Checklist()
+    PlannedRun(new_run(), 1, tmp_path, "cpu").check(checks, thorough=False)
+    assert [str(error).partition(" are not known")[0] for error in checks.problems if "cost" in str(error)] == [
+        "model: the costs of layers of type top_p"
+    ]
 
 
 def test_no_router_is_passed_over() -> None:
