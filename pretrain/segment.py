@@ -67,7 +67,8 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
         origin = Origin(step, tokens, last, setup.device, dist.get_world_size(), extra_flops=extra)
         sizes = layout(trainer.engine, parallel)
         try:
-            record_start(folder, start, config, sizes, data_digest=setup.sources.digest, last_step=last)
+            branch = record_start(folder, start, config, sizes, data_digest=setup.sources.digest, last_step=last)
+            origin = replace(origin, hides_all=branch)
             facts = start_facts(config, sizes, setup.device)
             monitor = Monitor(config, folder, origin, facts=facts, side_by_side=setup.side_by_side)
             return monitor, folder.losses(step, settings.spike_window_steps)

@@ -148,12 +148,19 @@ class RunFolder:
                 found.append(row["loss"])
         return list(found)
 
+    def newest_metrics(self, last_step: int) -> Row | None:
+        """The line of metrics.jsonl of the newest step up to `last_step`. Raises UserError."""
+        rows = (row for row in self._rows(self._metrics) if row["step"] <= last_step)
+        return max(rows, key=lambda row: int(row["step"]), default=None)
+
     def was_validated(self, step: int, kind: str = "validation") -> bool:
         """Whether events.jsonl holds a validation (or another event of `kind`) after `step` that still counts: a start
-        from before that step computes it again. Raises UserError."""
+        from before that step computes it again, and a branch that begins has none. Raises UserError."""
         found = False
         for row in self._rows(self._events):
-            if row["event"] in ("started", kind) and isinstance(row.get("step"), int):
+            if row["event"] == "branch":
+                found = False
+            elif row["event"] in ("started", kind) and isinstance(row.get("step"), int):
                 if row["event"] == kind:
                     found = found or row["step"] == step
                 elif row["step"] < step:
