@@ -8,10 +8,8 @@ our tasks give the same numbers. Generation is greedy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -21,9 +19,11 @@ from tqdm import tqdm
 from common.errors import UserError
 from pretrain.evaluation.examples import Answer, Encoder, Query, as_query
 from pretrain.evaluation.greedy import Wanted, write
+from pretrain.evaluation.harness_args import ModelArgs, pairs
 from pretrain.evaluation.likelihood import Limits, answer, learned_context
 from pretrain.evaluation.models import OpenedModel, evaluation_config, open_model
 from pretrain.generation.ids import NotFinite
+from pretrain.gpus import usable_device
 from pretrain.saved_model import find_checkpoint
 from pretrain.saved_model.loading import config_of
 
@@ -44,22 +44,21 @@ class HarnessModel(LM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: Any = None) -> HarnessModel:
-        """For `lm_eval --model switchall --model_args pretrained=RUN`: also batch_size, device, max_length and data, a
-        folder of prepared data. Raises UserError."""
-        given = {**arg_dict, **{k: v for k, v in (additional_config or {}).items() if v is not None}}
-        checkpoint = find_checkpoint(Path(str(given["pretrained"])))
-        batch, data = int(given.get("batch_size") or 16), [str(given["data"])] if "data" in given else []
+        """For `lm_eval --model switchall --model_args pretrained=RUN`; `ModelArgs` has the others. Raises UserError."""
+        parts = (arg_dict, additional_config or {})
+        args = ModelArgs.of({key: value for part in parts for key, value in part.items() if value is not None})
+        checkpoint, device = find_checkpoint(args.run), usable_device(args.device)
         saved = config_of(checkpoint)
-        config, tokenizer = evaluation_config(checkpoint, saved, data=data, overrides=(), batch=batch, ranks=1)
-        opened = open_model(checkpoint, config, tokenizer, torch.device(str(given.get("device") or "cpu")))
-        context = int(given.get("max_length") or learned_context(config.model))
-        return cls(opened, Limits(batch, context))
+        config, tokenizer = evaluation_config(
+            checkpoint, saved, data=args.data, overrides=(), batch=args.batch, ranks=1
+        )
+        opened = open_model(checkpoint, config, tokenizer, device, ema=args.ema)
+        return cls(opened, Limits(args.batch, args.context or learned_context(config.model)))
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> HarnessModel:
         """As `create_from_arg_obj`."""
-        pairs = dict(part.split("=", 1) for part in arg_string.split(",") if part)
-        return cls.create_from_arg_obj(pairs, additional_config)
+        return cls.create_from_arg_obj(pairs(arg_string), additional_config)
 
     @property
     def tokenizer_name(self) -> str:
