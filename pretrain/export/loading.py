@@ -14,6 +14,7 @@ from model.language_model import LanguageModel, prepare_to_answer
 from pretrain.checkpoint.folder import Checkpoint
 from pretrain.data.progress import Progress
 from pretrain.export.reading import is_export, open_export, progress_of
+from pretrain.gpus import usable_device
 from pretrain.saved_model import SavedModel, Tokenizer, load_model
 
 
@@ -37,7 +38,7 @@ def load_export(folder: Path, *, device: str = "cpu") -> SavedModel:
     """A folder that launch/export.py, or transformers' save_pretrained, wrote. Its `checkpoint` is this folder, with
     the progress that the export records (else step 0). Raises UserError."""
     exported = open_export(folder)
-    config, origin, place = exported.config, exported.origin, torch.device(device)
+    config, origin, place = exported.config, exported.origin, usable_device(device)
     backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
     model = LanguageModel(config.model, backends=backends, seed=config.train.seed).requires_grad_(False)
     for name, read in exported.tensors.items():  # a tied output layer is the embedding's

@@ -34,6 +34,9 @@ class Work:
     """Keeps keys and values; otherwise every new id costs a pass over its whole text."""
     slides: bool = False
     """See `window_start`."""
+    context: int | None = None
+    """Texts are read as tasks are: in one chunk of up to this many tokens, without memory; None: as training reads
+    them."""
 
 
 @dataclass
@@ -76,12 +79,11 @@ def continued(
     """Yields (text, id) as ids are chosen, every text once a step, the id that ends a text included; a text that has
     ended costs nothing more. `is_over(text)`, asked after each of its ids, may end it too. Adds to `cost`. Raises
     NotFinite."""
-    limit = context_limit(model.config)
     texts = [list(prompt) for prompt in work.prompts]
     draws = [Draws(work.sampling.seed, sample) for sample in work.samples]
     ends = [len(text) + tokens for text, tokens in zip(texts, work.tokens, strict=True)]
     live = list(range(len(texts)))
-    reader = _Cached(model, texts, limit, max(ends, default=0)) if work.is_cached else _Uncached(model, texts, limit)
+    reader = (_Cached if work.is_cached else _Uncached)(model, texts, max(ends, default=0), work.context)
     cost.prompt_tokens += sum(map(len, texts))
     began, is_first = time.perf_counter(), True
     while live:
@@ -129,9 +131,10 @@ def check_lengths(work: Work, limit: int | None, names: Sequence[str]) -> None:
 
 
 class _Cached:
-    def __init__(self, model: LanguageModel, texts: list[list[int]], limit: int | None, longest: int) -> None:
-        self._texts, self._limit = texts, limit
-        self._decoding = Decoding(model, len(texts), capacity=longest if limit is None else min(longest, limit))
+    def __init__(self, model: LanguageModel, texts: list[list[int]], longest: int, context: int | None) -> None:
+        self._texts, self._limit = texts, context or context_limit(model.config)
+        capacity = longest if self._limit is None else min(longest, self._limit)
+        self._decoding = Decoding(model, len(texts), capacity=capacity, context=context)
         self._rows = list(range(len(texts)))
         """Of each row of the cache its text."""
         self._read = [0] * len(texts)
@@ -161,12 +164,14 @@ class _Cached:
 class _Uncached:
     bytes = 0
 
-    def __init__(self, model: LanguageModel, texts: list[list[int]], limit: int | None) -> None:
-        self._model, self._texts, self._limit = model, texts, limit
+    def __init__(self, model: LanguageModel, texts: list[list[int]], longest: int, context: int | None) -> None:
+        self._model, self._texts, self._context = model, texts, context
+        self._limit = context or context_limit(model.config)
 
     def next_logits(self, live: Sequence[int]) -> Tensor:
         rows = []
         for text in live:
             ids = self._texts[text]
-            rows.append(uncached_logits(self._model, ids[window_start(len(ids), self._limit) :], last=1))
+            read = ids[window_start(len(ids), self._limit) :]
+            rows.append(uncached_logits(self._model, read, last=1, context=self._context))
         return torch.cat(rows)

@@ -28,6 +28,7 @@ from pretrain.checkpoint.prepared_data import find_data
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import parse_config
 from pretrain.config.schema import Config
+from pretrain.gpus import usable_device
 from pretrain.saved_model.tokenizer import Tokenizer
 
 
@@ -52,12 +53,12 @@ def load_model(
 ) -> SavedModel:
     """The model of a checkpoint (step-...), or of the newest checkpoint of a run folder, and its tokenizer.
 
-    `device`: a torch device. `data`: folders of prepared data, where to look for the tokenizer if the data are no
-    longer where the run read them. `verify`: compare every file with its sha256 first. `ema`: the moving average of the
-    weights (train.ema_decay) instead of the weights. Raises UserError: no checkpoint yet, a damaged one, one of another
-    version, no tokenizer or another model's, no moving average.
+    `device`: cpu, cuda, or one of several GPUs as cuda:1. `data`: folders of prepared data, where to look for the
+    tokenizer if the data are no longer where the run read them. `verify`: compare every file with its sha256 first.
+    `ema`: the moving average of the weights (train.ema_decay) instead of the weights. Raises UserError: no checkpoint
+    yet, a damaged one, one of another version, no tokenizer or another model's, no moving average, no such device.
     """
-    checkpoint, place = find_checkpoint(Path(run_or_checkpoint)), torch.device(device)
+    checkpoint, place = find_checkpoint(Path(run_or_checkpoint)), usable_device(device)
     with while_they_are_there([checkpoint.path], "RUN"):
         config = config_of(checkpoint)
         tokenizer = tokenizer_of(checkpoint, config.model, data)

@@ -23,6 +23,7 @@ from pretrain.checkpoint.folder import while_they_are_there
 from pretrain.export.loading import load_any
 from pretrain.export.reading import open_export
 from pretrain.generation.pieces import TextStream
+from pretrain.gpus import usable_device
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.saved_model import Tokenizer, find_checkpoint, load_model, loading
@@ -119,6 +120,24 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     older = copy / "checkpoints" / "step-00000001"
     rewrite_state(older, lambda state: state["config"]["model"].update(novelty=1))
     refused(older, "another version wrote its configuration .*novelty")
+
+
+def test_a_device_that_is_not_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for read in (load_model, load_any):
+        for device, words in (
+            ("gpu", "device: is 'gpu'; give cpu, cuda, or one of several GPUs as cuda:1"),
+            ("mps", "device: is 'mps'; give cpu"),
+            (3.5, "device: is 3.5; give cpu"),
+            ("cuda", "device: is cuda, but torch finds no usable GPU here .*; leave it out"),
+        ):
+            with pytest.raises(UserError, match=words):
+                read(run, device=device)  # type: ignore[arg-type, operator]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert usable_device("cuda:0") == torch.device("cuda:0") and usable_device("cuda") == torch.device("cuda")
+    with pytest.raises(UserError, match=r"device: is cuda:1, but this process has 1 GPU "):
+        usable_device("cuda:1")
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
