@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from common.json_config import Section
 
@@ -55,3 +55,8 @@ class LayerSection(Section):
         asked = [name for name in ("label", "lacks", "sizes", "routers", "divided") if name not in vars(cls)]
         if asked:
             raise TypeError(f"{cls.__name__} does not say {', '.join(asked)}; model/layer_section.py explains")
+        unknown = [*(cls.lacks.keys() - set(get_args(Ability))), *(set(cls.divided) - cls.model_fields.keys())]
+        if unknown:  # a lack that nobody asks for would be allowed
+            raise TypeError(f"{cls.__name__} names {', '.join(sorted(unknown))}, of which nothing is known")
+        if not cls.divided and "tensor" not in cls.lacks:
+            raise TypeError(f"{cls.__name__} lacks no tensor parallelism, and divided names nothing that it divides")

@@ -128,6 +128,7 @@ def test_widths_are_solved_for_so_that_all_runs_have_as_many_parameters(
             f"--equal-parameters: {width} stands in --vary or",
         ),
         (vary, f"is a sweep of model.feedforward.num_experts and {RATE} and {width} (solved for"),
+        ((*vary, "--vary", f"{width}=3"), f"is a sweep with {width} solved for, and this command solves for none"),
     ):
         assert case.run(*line) == 2
         assert words in capsys.readouterr().err

@@ -152,6 +152,20 @@ def test_what_nobody_said_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
+    "lacks, divided, message",
+    [
+        ({"tensors": "misspelt"}, ("num_heads",), "names tensors, of which nothing is known"),
+        ({}, ("heads",), "names heads, of which nothing is known"),
+        ({}, (), "lacks no tensor parallelism, and divided names nothing"),
+    ],
+)
+def test_an_answer_that_nobody_would_hear_is_refused(lacks: Any, divided: tuple[str, ...], message: str) -> None:
+    answers = {name: vars(MoAConfig)[name] for name in ("label", "sizes", "routers")}
+    with pytest.raises(TypeError, match=rf"^Own {message}"):
+        type("Own", (MoAConfig,), {**answers, "lacks": lacks, "divided": divided, "__module__": __name__})
+
+
+@pytest.mark.parametrize(
     "cost",
     [
         costs.attention_macs,
