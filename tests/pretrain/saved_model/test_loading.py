@@ -132,7 +132,7 @@ def test_a_device_that_is_not_there(run: Path, monkeypatch: pytest.MonkeyPatch) 
             ("cuda", "device: is cuda, but torch finds no usable GPU here .*; leave it out"),
         ):
             with pytest.raises(UserError, match=words):
-                read(run, device=device)  # type: ignore[arg-type, operator]
+                read(run, device=device)  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert usable_device("cuda:0") == torch.device("cuda:0") and usable_device("cuda") == torch.device("cuda")
