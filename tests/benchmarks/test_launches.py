@@ -21,6 +21,7 @@ from benchmarks.fake_cuda import CUDA_TYPE, META_TYPE, backward, device_guards, 
 from benchmarks.launch_counter import Counts, LaunchCounter, Tally, foreach_launches
 from benchmarks.places import OTHER
 from model.kernels.choice import Backends
+from model.kernels.op import OPS
 from model.kernels.ops.route import route
 from model.layers import LayerNorm
 from model.parallel.context import ParallelContext
@@ -73,12 +74,14 @@ BY_HAND: dict[str, tuple[Callable[[Tensor], Any], int, int]] = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_counts_by_hand(name: str) -> None:
+@pytest.mark.parametrize("is_body", [False, True], ids=["outside", "in the body of an op"])
+def test_counts_by_hand(name: str, is_body: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     run, kernels, moved = BY_HAND[name]
+    monkeypatch.setattr(OPS["group_choices"], "body", lambda x, *_: (run(x), (x, x))[1])
     with fake_cuda():
         x = new(6, 10)
         with LaunchCounter() as counter:
-            run(x)
+            torch.ops.switchall.group_choices(x, 1, "cpu") if is_body else run(x)
     total = counter.counts.total
     is_product = name == "product"
     assert total == Tally(kernels, 0, moved, 0 if is_product else moved)
