@@ -19,6 +19,7 @@ from pretrain.config.data_rules import folder_name, whole_weights
 from pretrain.config.loading import parse_config, to_json
 from pretrain.config.resume_rules import SavedRun, changes_since
 from pretrain.config.schema import Config
+from pretrain.config.validated import setting
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import Stage, first_stage
@@ -141,17 +142,30 @@ def _short(sha256: str | None) -> str:
 
 def stages_of(checkpoint: Checkpoint | None, sources: Sources, config: Config) -> tuple[Stage, ...]:
     """The stages of a run of `config` that reads `sources` from its beginning, or from `checkpoint` on. If the
-    checkpoint's run read others, with other weights or in windows of another length, a new stage begins there."""
+    checkpoint's run read others, with other weights or in windows of another length, a new stage begins there. Streams
+    stay those into which its text was cut."""
     now = sources.stage()
     if checkpoint is None:
         return (now,)
     progress, is_unchanged = checkpoint.progress, checkpoint.state["manifest_digest"] == sources.digest
     stages = progress.stages or ((now,) if is_unchanged else (_unrecorded_stage(checkpoint),))
+    if (streams := _streams_of(checkpoint, stages[-1], config)) is not None:
+        stages = (*stages[:-1], replace(stages[-1], streams=streams))
     before, length = sequence_length_of(checkpoint), config.model.sequence_length
     if before == length:
         return stages if is_unchanged else (*stages, stages[-1].followed_by(progress.position, now.sources))
     followed = stages[-1].followed_by(progress.position, now.sources)
     return (*stages, followed.in_windows_of(length, before=before))
+
+
+def _streams_of(checkpoint: Checkpoint, stage: Stage, config: Config) -> int | None:
+    """Into how many streams the text was cut that a run without memory goes on reading in them, where those are not
+    `batch.global_sequences`."""
+    saved = checkpoint.state["config"]
+    if not config.reads_streams or config.model.memory_length or setting(saved, "data.order") != "streams":
+        return None
+    streams = stage.streams or setting(saved, "batch.global_sequences")
+    return streams if streams != config.batch.global_sequences else None
 
 
 def sequence_length_of(checkpoint: Checkpoint) -> int:

@@ -36,7 +36,7 @@ class Rollback:
     """Decided, but no start has begun before `first_step` yet: the run was stopped or killed in between."""
 
     def to_json(self) -> dict[str, Any]:
-        tree = asdict(self)
+        tree = asdict(self) | {"stage": None if self.stage is None else self.stage.to_json()}
         if not tree["is_pending"]:
             del tree["is_pending"]
         return tree

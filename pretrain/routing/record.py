@@ -65,6 +65,7 @@ def description(config: Config, digest: str, stage: Stage) -> dict[str, Any]:
         "data.order": "streams" if config.reads_streams else "shuffled",
         **{f"data.{name}": getattr(config.data, name) for name in WINDOW_KEYS},
         # Where a stage begins and where its sources stood decides its windows too; the first has neither.
+        **({"data.streams": stage.streams} if stage.streams is not None else {}),
         **({"data stage": [stage.first, [[s.read, s.shuffle] for s in stage.mixed]]} if stage.first else {}),
     }
 
