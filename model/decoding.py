@@ -21,6 +21,7 @@ from model.attention.rope import apply_rope, rope_tables
 from model.attention.switchhead import SwitchHeadAttention
 from model.cache import KVCache, Rotation
 from model.config import ModelConfig, RopeConfig
+from model.documents import document_index
 from model.language_model import LanguageModel
 from model.memory import layer_memories, separate_streams
 
@@ -100,19 +101,23 @@ class Decoding:
 
 
 @torch.no_grad()
-def hidden_states(model: LanguageModel, tokens: Sequence[int], *, context: int | None = None) -> Iterator[Tensor]:
+def hidden_states(
+    model: LanguageModel, tokens: Sequence[int], *, context: int | None = None, document_end: int | None = None
+) -> Iterator[Tensor]:
     """Reads one text of N >= 1 ids as training does: chunk by chunk, with the memory of the chunks before, and nothing
-    else kept; with a `context` of at least N in one chunk. This defines what `Decoding` computes. -> of each chunk of n
-    tokens the embedding's and every block's output, [num_layers + 1, n, d_model]."""
+    else kept; with a `context` of at least N in one chunk. This defines what `Decoding` computes. `document_end`: the
+    id behind which nothing before is seen; None: there is none. -> of each chunk of n tokens the embedding's and every
+    block's output, [num_layers + 1, n, d_model]."""
     assert context is None or len(tokens) <= context, "the text is longer than the context"
     device, length = next(model.parameters()).device, context or model.config.sequence_length
     ids, stream = torch.tensor(list(tokens), device=device), torch.zeros(1, dtype=torch.int64, device=device)
     with separate_streams(model, stream, 1):
         for chunk in ids.split(length):
-            state, _ = model.begin(chunk[None], stream)
+            documents = None if document_end is None else document_index(chunk[None], document_end)
+            state, apart = model.begin(chunk[None], stream, documents)
             states = [state[0]]
             for block in model.blocks:
-                state = block(state)
+                state = block(state, apart)
                 states.append(state[0])
             for _, memory in layer_memories(model):
                 memory.advance()
@@ -120,10 +125,16 @@ def hidden_states(model: LanguageModel, tokens: Sequence[int], *, context: int |
 
 
 def uncached_logits(
-    model: LanguageModel, tokens: Sequence[int], *, last: int = 0, context: int | None = None
+    model: LanguageModel,
+    tokens: Sequence[int],
+    *,
+    last: int = 0,
+    context: int | None = None,
+    document_end: int | None = None,
 ) -> Tensor:
     """Logits after each token of a text [N, vocab_size], or after its `last` tokens alone, by `hidden_states`."""
-    hidden = torch.cat([states[-1] for states in hidden_states(model, tokens, context=context)])
+    found = hidden_states(model, tokens, context=context, document_end=document_end)
+    hidden = torch.cat([states[-1] for states in found])
     return head_logits(model, hidden[None, -last:])[0]
 
 

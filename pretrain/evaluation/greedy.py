@@ -54,7 +54,7 @@ def write(
     order = sorted((n for n, one in enumerate(wanted) if one.tokens > 0), key=lambda n: -len(rows[n]))
     for first in range(0, len(order), limits.batch):
         batch = order[first : first + limits.batch]
-        written = _write_some(model, tokenizer, [rows[n] for n in batch], [wanted[n] for n in batch], limits.context)
+        written = _write_some(model, tokenizer, [rows[n] for n in batch], [wanted[n] for n in batch], limits)
         for n, text in zip(batch, written, strict=True):
             texts[n] = text
         after_batch(len(batch))
@@ -62,7 +62,7 @@ def write(
 
 
 def _write_some(
-    model: LanguageModel, tokenizer: Tokenizer, rows: Sequence[list[int]], wanted: Sequence[Wanted], context: int
+    model: LanguageModel, tokenizer: Tokenizer, rows: Sequence[list[int]], wanted: Sequence[Wanted], limits: Limits
 ) -> list[str]:
     """The texts of one batch, whose prompts are the ids `rows`."""
     made: list[list[int]] = [[] for _ in rows]
@@ -78,7 +78,8 @@ def _write_some(
         [one.tokens for one in wanted],
         tokenizer.eos_id,
         tokenizer.vocab_size,
-        context=context,
+        context=limits.context,
+        document_end=limits.document_end,
     )
     for row, token in continued(model, work, Cost(), is_over=is_over):
         made[row].append(token)

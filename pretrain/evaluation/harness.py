@@ -25,7 +25,7 @@ from pretrain.evaluation.models import OpenedModel, evaluation_config, open_mode
 from pretrain.generation.ids import NotFinite
 from pretrain.gpus import usable_device
 from pretrain.saved_model import find_checkpoint
-from pretrain.saved_model.loading import config_of
+from pretrain.saved_model.loading import config_of, document_end_of
 
 MOST_NEW_TOKENS = 256
 """Of an answer whose task sets no limit, as in lm-evaluation-harness."""
@@ -53,7 +53,8 @@ class HarnessModel(LM):
             checkpoint, saved, data=args.data, overrides=(), batch=args.batch, ranks=1
         )
         opened = open_model(checkpoint, config, tokenizer, device, ema=args.ema)
-        return cls(opened, Limits(args.batch, args.context or learned_context(config.model)))
+        context = args.context or learned_context(config.model)
+        return cls(opened, Limits(args.batch, context, document_end_of(config, tokenizer)))
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> HarnessModel:

@@ -42,6 +42,11 @@ class SavedModel(NamedTuple):
     checkpoint: Checkpoint
     """Where it comes from: path, and what its state.json says (`progress.step`, losses)."""
 
+    @property
+    def document_end(self) -> int | None:
+        """See `document_end_of`."""
+        return document_end_of(self.config, self.tokenizer)
+
 
 def load_model(
     run_or_checkpoint: str | Path,
@@ -64,13 +69,19 @@ def load_model(
         tokenizer = tokenizer_of(checkpoint, config.model, data)
         if verify:
             checkpoint.check_files()
-        backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
+        backends = backends_of(config, place)
         model = LanguageModel(config.model, backends=backends, seed=config.train.seed)
         from pretrain.checkpoint.loading import load_weights  # imports DCP, which a start of training does without
 
         load_weights(checkpoint, model, ParallelContext(), kind="ema" if ema else "master")
     prepare_to_answer(model, place)
     return SavedModel(model, tokenizer, config, checkpoint)
+
+
+def document_end_of(config: Config, tokenizer: Tokenizer) -> int | None:
+    """The id (EOS) behind which a model that was trained with data.document_mask sees nothing of what stands before.
+    None: it sees all, or its tokenizer has no id that ends a document, so a text passes for one."""
+    return tokenizer.eos_id if config.data.document_mask else None
 
 
 def find_checkpoint(place: Path) -> Checkpoint:
@@ -108,6 +119,12 @@ def find_checkpoint(place: Path) -> Checkpoint:
             raise
         earlier = f"; name an earlier one, such as {found[-2]}" if len(found) > 1 else ""
         raise DamagedCheckpoint(f"{error}{earlier}") from None
+
+
+def backends_of(config: Config, device: torch.device) -> Backends:
+    """What a saved model is computed with, fp32."""
+    mask = config.data.document_mask
+    return Backends.choose("auto", config.model, device_type=device.type, dtype=torch.float32, document_mask=mask)
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
