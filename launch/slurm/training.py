@@ -194,7 +194,10 @@ def _check(args: argparse.Namespace, run_dir: Path) -> list[UserError]:
         )
         problems, data = _check_run(wanted)
     else:
-        problems, data = list(rank_problems(config, num_ranks)), _future_data(config)
+        from pretrain.engine.optimizer import group_problems
+
+        problems = [*rank_problems(config, num_ranks), *group_problems(config)]
+        data = _future_data(config)
         check_device(config, device)
         print(
             f"--after {args.after}: data ({', '.join(map(str, data)) or 'behind URLs'}) and an earlier checkpoint are "
