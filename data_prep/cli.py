@@ -276,6 +276,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_one_line(error), file=sys.stderr)
         return USER_ERROR if isinstance(error, LASTING) else PASSING_ERROR
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        goes_on = "; the same command goes on where it was" if arguments.handler is _steps_command else ""
+        print(f"interrupted{goes_on}", file=sys.stderr)
         return INTERRUPTED
     return 0
