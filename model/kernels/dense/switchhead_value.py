@@ -61,22 +61,24 @@ def _gradients(
     """Gradients of x, scores and experts; what was not asked for is not filled."""
     x, choice, experts, strategy = inputs
     grad, (N, d), (H, E, _, h), k = grad.contiguous(), x.shape, experts.shape, choice.index.shape[2]
-    weight, gated_spread = stacked(experts), rows_module(strategy).gated_spread
+    weight, gated_spread = stacked(experts).t() if of_inputs else experts, rows_module(strategy).gated_spread
     kept, parts = saved[0].view(N, H, k, h), chunks(N, H * E * h, x.itemsize)
     grad_scores = choice.scores.new_empty(choice.scores.shape)
     grad_x = x.new_empty((N, d) if of_inputs else (0,)) if total is None else total
-    grad_weight = WeightGradient(d, H * E * h, experts, len(parts))
+    grad_weight = WeightGradient(d, H * E * h if of_experts else 0, experts, len(parts))
     for chunk in parts:
         gated = x.new_empty(len(chunk) * H, E, h)
         dot = (chunk.pairs(kept), grad_scores[chunk.tokens]) if of_inputs else None
         gated_spread(chunk.pairs(grad), *chunk.choices(choice), gated, dot=dot)
         columns = gated.view(len(chunk), H * E * h)
         if of_inputs:
-            multiply(columns, weight.t(), grad_x[chunk.tokens], add=total is not None)
+            multiply(columns, weight, grad_x[chunk.tokens], add=total is not None)
         if of_experts:
             grad_weight.add(x[chunk.tokens], columns)
-    grad_experts = grad_weight.total.to(experts.dtype).view(d, H, E, h).permute(1, 2, 0, 3)
-    return grad_x, grad_scores, grad_experts.clone(memory_format=torch.contiguous_format)
+    if not of_experts:
+        return grad_x, grad_scores, grad_weight.total
+    grad_experts = grad_weight.total.view(d, H, E, h).permute(1, 2, 0, 3)
+    return grad_x, grad_scores, grad_experts.to(experts.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def stacked(experts: Tensor) -> Tensor:
