@@ -316,6 +316,13 @@ def test_the_regulariser_of_a_router_and_its_statistics_are_three_launches() -> 
         assert found.micro_step.by_operator["router", kernel] == 1
 
 
+def test_only_a_layer_with_an_auxiliary_loss_launches_something_for_it() -> None:
+    """One addition to that of the layers before; SwitchHead and dense layers have none."""
+    for name, additions in (("switchall_tiny", 1), ("paper/c4_switchhead_262m", 0)):
+        found = launches.count_step(one_layer(CONFIGS / f"{name}.json")).forward.by_operator
+        assert found["residual", "add"] == additions and not found["attention", "new_zeros"]
+
+
 @pytest.mark.slow  # test_table adds up two layers and one
 def test_layers_are_alike() -> None:
     """Which is why two layers and one tell what a model of any depth does."""
