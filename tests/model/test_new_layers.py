@@ -33,7 +33,7 @@ from pretrain.report.model_text import model_family, model_text
 from pretrain.report.router_load import Choice, Collapsed, advice, choices
 from pretrain.saved_model import SavedModel
 from tests.harness import run_ranks
-from tests.model.new_layers import SoftmaxMoEConfig, TopPConfig, make_known
+from tests.model.new_layers import SoftmaxMoEConfig, TopPAttention, TopPConfig, make_known
 from tests.pretrain.runs import TOLERANCE, Trace, engine_trace, gradient_error, small_config
 
 Tree = dict[str, Any]
@@ -149,6 +149,14 @@ def test_what_they_lack_is_refused_where_it_is_asked_for() -> None:
         opened.attention([1, 2, 3])
     with pytest.raises(UserError, match=r"^model\.attention\.type is top_p, whose choices of experts are not shown"):
         opened.routing([1, 2, 3])
+
+
+def test_an_attention_that_keeps_nothing_writes_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token would be read as the first one."""
+    forward = TopPAttention.forward
+    monkeypatch.setattr(TopPAttention, "forward", lambda self, x, T, index, documents=None: forward(self, x, T, index))
+    with pytest.raises(AssertionError, match="attention keeps nothing of what it reads"):
+        Decoding(build_model(new_model(), seed=0).eval(), 1).read([[3, 1]])
 
 
 @pytest.mark.parametrize(
