@@ -20,9 +20,10 @@ class Routers(NamedTuple):
     """What a router makes of its logits."""
 
 
-Ability = Literal["tensor", "expert", "xl", "memory", "choices", "graphs", "maps", "routing", "export"]
-"""Tensor parallelism, expert parallelism, Transformer-XL positions, memory, choices of experts that are recorded and
-replayed (`settled` in model/choices.py), CUDA graphs, attention maps, experts that a text chooses, exports."""
+Ability = Literal["tensor", "expert", "xl", "memory", "documents", "choices", "graphs", "maps", "routing", "export"]
+"""Tensor parallelism, expert parallelism, Transformer-XL positions, memory, documents that do not see each other,
+choices of experts that are recorded and replayed (`settled` in model/choices.py), CUDA graphs, attention maps, experts
+that a text chooses, exports."""
 Lacks = Mapping[Ability, str]
 """What a layer cannot do -> why, in words that follow a colon."""
 
