@@ -91,13 +91,10 @@ def _batch_rows(table: Any, text_key: str) -> int:
 
 
 def _document(row: int, record: dict[str, Any], split: SplitName, text_key: str, max_bytes: int) -> Document | Rejected:
-    excerpt = b""
+    value = record.get(text_key)
+    raw = value if isinstance(value, bytes) else b""  # written without saying that they are UTF-8
     try:
-        value = record.get(text_key)  # bytes: written without saying that they are UTF-8
-        data = checked_text(value, "the text") if isinstance(value, bytes) else text_in(record, text_key)
-        if len(data) > max_bytes:
-            return too_long(row, data, max_bytes)
-        return Document(row, split, data)
+        data = checked_text(raw, "the text") if isinstance(value, bytes) else text_in(record, text_key)
     except NoText as error:
-        excerpt = value[:EXCERPT_BYTES] if isinstance(value, bytes) else excerpt
-        return Rejected(row, error.reason, error.detail, excerpt, len(value) if isinstance(value, bytes) else 0)
+        return Rejected(row, error.reason, error.detail, raw[:EXCERPT_BYTES], len(raw))
+    return too_long(row, data, max_bytes) if len(data) > max_bytes else Document(row, split, data)

@@ -128,12 +128,10 @@ class Unpacked:
         read: Callable[[int], bytes],
         *,
         name: str,
-        stored_bytes: Callable[[], int],
         finish: Callable[[], tuple[str, int]],
         is_packed: bool = True,
     ) -> None:
         self._read = read
-        self._stored_bytes = stored_bytes
         self._finish = finish
         self.name = name
         """The file as the user named it; in a zip, with the member."""
@@ -142,11 +140,6 @@ class Unpacked:
         self.position = 0
         """Unpacked bytes read so far."""
         self._ahead = b""
-
-    @property
-    def stored_bytes(self) -> int:
-        """Stored (compressed) bytes consumed so far; exact at the end."""
-        return self._stored_bytes()
 
     def peek(self, size: int) -> bytes:
         """The next `size` bytes, which stay to be read; fewer only at the end."""
@@ -242,7 +235,7 @@ def _counted(name: str, read: Callable[[int], bytes], counter: _CountingStream, 
             pass
         return counter.hash.hexdigest(), counter.bytes
 
-    return Unpacked(read, name=name, stored_bytes=lambda: counter.bytes, finish=finish, is_packed=is_packed)
+    return Unpacked(read, name=name, finish=finish, is_packed=is_packed)
 
 
 def _find_member(archive: zipfile.ZipFile, path: InputFile, member: tuple[str, ...] | None) -> zipfile.ZipInfo:
@@ -261,12 +254,8 @@ def _find_member(archive: zipfile.ZipFile, path: InputFile, member: tuple[str, .
 
 
 def _zipped(path: InputFile, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[Unpacked]:
-    """The hash takes a pass of its own, because a zip is read from its end. Progress is by unpacked bytes."""
+    """The hash takes a pass of its own, because a zip is read from its end."""
     size = size_and_stamp(path)[0] or 0
     with archive.open(member) as content:
-        yield Unpacked(
-            content.read,
-            name=f"{path}/{member.filename}",
-            stored_bytes=lambda: size * content.tell() // max(member.file_size, 1),
-            finish=lambda: (sha256_of(path), size),
-        )
+        name = f"{path}/{member.filename}"
+        yield Unpacked(content.read, name=name, finish=lambda: (sha256_of(path), size))

@@ -215,13 +215,11 @@ class SampleSource:
     """The parts of one batch of raw files that a tokenizer may be trained on."""
 
     parts: tuple[Part, ...]
-    files: frozenset[str] | None = None
-    """Names of the raw files whose documents are looked at; None for all."""
+    files: frozenset[str]
+    """Names of the raw files whose documents are looked at."""
 
     def usable(self, part: Part) -> np.ndarray:
         """bool [documents]: which documents of a part are from these files."""
-        if self.files is None:
-            return np.ones(part.documents, np.bool_)
         names, counts = zip(*part.files, strict=True)
         return np.repeat([name in self.files for name in names], counts)
 

@@ -215,7 +215,7 @@ def test_progress_is_of_the_whole_and_not_of_this_start(
     given: list[tuple[Any, Any]] = []
     stage = dataclasses.replace(
         STAGES[0],
-        tasks=lambda preparation, all_slices: [1, 2, 3, 4],
+        tasks=lambda preparation: [1, 2, 3, 4],
         is_done=lambda task: task in (1, 3),
         make=lambda tasks, finished, workers: given.append((tasks, finished)),
         finish=lambda preparation, tasks: None,

@@ -160,8 +160,8 @@ def test_the_sample_is_capped_seeded_and_free_of_validation_text(
             writer = PartWriter(tmp_path, f"{name}{len(parts)}", "train")
             for position, text in enumerate(half):
                 writer.add(text.encode(), position)
-            parts.append(writer.finish())
-        sources.append(SampleSource(parts=tuple(parts)))
+            parts.append(writer.finish(((name, len(half)),)))
+        sources.append(SampleSource(parts=tuple(parts), files=frozenset("ab")))
 
     def sample(sample_bytes: int, seed: int = 0, validation_fraction: float = 0.0) -> list[str]:
         found = sample_documents(
