@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.arguments import Parser, a_path, add_overrides, at_least, set_options
+from common.arguments import a_path, add_overrides, at_least, set_options
 from common.errors import UserError
 from common.folders import check_folder
 from common.paths import REPOSITORY
@@ -35,7 +35,7 @@ undone."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = job.SubmitParser(
         prog="launch/slurm/submit_data_prep.py",
         description="Submits a data preparation as four jobs, each after the one before: reading, filtering and "
         "signing (array), duplicates and tokenizer, encoding (array), shards. The output is that of `data_prep run`.",
