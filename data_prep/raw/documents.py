@@ -119,6 +119,7 @@ class RawFile:
             try:
                 head = content.peek(HEAD_BYTES)
                 if self._is_parquet(content, head):
+                    content.finish()  # hashed first: no web server waits while the rows are read by another connection
                     records = self._rows()
                 else:
                     records = self._records(content, head)

@@ -1,7 +1,9 @@
 """The tokenizer: exact both ways, reproducible, and its sample."""
 
+import errno
 import hashlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,19 @@ def test_an_impossible_vocabulary_names_the_limit(vocab_size: int, message: str)
 def test_no_text_is_an_error() -> None:
     with pytest.raises(DataError, match="no text to train a tokenizer on"):
         train_tokenizer(["", "\n"], TokenizerConfig())
+
+
+@pytest.mark.parametrize("error", [DataError("PART was damaged"), OSError(errno.EIO, "Input/output error", "PART")])
+def test_what_reading_the_texts_raises_is_what_training_raises(error: Exception) -> None:
+    """SentencePiece makes a RuntimeError of it, which would pass for a refusal to train, with a traceback in it."""
+
+    def texts() -> Iterator[str]:
+        yield from make_texts(20, seed=1)
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        train_tokenizer(texts(), TokenizerConfig(vocab_size=500))
+    assert raised.value is error
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:

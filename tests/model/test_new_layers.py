@@ -29,6 +29,8 @@ from pretrain.config.schema import Config
 from pretrain.engine.details import is_softmax
 from pretrain.export.hf_config import check_layers
 from pretrain.parallel import stages
+from pretrain.preflight.checklist import Checklist
+from pretrain.preflight.run import PlannedRun
 from pretrain.report.model_text import model_family, model_text
 from pretrain.report.router_load import Choice, Collapsed, advice, choices
 from pretrain.saved_model import SavedModel
@@ -225,8 +227,16 @@ def test_an_answer_that_nobody_would_hear_is_refused(lacks: Any, divided: tuple[
     ],
 )
 def test_no_cost_is_guessed(cost: Callable[[ModelConfig], object]) -> None:
-    with pytest.raises(AssertionError, match=r"TopPConfig|SoftmaxMoEConfig"):
+    with pytest.raises(UserError, match=r"^model: the costs of layers of type (top_p|softmax_moe) are not known; give"):
         cost(new_model())
+
+
+def test_a_start_without_costs_is_refused_before_its_ranks_meet_with_one_sentence(tmp_path: Path) -> None:
+    checks = Checklist()
+    PlannedRun(new_run(), 1, tmp_path, "cpu").check(checks, thorough=False)
+    assert [str(error).partition(" are not known")[0] for error in checks.problems if "cost" in str(error)] == [
+        "model: the costs of layers of type top_p"
+    ]
 
 
 def test_no_router_is_passed_over() -> None:

@@ -16,11 +16,11 @@ import torch
 
 import pretrain.data.patience
 import pretrain.together
-from common.errors import DataError, PassingError, UnreadableError
+from common.errors import PASSING, DataError, PassingError, UnreadableError
 from data_prep.shards import cache as shard_cache
 from data_prep.shards.format import Manifest
 from pretrain.config.watching import ResilienceConfig
-from pretrain.data.patience import PASSING, Patience, patient_seconds
+from pretrain.data.patience import Patience, patient_seconds
 from pretrain.data.sources import Sources
 from pretrain.report.exit_codes import ExitCode, code_of
 from tests.pretrain.data.faulty_files import Faults
