@@ -9,7 +9,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,6 +128,14 @@ def seconds_of(time: str) -> int:
     )
 
 
+def check_all_shared(places: Iterable[tuple[str, Path]], *, allow_local: bool) -> None:
+    """`check_shared` of (what, path), each path once; warnings go to stderr. Raises UserError."""
+    for path, what in {path: what for what, path in reversed(list(places))}.items():
+        warning = check_shared(what, path, allow_local=allow_local)
+        if warning is not None:
+            print(f"warning: {warning}", file=sys.stderr)
+
+
 def check_shared(what: str, path: Path, *, allow_local: bool) -> str | None:
     """A warning if it is unknown whether other hosts see `path`; None if they do. Raises UserError if they cannot.
 
@@ -222,6 +231,13 @@ def add_site_arguments(parser: argparse.ArgumentParser) -> None:
         help="any further long option of sbatch, repeatable: --sbatch=--gres=gpu:8 --sbatch=--mail-type=END,FAIL",
     )
     parser.add_argument(
+        "--srun",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="further option of srun, repeatable: --srun=--container-image=/shared/torch.sqsh",
+    )
+    parser.add_argument(
         "--setup",
         action="append",
         default=[],
@@ -264,6 +280,27 @@ def site_options(arguments: argparse.Namespace, name: str) -> dict[str, str | No
     """sbatch options for the arguments above; an option that is not given keeps the cluster's default."""
     given = {"partition": arguments.partition, "account": arguments.account, "qos": arguments.qos}
     return {"job-name": arguments.job_name or name, **{key: value for key, value in given.items() if value}}
+
+
+def srun_options(arguments: argparse.Namespace) -> dict[str, str]:
+    """The --srun arguments as the scripts read them. Raises UserError."""
+    wrong = next((option for option in arguments.srun if not re.match(r"--[a-z]", option)), None)
+    if wrong is not None:
+        raise UserError(f"--srun {wrong}: write a long option of srun, e.g. --srun=--cpu-bind=none")
+    return {"SRUN_OPTIONS": shlex.join(arguments.srun)} if arguments.srun else {}
+
+
+def python_is_in_container(arguments: argparse.Namespace) -> bool:
+    """Whether --python may be a file that only a container has (pyxis: --container-image; srun's own --container)."""
+    is_path = arguments.python is not None and os.path.isabs(arguments.python)
+    return is_path and any(option.startswith("--container") for option in arguments.srun)
+
+
+def python_of_the_job(arguments: argparse.Namespace) -> str:
+    """Absolute path of the interpreter that srun starts. Raises UserError."""
+    if python_is_in_container(arguments):
+        return str(arguments.python)
+    return on_path(arguments.python or sys.executable)
 
 
 def on_path(path: str) -> str:

@@ -33,7 +33,7 @@ from pretrain.evaluation.tasks import PreparedTask, TaskResult, find_files
 from pretrain.parallel.agreement import agreed
 from pretrain.report.source_losses import source_losses
 from pretrain.saved_model import find_checkpoint
-from pretrain.saved_model.loading import config_of
+from pretrain.saved_model.loading import config_of, document_end_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,8 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
         )
         agreed(lambda: check_output_folder(out, "--out"))
         opened = open_model(checkpoint, config, tokenizer, device, ema=choices.ema)
-    limits = Limits(choices.batch, choices.context or learned_context(config.model))
+    context = choices.context or learned_context(config.model)
+    limits = Limits(choices.batch, context, document_end_of(config, tokenizer))
     is_first = opened.place.parallel.is_first
     rows: list[tuple[str, ...]] = []
     notes: list[str] = []

@@ -12,7 +12,7 @@ from torch import nn
 from common.errors import ConfigError
 from model.parameter_spec import ParameterSpec
 from model.parameters import owner_of, parameter_specs
-from pretrain.config.schema import Config, GroupConfig, GroupsConfig, OptimizerConfig, UndecayedGroupConfig
+from pretrain.config.schema import Config, GroupConfig, OptimizerConfig, UndecayedGroupConfig
 from pretrain.engine.parts import group_of
 from pretrain.parallel.experts import separate_experts
 
@@ -89,8 +89,6 @@ def grouped(names: Iterable[str], config: Config) -> dict[Rates, list[str]]:
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     """One for each weight decay and learning rate that parameters have: by default the parameters that are declared as
     decayed (matrices and experts), and the others."""
-    if config.optimizer.weight_decay == 0.0 and config.optimizer.groups == GroupsConfig():
-        return [{"params": list(model.parameters()), "weight_decay": 0.0, RATIO: 1.0}]
     named = dict(model.named_parameters())
     return [
         {"params": [named[name] for name in names], "weight_decay": rates.weight_decay, RATIO: rates.ratio}

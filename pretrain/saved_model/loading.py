@@ -28,6 +28,7 @@ from pretrain.checkpoint.prepared_data import find_data
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import parse_config
 from pretrain.config.schema import Config
+from pretrain.gpus import usable_device
 from pretrain.saved_model.tokenizer import Tokenizer
 
 
@@ -41,6 +42,11 @@ class SavedModel(NamedTuple):
     checkpoint: Checkpoint
     """Where it comes from: path, and what its state.json says (`progress.step`, losses)."""
 
+    @property
+    def document_end(self) -> int | None:
+        """See `document_end_of`."""
+        return document_end_of(self.config, self.tokenizer)
+
 
 def load_model(
     run_or_checkpoint: str | Path,
@@ -52,24 +58,30 @@ def load_model(
 ) -> SavedModel:
     """The model of a checkpoint (step-...), or of the newest checkpoint of a run folder, and its tokenizer.
 
-    `device`: a torch device. `data`: folders of prepared data, where to look for the tokenizer if the data are no
-    longer where the run read them. `verify`: compare every file with its sha256 first. `ema`: the moving average of the
-    weights (train.ema_decay) instead of the weights. Raises UserError: no checkpoint yet, a damaged one, one of another
-    version, no tokenizer or another model's, no moving average.
+    `device`: cpu, cuda, or one of several GPUs as cuda:1. `data`: folders of prepared data, where to look for the
+    tokenizer if the data are no longer where the run read them. `verify`: compare every file with its sha256 first.
+    `ema`: the moving average of the weights (train.ema_decay) instead of the weights. Raises UserError: no checkpoint
+    yet, a damaged one, one of another version, no tokenizer or another model's, no moving average, no such device.
     """
-    checkpoint, place = find_checkpoint(Path(run_or_checkpoint)), torch.device(device)
+    checkpoint, place = find_checkpoint(Path(run_or_checkpoint)), usable_device(device)
     with while_they_are_there([checkpoint.path], "RUN"):
         config = config_of(checkpoint)
         tokenizer = tokenizer_of(checkpoint, config.model, data)
         if verify:
             checkpoint.check_files()
-        backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
+        backends = backends_of(config, place)
         model = LanguageModel(config.model, backends=backends, seed=config.train.seed)
         from pretrain.checkpoint.loading import load_weights  # imports DCP, which a start of training does without
 
         load_weights(checkpoint, model, ParallelContext(), kind="ema" if ema else "master")
     prepare_to_answer(model, place)
     return SavedModel(model, tokenizer, config, checkpoint)
+
+
+def document_end_of(config: Config, tokenizer: Tokenizer) -> int | None:
+    """The id (EOS) behind which a model that was trained with data.document_mask sees nothing of what stands before.
+    None: it sees all, or its tokenizer has no id that ends a document, so a text passes for one."""
+    return tokenizer.eos_id if config.data.document_mask else None
 
 
 def find_checkpoint(place: Path) -> Checkpoint:
@@ -107,6 +119,12 @@ def find_checkpoint(place: Path) -> Checkpoint:
             raise
         earlier = f"; name an earlier one, such as {found[-2]}" if len(found) > 1 else ""
         raise DamagedCheckpoint(f"{error}{earlier}") from None
+
+
+def backends_of(config: Config, device: torch.device) -> Backends:
+    """What a saved model is computed with, fp32."""
+    mask = config.data.document_mask
+    return Backends.choose("auto", config.model, device_type=device.type, dtype=torch.float32, document_mask=mask)
 
 
 def config_of(checkpoint: Checkpoint) -> Config:

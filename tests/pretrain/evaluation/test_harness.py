@@ -16,7 +16,9 @@ import torch
 from common.errors import UserError
 from pretrain.cli.evaluate import main
 from pretrain.evaluation import harness_run
+from pretrain.evaluation.harness_args import ModelArgs, pairs
 from pretrain.evaluation.harness_run import task_specs
+from pretrain.evaluation.likelihood import Limits
 from tests.harness import run_ranks
 from tests.pretrain.evaluation import published
 from tests.pretrain.runs import small_config, train_runs
@@ -62,6 +64,28 @@ def test_without_the_package_it_is_one_sentence(
     assert 'pip install -e ".[eval]"' in printed and printed.count("\n") == 1
 
 
+def test_what_lm_eval_is_told_of_the_model() -> None:
+    assert ModelArgs.of({"pretrained": "runs/a"}) == ModelArgs(run=Path("runs/a"))
+    told = pairs("pretrained=runs/a=b, data=d,ema=True,max_length=7") | {"batch_size": "3", "device": "cuda:1"}
+    expected = ModelArgs(run=Path("runs/a=b"), batch=3, device="cuda:1", context=7, data=("d",), ema=True)
+    assert ModelArgs.of(told) == expected
+    for batch in ("auto", "auto:4"):
+        assert ModelArgs.of({"pretrained": "a", "batch_size": batch}).batch == 16
+    assert ModelArgs.of({"pretrained": "a", "batch_size": "auto", "max_batch_size": 5}).batch == 5
+    for wrong, words in (
+        ({}, "names no model; write pretrained=RUN"),
+        ({"dtype": "float16"}, "there is no dtype; switchall knows pretrained, batch_size"),
+        ({"ema": 2}, "ema is 2; write ema=true"),
+        ({"batch_size": "many"}, "batch_size: is 'many'; give a whole number of at least 1, or auto, which is 16"),
+        ({"batch_size": 0}, "batch_size: is '0'"),
+        ({"max_length": "1.5"}, "max_length: is '1.5'; give a whole number of at least 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ModelArgs.of({"pretrained": "a", **wrong} if wrong else {})
+    with pytest.raises(UserError, match="model_args: 'runs/a' has no value; write NAME=VALUE"):
+        pairs("runs/a")
+
+
 @needs_lm_eval
 @pytest.mark.slow  # lm_eval takes seconds to import; test_tasks.py has the numbers of the tasks
 def test_its_numbers_are_those_of_our_tasks(run: Path, tmp_path: Path) -> None:
@@ -83,9 +107,10 @@ def test_its_numbers_are_those_of_our_tasks(run: Path, tmp_path: Path) -> None:
 @needs_lm_eval
 @pytest.mark.slow  # as above
 def test_rolling_and_generated_texts(run: Path) -> None:
-    from pretrain.evaluation.harness import HarnessModel, _likeliest
+    from pretrain.evaluation.harness import HarnessModel
 
-    model = HarnessModel.create_from_arg_string(f"pretrained={run},batch_size=2")
+    model = HarnessModel.create_from_arg_string(f"pretrained={run}", {"batch_size": "auto", "device": None})
+    model._limits = Limits(2, 64)
     saved_model, tokenizer = model._opened.evaluator.module, model._opened.tokenizer
     assert isinstance(saved_model, torch.nn.Module)
     text = "river house letter morning captain water " * 12
@@ -118,8 +143,6 @@ def test_rolling_and_generated_texts(run: Path) -> None:
             tokens.append(int(saved_model.logits(torch.tensor([tokens]))[0][0, -1].argmax()))  # type: ignore[operator]
     kept = [t for t in tokens if t != tokenizer.eos_id]
     assert made[0] == tokenizer.decode(kept)[len("The river") :].partition("\n\n")[0] and len(made) == 3
-    best = _likeliest(saved_model, [tokens], tokens[-1], torch.device("cpu"))[0]
-    assert best < tokens[-1], "an id that the tokenizer has not"
     assert model.cut == 0
     model.generate_until([request("river house letter morning " * 20, {"until": [], "max_gen_toks": 60})])
     assert model.cut == 1, "of the prompt only what leaves room for the text was read"

@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import UserError
+from common.errors import PassingError, UserError
 from data_prep.shards.format import Manifest
 from data_prep.stages.tokenizer import TextTokenizer
 from model.language_model import build_model
 from pretrain.checkpoint import Checkpoint
 from pretrain.checkpoint import loading as checkpoint_loading
 from pretrain.checkpoint.convert import convert
+from pretrain.checkpoint.folder import while_they_are_there
 from pretrain.export.loading import load_any
 from pretrain.export.reading import open_export
 from pretrain.generation.pieces import TextStream
+from pretrain.gpus import usable_device
+from pretrain.parallel.agreement import PeerFailed
 from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.saved_model import Tokenizer, find_checkpoint, load_model, loading
 from tests.harness import run_ranks
@@ -119,6 +122,24 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     refused(older, "another version wrote its configuration .*novelty")
 
 
+def test_a_device_that_is_not_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for read in (load_model, load_any):
+        for device, words in (
+            ("gpu", "device: is 'gpu'; give cpu, cuda, or one of several GPUs as cuda:1"),
+            ("mps", "device: is 'mps'; give cpu"),
+            (3.5, "device: is 3.5; give cpu"),
+            ("cuda", "device: is cuda, but torch finds no usable GPU here .*; leave it out"),
+        ):
+            with pytest.raises(UserError, match=words):
+                read(run, device=device)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert usable_device("cuda:0") == torch.device("cuda:0") and usable_device("cuda") == torch.device("cuda")
+    with pytest.raises(UserError, match=r"device: is cuda:1, but this process has 1 GPU "):
+        usable_device("cuda:1")
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "Tokenizer", lambda stored: SimpleNamespace(vocab_size=401))
     with pytest.raises(UserError, match=r"its tokenizer has 401 ids, but model\.vocab_size is 400"):
@@ -147,6 +168,14 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(
     monkeypatch.setattr(checkpoint_loading, "load_weights", removed_while_read)
     with pytest.raises(UserError, match=r"RUN: .*step-00000001 was removed while it was read, by a run that goes on"):
         load_model(copy)
+
+
+@pytest.mark.parametrize("error", [PeerFailed(PassingError), RuntimeError("Connection closed by peer")])
+def test_what_another_rank_says_of_a_checkpoint_that_was_removed_is_said_once(error: Exception, tmp_path: Path) -> None:
+    """A rank that is told of it leaves quietly, with the code of that rank's error; one that has lost it says so."""
+    with pytest.raises(type(error)) as found, while_they_are_there([tmp_path / "step-00000001"], "RUN"):
+        raise error
+    assert found.value is error
 
 
 def test_a_run_folder_may_have_any_name(run: Path, tmp_path: Path) -> None:
