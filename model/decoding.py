@@ -3,6 +3,9 @@
 What a token's logits are, with or without a cache, is what training computes: a text is read in chunks of
 sequence_length tokens. A model with memory (Transformer-XL, or RoPE with memory_chunks) sees the memory_length tokens
 before the chunk too, and has no longest text; a model without memory has one chunk, so sequence_length is its context.
+
+Tasks are computed in another way, which `context` asks for: a text of up to so many tokens is one chunk, with empty
+memory (pretrain/evaluation/likelihood.py says why).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from model.attention.rope import apply_rope, rope_tables
 from model.attention.switchhead import SwitchHeadAttention
 from model.cache import KVCache, Rotation
 from model.config import ModelConfig, RopeConfig
+from model.documents import document_index
 from model.language_model import LanguageModel
 from model.memory import layer_memories, separate_streams
 
@@ -41,16 +45,19 @@ def prefer_single_tokens(model: LanguageModel) -> None:
 class Decoding:
     """R texts that one model (in evaluation mode) reads on."""
 
-    def __init__(self, model: LanguageModel, rows: int, *, capacity: int | None = None) -> None:
-        """`capacity`: no text becomes longer than this, so that less is kept; None: the context."""
+    def __init__(
+        self, model: LanguageModel, rows: int, *, capacity: int | None = None, context: int | None = None
+    ) -> None:
+        """`capacity`: no text becomes longer than this, so that less is kept; None: the context. `context`: every text
+        is one chunk of up to this many tokens, without memory; None: chunks as in training."""
         assert not model.training, "generation is without dropout: call model.eval()"
         self.model = model
         config = model.config
+        chunk, memory = (config.sequence_length, config.memory_length) if context is None else (context, 0)
         rotation = None
-        if isinstance(config.position, RopeConfig) and config.memory_length:
+        if isinstance(config.position, RopeConfig) and memory:
             rotation = partial(_rotated, config=config.position)
         rotations: list[Rotation | None] = [rotation] * config.num_layers
-        chunk, memory = config.sequence_length, config.memory_length
         self.cache = KVCache(rotations, rows=rows, chunk=chunk, memory=memory, capacity=capacity)
 
     def read(self, new: Sequence[Sequence[int]]) -> Tensor:
@@ -88,33 +95,47 @@ class Decoding:
             state, _ = self.model.begin(tokens, tokens.new_zeros(len(rows)))
             for block, layer in zip(self.model.blocks, self.cache.layers, strict=True):
                 state = block(state, layer)
+                assert layer.tensors(), "attention keeps nothing of what it reads; docs/new-layer.md says what it must"
             yield rows, counts, state[0]
             for row, count in zip(rows, counts, strict=True):
                 done[row] += count
 
 
 @torch.no_grad()
-def hidden_states(model: LanguageModel, tokens: Sequence[int]) -> Iterator[Tensor]:
+def hidden_states(
+    model: LanguageModel, tokens: Sequence[int], *, context: int | None = None, document_end: int | None = None
+) -> Iterator[Tensor]:
     """Reads one text of N >= 1 ids as training does: chunk by chunk, with the memory of the chunks before, and nothing
-    else kept. This defines what `Decoding` computes. -> of each chunk of n tokens the embedding's and every block's
-    output, [num_layers + 1, n, d_model]."""
-    device, length = next(model.parameters()).device, model.config.sequence_length
+    else kept; with a `context` of at least N in one chunk. This defines what `Decoding` computes. `document_end`: the
+    id behind which nothing before is seen; None: there is none. -> of each chunk of n tokens the embedding's and every
+    block's output, [num_layers + 1, n, d_model]."""
+    assert context is None or len(tokens) <= context, "the text is longer than the context"
+    device, length = next(model.parameters()).device, context or model.config.sequence_length
     ids, stream = torch.tensor(list(tokens), device=device), torch.zeros(1, dtype=torch.int64, device=device)
     with separate_streams(model, stream, 1):
         for chunk in ids.split(length):
-            state, _ = model.begin(chunk[None], stream)
+            documents = None if document_end is None else document_index(chunk[None], document_end)
+            state, apart = model.begin(chunk[None], stream, documents)
             states = [state[0]]
             for block in model.blocks:
-                state = block(state)
+                state = block(state, apart)
                 states.append(state[0])
             for _, memory in layer_memories(model):
                 memory.advance()
             yield torch.cat(states)
 
 
-def uncached_logits(model: LanguageModel, tokens: Sequence[int], *, last: int = 0) -> Tensor:
+def uncached_logits(
+    model: LanguageModel,
+    tokens: Sequence[int],
+    *,
+    last: int = 0,
+    context: int | None = None,
+    document_end: int | None = None,
+) -> Tensor:
     """Logits after each token of a text [N, vocab_size], or after its `last` tokens alone, by `hidden_states`."""
-    hidden = torch.cat([states[-1] for states in hidden_states(model, tokens)])
+    found = hidden_states(model, tokens, context=context, document_end=document_end)
+    hidden = torch.cat([states[-1] for states in found])
     return head_logits(model, hidden[None, -last:])[0]
 
 

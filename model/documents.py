@@ -36,6 +36,13 @@ class Documents(NamedTuple):
         return cls(places - first, first.int(), end.int())
 
 
+def document_index(tokens: Tensor, end: int) -> Tensor:
+    """The document of each token, [B, T] int64 as in `Documents.of`, where the id `end` is the last of each document:
+    of a text that did not come with its index, as a batch of a run does."""
+    is_end = (tokens == end).long()
+    return is_end.cumsum(1) - is_end
+
+
 Seen = Documents | LayerCache
 """What a layer is given where a query does not see exactly what stands before it in its sequence."""
 

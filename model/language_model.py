@@ -61,10 +61,14 @@ class LanguageModel(nn.Module):
         logits, _, auxiliary_loss = self.head(self._final_state(state))
         return logits, auxiliary_loss
 
-    def log_likelihood(self, tokens: Tensor, targets: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def log_likelihood(
+        self, tokens: Tensor, targets: Tensor, places: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`tokens` [B, T] int64; `places` [n] int64 in the flattened [B T], and `targets` [n] int64, the tokens that
-        follow there -> log p of each target [n] fp32 in nats, and whether it is the likeliest token [n] bool."""
-        state, apart = self.begin(tokens, torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device))
+        follow there -> log p of each target [n] fp32 in nats, and whether it is the likeliest token [n] bool.
+        `documents` as in `forward`."""
+        sequence_index = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
+        state, apart = self.begin(tokens, sequence_index, documents)
         for block in self.blocks:
             state = block(state, apart)
         likelihood, is_likeliest, _ = self.head(self._final_state(state), targets, places)

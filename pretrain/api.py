@@ -1,7 +1,8 @@
 """Trained models in notebooks and programs: `open_model(place)`, then ask it. docs/use.md shows each call.
 
 A text is a str, or ids that it was made of. Everything is computed as in validation: fp32, without dropout, in chunks
-of sequence_length tokens with the memory of a model that has one; tensors lie on the CPU.
+of sequence_length tokens with the memory of a model that has one, and of a model that was trained with
+data.document_mask, nothing before an EOS is seen behind it; tensors lie on the CPU.
 """
 
 from __future__ import annotations
@@ -111,11 +112,12 @@ class OpenModel:
 
     def logits(self, text: Text) -> Tensor:
         """fp32 [N, vocab_size]: of what follows each token."""
-        return uncached_logits(self.model, self.encode(text)).cpu()
+        return uncached_logits(self.model, self.encode(text), document_end=self.saved.document_end).cpu()
 
     def hidden_states(self, text: Text) -> Tensor:
         """fp32 [num_layers + 1, N, d_model]: of the embedding and behind every block, before the final norm."""
-        return torch.cat(list(hidden_states(self.model, self.encode(text))), dim=1).cpu()
+        found = hidden_states(self.model, self.encode(text), document_end=self.saved.document_end)
+        return torch.cat(list(found), dim=1).cpu()
 
     def loss(self, text: Text) -> TextLoss:
         """Raises UserError for a text of one token, which nothing predicts."""
@@ -200,4 +202,4 @@ class OpenModel:
         return write_weights(Path(folder), origin, tensors, option="folder").path
 
     def _trace(self, ids: Sequence[int], request: Request) -> Trace:
-        return trace_text(self.model, ids, request)
+        return trace_text(self.model, ids, request, document_end=self.saved.document_end)

@@ -89,6 +89,26 @@ def device_type(wanted: str = "auto") -> str:
     return "cpu"
 
 
+def usable_device(name: str) -> torch.device:
+    """cpu, cuda or cuda:1 of a program that asks a trained model. Raises UserError for another one, and for a GPU that
+    cannot be used."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):  # of no such name, of no string
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: is {name!r}; give cpu, cuda, or one of several GPUs as cuda:1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= found:
+        has = f"this process has {counted(found, 'GPU')}" if found else "torch finds no usable GPU here"
+        raise UserError(
+            f"device: is {name}, but {has} (python launch/doctor.py says why); leave it out to compute on the CPU"
+        )
+    return device
+
+
 def planned_device_type(wanted: str) -> str:
     """The device that a dry run checks the configuration for: `wanted` where it names one, on any machine; else what
     can be used here."""

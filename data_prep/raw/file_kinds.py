@@ -2,14 +2,14 @@
 alone decide: nothing here opens, unpacks or decodes a file.
 """
 
-import json
 import re
+
+from common.errors import TO_UTF8
 
 HEAD_BYTES = 4096
 """First bytes of a file's content that the functions below want."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PARQUET_MAGIC = b"PAR1"
-TO_UTF8 = "convert it from its encoding, for example: iconv -f ISO-8859-1 -t UTF-8"
 _TAR_MAGIC, _TAR_OFFSET = b"ustar", 257
 
 # A text may begin with these letters too, so they count only if no text follows.
@@ -83,15 +83,14 @@ def foreign(head: bytes, *, plain_text: bool = False) -> str | None:
     return None
 
 
-def json_lines(head: bytes, text_key: str) -> str | None:
-    """For content that its user calls plain text and that begins as JSON lines with `text_key` do: what it is and what
-    to do; else None. One object alone may be a text."""
+def json_lines(head: bytes) -> str | None:
+    """For content that its user calls plain text and that begins as JSON lines with a `text` do: what it is and what to
+    do; else None. One object alone may be a text."""
     first, *rest = head.removeprefix(BYTE_ORDER_MARK).lstrip().split(b"\n", 1)
     follows = rest[0].startswith(b"{") if rest else len(head) >= HEAD_BYTES
-    key = re.escape(json.dumps(text_key.rpartition(".")[2], ensure_ascii=False).encode())
-    if not follows or re.match(rb'\{(.*[{,])?\s*%s\s*:\s*"' % key, first) is None:
+    if not follows or re.match(rb'\{(.*[{,])?\s*"text"\s*:\s*"', first) is None:
         return None
-    return f'holds JSON lines with the key {text_key}; set format to "auto" (plain text is a preparation of its own)'
+    return 'holds JSON lines with the key text; set format to "auto" (plain text is a preparation of its own)'
 
 
 def no_json_lines(head: bytes) -> str:

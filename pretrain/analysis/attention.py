@@ -22,10 +22,11 @@ from pretrain.analysis.routers import routers_of, routing_of
 
 
 @torch.no_grad()
-def attention_weights(layer: nn.Module, context: Tensor, num_queries: int) -> Tensor:
+def attention_weights(layer: nn.Module, context: Tensor, num_queries: int, first: Tensor | None = None) -> Tensor:
     """`context` [B, L, d]: layer-normed block input, memory first, whose last `num_queries` = T tokens are the chunk.
     -> [B, H, T, L] fp32: row t is the softmax over all keys up to the query's own token. With MoA an axis of size k
-    stands for H: a token's chosen experts, best first."""
+    stands for H: a token's chosen experts, best first. `first` [B, T]: of each query the first key that it sees (the
+    first token of its document; RoPE, whose differences alone count); None: all do see the first."""
     if isinstance(layer, SwitchHeadAttention):
         q, k = _switchhead(layer, context, num_queries)
     elif isinstance(layer, DenseAttention):
@@ -43,7 +44,8 @@ def attention_weights(layer: nn.Module, context: Tensor, num_queries: int) -> Te
     else:
         logits = _relative_logits(layer, q, k)
     future = torch.ones(T, L, dtype=torch.bool, device=q.device).triu(L - T + 1)
-    return logits.masked_fill(future, -math.inf).softmax(-1)
+    unseen = future if first is None else future | (torch.arange(L, device=q.device) < first[:, None, :, None])
+    return logits.masked_fill(unseen, -math.inf).softmax(-1)
 
 
 def _relative_logits(layer: SwitchHeadAttention | DenseAttention | MoAAttention, q: Tensor, k: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def findings_of(
         tokens=np.array(ids, np.int64),
         pieces=saved.tokenizer.pieces(ids),
         layers=layers,
-        trace=trace_text(saved.model, ids, request, after_window=after_window),
+        trace=trace_text(saved.model, ids, request, document_end=saved.document_end, after_window=after_window),
         of_average=of_average,
     )
 

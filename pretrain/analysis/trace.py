@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.documents import Documents, document_index
 from model.language_model import LanguageModel
 from model.layer_section import Ability
 from model.memory import layer_memories, separate_streams
@@ -78,11 +79,12 @@ def trace_text(
     tokens: Sequence[int],
     request: Request,
     *,
+    document_end: int | None = None,
     after_window: Callable[[int], object] = lambda n: None,
 ) -> Trace:
     """`tokens`: ids [N], N >= 1. They are read in windows of sequence_length tokens; a model with memory carries it
-    from window to window, as in training. Calls `after_window` with the number of tokens read. What the model's layers
-    lack is left out, and the trace says so."""
+    from window to window, as in training. `document_end`: the id behind which nothing before is seen. Calls
+    `after_window` with the number of tokens read. What the model's layers lack is left out, and the trace says so."""
     length, device = model.config.sequence_length, next(model.parameters()).device
     ids = torch.tensor(list(tokens), device=device)
     left_out = lacking(model.config)
@@ -91,7 +93,8 @@ def trace_text(
         for number, first in enumerate(range(0, len(ids), length)):
             window = ids[first : first + length]
             kept.begin(number)
-            logits, _ = model.logits(window[None])
+            documents = None if document_end is None else document_index(window[None], document_end)
+            logits, _ = model.logits(window[None], documents=documents)
             targets = ids[first + 1 : first + 1 + len(window)]
             losses.append(nn.functional.cross_entropy(logits[0, : len(targets)], targets, reduction="none").cpu())
             for _, memory in layer_memories(model):
@@ -131,15 +134,24 @@ class _Kept:
     def begin(self, window: int) -> None:
         self._wants_maps = window == self.request.window
 
-    def attention(self, layer: int, module: nn.Module, context: Tensor, num_queries: int) -> None:
-        """`context` [1, L, d], see `attention_weights`."""
+    def attention(
+        self,
+        layer: int,
+        module: nn.Module,
+        context: Tensor,
+        num_queries: int,
+        sequence_index: Tensor,
+        documents: Documents | None,
+    ) -> None:
+        """What a layer of attention is called with; `context` [1, L, d], see `attention_weights`."""
         self._choices(layer, "attention", module, context[0, -num_queries:])
         if self._wants_maps and layer in self.request.layers and ("attention", "maps") not in self.left_out:
             self.memory_tokens = context.shape[1] - num_queries
             queries = min(self.request.map_tokens, num_queries)
             # The tokens after the last drawn query are keys of none that is drawn.
             seen = context[:, : self.memory_tokens + queries]
-            self.maps[layer] = attention_weights(module, seen, queries)[0].float().cpu().numpy()
+            first = None if documents is None else documents.first[:, :queries]
+            self.maps[layer] = attention_weights(module, seen, queries, first)[0].float().cpu().numpy()
 
     def feedforward(self, layer: int, module: nn.Module, x: Tensor) -> None:
         """`x` [1, T, d]."""
@@ -173,7 +185,7 @@ def _watched(model: LanguageModel, kept: _Kept) -> Iterator[None]:
     hooks = []
     try:
         for layer, block in enumerate(model.blocks):
-            hooks.append(watch(block.get_submodule("attention"), kept.attention, layer, 2))
+            hooks.append(watch(block.get_submodule("attention"), kept.attention, layer, 4))
             hooks.append(watch(block.get_submodule("feedforward"), kept.feedforward, layer, 1))
         yield
     finally:

@@ -37,6 +37,8 @@ class Queries:
     """[n] int64: the tokens that are asked about."""
     places: Tensor
     """[n] int64: for each of them the input before it, in the flattened [B T]."""
+    documents: Tensor | None = None
+    """With data.document_mask, [B, T] int64: which document of its text each input belongs to, from 0."""
 
 
 class Evaluator(Protocol):
@@ -105,7 +107,7 @@ class PlainExecutor:
         module.forward = module.log_likelihood
         self._engine.eval()
         try:
-            return [self._engine(b.tokens, b.targets, b.places) for b in batches]
+            return [self._engine(b.tokens, b.targets, b.places, b.documents) for b in batches]
         finally:
             self._engine.train()
             del module.forward

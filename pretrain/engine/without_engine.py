@@ -39,4 +39,4 @@ class ModelEvaluator:
     def log_likelihoods(self, batches: Sequence[Queries]) -> list[tuple[Tensor, Tensor]]:
         if self._in_stages:
             return self._module.log_likelihoods(batches)
-        return [self._module.log_likelihood(b.tokens, b.targets, b.places) for b in batches]
+        return [self._module.log_likelihood(b.tokens, b.targets, b.places, b.documents) for b in batches]

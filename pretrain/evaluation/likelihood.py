@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from model.config import ModelConfig
+from model.documents import document_index
 from model.memory import layer_memories, separate_streams
 from model.parallel.context import ParallelContext
 from pretrain.engine.micro_steps import Evaluator, Queries
@@ -49,6 +50,8 @@ class Limits:
     """Texts of one forward pass of a rank."""
     context: int
     """Most input tokens of a text."""
+    document_end: int | None = None
+    """The id behind which nothing before is seen, of a model that was trained with data.document_mask."""
     remedy: str = "set --context to {longest} or more, which the model has not learned, or leave the task out"
     """What helps where a target of `longest` tokens is longer than that, for a message."""
 
@@ -144,7 +147,7 @@ def _answer_some(
         own.append(mine)
         # A rank without a text computes one that does not count: under ZeRO 3 every forward pass is collective.
         shown = [queries[i] for i in (mine if len(mine) else batch[:1])]
-        made.append(_queries(shown, -(-longest // step) * step, limits.context, device))
+        made.append(_queries(shown, -(-longest // step) * step, limits, device))
     for mine, (values, are_likeliest) in zip(own, evaluator.log_likelihoods(made), strict=True):
         if not parallel.is_last_stage or not len(mine):
             continue
@@ -154,12 +157,12 @@ def _answer_some(
         sums[1].index_add_(0, which, are_likeliest.double())
 
 
-def _queries(shown: Sequence[Query], length: int, context: int, device: torch.device) -> Queries:
+def _queries(shown: Sequence[Query], length: int, limits: Limits, device: torch.device) -> Queries:
     """Texts as one batch of `length` tokens, filled up with token 0."""
     tokens = np.zeros((len(shown), length), np.int64)
     places, targets = [], []
     for row, query in enumerate(shown):
-        inputs = np.concatenate([query.context, query.target[:-1]])[-context:]
+        inputs = np.concatenate([query.context, query.target[:-1]])[-limits.context :]
         tokens[row, : len(inputs)] = inputs
         places.append(row * length + len(inputs) - len(query.target) + np.arange(len(query.target)))
         targets.append(query.target)
@@ -167,4 +170,6 @@ def _queries(shown: Sequence[Query], length: int, context: int, device: torch.de
     def on_device(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(device)
 
-    return Queries(on_device(tokens), on_device(np.concatenate(targets)), on_device(np.concatenate(places)))
+    text, end = on_device(tokens), limits.document_end
+    documents = None if end is None else document_index(text, end)
+    return Queries(text, on_device(np.concatenate(targets)), on_device(np.concatenate(places)), documents)

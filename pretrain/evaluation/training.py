@@ -15,6 +15,7 @@ from pretrain.evaluation.examples import Encoder
 from pretrain.evaluation.likelihood import Limits, Place, learned_context
 from pretrain.evaluation.tasks import PreparedTask, TaskResult, find_files
 from pretrain.report.monitor import Monitor
+from pretrain.saved_model.loading import document_end_of
 from pretrain.saved_model.tokenizer import TASK_IS_TEXT, Tokenizer
 
 REMEDY = (
@@ -55,9 +56,10 @@ class RunTasks(NamedTuple):
         settings = config.evaluate
         if not settings.tasks:
             return NO_TASKS
-        limits = Limits(config.batch.micro_sequences, learned_context(config.model), REMEDY)
         first = settings.tasks_limit or None
         tokenizer = Tokenizer(sources.sources[0].manifest)
+        end = document_end_of(config, tokenizer)
+        limits = Limits(config.batch.micro_sequences, learned_context(config.model), end, REMEDY)
         if not tokenizer.has_text:
             problem(UserError(f"evaluate.tasks: {TASK_IS_TEXT}"))
             return NO_TASKS

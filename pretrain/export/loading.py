@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from common.errors import UserError
 from model.decoding import prefer_single_tokens
-from model.kernels.choice import Backends
 from model.language_model import LanguageModel, prepare_to_answer
 from pretrain.checkpoint.folder import Checkpoint
 from pretrain.data.progress import Progress
 from pretrain.export.reading import is_export, open_export, progress_of
+from pretrain.gpus import usable_device
 from pretrain.saved_model import SavedModel, Tokenizer, load_model
+from pretrain.saved_model.loading import backends_of
 
 
 def load_any(
@@ -37,9 +36,9 @@ def load_export(folder: Path, *, device: str = "cpu") -> SavedModel:
     """A folder that launch/export.py, or transformers' save_pretrained, wrote. Its `checkpoint` is this folder, with
     the progress that the export records (else step 0). Raises UserError."""
     exported = open_export(folder)
-    config, origin, place = exported.config, exported.origin, torch.device(device)
-    backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
-    model = LanguageModel(config.model, backends=backends, seed=config.train.seed).requires_grad_(False)
+    config, origin, place = exported.config, exported.origin, usable_device(device)
+    model = LanguageModel(config.model, backends=backends_of(config, place), seed=config.train.seed)
+    model.requires_grad_(False)
     for name, read in exported.tensors.items():  # a tied output layer is the embedding's
         model.get_parameter(name).copy_(read())
     prepare_to_answer(model, place)

@@ -34,6 +34,11 @@ class Work:
     """Keeps keys and values; otherwise every new id costs a pass over its whole text."""
     slides: bool = False
     """See `window_start`."""
+    context: int | None = None
+    """Texts are read as tasks are: in one chunk of up to this many tokens, without memory; None: as training reads
+    them."""
+    document_end: int | None = None
+    """The id behind which nothing before is seen (`document_end_of`). It ends texts, so it stands in prompts alone."""
 
 
 @dataclass
@@ -62,6 +67,15 @@ def window_start(length: int, limit: int | None) -> int:
     return (length - limit - 1) // stride * stride + stride
 
 
+def first_read(ids: Sequence[int], limit: int | None, document_end: int | None) -> int:
+    """The first token that is read for the one after `ids`: of the document that it goes on, if that has an end; then
+    as `window_start`."""
+    begin = 0
+    if document_end is not None and document_end in ids[:-1]:  # the last id still sees what it ends
+        begin = len(ids) - 1 - list(ids[-2::-1]).index(document_end)
+    return begin + window_start(len(ids) - begin, limit)
+
+
 class NotFinite(Exception):
     """The logits of the next id are not finite."""
 
@@ -76,12 +90,11 @@ def continued(
     """Yields (text, id) as ids are chosen, every text once a step, the id that ends a text included; a text that has
     ended costs nothing more. `is_over(text)`, asked after each of its ids, may end it too. Adds to `cost`. Raises
     NotFinite."""
-    limit = context_limit(model.config)
     texts = [list(prompt) for prompt in work.prompts]
     draws = [Draws(work.sampling.seed, sample) for sample in work.samples]
     ends = [len(text) + tokens for text, tokens in zip(texts, work.tokens, strict=True)]
     live = list(range(len(texts)))
-    reader = _Cached(model, texts, limit, max(ends, default=0)) if work.is_cached else _Uncached(model, texts, limit)
+    reader = (_Cached if work.is_cached else _Uncached)(model, texts, max(ends, default=0), work)
     cost.prompt_tokens += sum(map(len, texts))
     began, is_first = time.perf_counter(), True
     while live:
@@ -129,13 +142,16 @@ def check_lengths(work: Work, limit: int | None, names: Sequence[str]) -> None:
 
 
 class _Cached:
-    def __init__(self, model: LanguageModel, texts: list[list[int]], limit: int | None, longest: int) -> None:
-        self._texts, self._limit = texts, limit
-        self._decoding = Decoding(model, len(texts), capacity=longest if limit is None else min(longest, limit))
+    def __init__(self, model: LanguageModel, texts: list[list[int]], longest: int, work: Work) -> None:
+        self._texts, self._limit, self._end = texts, work.context or context_limit(model.config), work.document_end
+        capacity = longest if self._limit is None else min(longest, self._limit)
+        self._decoding = Decoding(model, len(texts), capacity=capacity, context=work.context)
         self._rows = list(range(len(texts)))
         """Of each row of the cache its text."""
         self._read = [0] * len(texts)
-        """Tokens of each text that were read."""
+        """Tokens of each text that were read,"""
+        self._first = [0] * len(texts)
+        """and the first that was not forgotten."""
 
     @property
     def bytes(self) -> int:
@@ -149,10 +165,10 @@ class _Cached:
         new = []
         for row, text in enumerate(live):
             ids, read = self._texts[text], self._read[text]
-            start = window_start(len(ids), self._limit)
-            if start > window_start(read, self._limit):
+            first = first_read(ids, self._limit, self._end)
+            if first > self._first[text]:
                 cache.forget(row)
-                read = start
+                read = self._first[text] = first
             new.append(ids[read:])
             self._read[text] = len(ids)
         return self._decoding.read(new)
@@ -161,12 +177,14 @@ class _Cached:
 class _Uncached:
     bytes = 0
 
-    def __init__(self, model: LanguageModel, texts: list[list[int]], limit: int | None) -> None:
-        self._model, self._texts, self._limit = model, texts, limit
+    def __init__(self, model: LanguageModel, texts: list[list[int]], longest: int, work: Work) -> None:
+        self._model, self._texts, self._context, self._end = model, texts, work.context, work.document_end
+        self._limit = work.context or context_limit(model.config)
 
     def next_logits(self, live: Sequence[int]) -> Tensor:
         rows = []
         for text in live:
             ids = self._texts[text]
-            rows.append(uncached_logits(self._model, ids[window_start(len(ids), self._limit) :], last=1))
+            read = ids[first_read(ids, self._limit, self._end) :]
+            rows.append(uncached_logits(self._model, read, last=1, context=self._context))
         return torch.cat(rows)

@@ -117,6 +117,7 @@ def stream(
             tokenizer.vocab_size,
             is_cached=settings.is_cached,
             slides=settings.slides,
+            document_end=saved.document_end,
         )
 
     check_lengths(work([(prompt, 0) for prompt in range(len(prompts))]), limit, names)

@@ -222,6 +222,7 @@ class RunFolder:
     def rewind_metrics(self, step: int) -> None:
         """Moves the lines of steps after `step` to events.jsonl: they will be computed again. Those of details.jsonl
         are dropped. Raises OSError, and then nothing else is lost."""
+        self._details.flush()  # first: what waits for a full disk would come behind what is computed again
         if any(row["step"] > step for row in self._details.rows()):
             self._details.keep(lambda row: row["step"] <= step)
         self._metrics.flush()

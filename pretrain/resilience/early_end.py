@@ -4,11 +4,7 @@ outcome of the start before for its, and told to the user."""
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +41,8 @@ class EarlyEnd:
         self._folder: RunFolder | None = None
         self._is_closed = False
         self._noted_by: threading.Thread | None = None
-        self._claim: socket.socket | None = None
+        self._noted: dict[str, Any] | None = None
+        """What outcome.json is to say."""
         self._lock = threading.RLock()
 
     def note(self, code: ExitCode, reason: str) -> None:
@@ -56,26 +53,15 @@ class EarlyEnd:
             if self._is_closed or self._noted_by is not None:
                 return
             self._noted_by = threading.current_thread()
+            self._noted = {"exit_code": int(code), "reason": reason, "step": None, "time": time.time()}
             if self._folder is not None:
                 self._folder.end(code, reason)
                 self._folder.finish_alerts()
-            elif self._is_first_here() and _outcome(self._run_dir) == self._before:
-                self._note({"exit_code": int(code), "reason": reason, "step": None, "time": time.time()})
+            elif _outcome(self._run_dir) == self._before:
+                self._note(self._noted)
         finally:
             if is_alone:
                 self._lock.release()
-
-    def _is_first_here(self) -> bool:
-        """Whether no other rank that this one's launcher has started on this machine is noting how the run ends. Two
-        may refuse it at the same moment, and a first start leaves nothing in the folder that tells one of the other.
-        The system frees the name when this rank has ended, by when the launcher ends the others."""
-        try:
-            claim = self._claim = socket.socket(socket.AF_UNIX)
-            digest = hashlib.sha256(os.fsencode(os.path.abspath(self._run_dir))).hexdigest()[:16]
-            claim.bind(f"\0switchall-{os.getuid()}-{os.getppid()}-{digest}")
-        except OSError as error:  # another one: a system without names that are no files
-            return error.errno != errno.EADDRINUSE
-        return True
 
     def _note(self, outcome: dict[str, Any]) -> None:
         with contextlib.suppress(UserError, OSError):
@@ -105,6 +91,11 @@ class EarlyEnd:
         """Opens the run folder, which then writes the end down itself and gives up its lock."""
         with self._going_on():
             self._folder = folder()
+            if self._noted is not None and self._folder.lock is not None:
+                # Noted while the folder waited for a lock; opening it has removed that.
+                self._folder.lock.release()
+                with contextlib.suppress(UserError, OSError):
+                    self._write(self._noted)
         return self._folder
 
     def close(self, stop: Stop) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from pretrain.checkpoint.prepared_data import find_data
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import parse_config
 from pretrain.config.schema import Config
+from pretrain.gpus import usable_device
 from pretrain.saved_model.tokenizer import Tokenizer
 
 
@@ -41,6 +43,11 @@ class SavedModel(NamedTuple):
     checkpoint: Checkpoint
     """Where it comes from: path, and what its state.json says (`progress.step`, losses)."""
 
+    @property
+    def document_end(self) -> int | None:
+        """See `document_end_of`."""
+        return document_end_of(self.config, self.tokenizer)
+
 
 def load_model(
     run_or_checkpoint: str | Path,
@@ -52,24 +59,52 @@ def load_model(
 ) -> SavedModel:
     """The model of a checkpoint (step-...), or of the newest checkpoint of a run folder, and its tokenizer.
 
-    `device`: a torch device. `data`: folders of prepared data, where to look for the tokenizer if the data are no
-    longer where the run read them. `verify`: compare every file with its sha256 first. `ema`: the moving average of the
-    weights (train.ema_decay) instead of the weights. Raises UserError: no checkpoint yet, a damaged one, one of another
-    version, no tokenizer or another model's, no moving average.
+    `device`: cpu, cuda, or one of several GPUs as cuda:1. `data`: folders of prepared data, where to look for the
+    tokenizer if the data are no longer where the run read them. `verify`: compare every file with its sha256 first.
+    `ema`: the moving average of the weights (train.ema_decay) instead of the weights. Raises UserError: no checkpoint
+    yet, a damaged one, one of another version, no tokenizer or another model's, no moving average, no such device.
     """
-    checkpoint, place = find_checkpoint(Path(run_or_checkpoint)), torch.device(device)
+    checkpoint, place = find_checkpoint(Path(run_or_checkpoint)), usable_device(device)
     with while_they_are_there([checkpoint.path], "RUN"):
         config = config_of(checkpoint)
         tokenizer = tokenizer_of(checkpoint, config.model, data)
         if verify:
             checkpoint.check_files()
-        backends = Backends.choose("auto", config.model, device_type=place.type, dtype=torch.float32)
+        backends = backends_of(config, place)
         model = LanguageModel(config.model, backends=backends, seed=config.train.seed)
         from pretrain.checkpoint.loading import load_weights  # imports DCP, which a start of training does without
 
         load_weights(checkpoint, model, ParallelContext(), kind="ema" if ema else "master")
     prepare_to_answer(model, place)
     return SavedModel(model, tokenizer, config, checkpoint)
+
+
+def _transformers_type(folder: Path) -> str | None:
+    """The model_type of a folder of Hugging Face transformers; None for other folders."""
+    try:
+        found = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def _said_of_export(folder: Path, kind: str) -> str:
+    """What is wrong with a folder of transformers where a checkpoint is wanted."""
+    if kind != "switchall":
+        return f"is a model of another program for transformers ({kind}); name a run folder (runs/NAME) or a checkpoint"
+    if not any(folder.glob("model*.safetensors*")):
+        return "is an export without its weights (model.safetensors); copy the whole folder again"
+    return (
+        f"is an export, which launch/generate.py and pretrain.api.open_model read; for other commands make a "
+        f"checkpoint of it: python launch/import_weights.py {shlex.quote(str(folder))} --to FOLDER"
+    )
+
+
+def document_end_of(config: Config, tokenizer: Tokenizer) -> int | None:
+    """The id (EOS) behind which a model that was trained with data.document_mask sees nothing of what stands before.
+    None: it sees all, or its tokenizer has no id that ends a document, so a text passes for one."""
+    return tokenizer.eos_id if config.data.document_mask else None
 
 
 def find_checkpoint(place: Path) -> Checkpoint:
@@ -79,16 +114,15 @@ def find_checkpoint(place: Path) -> Checkpoint:
         raise UserError(f"RUN: {place} {there}; name a run folder (runs/NAME) or a checkpoint (step-...)")
     is_run = (place / "checkpoints").is_dir()  # which may have any name
     if (place / STATE_FILE).exists() or (CHECKPOINT_NAME.fullmatch(place.name) and not is_run):
-        return Checkpoint.open(place)
+        try:
+            return Checkpoint.open(place)
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(f"{error}; copy the whole folder again, or name another checkpoint") from None
     folder = place / "checkpoints" if is_run else place
     found = list_checkpoints(folder)
     if not found:
-        if (place / "generation_config.json").exists():
-            quoted = shlex.quote(str(place))
-            raise UserError(
-                f"RUN: {place} is an export, which launch/generate.py and pretrain.api.open_model read; for other "
-                f"commands make a checkpoint of it: python launch/import_weights.py {quoted} --to FOLDER"
-            )
+        if (kind := _transformers_type(place)) is not None:
+            raise UserError(f"RUN: {place} {_said_of_export(place, kind)}")
         if (place / "sweep.json").exists():  # SWEEP_RECORD of pretrain/report/run_paths.py, a room above
             raise UserError(f"RUN: {place} is the folder of a sweep; name a run in it")
         check_not_converted(place, "RUN")
@@ -107,6 +141,12 @@ def find_checkpoint(place: Path) -> Checkpoint:
             raise
         earlier = f"; name an earlier one, such as {found[-2]}" if len(found) > 1 else ""
         raise DamagedCheckpoint(f"{error}{earlier}") from None
+
+
+def backends_of(config: Config, device: torch.device) -> Backends:
+    """What a saved model is computed with, fp32."""
+    mask = config.data.document_mask
+    return Backends.choose("auto", config.model, device_type=device.type, dtype=torch.float32, document_mask=mask)
 
 
 def config_of(checkpoint: Checkpoint) -> Config:

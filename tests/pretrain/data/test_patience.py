@@ -264,7 +264,7 @@ def test_a_server_that_answers_later_is_waited_for(
     config, patience = small_config(prepared, f"data.manifest=file://{prepared}", *keys), Patience(60.0)
     expected = Sources.load(small_config(prepared)).reader("train", small_config(prepared)).read(np.arange(5))
     reader = Sources.load(config, patience=patience).reader("train", config)
-    opened, left = shard_cache.RemoteFile.open, [2 * shard_cache.ATTEMPTS]
+    opened, left = shard_cache.RemoteFile.open, [2 * len(shard_cache.PAUSES_SECONDS)]
 
     def refusing(file: Any, mode: str) -> Any:
         if file.url.endswith(".tar") and left[0]:

@@ -16,7 +16,9 @@ import torch
 from common.errors import UserError
 from pretrain.cli.evaluate import main
 from pretrain.evaluation import harness_run
+from pretrain.evaluation.harness_args import ModelArgs, pairs
 from pretrain.evaluation.harness_run import task_specs
+from pretrain.evaluation.likelihood import Limits
 from tests.harness import run_ranks
 from tests.pretrain.evaluation import published
 from tests.pretrain.runs import small_config, train_runs
@@ -38,7 +40,8 @@ def test_tasks_are_names_or_local_files(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
     file = published.lambada(tmp_path)
     ours, local = {"path": str(tmp_path)}, dict.fromkeys(("train", "validation", "test"), str(file))
-    lines = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": local}}
+    lines: dict[str, Any] = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": local}}
+    lines["num_fewshot"] = 0
     tasks = [{"task": "lambada_openai", **lines}, {"task": "switchall_cbt", "dataset_kwargs": ours}]
     assert task_specs(f"hellaswag, lambada_openai={file},switchall_cbt={tmp_path},arc_easy") == [
         "hellaswag",
@@ -53,6 +56,35 @@ def test_tasks_are_names_or_local_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert names == {"switchall_lambada", "switchall_blimp", "switchall_cbt"}
 
 
+def test_examples_before_a_question_are_of_another_file(tmp_path: Path) -> None:
+    """One file for all splits would show a question with its answer."""
+    (tmp_path / "test.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "train.jsonl").write_text('{"a": 2}\n')
+    (tmp_path / "other.jsonl").write_text('{"a": 3}\n')
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "test")}
+    found = harness_run.local_data("gsm8k", tmp_path, 5)
+    assert found["dataset_kwargs"] == {"data_files": files} and "num_fewshot" not in found
+    assert harness_run.local_data("gsm8k", tmp_path / "test.jsonl", 0)["num_fewshot"] == 0
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin").write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n')
+    (tmp_path / "blank").write_text("\n")
+    (tmp_path / "plain").write_text("The river")
+    for place, shots, words in (
+        (
+            "test.jsonl",
+            5,
+            "--shots: gsm8k reads the one file .*test.jsonl, which would show a question",
+        ),
+        ("empty", 5, "gsm8k: .*empty has no train.jsonl, validation.jsonl or test.jsonl"),
+        ("latin", None, "gsm8k: .*latin line 2: is no text in UTF-8"),
+        ("blank", None, "gsm8k: .*blank: holds no line; name a file of JSON lines"),
+        ("plain", None, "gsm8k: .*plain line 1: is not JSON; this file has one JSON object a line"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            harness_run.local_data("gsm8k", tmp_path / place, shots)
+        assert str(error.value).startswith("--")
+
+
 def test_without_the_package_it_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,6 +92,30 @@ def test_without_the_package_it_is_one_sentence(
     assert main([str(tmp_path), "--harness", "hellaswag"]) == 2
     printed = capsys.readouterr().err
     assert 'pip install -e ".[eval]"' in printed and printed.count("\n") == 1
+    assert main([str(tmp_path), "--shots", "2"]) == 2
+    assert "--shots: is for the tasks of --harness" in capsys.readouterr().err
+
+
+def test_what_lm_eval_is_told_of_the_model() -> None:
+    assert ModelArgs.of({"pretrained": "runs/a"}) == ModelArgs(run=Path("runs/a"))
+    told = pairs("pretrained=runs/a=b, data=d,ema=True,max_length=7") | {"batch_size": "3", "device": "cuda:1"}
+    expected = ModelArgs(run=Path("runs/a=b"), batch=3, device="cuda:1", context=7, data=("d",), ema=True)
+    assert ModelArgs.of(told) == expected
+    for batch in ("auto", "auto:4"):
+        assert ModelArgs.of({"pretrained": "a", "batch_size": batch}).batch == 16
+    assert ModelArgs.of({"pretrained": "a", "batch_size": "auto", "max_batch_size": 5}).batch == 5
+    for wrong, words in (
+        ({}, "names no model; write pretrained=RUN"),
+        ({"dtype": "float16"}, "there is no dtype; switchall knows pretrained, batch_size"),
+        ({"ema": 2}, "ema is 2; write ema=true"),
+        ({"batch_size": "many"}, "batch_size: is 'many'; give a whole number of at least 1, or auto, which is 16"),
+        ({"batch_size": 0}, "batch_size: is '0'"),
+        ({"max_length": "1.5"}, "max_length: is '1.5'; give a whole number of at least 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ModelArgs.of({"pretrained": "a", **wrong} if wrong else {})
+    with pytest.raises(UserError, match="model_args: 'runs/a' has no value; write NAME=VALUE"):
+        pairs("runs/a")
 
 
 @needs_lm_eval
@@ -82,10 +138,33 @@ def test_its_numbers_are_those_of_our_tasks(run: Path, tmp_path: Path) -> None:
 
 @needs_lm_eval
 @pytest.mark.slow  # as above
-def test_rolling_and_generated_texts(run: Path) -> None:
-    from pretrain.evaluation.harness import HarnessModel, _likeliest
+def test_examples_before_a_question(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": f"What is {n} and one?", "answer": f"It is so. #### {n + 1}"} for n in range(3)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(run), "--context", "800", "--limit", "1", "--harness"]
+    for given, expected in (
+        ((f"gsm8k={tmp_path}", "--shots", "2"), 2),
+        ((f"gsm8k={tmp_path / 'test.jsonl'}",), 0),
+    ):
+        assert main([*arguments, *given]) == 0
+        found = json.loads((run / "evaluation" / "step-00000001" / "harness.json").read_text())
+        assert found["n-shot"] == {"gsm8k": expected}
+    capsys.readouterr()
+    assert main([*arguments, f"gsm8k={tmp_path}", "--shots", "4"]) == 2
+    assert "fewer examples than it puts before a question" in capsys.readouterr().err
+    (tmp_path / "test.jsonl").write_text('{"query": "What?"}\n')
+    assert main([*arguments, f"gsm8k={tmp_path / 'test.jsonl'}"]) == 2
+    assert "a local file lacks what its task reads" in capsys.readouterr().err.splitlines()[-1]
 
-    model = HarnessModel.create_from_arg_string(f"pretrained={run},batch_size=2")
+
+@needs_lm_eval
+@pytest.mark.slow  # as above
+def test_rolling_and_generated_texts(run: Path) -> None:
+    from pretrain.evaluation.harness import HarnessModel
+
+    model = HarnessModel.create_from_arg_string(f"pretrained={run}", {"batch_size": "auto", "device": None})
+    model._limits = Limits(2, 64)
     saved_model, tokenizer = model._opened.evaluator.module, model._opened.tokenizer
     assert isinstance(saved_model, torch.nn.Module)
     text = "river house letter morning captain water " * 12
@@ -118,8 +197,6 @@ def test_rolling_and_generated_texts(run: Path) -> None:
             tokens.append(int(saved_model.logits(torch.tensor([tokens]))[0][0, -1].argmax()))  # type: ignore[operator]
     kept = [t for t in tokens if t != tokenizer.eos_id]
     assert made[0] == tokenizer.decode(kept)[len("The river") :].partition("\n\n")[0] and len(made) == 3
-    best = _likeliest(saved_model, [tokens], tokens[-1], torch.device("cpu"))[0]
-    assert best < tokens[-1], "an id that the tokenizer has not"
     assert model.cut == 0
     model.generate_until([request("river house letter morning " * 20, {"until": [], "max_gen_toks": 60})])
     assert model.cut == 1, "of the prompt only what leaves room for the text was read"

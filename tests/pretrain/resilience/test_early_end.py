@@ -24,14 +24,12 @@ from common.run_lock import DEAD_SECONDS, FolderLock
 from data_prep.shards.format import Manifest
 from pretrain.cli.train import main
 from pretrain.config.schema import Config
-from pretrain.config.watching import MonitorConfig
 from pretrain.data.sources import Sources
 from pretrain.loop import train
 from pretrain.parallel.agreement import PeerFailed, agreed
 from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_folder import RunFolder
-from pretrain.resilience import early_end
 from pretrain.resilience.early_end import EarlyEnd
 from pretrain.resilience.signals import Stop
 from pretrain.views.reading import RunView, State
@@ -274,13 +272,14 @@ def test_a_start_that_is_being_ended_opens_no_folder(run: Path, monkeypatch: pyt
 def test_an_end_is_noted_while_the_folder_waits_for_the_lock_of_a_lost_node(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And stays noted where the folder opens before the process has left."""
     monkeypatch.setattr("pretrain.resilience.early_end.OPENING_SECONDS", 0.0)
     end, is_opening, is_noted = EarlyEnd(run, lambda: None), threading.Event(), threading.Event()
 
     def opened() -> RunFolder:
         is_opening.set()
         is_noted.wait(60)
-        return RunFolder(run, writes=False)
+        return RunFolder(run, writes=True)
 
     opening = threading.Thread(target=end.open, args=(opened,))
     opening.start()
@@ -291,7 +290,9 @@ def test_an_end_is_noted_while_the_folder_waits_for_the_lock_of_a_lost_node(
     reason = RunView.open(run).outcome["reason"]
     is_noted.set()
     opening.join()
-    assert reason == "SIGTERM"
+    view = RunView.open(run)
+    assert reason == view.outcome["reason"] == "SIGTERM" and view.state is State.STOPPED
+    assert [event["event"] for event in view.events[-2:]] == ["opened", "stopped"] and not list(run.glob("lock-*"))
 
 
 @pytest.mark.parametrize("wrong", ["data.manifest=nowhere", "train.stepz=3", "train", "monitor.print_every_steps=x"])
@@ -302,19 +303,6 @@ def test_what_is_refused_before_the_ranks_meet_is_told(tmp_path: Path, wrong: st
     ((sentence, given),) = calls(tmp_path / "got")
     assert sentence.startswith("run night: failed with exit code 2: ") and given["run"] == str(tmp_path / "night")
     assert not (tmp_path / "night").exists()
-
-
-def test_two_ranks_that_each_alone_refuse_a_first_start_tell_of_it_once(run: Path, tmp_path: Path) -> None:
-    """Such as two whose GPUs are gone. A first start leaves nothing by which the second could know of the first."""
-    monitor = MonitorConfig(alert_command=command(tmp_path, WRITES, str(tmp_path / "got")))
-    for folder in (tmp_path / "night", run):  # of a start that is not the first, the two may look at the same moment
-        ranks = [EarlyEnd(folder, lambda: monitor) for _ in range(2)]
-        for number, end in enumerate(ranks, 1):
-            end._before = early_end._outcome(folder)
-            end.note(ExitCode.REFUSED, f"rank {number}: there is no GPU")
-    assert [given["event"]["reason"][:6] for _, given in calls(tmp_path / "got")] == ["rank 1"] * 2
-    assert [event["event"] for event in RunView.open(run).events] == ["started", "failed"]
-    assert EarlyEnd(tmp_path / "another", lambda: monitor)._is_first_here()
 
 
 def test_where_the_configuration_cannot_be_read_the_saved_one_says_whom_to_tell(run: Path, tmp_path: Path) -> None:

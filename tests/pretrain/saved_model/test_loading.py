@@ -23,6 +23,7 @@ from pretrain.checkpoint.folder import while_they_are_there
 from pretrain.export.loading import load_any
 from pretrain.export.reading import open_export
 from pretrain.generation.pieces import TextStream
+from pretrain.gpus import usable_device
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.saved_model import Tokenizer, find_checkpoint, load_model, loading
@@ -95,7 +96,15 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     refused(tmp_path / "sweep", "sweep is the folder of a sweep; name a run in it")
     (tmp_path / "empty" / "checkpoints").mkdir()
     refused(tmp_path / "empty", "has no checkpoint yet")
-    (tmp_path / "empty" / "generation_config.json").write_text("{}")  # which every export has
+    for kind, words in (
+        ("gpt2", r"empty is a model of another program for transformers \(gpt2\); name a run folder"),
+        ("switchall", r"empty is an export without its weights .*copy the whole folder again"),
+    ):
+        (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": kind}))
+        refused(tmp_path / "empty", words)
+        with pytest.raises(UserError, match=words):
+            load_any(tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").write_text("")
     converted = tmp_path / "converted"
     convert(run / "checkpoints" / "step-00000002", converted, data=str(prepared))
     for read in (load_model, load_any, open_export):
@@ -112,13 +121,32 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     refused(copy, "rank-00001.safetensors does not match its sha256; name an earlier one")
     shard.write_bytes(content[:-1])
     refused(copy, "rank-00001.safetensors is .* bytes, not .*; name an earlier one, such as .*step-00000001")
+    refused(newest, "rank-00001.safetensors is .* bytes, not .*; copy the whole folder again, or name another")
     shard.unlink()
-    refused(newest, "rank-00001.safetensors is missing")
+    refused(newest, "rank-00001.safetensors is missing; copy the whole folder again")
     rewrite_state(newest, lambda state: state.update(format_version=9))
     refused(copy, "has format 9, but this version reads 2")
     older = copy / "checkpoints" / "step-00000001"
     rewrite_state(older, lambda state: state["config"]["model"].update(novelty=1))
     refused(older, "another version wrote its configuration .*novelty")
+
+
+def test_a_device_that_is_not_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for read in (load_model, load_any):
+        for device, words in (
+            ("gpu", "device: is 'gpu'; give cpu, cuda, or one of several GPUs as cuda:1"),
+            ("mps", "device: is 'mps'; give cpu"),
+            (3.5, "device: is 3.5; give cpu"),
+            ("cuda", "device: is cuda, but torch finds no usable GPU here .*; leave it out"),
+        ):
+            with pytest.raises(UserError, match=words):
+                read(run, device=device)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert usable_device("cuda:0") == torch.device("cuda:0") and usable_device("cuda") == torch.device("cuda")
+    with pytest.raises(UserError, match=r"device: is cuda:1, but this process has 1 GPU "):
+        usable_device("cuda:1")
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
