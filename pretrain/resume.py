@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from common.errors import ConfigError, UserError
+from common.errors import ConfigError, PassingError, UserError
 from common.tables import counted
 from model.costs import training_flops_per_token
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
@@ -211,16 +211,18 @@ def progress_now(config: Config, checkpoint: Checkpoint | None) -> Progress:
     return progress.at_rate(training_flops_per_token(config.model), before=rate, sequence_length=length)
 
 
-def newest_committed(paths: list[Path], *, check_sizes: bool = True) -> Checkpoint | None:
+def newest_committed(paths: list[Path], *, check_sizes: bool = True, patience: Patience = AT_ONCE) -> Checkpoint | None:
     """The first of `paths` that is committed and, with `check_sizes`, whose files have their sizes; not collective,
-    reads no tensor. Raises UserError as `newest_valid`."""
-    reasons: list[str] = []
+    reads no tensor. `patience` makes every read. Raises UserError as `newest_valid`, a PassingError where one of them
+    may be whole and could not be read."""
+    reasons, passes = list[str](), False
     for path in paths:
         try:
-            return Checkpoint.open(path, world_size=1 if check_sizes else 0)
+            return Checkpoint.open(path, world_size=1 if check_sizes else 0, patience=patience)
         except DamagedCheckpoint as error:
             reasons.append(str(error))
-    _refuse_without(reasons)
+            passes = passes or error.passes
+    _refuse_without(reasons, PassingError if passes else UserError)
     return None
 
 
@@ -263,10 +265,10 @@ def newest_valid(
     return None, reasons
 
 
-def _refuse_without(reasons: list[str]) -> None:
-    """Raises UserError with `reasons` if checkpoints were found, but all of them were passed over."""
+def _refuse_without(reasons: list[str], kind: type[UserError] = UserError) -> None:
+    """Raises a `kind` with `reasons` if checkpoints were found, but all of them were passed over."""
     if reasons:
-        raise UserError(
+        raise kind(
             f"no checkpoint is whole ({'; '.join(reasons)}); move them away, choose another --run-dir, or name another "
             f"checkpoint in checkpoint.resume"
         )

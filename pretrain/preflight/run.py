@@ -179,6 +179,7 @@ class PlannedRun:
         return text
 
     def _start(self, found: Outcome, *, thorough: bool) -> str:
+        from pretrain.checkpoint.folder import AT_ONCE
         from pretrain.checkpoint.initial import KEY, initial_checkpoint
         from pretrain.checkpoint.shapes import check_shapes
         from pretrain.resilience.rollback import pending, read_rollbacks
@@ -199,14 +200,14 @@ class PlannedRun:
         if self.run_dir is None and resume in ("auto", "never"):
             raise Blocked("there can be no run folder")
         paths = candidates(self.config, self.run_dir) if self.run_dir is not None else [named_checkpoint(resume)]
-        newest = newest_committed(paths, check_sizes=self.alone)
+        newest = newest_committed(paths, check_sizes=self.alone, patience=self.patience or AT_ONCE)
         undone = ""
         if self.run_dir is not None and (
             rollback := pending(read_rollbacks(self.run_dir, branch_start(self.config, newest)))
         ):
             undone = f", for the last start decided to go back to before step {rollback.first_step:,}"
             paths = paths_to_try(self.config, self.run_dir, rollback)
-            newest = newest_committed(paths, check_sizes=self.alone)
+            newest = newest_committed(paths, check_sizes=self.alone, patience=self.patience or AT_ONCE)
         self.newest = newest
         self.has_checkpoint = newest is not None
         if newest is None:
