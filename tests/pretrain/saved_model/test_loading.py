@@ -129,6 +129,13 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     refused(older, "another version wrote its configuration .*novelty")
 
 
+def test_one_folder_of_data_is_as_good_as_a_list(run: Path, prepared: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    for checkpoint in (copy / "checkpoints").iterdir():
+        rewrite_state(checkpoint, lambda state: state["config"]["data"].update(manifest=str(tmp_path / "gone")))
+    assert load_model(copy, data=str(prepared)).tokenizer.encode(TEXT) == load_model(run).tokenizer.encode(TEXT)
+
+
 def test_a_device_that_is_not_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for read in (load_model, load_any):
@@ -139,7 +146,7 @@ def test_a_device_that_is_not_there(run: Path, monkeypatch: pytest.MonkeyPatch) 
             ("cuda", "device: is cuda, but torch finds no usable GPU here .*; leave it out"),
         ):
             with pytest.raises(UserError, match=words):
-                read(run, device=device)  # type: ignore[arg-type, operator]
+                read(run, device=device)  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert usable_device("cuda:0") == torch.device("cuda:0") and usable_device("cuda") == torch.device("cuda")
