@@ -90,9 +90,16 @@ def findings_of(
     *,
     of_average: bool = False,
 ) -> Findings:
-    """Runs the model over `ids`. `of_average`: `saved` holds the moving average of the weights."""
+    """Runs the model over `ids`. `of_average`: `saved` holds the moving average of the weights. Raises UserError where
+    its outputs are not finite."""
     layers = chosen_layers(settings.layers, saved.config.model.num_layers, label)
     request = Request(layers, settings.window, settings.map_tokens)
+    trace = trace_text(saved.model, ids, request, document_end=saved.document_end, after_window=after_window)
+    if not np.isfinite(trace.losses).all():
+        raise UserError(
+            f"checkpoint {saved.checkpoint.path}: its outputs are not finite, so it has diverged or its numbers "
+            f"overflow; name an earlier checkpoint"
+        )
     return Findings(
         label=label,
         place=saved.checkpoint.path,
@@ -102,7 +109,7 @@ def findings_of(
         tokens=np.array(ids, np.int64),
         pieces=saved.tokenizer.pieces(ids),
         layers=layers,
-        trace=trace_text(saved.model, ids, request, document_end=saved.document_end, after_window=after_window),
+        trace=trace,
         of_average=of_average,
     )
 
