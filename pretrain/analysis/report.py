@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.files import replacing_all
 from common.folders import making
 from common.strict_json import dumps
+from common.tables import counted
 from pretrain.analysis import numbers, pictures
 from pretrain.analysis.findings import Findings
 from pretrain.analysis.page import Page
@@ -75,8 +76,8 @@ def encoded(saved: SavedModel, text: str, settings: Settings) -> list[int]:
     if len(ids) <= settings.window * model.sequence_length:
         windows = -(-len(ids) // model.sequence_length)
         raise UserError(
-            f"--window: the text has {len(ids):,} tokens, which are {windows} windows of {model.sequence_length}; "
-            f"choose one of them, counted from 1, or read more (--tokens)"
+            f"--window: the text has {counted(len(ids), 'token')} in {counted(windows, 'window')} of "
+            f"{model.sequence_length}; choose one of them, counted from 1, or read more (--tokens)"
         )
     return ids
 
