@@ -149,6 +149,11 @@ class LaunchCounter(TorchDispatchMode):
             # The body instead of its promise; it goes on at the place of the call.
             with self, torch.no_grad(), self.at(place):
                 return OPS[func._opname].body(*args, **kwargs)
+        # In the body of an op torch hands on whole what it makes of other operators; of these, casts and copies that
+        # may be views are views by their schema.
+        with self, self.at(place):
+            if (made := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return made
         self._notice_reads(place, func, (args, kwargs))
         is_pinned = kwargs.pop("pin_memory", None) or func._opname == "_pin_memory"
         result = self._result(func, args, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 
@@ -29,8 +30,27 @@ class PassingError(DataError):
     """The user did nothing wrong: the same command may succeed later, and it continues where it was."""
 
 
+PASSING = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ESTALE", "EREMOTEIO", "EAGAIN", "EINTR", "EBUSY", "ETIMEDOUT", "ETIME", "ENOLINK", "ECOMM"),
+        *("ENOTCONN", "ESHUTDOWN", "EPIPE", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED"),
+        *("ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH"),
+    )
+    if hasattr(errno, name)
+)
+"""Errors of a file system or network that another attempt may not meet."""
+
+
+def kind_of(error: BaseException) -> type[UserError]:
+    """What a run raises where it met this error of a file: a PassingError where another attempt may not meet it."""
+    may_pass = isinstance(error, PassingError) or (isinstance(error, OSError) and error.errno in PASSING)
+    return PassingError if may_pass else UserError
+
+
 TO_UTF8 = "convert it from its encoding, for example: iconv -f ISO-8859-1 -t UTF-8"
 """What helps where a text is in another encoding, for a message."""
+
 
 Problem = Callable[[UserError], None]
 """Takes what is wrong: `refuse` raises it, a list's `append` keeps it, so that a check can go on and find the rest."""

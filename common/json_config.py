@@ -217,15 +217,15 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _without_tags(model: type[BaseModel], place: tuple[int | str, ...]) -> list[int | str]:
-    """pydantic's path to a problem without the tags of unions, of which each is an element of its own:
-    model.attention.switchhead.num_heads. A key may have the name of the tag before it."""
-    tags = {key.section.model_fields["type"].default for key in keys(model) if _is_tagged(key.section)}
+    """pydantic's path to a problem without the tags of unions, each an element of its own behind the union's:
+    model.attention.switchhead.num_heads. A key that nobody knows may have the name of a tag."""
+    unions = {key.dotted.rpartition(".")[0] for key in keys(model) if _is_tagged(key.section)}
     parts: list[int | str] = []
-    was_tag = False
+    is_tag = False
     for part in place:
-        was_tag = part in tags and not was_tag
-        if not was_tag:
+        if not is_tag:
             parts.append(part)
+        is_tag = not is_tag and ".".join(map(str, parts)) in unions
     return parts
 
 

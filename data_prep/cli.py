@@ -17,6 +17,7 @@ from common.terminal import prepare_streams, reader_may_leave, spare_stdout, vis
 from common.urls import without_secrets
 from data_prep.config.loading import describe_keys, load_config
 from data_prep.config.resolved import ResolvedConfig, output_folder, resolve
+from data_prep.raw.locations import LASTING
 from data_prep.report import show
 from data_prep.report.stats import REPORT_FOLDER, write_report
 from data_prep.run.disk_estimate import WHAT, check_room, fullest, needed_bytes, used_bytes
@@ -45,7 +46,6 @@ from data_prep.work.parallel import worker_pool
 PASSING_ERROR = 1
 USER_ERROR = 2
 INTERRUPTED = 130
-LASTING = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 @spare_stdout()
@@ -276,6 +276,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_one_line(error), file=sys.stderr)
         return USER_ERROR if isinstance(error, LASTING) else PASSING_ERROR
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        goes_on = "; the same command goes on where it was" if arguments.handler is _steps_command else ""
+        print(f"interrupted{goes_on}", file=sys.stderr)
         return INTERRUPTED
     return 0

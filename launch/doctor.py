@@ -2,8 +2,10 @@
 """What this machine has for training, what is missing, and how to get it: python launch/doctor.py
 
 Uses the standard library alone and guards every import, so it also runs before anything is installed, on any Python
-from 3.11 on. The exit status is 1 if something that training needs is missing.
+from 3.8 on. The exit status is 1 if something that training needs is missing.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -28,9 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 import common.interruption  # noqa: E402, F401  # before anything that takes long
+from common.wrong_python import PYTHONS  # noqa: E402
 
-PYTHONS = ((3, 11), (3, 15))
-"""The oldest, and the first that is too new (pyproject.toml, requires-python)."""
 MINIMUM_DRIVER = {"13": 580, "12": 525}
 """The oldest NVIDIA driver for each major version of the CUDA that torch was built with (NVIDIA's compatibility
 table)."""

@@ -21,8 +21,9 @@ costs k d H h T + k H h T (product and gates) instead of d H h T, and each disti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Any, Literal, Never, NoReturn
 
+from common.errors import UserError
 from model.config import (
     DenseAttentionConfig,
     DenseFeedForwardConfig,
@@ -36,6 +37,23 @@ from model.config import (
 from model.parameters import ParameterCount
 
 Convention = Literal["published", "equation_13"]
+
+
+def check_costs(config: ModelConfig) -> None:
+    """Raises UserError where what training asks for is not known of a layer."""
+    attention_macs(config)
+    feedforward_macs(config)
+    training_flops_per_token(config)
+
+
+def _no_costs(layer: Never) -> NoReturn:
+    """mypy finds each call of this that a new kind of layer comes to, for `Never` is none of them; who trains without
+    asking it reads this."""
+    section: Any = layer
+    raise UserError(
+        f"model: the costs of layers of type {section.type} are not known; give each function of model/costs.py their "
+        f"formula (docs/new-layer.md; `make lint` names those that miss it)"
+    )
 
 
 def attention_macs(config: ModelConfig, convention: Convention = "published") -> int:
@@ -55,7 +73,7 @@ def attention_macs(config: ModelConfig, convention: Convention = "published") ->
         # Query and output per head, one key and one value; the gates of a head's query and output.
         return matrices + (2 * H + 2) * d * h * T + 2 * H * T * h + E * d * T + xl * 2 * d * T * h * C
     if not isinstance(attention, SwitchHeadConfig):
-        assert_never(attention)
+        _no_costs(attention)
     E, k, num_expert = attention.num_experts, attention.active_experts, len(attention.expert_projections)
     projections = (num_expert * k + (4 - num_expert)) * d * H * h * T
     gates = num_expert * H * k * T * h
@@ -80,7 +98,7 @@ def attention_memory(config: ModelConfig) -> int:
     if isinstance(attention, MoAConfig):
         return matrices + (2 * H + 2) * h * T + attention.num_experts * T * C + xl * 2 * T * h
     if not isinstance(attention, SwitchHeadConfig):
-        assert_never(attention)
+        _no_costs(attention)
     selectors = len(selectors_of(attention)) * attention.num_experts * T * C
     return matrices + 4 * H * h * T + selectors + xl * 2 * H * T * h
 
@@ -90,7 +108,7 @@ def cache_floats(config: ModelConfig) -> int:
     with MoA, whose keys and values are shared."""
     attention = config.attention
     if not isinstance(attention, MoAConfig | SwitchHeadConfig | DenseAttentionConfig):
-        assert_never(attention)
+        _no_costs(attention)
     heads = 1 if isinstance(attention, MoAConfig) else attention.num_heads
     return 2 * config.num_layers * heads * attention.head_dim
 
@@ -111,7 +129,7 @@ def feedforward_macs(config: ModelConfig) -> int:
         return 3 * T * d * feedforward.hidden_size
     if isinstance(feedforward, DenseFeedForwardConfig):
         return 2 * T * d * feedforward.hidden_size
-    assert_never(feedforward)
+    _no_costs(feedforward)
 
 
 def feedforward_memory(config: ModelConfig) -> int:
@@ -124,7 +142,7 @@ def feedforward_memory(config: ModelConfig) -> int:
         return 2 * T * feedforward.hidden_size
     if isinstance(feedforward, DenseFeedForwardConfig):
         return T * feedforward.hidden_size
-    assert_never(feedforward)
+    _no_costs(feedforward)
 
 
 def formula_parameters(config: ModelConfig) -> ParameterCount:
@@ -189,7 +207,7 @@ def _attention_parameters(config: ModelConfig) -> _Parts:
             matrices=(2 + xl) * d * h + E * d, experts=2 * E * d * h, active_experts=2 * H * d * h, vectors=xl * 1
         )
     if not isinstance(attention, SwitchHeadConfig):
-        assert_never(attention)
+        _no_costs(attention)
     E, num_expert = attention.num_experts, len(attention.expert_projections)
     selectors = len(selectors_of(attention)) * H * E * d
     return _Parts(
@@ -212,7 +230,7 @@ def _feedforward_parameters(config: ModelConfig) -> _Parts:
         return _Parts(matrices=3 * d * feedforward.hidden_size)
     if isinstance(feedforward, DenseFeedForwardConfig):
         return _Parts(matrices=2 * d * feedforward.hidden_size, vectors=feedforward.hidden_size + d)
-    assert_never(feedforward)
+    _no_costs(feedforward)
 
 
 def _has_xl(config: ModelConfig) -> int:

@@ -95,6 +95,7 @@ class Decoding:
             state, _ = self.model.begin(tokens, tokens.new_zeros(len(rows)))
             for block, layer in zip(self.model.blocks, self.cache.layers, strict=True):
                 state = block(state, layer)
+                assert layer.tensors(), "attention keeps nothing of what it reads; docs/new-layer.md says what it must"
             yield rows, counts, state[0]
             for row, count in zip(rows, counts, strict=True):
                 done[row] += count

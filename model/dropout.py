@@ -15,7 +15,8 @@ from torch import Tensor
 
 from common.hashing import number_of
 
-_MASK_32 = 0xFFFFFFFF
+PIECE = 2**18
+"""Values that a CPU hashes at a time: 1 MB, which stays in the cache, and which no allocator gives back."""
 
 
 def site_key(seed: int, site: str) -> int:
@@ -76,16 +77,29 @@ def keep_mask(
     device = sequence_index.device
     per_token = math.prod(shape[2:])
     first, last = first_token * per_token, (first_token + shape[1]) * per_token
-    counter = torch.arange(first, last, dtype=torch.int64, device=device)
-    sequence = _mix((sequence_index & _MASK_32) ^ (key & _MASK_32)) ^ (sequence_index >> 32) ^ (key >> 32)
-    sequence = _mix(sequence & _MASK_32)
-    bits = _mix(_mix(counter & _MASK_32)[None, :] ^ sequence[:, None])
+    counter = torch.arange(first, last, dtype=torch.int64, device=device).to(torch.int32)
+    low, high = sequence_index.to(torch.int32), (sequence_index >> 32).to(torch.int32)
+    sequence = _mix(_mix(low ^ signed(key)) ^ high ^ signed(key >> 32))[:, None]
+    at_once = max(1, PIECE // max(1, len(sequence)) if device.type == "cpu" else len(counter))
     threshold = round(probability * 2**24)
-    return ((bits >> 8) >= threshold).view(shape)
+    pieces = [_shifted(_mix(_mix(part) ^ sequence), 8).ge(threshold) for part in counter.split(at_once)]
+    return (torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]).view(shape)
+
+
+def signed(value: int) -> int:
+    """The int32 of the same bits as the lowest 32 of `value`."""
+    return ((value + 2**31) & 0xFFFFFFFF) - 2**31
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Bijective hash of 32-bit values held in int64 (so that products and shifts never meet the sign bit)."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK_32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK_32
-    return x ^ (x >> 16)
+    """Bijective hash of 32-bit values held in int32, whose products wrap. Changes `x`, which nobody else may hold."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x ^= _shifted(x, shift)
+        x *= signed(factor)
+    x ^= _shifted(x, 16)
+    return x
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """`x` without its lowest `bits`, zeros above: the shift alone copies the sign."""
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)

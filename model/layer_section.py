@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from common.json_config import Section
 
@@ -20,9 +20,10 @@ class Routers(NamedTuple):
     """What a router makes of its logits."""
 
 
-Ability = Literal["tensor", "expert", "xl", "memory", "choices", "graphs", "maps", "routing", "export"]
-"""Tensor parallelism, expert parallelism, Transformer-XL positions, memory, choices of experts that are recorded and
-replayed (`settled` in model/choices.py), CUDA graphs, attention maps, experts that a text chooses, exports."""
+Ability = Literal["tensor", "expert", "xl", "memory", "documents", "choices", "graphs", "maps", "routing", "export"]
+"""Tensor parallelism, expert parallelism, Transformer-XL positions, memory, documents that do not see each other,
+choices of experts that are recorded and replayed (`settled` in model/choices.py), CUDA graphs, attention maps, experts
+that a text chooses, exports."""
 Lacks = Mapping[Ability, str]
 """What a layer cannot do -> why, in words that follow a colon."""
 
@@ -55,3 +56,8 @@ class LayerSection(Section):
         asked = [name for name in ("label", "lacks", "sizes", "routers", "divided") if name not in vars(cls)]
         if asked:
             raise TypeError(f"{cls.__name__} does not say {', '.join(asked)}; model/layer_section.py explains")
+        unknown = [*(cls.lacks.keys() - set(get_args(Ability))), *(set(cls.divided) - cls.model_fields.keys())]
+        if unknown:  # a lack that nobody asks for would be allowed
+            raise TypeError(f"{cls.__name__} names {', '.join(sorted(unknown))}, of which nothing is known")
+        if not cls.divided and "tensor" not in cls.lacks:
+            raise TypeError(f"{cls.__name__} lacks no tensor parallelism, and divided names nothing that it divides")

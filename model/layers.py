@@ -138,7 +138,7 @@ class Embedding(nn.Module):
 
             first, is_divided = self.held.start, self.parallel.sequence_parallel
             hidden = megatron_core.embed(tokens, self.weight, first=first, group=group, sequence_parallel=is_divided)
-        return self.dropout(hidden, sequence_index), sequence_index, hidden.new_zeros(()).float()
+        return self.dropout(hidden, sequence_index), sequence_index, hidden.new_zeros((), dtype=torch.float32)
 
 
 class Block(nn.Module):
@@ -189,7 +189,7 @@ class Block(nn.Module):
         inner = [module for layer in (self.attention, self.feedforward) for module in layer.modules()]
         found = [self.memory, *(value for module in inner for value in vars(module).values())]
         self.recorders = [v for v in found if isinstance(v, RoutingStatistics | LayerMemory)]
-        self.compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+        self.compiled: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] | None = None
         """Computes `transform` in training, if given (train.compile). A function, so it adds no parameter names."""
 
     def forward(self, state: State, documents: Seen | None = None) -> State:
@@ -205,8 +205,10 @@ class Block(nn.Module):
             context = self.memory.extend(hidden, sequence_index)
         is_step = self.training and torch.is_grad_enabled()
         transform = self.compiled if self.compiled is not None and is_step else self.transform
-        hidden, attention_loss, feedforward_loss = transform(hidden, context, sequence_index, documents)
-        return hidden, sequence_index, auxiliary_loss + attention_loss + feedforward_loss
+        hidden, *losses = transform(hidden, context, sequence_index, documents)
+        for loss in losses:
+            auxiliary_loss = auxiliary_loss if loss is None else auxiliary_loss + loss
+        return hidden, sequence_index, auxiliary_loss
 
     def fill_tables(self, context: Tensor) -> None:
         """Computes the tables of positions that `transform` reads for a `context` of this shape, dtype and device,
@@ -219,9 +221,9 @@ class Block(nn.Module):
 
     def transform(
         self, hidden: Tensor, context: Tensor, sequence_index: Tensor, documents: Seen | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the block does to `hidden` [B, T, d], given the `context` [B, M + T, d] that attention sees. -> the
-        hidden state and the auxiliary losses of attention and feed-forward, fp32 scalars."""
+        hidden state and the auxiliary losses of attention and feed-forward, fp32 scalars, where they have one."""
         context, normalised = self.attention_norm.add(context, None, None)
         if self.memory is None:
             hidden = context  # the same values, but the gradient by the residual is added inside the norm

@@ -54,6 +54,11 @@ def check_declarations(
                 f"{list(share)}, {_division(spec, parallel)}; correct the layer, or what it declares in "
                 f"{_declared_in(model, name)}"
             )
+    for name in sorted(model.state_dict().keys() - built.keys()):
+        raise DeclarationError(
+            f"the buffer {name} would be in no checkpoint; declare a parameter in its place, or register it with "
+            f"persistent=False if it is computed anew"
+        )
     for name in expected:
         if name not in built:
             raise DeclarationError(

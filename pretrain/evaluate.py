@@ -183,11 +183,10 @@ def _held_out_text(trainer: Trainer, reader: Windows, *, reads: bool) -> HeldOut
 
 def _bits_per_byte(values: dict[str, float], size: int | None) -> dict[str, float]:
     """Of the losses of a validation, those of the moving average too, on a text of `size` bytes."""
-    losses = {key: values[key] for key in ("loss", "ema_loss") if key in values and size}
-    return {
-        key.replace("loss", "bits_per_byte"): bits_per_byte(loss, values["tokens"], size or 0)
-        for key, loss in losses.items()
-    }
+    if not size:
+        return {}
+    losses = {name: values[f"{name}loss"] for name in ("", "ema_") if f"{name}loss" in values}
+    return {f"{name}bits_per_byte": bits_per_byte(loss, values["tokens"], size) for name, loss in losses.items()}
 
 
 def bits_per_byte(loss: float, tokens: float, size: int) -> float:

@@ -19,6 +19,7 @@ from pretrain.config.data_rules import folder_name, whole_weights
 from pretrain.config.loading import parse_config, to_json
 from pretrain.config.resume_rules import SavedRun, changes_since
 from pretrain.config.schema import Config
+from pretrain.config.validated import setting
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import Stage, first_stage
@@ -141,17 +142,30 @@ def _short(sha256: str | None) -> str:
 
 def stages_of(checkpoint: Checkpoint | None, sources: Sources, config: Config) -> tuple[Stage, ...]:
     """The stages of a run of `config` that reads `sources` from its beginning, or from `checkpoint` on. If the
-    checkpoint's run read others, with other weights or in windows of another length, a new stage begins there."""
+    checkpoint's run read others, with other weights or in windows of another length, a new stage begins there. Streams
+    stay those into which its text was cut."""
     now = sources.stage()
     if checkpoint is None:
         return (now,)
     progress, is_unchanged = checkpoint.progress, checkpoint.state["manifest_digest"] == sources.digest
     stages = progress.stages or ((now,) if is_unchanged else (_unrecorded_stage(checkpoint),))
+    if (streams := _streams_of(checkpoint, stages[-1], config)) is not None:
+        stages = (*stages[:-1], replace(stages[-1], streams=streams))
     before, length = sequence_length_of(checkpoint), config.model.sequence_length
     if before == length:
         return stages if is_unchanged else (*stages, stages[-1].followed_by(progress.position, now.sources))
     followed = stages[-1].followed_by(progress.position, now.sources)
     return (*stages, followed.in_windows_of(length, before=before))
+
+
+def _streams_of(checkpoint: Checkpoint, stage: Stage, config: Config) -> int | None:
+    """Into how many streams the text was cut that a run without memory goes on reading in them, where those are not
+    `batch.global_sequences`."""
+    saved = checkpoint.state["config"]
+    if not config.reads_streams or config.model.memory_length or setting(saved, "data.order") != "streams":
+        return None
+    streams = stage.streams or setting(saved, "batch.global_sequences")
+    return streams if streams != config.batch.global_sequences else None
 
 
 def sequence_length_of(checkpoint: Checkpoint) -> int:
@@ -344,11 +358,29 @@ def paths_to_try(config: Config, run_dir: Path, rollback: Rollback | None) -> li
     return serving(candidates(config, run_dir), rollback)
 
 
+def is_other_course(folder: RunFolder, resumed: Checkpoint) -> bool:
+    """Whether the steps in metrics.jsonl up to that of `resumed` are of another course than the one that it saved: of
+    another branch, which a start from a checkpoint of elsewhere finds in its folder. The loss of its step tells; where
+    that is not known, whether it is the folder's own. Raises UserError."""
+    step, loss = resumed.progress.step, resumed.state.get("loss")
+    newest = folder.newest_metrics(step)
+    if newest is None:
+        return False
+    if newest["step"] == step and loss is not None:
+        return bool(newest.get("loss") != loss)
+    return not _is_own(folder, resumed)
+
+
+def _is_own(folder: RunFolder, resumed: Checkpoint) -> bool:
+    return os.path.realpath(resumed.path.parent) == os.path.realpath(folder.checkpoints)
+
+
 def record_start(
     folder: RunFolder, start: StartPoint, config: Config, layout: dict[str, int], *, data_digest: str, last_step: int
-) -> None:
+) -> bool:
     """Rank 0, before the first step: sets aside what this start supersedes, records and prints where it begins.
-    `layout`: see checkpoint.layout. Raises OSError."""
+    `layout`: see checkpoint.layout. Returns whether it supersedes all steps in the folder, those before it too. Raises
+    OSError."""
     from pretrain.checkpoint.state import versions  # see environment_changes
 
     patch = keep_patch(folder.path)
@@ -359,10 +391,16 @@ def record_start(
     for reason in start.damaged:
         print(f"passed over a damaged checkpoint: {reason}", flush=True)
         folder.event("checkpoint_passed_over", reason=reason)
-    for path in set_aside_newer(folder.checkpoints, step):
-        print(f"set aside a checkpoint of a later step: {path}", flush=True)
+    begins_branch = resumed is not None and is_other_course(folder, resumed)
+    # Those before it too, where they are another branch's: a rollback would go back to one of them.
+    is_elsewhere = resumed is not None and not _is_own(folder, resumed)
+    for path in set_aside_newer(folder.checkpoints, -1 if begins_branch and is_elsewhere else step):
+        print(f"set aside a checkpoint of a later step or another branch: {path}", flush=True)
         folder.event("checkpoint_set_aside", path=path.name)
-    folder.rewind_metrics(step)
+    if begins_branch:
+        print(f"the steps up to {step} that {folder.path} holds are another branch's: set aside too", flush=True)
+        folder.event("branch", step=step)
+    folder.rewind_metrics(0 if begins_branch else step)
     if (decided := pending(start.rollbacks)) is not None:
         if not folder.has_said_since_start("rollback"):
             folder.event("rollback", **replace(decided, is_pending=False).to_json())
@@ -372,7 +410,7 @@ def record_start(
     if resumed is None:
         if config.train.init_from is not None:
             folder.event("initial_weights", path=config.train.init_from)
-        return
+        return begins_branch
     print(f"resuming from {resumed.path} at step {step}", flush=True)
     folder.event("resumed", step=step, path=str(resumed.path))
     for key, (then, now) in {**start.changes, **environment_changes(resumed, layout)}.items():
@@ -384,3 +422,4 @@ def record_start(
         stage = start.progress.stages[-1]
         print(f"a new stage of the data begins: {stage.text()}", flush=True)
         folder.event("data_stage", step=step, text=stage.text(), **stage.to_json())
+    return begins_branch

@@ -67,7 +67,8 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
         origin = Origin(step, tokens, last, setup.device, dist.get_world_size(), extra_flops=extra)
         sizes = layout(trainer.engine, parallel)
         try:
-            record_start(folder, start, config, sizes, data_digest=setup.sources.digest, last_step=last)
+            branch = record_start(folder, start, config, sizes, data_digest=setup.sources.digest, last_step=last)
+            origin = replace(origin, hides_all=branch)
             facts = start_facts(config, sizes, setup.device)
             monitor = Monitor(config, folder, origin, facts=facts, side_by_side=setup.side_by_side)
             return monitor, folder.losses(step, settings.spike_window_steps)
@@ -150,6 +151,8 @@ class Segment:
             return SegmentEnd(self.progress.step, rollback)
         stopping = stopping or self.control.stopping()
         self.setup.phases.enter("checkpoint")
+        if self.trainer.saver.should_try_again():
+            self._save()
         self.trainer.saver.finish()
         return SegmentEnd(self.progress.step, stopped=self.control.stop_reason() if stopping else None)
 

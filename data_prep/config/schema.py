@@ -193,9 +193,9 @@ class DataConfig(Section):
     ingest: IngestConfig = IngestConfig()
     """Limits of reading."""
     filter: FilterConfig | None = None
-    """Filters; null for none. For formats of JSON lines."""
+    """Filters; null for none. Not with wikitext, enwik8 and token ids."""
     dedup: DedupConfig | None = None
-    """Removal of duplicates; null for none. For formats of JSON lines."""
+    """Removal of duplicates; null for none. Not with wikitext, enwik8 and token ids."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
     shard: ShardConfig = ShardConfig()

@@ -108,30 +108,24 @@ class RawFile:
         self._first_rejected: Rejected | None = None
         self._all_harmless = True
 
-    def read(self, *, on_bytes: Callable[[int], object] | None = None) -> Iterator[Document | Rejected]:
-        """Every record in order; memory is that of the longest one allowed. Calls `on_bytes` with the number of stored
-        bytes consumed. Raises DamagedFileError, at any point, for a file whose content cannot be trusted, at the end
-        for one without a document, and DataError if it is missing or not of its format."""
+    def read(self) -> Iterator[Document | Rejected]:
+        """Every record in order; memory is that of the longest one allowed. Raises DamagedFileError, at any point, for
+        a file whose content cannot be trusted, at the end for one without a document, and DataError if it is missing or
+        not of its format."""
         member = {"wikitext": WIKITEXT_MEMBERS[self._split], "enwik8": ("enwik8",)}.get(self.format)
-        reported = 0
         with unpacked(self.path, member=member, binary=self.format in ID_FORMATS) as content:
             try:
                 head = content.peek(HEAD_BYTES)
                 if self._is_parquet(content, head):
+                    content.finish()  # hashed first: no web server waits while the rows are read by another connection
                     records = self._rows()
                 else:
                     records = self._records(content, head)
-                for record in self._noted(records):
-                    yield record
-                    if on_bytes is not None and content.stored_bytes > reported:
-                        on_bytes(content.stored_bytes - reported)
-                        reported = content.stored_bytes
+                yield from self._noted(records)
             except (DamagedFileError, *DAMAGE):
                 self.sha256, self.bytes = content.finish()
                 raise
             self.sha256, self.bytes = content.finish()
-        if on_bytes is not None:
-            on_bytes(max(0, self.bytes - reported))
         self._check_documents(head)
 
     def _is_parquet(self, content: Unpacked, head: bytes) -> bool:
@@ -165,7 +159,7 @@ class RawFile:
             content.read(len(BYTE_ORDER_MARK))
         if self.format == "wikitext":
             return self._articles(content)
-        if (kind := json_lines(head, self._text_key)) is not None:
+        if (kind := json_lines(head)) is not None:
             raise NoDocumentError(f"{self.path} {kind}")
         return text_documents(
             content, self._split, by=self._text_documents, max_bytes=self._max_bytes, held_out=self._held_out

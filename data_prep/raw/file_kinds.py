@@ -2,7 +2,6 @@
 alone decide: nothing here opens, unpacks or decodes a file.
 """
 
-import json
 import re
 
 from common.errors import TO_UTF8
@@ -84,15 +83,14 @@ def foreign(head: bytes, *, plain_text: bool = False) -> str | None:
     return None
 
 
-def json_lines(head: bytes, text_key: str) -> str | None:
-    """For content that its user calls plain text and that begins as JSON lines with `text_key` do: what it is and what
-    to do; else None. One object alone may be a text."""
+def json_lines(head: bytes) -> str | None:
+    """For content that its user calls plain text and that begins as JSON lines with a `text` do: what it is and what to
+    do; else None. One object alone may be a text."""
     first, *rest = head.removeprefix(BYTE_ORDER_MARK).lstrip().split(b"\n", 1)
     follows = rest[0].startswith(b"{") if rest else len(head) >= HEAD_BYTES
-    key = re.escape(json.dumps(text_key.rpartition(".")[2], ensure_ascii=False).encode())
-    if not follows or re.match(rb'\{(.*[{,])?\s*%s\s*:\s*"' % key, first) is None:
+    if not follows or re.match(rb'\{(.*[{,])?\s*"text"\s*:\s*"', first) is None:
         return None
-    return f'holds JSON lines with the key {text_key}; set format to "auto" (plain text is a preparation of its own)'
+    return 'holds JSON lines with the key text; set format to "auto" (plain text is a preparation of its own)'
 
 
 def no_json_lines(head: bytes) -> str:

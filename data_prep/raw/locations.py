@@ -4,6 +4,7 @@ A URL may carry secrets: a signature in its query, a password before its host. B
 printed or written.
 """
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -28,6 +29,8 @@ _SIGNATURE = re.compile(
 )
 _FILE_ENDINGS = (".tar", ".tgz", ".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".json", ".jsonl", ".txt", ".raw")
 _PASSING_STATUS = (408, 425, 429)
+LASTING = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""Errors of the system that another attempt meets again; others, such as those of a file server, may pass."""
 
 
 class UnreachableError(PassingError):
@@ -159,9 +162,23 @@ def read_error(file: InputFile, error: Exception) -> DataError:
         missing = "there is no such file" if isinstance(error, FileNotFoundError) else _first_words(error)
         return DataError(f"cannot read {file}: {error.strerror or missing}")
     if isinstance(error, OSError) and isinstance(file, Path):
-        return DataError(f"cannot read {file}: {error.strerror or _first_words(error)}")
+        kind = DataError if isinstance(error, LASTING) else PassingError
+        return kind(f"cannot read {file}: {error.strerror or _first_words(error)}")
     cause = error.__cause__ if by_http and error.__cause__ else error
     return UnreachableError(f"cannot read {file}: {type(cause).__name__}: {_first_words(cause)}")
+
+
+@contextlib.contextmanager
+def read_errors(file: InputFile) -> Iterator[None]:
+    """Errors of opening and reading a file become one sentence, by `read_error`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # every file system of fsspec has errors of its own
+        if isinstance(file, Path) and not isinstance(error, OSError):
+            raise
+        raise read_error(file, error) from None
 
 
 def _first_words(error: BaseException) -> str:
@@ -185,7 +202,7 @@ def _status(error: BaseException | None) -> int | None:
 
 def expand(pattern: str) -> list[str]:
     """Expands {a,b} and {00..09} in a pattern, as a shell and webdataset do."""
-    if "{" not in pattern or Path(pattern).exists():
+    if "{" not in pattern or os.path.exists(pattern):  # pathlib's raises for a long name, as commands and lists are
         return [pattern]
     import braceexpand  # here: training reads shards, and needs none of what the preparation brings
 
@@ -201,7 +218,7 @@ def match(root: Path, pattern: str) -> list[InputFile]:
     if pattern.startswith(PIPE):
         return [PipeFile(pattern)]
     if URL.match(pattern):
-        return list(_match_url(RemoteFile(pattern)))
+        return _match_url(RemoteFile(pattern))
     whole = root / pattern
     if whole.exists():
         return [whole]
@@ -221,26 +238,32 @@ def _with_literal_folders(pattern: str, is_folder: Callable[[str], bool]) -> str
     return "/".join([*map(glob.escape, parts[:known]), *parts[known:]])
 
 
-def _match_url(file: RemoteFile) -> Iterator[RemoteFile]:
+def _match_url(file: RemoteFile) -> list[InputFile]:
     filesystem, path = _filesystem(file.url)
-    try:
-        if file.is_http and "*" not in file.url.partition("?")[0]:
+    is_glob = "*" in file.url.partition("?")[0]
+    if file.is_http and is_glob and "?" in file.url:
+        raise DataError(f"{file} has a `*` and a query, which no server lists; name each URL")
+    with read_errors(file):
+        if file.is_http and not is_glob:
             filesystem.info(path)
-            yield file
-            return
-        if file.is_http and "?" in file.url:
-            raise DataError(f"{file} has a `*` and a query, which no server lists; name each URL")
-        if not file.is_http and filesystem.exists(path):
+            return [file]
+        if not file.is_http and _info(filesystem, path) is not None:
             found = [path]
         else:
             if glob.has_magic(path.rpartition("/")[0]):
                 path = _with_literal_folders(path, filesystem.isdir)
             found = sorted(filesystem.glob(path)) if glob.has_magic(path) else []
-    except DataError:
-        raise
-    except Exception as error:  # every file system of fsspec has errors of its own
-        raise read_error(file, error) from None
-    yield from (RemoteFile(str(filesystem.unstrip_protocol(name))) for name in found)
+    return [RemoteFile(str(filesystem.unstrip_protocol(name))) for name in found]
+
+
+def _info(filesystem: Any, path: str) -> dict[str, Any] | None:
+    """What a store says of a path; None if nothing is there, which its `exists` and `isfile` say of a lost connection
+    too."""
+    try:
+        found: dict[str, Any] = filesystem.info(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found
 
 
 def is_file(file: InputFile) -> bool:
@@ -249,8 +272,9 @@ def is_file(file: InputFile) -> bool:
         return presence.is_file(file)
     if isinstance(file, PipeFile) or file.is_http:
         return True
-    filesystem, path = _filesystem(file.url)
-    return bool(filesystem.isfile(path))
+    with read_errors(file):
+        found = _info(*_filesystem(file.url))
+    return found is not None and found["type"] == "file"
 
 
 def size_and_stamp(file: InputFile) -> tuple[int | None, str]:
@@ -258,7 +282,7 @@ def size_and_stamp(file: InputFile) -> tuple[int | None, str]:
     modification time, or the store's own tag (etag, checksum) of a URL. Raises DataError if there is no such file."""
     if isinstance(file, PipeFile):
         return None, ""
-    try:
+    with read_errors(file):
         if isinstance(file, Path):
             status = file.stat()
             return status.st_size, str(status.st_mtime_ns)
@@ -268,13 +292,9 @@ def size_and_stamp(file: InputFile) -> tuple[int | None, str]:
         if file.is_http:
             return size, str(info.get("ETag") or info.get("Last-Modified") or "")
         return size, str(filesystem.ukey(path))
-    except DataError:
-        raise
-    except Exception as error:  # every file system of fsspec has errors of its own
-        raise read_error(file, error) from None
 
 
 def sha256_of(file: InputFile, *, on_bytes: Callable[[int], object] | None = None) -> str:
-    """Hex sha256 of a file as stored; Calls `on_bytes` with the size of each block read."""
-    with file.open("rb") as stream:
+    """Hex sha256 of a file as stored. Calls `on_bytes` with the size of each block read. Raises DataError."""
+    with read_errors(file), file.open("rb") as stream:
         return sha256_stream(stream, on_bytes)

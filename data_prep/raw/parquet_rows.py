@@ -6,7 +6,7 @@ from typing import IO, Any
 from common.errors import DataError
 from common.splits import SplitName
 from data_prep.raw.json_text import named, text_in
-from data_prep.raw.locations import InputFile, PipeFile, RemoteFile, read_error
+from data_prep.raw.locations import InputFile, PipeFile, RemoteFile, read_errors
 from data_prep.raw.records import EXCERPT_BYTES, Document, NoText, Rejected, checked_text, too_long
 from data_prep.raw.unpack import DamagedFileError, NoDocumentError
 
@@ -58,10 +58,8 @@ def _opened(file: InputFile) -> IO[bytes]:
         raise DataError(f"{file} gives a Parquet file, which is not read from front to back; write it to a file first")
     if not isinstance(file, RemoteFile):
         return file.open("rb")
-    try:
+    with read_errors(file):
         stream = file.open("rb", random_access=True)
-    except Exception as error:  # every file system of fsspec has errors of its own
-        raise read_error(file, error) from None
     if not stream.seekable():
         raise DataError(f"{file}: the server tells no size, which a Parquet file needs; fetch the file first")
     return stream
@@ -93,13 +91,10 @@ def _batch_rows(table: Any, text_key: str) -> int:
 
 
 def _document(row: int, record: dict[str, Any], split: SplitName, text_key: str, max_bytes: int) -> Document | Rejected:
-    excerpt = b""
+    value = record.get(text_key)
+    raw = value if isinstance(value, bytes) else b""  # written without saying that they are UTF-8
     try:
-        value = record.get(text_key)  # bytes: written without saying that they are UTF-8
-        data = checked_text(value, "the text") if isinstance(value, bytes) else text_in(record, text_key)
-        if len(data) > max_bytes:
-            return too_long(row, data, max_bytes)
-        return Document(row, split, data)
+        data = checked_text(raw, "the text") if isinstance(value, bytes) else text_in(record, text_key)
     except NoText as error:
-        excerpt = value[:EXCERPT_BYTES] if isinstance(value, bytes) else excerpt
-        return Rejected(row, error.reason, error.detail, excerpt, len(value) if isinstance(value, bytes) else 0)
+        return Rejected(row, error.reason, error.detail, raw[:EXCERPT_BYTES], len(raw))
+    return too_long(row, data, max_bytes) if len(data) > max_bytes else Document(row, split, data)

@@ -36,17 +36,11 @@ class Rejected:
 
 
 class NoText(ValueError):
-    """(reason, detail) of a record that gives no document."""
+    """A record that gives no document; reason and detail as in Rejected."""
 
-    @property
-    def reason(self) -> str:
-        reason: str = self.args[0]
-        return reason
-
-    @property
-    def detail(self) -> str:
-        detail: str = self.args[1]
-        return detail
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
 
 def too_long(position: int, record: bytes, max_bytes: int) -> Rejected:

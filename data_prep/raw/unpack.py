@@ -11,7 +11,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 import zstandard
@@ -19,7 +19,7 @@ from isal import igzip, igzip_lib
 
 from common.errors import DataError
 from data_prep.raw.file_kinds import HEAD_BYTES, foreign
-from data_prep.raw.locations import InputFile, read_error, sha256_of, size_and_stamp
+from data_prep.raw.locations import InputFile, read_errors, sha256_of, size_and_stamp
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZIP_MAGIC = b"PK\x03\x04"
@@ -128,12 +128,10 @@ class Unpacked:
         read: Callable[[int], bytes],
         *,
         name: str,
-        stored_bytes: Callable[[], int],
         finish: Callable[[], tuple[str, int]],
         is_packed: bool = True,
     ) -> None:
         self._read = read
-        self._stored_bytes = stored_bytes
         self._finish = finish
         self.name = name
         """The file as the user named it; in a zip, with the member."""
@@ -142,11 +140,6 @@ class Unpacked:
         self.position = 0
         """Unpacked bytes read so far."""
         self._ahead = b""
-
-    @property
-    def stored_bytes(self) -> int:
-        """Stored (compressed) bytes consumed so far; exact at the end."""
-        return self._stored_bytes()
 
     def peek(self, size: int) -> bytes:
         """The next `size` bytes, which stay to be read; fewer only at the end."""
@@ -197,34 +190,29 @@ def unpacked(path: InputFile, *, member: tuple[str, ...] | None, binary: bool = 
     zip may have. `binary`: content that may begin with any bytes, so that only its name says that it is packed. Raises
     DamagedFileError, also while it is being read, DataError for a file that is missing or unreadable, or
     UnreachableError (a DataError) if that may pass."""
-    try:
-        with path.open("rb") as stored:
-            magic = stored.read(len(ZIP_MAGIC))
-            _check_suffix(path, stored, magic)
-            if binary and path.suffix.lower() not in PACKED_SUFFIXES:
+    with read_errors(path):
+        try:
+            with path.open("rb") as stored:
+                magic = stored.read(len(ZIP_MAGIC))
+                _check_suffix(path, stored, magic)
+                if binary and path.suffix.lower() not in PACKED_SUFFIXES:
+                    counter = _CountingStream(stored, magic)
+                    yield _counted(str(path), counter.read, counter, is_packed=False)
+                    return
+                if magic == ZIP_MAGIC:
+                    with zipfile.ZipFile(stored) as archive:
+                        yield from _zipped(path, archive, _find_member(archive, path, member))
+                    return
                 counter = _CountingStream(stored, magic)
-                yield _counted(str(path), counter.read, counter, is_packed=False)
-                return
-            if magic == ZIP_MAGIC:
-                with zipfile.ZipFile(stored) as archive:
-                    yield from _zipped(path, archive, _find_member(archive, path, member))
-                return
-            counter = _CountingStream(stored, magic)
-            if magic.startswith(GZIP_MAGIC):
-                with igzip.IGzipFile(fileobj=counter, mode="rb") as text:
-                    yield _counted(str(path), text.read, counter)
-            elif magic == ZSTD_MAGIC or magic in ZSTD_SKIPPABLE:
-                yield _counted(str(path), _ZstdFrames(counter).read, counter)
-            else:
-                yield _counted(str(path), counter.read, counter, is_packed=False)
-    except DAMAGE as error:
-        raise DamagedFileError(f"{path} is damaged ({error}); fetch it again") from None
-    except DataError:
-        raise
-    except Exception as error:  # every file system of fsspec has errors of its own
-        if isinstance(path, Path) and not isinstance(error, OSError):
-            raise
-        raise read_error(path, error) from None
+                if magic.startswith(GZIP_MAGIC):
+                    with igzip.IGzipFile(fileobj=counter, mode="rb") as text:
+                        yield _counted(str(path), text.read, counter)
+                elif magic == ZSTD_MAGIC or magic in ZSTD_SKIPPABLE:
+                    yield _counted(str(path), _ZstdFrames(counter).read, counter)
+                else:
+                    yield _counted(str(path), counter.read, counter, is_packed=False)
+        except DAMAGE as error:
+            raise DamagedFileError(f"{path} is damaged ({error}); fetch it again") from None
 
 
 def _check_suffix(path: InputFile, stored: IO[bytes], magic: bytes) -> None:
@@ -247,7 +235,7 @@ def _counted(name: str, read: Callable[[int], bytes], counter: _CountingStream, 
             pass
         return counter.hash.hexdigest(), counter.bytes
 
-    return Unpacked(read, name=name, stored_bytes=lambda: counter.bytes, finish=finish, is_packed=is_packed)
+    return Unpacked(read, name=name, finish=finish, is_packed=is_packed)
 
 
 def _find_member(archive: zipfile.ZipFile, path: InputFile, member: tuple[str, ...] | None) -> zipfile.ZipInfo:
@@ -266,12 +254,8 @@ def _find_member(archive: zipfile.ZipFile, path: InputFile, member: tuple[str, .
 
 
 def _zipped(path: InputFile, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[Unpacked]:
-    """The hash takes a pass of its own, because a zip is read from its end. Progress is by unpacked bytes."""
+    """The hash takes a pass of its own, because a zip is read from its end."""
     size = size_and_stamp(path)[0] or 0
     with archive.open(member) as content:
-        yield Unpacked(
-            content.read,
-            name=f"{path}/{member.filename}",
-            stored_bytes=lambda: size * content.tell() // max(member.file_size, 1),
-            finish=lambda: (sha256_of(path), size),
-        )
+        name = f"{path}/{member.filename}"
+        yield Unpacked(content.read, name=name, finish=lambda: (sha256_of(path), size))

@@ -48,11 +48,11 @@ class Lengths:
         for entry in manifest.split(split):
             starts = ShardIndex.load(manifest, entry).document_start
             tokens = np.diff(starts, append=entry.tokens) - manifest.tokenizer.end_tokens
-            found, number = np.unique(tokens, return_counts=True)
-            before, added = counts, number
+            found, added = np.unique(tokens, return_counts=True)
             values, place = np.unique(np.concatenate([values, found]), return_inverse=True)
+            added = np.concatenate([counts, added])
             counts = np.zeros(len(values), np.int64)
-            np.add.at(counts, place, np.concatenate([before, added]))
+            np.add.at(counts, place, added)
         return cls(values, counts)
 
     @property

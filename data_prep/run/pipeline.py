@@ -38,7 +38,7 @@ class Pipeline:
             self._need_done(stage)
         for stage in due:
             started = time.monotonic()
-            if tasks := stage.tasks(self.preparation, False):
+            if tasks := stage.tasks(self.preparation):
                 left, finished = list[Any](), list[Any]()
                 for task in tasks:
                     (finished if stage.is_done(task) else left).append(task)
@@ -50,7 +50,7 @@ class Pipeline:
 
     def _need_done(self, stage: Stage) -> None:
         """Raises DataError if something of a stage is left to do."""
-        if not all(map(stage.is_done, stage.tasks(self.preparation, False))):
+        if not all(map(stage.is_done, stage.tasks(self.preparation))):
             raise DataError(
                 f"{stage.name} is not finished; run the stages before with every --task of --tasks, and those over all "
                 "files once"

@@ -31,8 +31,8 @@ class Stage:
     name: str
     over: Literal["slice", "all"]
     """Whether array tasks share its tasks, or one process needs what all of them have left."""
-    tasks: Callable[[Preparation, bool], Sequence[Any]]
-    """Its tasks, those of all slices or of this one alone; none if the config turns the stage off."""
+    tasks: Callable[[Preparation], Sequence[Any]]
+    """Its tasks, those of this slice alone where array tasks share them; none if the config turns the stage off."""
     is_done: Callable[[Any], bool]
     """Whether a task's result is in the stage's folder."""
     make: Callable[[Sequence[Any], Sequence[Any], Workers], None]
@@ -60,10 +60,6 @@ def spread(
 # ingest: batch of raw files -> parts, quarantine
 
 
-def _batches(preparation: Preparation, all_slices: bool) -> Sequence[IngestTask]:
-    return preparation.batches(all_slices=all_slices)
-
-
 def _check_limits(preparation: Preparation, batches: Sequence[IngestTask]) -> None:
     if preparation.slice.is_all:  # shares of the whole; an array task may have a single, damaged file
         check_limits(batches, preparation.file_states(all_slices=True), preparation.resolved.config)
@@ -72,7 +68,7 @@ def _check_limits(preparation: Preparation, batches: Sequence[IngestTask]) -> No
 # filter: part -> verdicts
 
 
-def filter_tasks(preparation: Preparation, all_slices: bool) -> Sequence[FilterTask]:
+def filter_tasks(preparation: Preparation, *, all_slices: bool = False) -> Sequence[FilterTask]:
     config = preparation.resolved.config.filter
     if config is None:
         return []
@@ -89,7 +85,7 @@ def _check_languages(preparation: Preparation) -> None:
 
 def _need_unfiltered(preparation: Preparation) -> None:
     """Raises DataError, with the rules, where the filters dropped every document."""
-    tasks = filter_tasks(preparation, True)
+    tasks = filter_tasks(preparation, all_slices=True)
     counts = summary(tasks).counts if tasks else {}
     total = sum(task.part.documents for task in tasks)
     if 0 < total <= sum(counts.values()):
@@ -103,7 +99,7 @@ def _need_unfiltered(preparation: Preparation) -> None:
 # sign: part -> MinHash signatures
 
 
-def _signature_tasks(preparation: Preparation, all_slices: bool) -> Sequence[SignatureTask]:
+def _signature_tasks(preparation: Preparation) -> Sequence[SignatureTask]:
     config = preparation.resolved.config.dedup
     if config is None or not config.near:
         return []
@@ -116,14 +112,14 @@ def _signature_tasks(preparation: Preparation, all_slices: bool) -> Sequence[Sig
             threshold=config.threshold,
             folder=folder,
         )
-        for part in preparation.parts(all_slices=all_slices)
+        for part in preparation.parts(all_slices=False)
     ]
 
 
 # dedup: all signatures -> verdicts
 
 
-def dedup_tasks(preparation: Preparation, all_slices: bool) -> Sequence[DedupTask]:
+def dedup_tasks(preparation: Preparation) -> Sequence[DedupTask]:
     config = preparation.resolved.config.dedup
     if config is None:
         return []
@@ -140,7 +136,7 @@ def dedup_tasks(preparation: Preparation, all_slices: bool) -> Sequence[DedupTas
 # tokenizer: sample of all parts -> model
 
 
-def _model_tasks(preparation: Preparation, all_slices: bool) -> Sequence[ModelTask]:
+def _model_tasks(preparation: Preparation) -> Sequence[ModelTask]:
     resolved = preparation.resolved
     config = resolved.config.tokenizer
     if preparation.takes_published_model or not config.has_file:
@@ -191,12 +187,9 @@ def _copy_model(preparation: Preparation, folder: Path) -> None:
 # encode: part -> ids
 
 
-def _encode_tasks(preparation: Preparation, all_slices: bool) -> Sequence[EncodeTask]:
-    selection, folder, recipe = (
-        preparation.selection(deduplicated=True),
-        preparation.encode_folder(),
-        preparation.recipe,
-    )
+def _encode_tasks(preparation: Preparation) -> Sequence[EncodeTask]:
+    selection, folder = preparation.selection(deduplicated=True), preparation.encode_folder()
+    recipe = preparation.recipe
     return [
         EncodeTask(
             part=part,
@@ -205,14 +198,14 @@ def _encode_tasks(preparation: Preparation, all_slices: bool) -> Sequence[Encode
             validation_fraction=preparation.resolved.validation_fraction,
             folder=folder,
         )
-        for part in preparation.parts(all_slices=all_slices)
+        for part in preparation.parts(all_slices=False)
     ]
 
 
 # shard: ids -> shards, manifest
 
 
-def _shard_tasks(preparation: Preparation, all_slices: bool) -> Sequence[ShardTask]:
+def _shard_tasks(preparation: Preparation) -> Sequence[ShardTask]:
     parts, settings = preparation.parts(all_slices=True), preparation.resolved.config.shard
     encoded, folder = preparation.encode_folder(), preparation.shard_folder()
     dtype = dtype_name(preparation.recipe.entry().vocab_size)
@@ -238,15 +231,15 @@ def _shard_tasks(preparation: Preparation, all_slices: bool) -> Sequence[ShardTa
 
 def _write_manifest(preparation: Preparation, shards: Sequence[ShardTask]) -> None:
     _copy_model(preparation, preparation.shard_folder())
-    duplicates = next(iter(dedup_tasks(preparation, True)), None)
-    write_data_manifest(preparation, shards, filter_tasks(preparation, True), duplicates)
+    duplicates = next(iter(dedup_tasks(preparation)), None)
+    write_data_manifest(preparation, shards, filter_tasks(preparation, all_slices=True), duplicates)
 
 
 STAGES = (
     Stage(
         name="ingest",
         over="slice",
-        tasks=_batches,
+        tasks=lambda preparation: preparation.batches(all_slices=False),
         is_done=lambda task: read_state(task) is not None,
         make=spread(ingest_batch, "reading raw files", lambda task: task.size),
         finish=_check_limits,

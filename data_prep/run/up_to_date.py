@@ -23,27 +23,27 @@ from data_prep.shards.format import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from data_prep.work.folder import fingerprint, read_json
 
 
-def check_tokenizer(resolved: ResolvedConfig) -> Path | None:
-    """The model that the `tokenizer` step left in the output, None for bytes and ids. DataError if it is missing or not
-    the configured one."""
+def check_tokenizer(resolved: ResolvedConfig) -> None:
+    """Raises DataError if the model that the `tokenizer` step leaves in the output is missing, or is not the configured
+    one."""
     if not resolved.config.tokenizer.has_file:
-        return None
-    fix = "make it with `python -m data_prep tokenizer --config CONFIG`"
+        return
+    fix = "make it with `python -m data_prep tokenizer --config CONFIG{}`"
     model, record = resolved.output / TOKENIZER_FILE, resolved.output / TOKENIZER_RECORD
     if not model.is_file() or not record.is_file():
-        raise DataError(f"no tokenizer in {resolved.output}; {fix}")
+        raise DataError(f"no tokenizer in {resolved.output}; {fix.format('')}")
     try:
         found = json.loads(record.read_bytes())
     except ValueError:
-        raise DataError(f"{record} is not JSON; {fix}") from None
+        raise DataError(f"{record} is not JSON; {fix.format('')}") from None
     wanted = resolved.tokenizer_settings()
     if found != {"sha256": sha256_file(model), "settings": wanted}:
         then = found.get("settings") if isinstance(found, dict) else None
-        what = (
-            changed_text("tokenizer", then, wanted) if isinstance(then, dict) and then != wanted else "it was replaced"
+        changed = isinstance(then, dict) and then != wanted
+        what = changed_text("tokenizer", then, wanted) if changed else "it was replaced"
+        raise DataError(
+            f"{model} was not made with the `tokenizer` section of this config: {what}; {fix.format(' --force')}"
         )
-        raise DataError(f"{model} was not made with the `tokenizer` section of this config: {what}; {fix} --force")
-    return model
 
 
 def difference(resolved: ResolvedConfig, manifest: Manifest, *, hash_all: bool = False) -> str:

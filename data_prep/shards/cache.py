@@ -22,7 +22,8 @@ from data_prep.raw.locations import RemoteFile, UnreachableError, read_error
 from data_prep.shards.cache_folder import KEY, CacheFolder, StoredShard, locked, mark_used, partial
 from data_prep.shards.format import MANIFEST_FILE, Manifest, ShardEntry
 
-ATTEMPTS = 3
+PAUSES_SECONDS = (0, 0.2, 0.8)
+"""Before each attempt to fetch a file."""
 BLOCK_BYTES = 1 << 22
 
 
@@ -78,15 +79,14 @@ class ShardCache:
     def _fetch(self, name: str, sha256: str) -> None:
         """Copies one file, hashed on the way; a broken connection or copy is tried again, a wrong file never stays."""
         path, url = self._folder / name, f"{self._url}/{name}"
-        for attempt in range(ATTEMPTS):
+        for pause in PAUSES_SECONDS:
+            time.sleep(pause)
             problem = _copy(url, partial(path), sha256)
             if problem is None:
                 partial(path).replace(path)
                 return
-            if attempt + 1 < ATTEMPTS:
-                time.sleep(0.2 * 4**attempt)
         partial(path).unlink(missing_ok=True)
-        message = f"cannot fetch {without_secrets(url)} ({ATTEMPTS} attempts): {problem}"
+        message = f"cannot fetch {without_secrets(url)} ({len(PAUSES_SECONDS)} attempts): {problem}"
         if isinstance(problem, UnreadableError):
             raise UnreadableError(message, problem.file, problem.number)
         raise DataError(message)
@@ -133,7 +133,8 @@ def _read_all(url: str) -> bytes:
     """The content of a file; tries again after an error that may pass, such as a lost connection. Raises DataError,
     UnreadableError after such an error."""
     file = RemoteFile(url)
-    for attempt in range(ATTEMPTS):
+    for pause in PAUSES_SECONDS:
+        time.sleep(pause)
         try:
             with file.open("rb") as stream:
                 return stream.read()
@@ -143,5 +144,4 @@ def _read_all(url: str) -> bytes:
             problem = read_error(file, error)
         if not isinstance(problem, UnreachableError):
             raise DataError(f"data.manifest: {problem}")
-        time.sleep(0.2 * 4**attempt)
-    raise UnreadableError(f"data.manifest: {problem} ({ATTEMPTS} attempts)", str(file))
+    raise UnreadableError(f"data.manifest: {problem} ({len(PAUSES_SECONDS)} attempts)", str(file))

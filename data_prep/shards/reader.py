@@ -64,11 +64,6 @@ class ShardReader:
         return self._entry.tokens
 
     @property
-    def num_documents(self) -> int:
-        """Documents in the shard."""
-        return self._entry.documents
-
-    @property
     def document_starts(self) -> np.ndarray:
         """int64 [documents]: token offset at which each document starts; it ends where the next one
         starts."""
@@ -239,10 +234,7 @@ class SplitReader:
         starts = self._shard(shard).document_starts
         local = index - int(self._document_start[shard])
         stop = int(starts[local + 1]) if local + 1 < len(starts) else self._entries[shard].tokens
-        return self._read_shard(shard, int(starts[local]), stop - self._end_tokens)
-
-    def _read_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
-        return self._shard(shard).read(start, stop)
+        return self._shard(shard).read(int(starts[local]), stop - self._end_tokens)
 
     def _shard(self, shard: int) -> ShardReader:
         reader = self._open.get(shard)

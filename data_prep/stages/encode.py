@@ -140,5 +140,6 @@ def read_tokens(folder: Path, name: str, dtype: np.dtype[np.generic]) -> np.ndar
     path = folder / f"{name}.tok"
     data = path.read_bytes()
     if zlib.crc32(data) != int(safetensors.numpy.load_file(folder / f"{name}.safetensors")["crc32"][0]):
-        raise DataError(f"{path} was damaged after it was written; remove {folder}")
+        # Not this folder alone: of ids that were made while reading there is no text to make them from again.
+        raise DataError(f"{path} was damaged after it was written; remove {folder.parent}")
     return np.frombuffer(data, dtype)

@@ -339,7 +339,5 @@ def _counts(reason: str) -> bool:
 
 def _bad_lines(tasks: Sequence[IngestTask]) -> Iterator[dict[str, Any]]:
     for task in tasks:
-        for line in quarantine_file(task).read_bytes().splitlines():
-            body = json.loads(line)
-            if _counts(body["reason"]):
-                yield body
+        with quarantine_file(task).open("rb") as lines:
+            yield from (body for body in map(json.loads, lines) if _counts(body["reason"]))

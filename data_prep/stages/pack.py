@@ -43,6 +43,11 @@ class ShardTask:
     dtype: str
     tokens_per_member: int
 
+    @property
+    def bytes(self) -> int:
+        """Of its ids."""
+        return self.tokens * np.dtype(self.dtype).itemsize
+
 
 def cut_shards(
     parts: Sequence[Part], encoded: Path, split: SplitName, tokens_per_shard: int
@@ -115,12 +120,11 @@ def write_shards(tasks: Sequence[ShardTask], finished: Sequence[ShardTask], work
     webdataset brings torch: several seconds and 190 MB. So it is imported before the processes are forked, once for all
     of them; those of the stages before are ended.
     """
-    sizes = [task.tokens for task in tasks]
-    if sum(sizes) < FEW_TOKENS:
+    if sum(task.tokens for task in tasks) < FEW_TOKENS:
         workers = Workers(1)
     elif workers.count > 1:
         import webdataset.writer  # noqa: F401
 
         workers.close()
-    done = sum(task.tokens for task in finished)
+    sizes, done = [task.bytes for task in tasks], sum(task.bytes for task in finished)
     workers.run(write_shard, tasks, sizes=sizes, done=done, description="writing shards")

@@ -215,13 +215,11 @@ class SampleSource:
     """The parts of one batch of raw files that a tokenizer may be trained on."""
 
     parts: tuple[Part, ...]
-    files: frozenset[str] | None = None
-    """Names of the raw files whose documents are looked at; None for all."""
+    files: frozenset[str]
+    """Names of the raw files whose documents are looked at."""
 
     def usable(self, part: Part) -> np.ndarray:
         """bool [documents]: which documents of a part are from these files."""
-        if self.files is None:
-            return np.ones(part.documents, np.bool_)
         names, counts = zip(*part.files, strict=True)
         return np.repeat([name in self.files for name in names], counts)
 
@@ -328,7 +326,8 @@ def train_on_sample(task: TrainTask) -> bytes:
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     """Trains a model and returns its file content. The same texts and config give the same bytes. Raises
     DataError."""
-    lines = sentences(texts, config)
+    failed: list[BaseException] = []
+    lines = _noting(sentences(texts, config), failed)
     first = next(lines, None)
     if first is None:
         raise DataError(
@@ -349,10 +348,19 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
                 minloglevel=2,
                 **(LOSSLESS if config.normalization == "identity" else {}),  # else SentencePiece's defaults
             )
-        except RuntimeError as error:
-            raise DataError(_explain(str(error), config)) from None
+        except RuntimeError as error:  # what the texts raise too, as words
+            raise (failed[0] if failed else DataError(_explain(str(error), config))) from None
     plain = config.type == "unigram" and config.normalization == "identity"
     return _with_plain_newline(model.getvalue()) if plain else model.getvalue()
+
+
+def _noting(lines: Iterator[str], failed: list[BaseException]) -> Iterator[str]:
+    """The lines; what they raise is put into `failed` on its way."""
+    try:
+        yield from lines
+    except (Exception, KeyboardInterrupt) as error:
+        failed.append(error)
+        raise
 
 
 def _with_plain_newline(model: bytes) -> bytes:

@@ -93,8 +93,7 @@ class Workers:
             yield from ((number, function(task)) for number, task in enumerate(tasks))
             return
         if self._pool is None:
-            context = multiprocessing.get_context(_start_method())
-            self._pool = ProcessPoolExecutor(self.count, mp_context=context, initializer=_start_worker)
+            self._pool = self._started(_start_method(), self.count)
         waiting: dict[Future[Result], int] = {}
         todo = iter(enumerate(tasks))
         try:
@@ -119,25 +118,38 @@ class Workers:
         self.close()
         if _start_method() != "fork":
             return function(task)
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker) as pool:
-            try:
-                return pool.submit(function, task).result()
-            except BrokenProcessPool:
-                raise PassingError(f"{DIED}; run again with less `tokenizer.sample_bytes`") from None
+        self._pool = self._started("fork", 1)
+        try:
+            result = self._pool.submit(function, task).result()
+        except BrokenProcessPool:
+            raise PassingError(f"{DIED}; run again with less `tokenizer.sample_bytes`") from None
+        self.close()
+        return result
 
-    def close(self) -> None:
-        """Ends the processes; tasks that have not begun are dropped."""
+    @staticmethod
+    def _started(method: str, count: int) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context(method)
+        return ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker)
+
+    def close(self, *, at_once: bool = False) -> None:
+        """Ends the processes; tasks that have not begun are dropped. `at_once`: those that have begun too, which may
+        take hours: what they write is whole or absent."""
         if self._pool is not None:
+            if at_once:
+                for process in multiprocessing.active_children():
+                    process.terminate()
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
 
 @contextlib.contextmanager
 def worker_pool(count: int) -> Iterator[Workers]:
-    """Workers that are closed when the block ends."""
+    """Workers that are closed when the block ends; after Ctrl-C at once."""
     workers = Workers(count)
     try:
         yield workers
+    except KeyboardInterrupt:
+        workers.close(at_once=True)
+        raise
     finally:
         workers.close()

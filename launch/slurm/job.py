@@ -9,11 +9,12 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.arguments import MOST_DIGITS, quoted
+from common.arguments import MOST_DIGITS, Parser, quoted
 from common.errors import UserError
 from common.files import write_file
 from common.filesystems import filesystem_type, is_shared
@@ -24,6 +25,13 @@ SECRET_NAME = re.compile(r"(?i)(token|secret|passw(or)?d|credentials?|(api|acces
 """Names of variables whose values must not be written to a file."""
 OF_THE_CLUSTER = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT"}
 """Variables by which SLURM's commands find the cluster; the others of SLURM are those of one job."""
+WITHOUT_VALUE = {"exclusive", "contiguous"}
+OF_SBATCH = {
+    *WITHOUT_VALUE,
+    *("mem", "mem-per-cpu", "mem-per-gpu", "gres", "gpus-per-task", "constraint", "nodelist", "exclude", "reservation"),
+    *("mail-type", "mail-user", "licenses", "tmp", "switches", "hint", "comment", "begin", "dependency", "propagate"),
+}
+"""What users of clusters most often give sbatch, and these commands have no option of their own for."""
 LOCAL_TYPES = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 NUMBER = rf"\d{{1,{MOST_DIGITS}}}"
@@ -32,6 +40,17 @@ TIME = re.compile(
     rf"|(?:(?P<hours>{NUMBER}):(?P<minutes>{NUMBER}):(?P<seconds>{NUMBER}))"
     rf"|(?:(?P<only_minutes>{NUMBER})(?::(?P<only_seconds>{NUMBER}))?)"
 )
+
+
+class SubmitParser(Parser):
+    """Options of sbatch that are given without --sbatch are named with it."""
+
+    def advice(self, text: str, options: set[str]) -> str:
+        name = text.partition("=")[0].removeprefix("--")
+        if name not in OF_SBATCH:
+            return super().advice(text, options)
+        given = text if "=" in text or name in WITHOUT_VALUE else f"{text}=..."
+        return f"; --sbatch={given} hands it on to sbatch"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +144,14 @@ def seconds_of(time: str) -> int:
         + part["seconds"]
         + part["only_seconds"]
     )
+
+
+def check_all_shared(places: Iterable[tuple[str, Path]], *, allow_local: bool) -> None:
+    """`check_shared` of (what, path), each path once; warnings go to stderr. Raises UserError."""
+    for path, what in {path: what for what, path in reversed(list(places))}.items():
+        warning = check_shared(what, path, allow_local=allow_local)
+        if warning is not None:
+            print(f"warning: {warning}", file=sys.stderr)
 
 
 def check_shared(what: str, path: Path, *, allow_local: bool) -> str | None:
@@ -222,6 +249,13 @@ def add_site_arguments(parser: argparse.ArgumentParser) -> None:
         help="any further long option of sbatch, repeatable: --sbatch=--gres=gpu:8 --sbatch=--mail-type=END,FAIL",
     )
     parser.add_argument(
+        "--srun",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="further option of srun, repeatable: --srun=--container-image=/shared/torch.sqsh",
+    )
+    parser.add_argument(
         "--setup",
         action="append",
         default=[],
@@ -264,6 +298,27 @@ def site_options(arguments: argparse.Namespace, name: str) -> dict[str, str | No
     """sbatch options for the arguments above; an option that is not given keeps the cluster's default."""
     given = {"partition": arguments.partition, "account": arguments.account, "qos": arguments.qos}
     return {"job-name": arguments.job_name or name, **{key: value for key, value in given.items() if value}}
+
+
+def srun_options(arguments: argparse.Namespace) -> dict[str, str]:
+    """The --srun arguments as the scripts read them. Raises UserError."""
+    wrong = next((option for option in arguments.srun if not re.match(r"--[a-z]", option)), None)
+    if wrong is not None:
+        raise UserError(f"--srun {wrong}: write a long option of srun, e.g. --srun=--cpu-bind=none")
+    return {"SRUN_OPTIONS": shlex.join(arguments.srun)} if arguments.srun else {}
+
+
+def python_is_in_container(arguments: argparse.Namespace) -> bool:
+    """Whether --python may be a file that only a container has (pyxis: --container-image; srun's own --container)."""
+    is_path = arguments.python is not None and os.path.isabs(arguments.python)
+    return is_path and any(option.startswith("--container") for option in arguments.srun)
+
+
+def python_of_the_job(arguments: argparse.Namespace) -> str:
+    """Absolute path of the interpreter that srun starts. Raises UserError."""
+    if python_is_in_container(arguments):
+        return str(arguments.python)
+    return on_path(arguments.python or sys.executable)
 
 
 def on_path(path: str) -> str:

@@ -11,26 +11,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.arguments import Parser, a_path, add_overrides, at_least, set_options
+from common.arguments import a_path, add_overrides, at_least, set_options
 from common.errors import UserError
+from common.folders import check_folder
 from common.paths import REPOSITORY
 from common.urls import PIPE, may_hold_secret
 from data_prep.config.loading import load_config
 from data_prep.config.resolved import ResolvedConfig, resolve
 from data_prep.run.disk_estimate import check_room
-from data_prep.run.output_files import check_output
+from data_prep.run.output_files import check_manifest_is_own, check_output
+from data_prep.run.up_to_date import is_up_to_date
 from data_prep.stages.lossy import check_given_model
 from launch.slurm import job
 from pretrain.cli.refusals import exit_code_of
 
 CONFIG = "config"
+SIGNAL_SECONDS = 60
+"""How long before the limit SLURM ends a task, which then goes back into the queue: at most half of the limit, or a
+short one would end it as soon as it starts."""
 STEPS = (("dedup", True), ("tokenizer", False), ("encode", True), ("shard", False))
 """Steps of data_prep in order, and whether array tasks share them; each step first does what earlier steps have left
 undone."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = job.SubmitParser(
         prog="launch/slurm/submit_data_prep.py",
         description="Submits a data preparation as four jobs, each after the one before: reading, filtering and "
         "signing (array), duplicates and tokenizer, encoding (array), shards. The output is that of `data_prep run`.",
@@ -68,8 +73,12 @@ def _submit(args: argparse.Namespace, numbers: list[str]) -> None:
     if not args.dry_run:
         job.need_sbatch()
     resolved = _check(args)
+    if resolved is None:
+        return
     logs = resolved.output / "slurm"
     config = _frozen(args.config, logs)
+    if config.content is None:
+        job.check_all_shared([("--config", config.path)], allow_local=args.allow_local)
     for step, is_array in STEPS:
         text = _script(args, resolved, config, step, is_array=is_array)
         if args.dry_run:
@@ -94,12 +103,19 @@ def _training(resolved: ResolvedConfig, last_job: str) -> str:
     return f"python launch/slurm/submit.py --config FILE --nodes N ... --set {data} --after {last_job}"
 
 
-def _check(args: argparse.Namespace) -> ResolvedConfig:
+def _check(args: argparse.Namespace) -> ResolvedConfig | None:
+    """None where the output is already what the configuration makes, which is said. Raises UserError."""
     job.seconds_of(args.time)
+    job.srun_options(args)
     _check_secrets(args.overrides)
     resolved = resolve(load_config(args.config, args.overrides))
     # The jobs would refuse these too, but only after they have waited for their nodes.
     check_given_model(resolved)
+    check_folder(resolved.output, "output")
+    check_manifest_is_own(resolved.output, force=args.force)
+    if is_up_to_date(resolved, force=args.force):
+        print(f"up to date: {resolved.output}; nothing is submitted", file=sys.stderr)
+        return None
     check_output(resolved, force=args.force)
     check_room(resolved)
     if args.tasks > len(resolved.sources):
@@ -107,11 +123,11 @@ def _check(args: argparse.Namespace) -> ResolvedConfig:
             f"--tasks {args.tasks}: there are {len(resolved.sources)} raw files and a task takes whole ones; "
             f"use --tasks {len(resolved.sources)}"
         )
-    places = [("output", resolved.output), ("--config", args.config), ("the repository", REPOSITORY)]
-    for what, place in places:
-        warning = job.check_shared(what, place, allow_local=args.allow_local)
-        if warning is not None:
-            print(f"warning: {warning}", file=sys.stderr)
+    places = [("output", resolved.output), ("the repository", REPOSITORY)]
+    places += [] if job.python_is_in_container(args) else [("--python", Path(job.python_of_the_job(args)))]
+    places += [("raw files", source.path.parent) for source in resolved.sources if isinstance(source.path, Path)]
+    places += [] if resolved.external_model is None else [("tokenizer.model", resolved.external_model)]
+    job.check_all_shared(places, allow_local=args.allow_local)
     return resolved
 
 
@@ -161,6 +177,7 @@ def _script(args: argparse.Namespace, resolved: ResolvedConfig, config: Frozen, 
         **job.site_options(args, f"{resolved.output.name}-{step}"),
         "cpus-per-task": str(args.cpus_per_task),
         "time": args.time,
+        "signal": f"TERM@{max(1, min(SIGNAL_SECONDS, job.seconds_of(args.time) // 2))}",
         "array": f"0-{args.tasks - 1}" if is_array else None,
         "output": job.output_pattern(resolved.output / "slurm") + ("/%A_%a.log" if is_array else "/%j.log"),
         "chdir": str(Path.cwd()),  # relative paths of the configuration
@@ -168,8 +185,9 @@ def _script(args: argparse.Namespace, resolved: ResolvedConfig, config: Frozen, 
     settings = {
         **job.variables(args.env),
         "REPOSITORY": str(REPOSITORY),
-        "PYTHON": job.on_path(args.python or sys.executable),
+        "PYTHON": job.python_of_the_job(args),
         "REQUEUES": str(args.requeues),
+        **job.srun_options(args),
         **({"TASKS": str(args.tasks)} if is_array else {}),
         **({"CONFIG_SUM": f"{config.sha256}  {config.path}"} if config.content is None else {}),
     }

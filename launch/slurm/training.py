@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import re
 import shlex
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.arguments import Parser, add_overrides, at_least, set_options
+from common.arguments import add_overrides, at_least, set_options
 from common.errors import UserError
 from common.paths import REPOSITORY, find_input
 from common.urls import URL
@@ -39,7 +38,7 @@ CPU_REQUEST = re.compile(r"--(cpus-per-(task|gpu)=|exclusive)")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = job.SubmitParser(
         prog="launch/slurm/submit.py",
         description="Checks a run as `launch/pretrain.py --dry-run` does, for the ranks of the job, and submits it. "
         "The job saves before its time limit, goes back into the queue and continues, until the run is finished; "
@@ -88,13 +87,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="after two starts in a row that failed on the same node and no other, or when its weights differ from "
         "those of most replicas, the requeued job excludes it, if enough others are up; up to N nodes (0: never)",
-    )
-    parser.add_argument(
-        "--srun",
-        action="append",
-        default=[],
-        metavar="OPTION",
-        help="further option of srun, repeatable: --srun=--container-image=/shared/torch.sqsh",
     )
     job.add_site_arguments(parser)
     return parser
@@ -176,9 +168,7 @@ def _check(args: argparse.Namespace, run_dir: Path) -> list[UserError]:
     if args.signal_seconds is not None and args.signal_seconds >= limit:
         raise UserError(f"--signal-seconds {args.signal_seconds}: must be below --time ({limit} s)")
     _check_gpus(args)
-    wrong = next((option for option in args.srun if not re.match(r"--[a-z]", option)), None)
-    if wrong is not None:
-        raise UserError(f"--srun {wrong}: write a long option of srun, e.g. --srun=--cpu-bind=none")
+    job.srun_options(args)
     if args.cpus_per_rank is None and not any(CPU_REQUEST.match(option) for option in args.sbatch):
         print(
             "warning: --cpus-per-rank: is not given; most clusters then give a rank one core, which Python, reading "
@@ -204,7 +194,10 @@ def _check(args: argparse.Namespace, run_dir: Path) -> list[UserError]:
         )
         problems, data = _check_run(wanted)
     else:
-        problems, data = list(rank_problems(config, num_ranks)), _future_data(config)
+        from pretrain.engine.optimizer import group_problems
+
+        problems = [*rank_problems(config, num_ranks), *group_problems(config)]
+        data = _future_data(config)
         check_device(config, device)
         print(
             f"--after {args.after}: data ({', '.join(map(str, data)) or 'behind URLs'}) and an earlier checkpoint are "
@@ -212,12 +205,9 @@ def _check(args: argparse.Namespace, run_dir: Path) -> list[UserError]:
             file=sys.stderr,
         )
     places = [("--run-dir", run_dir), ("the repository", REPOSITORY)]
-    places += [] if _python_is_in_container(args) else [("--python", _python(args))]
+    places += [] if job.python_is_in_container(args) else [("--python", Path(job.python_of_the_job(args)))]
     places += [("data", folder) for folder in data]
-    for what, place in places:
-        warning = job.check_shared(what, place, allow_local=args.allow_local)
-        if warning is not None:
-            print(f"warning: {warning}", file=sys.stderr)
+    job.check_all_shared(places, allow_local=args.allow_local)
     return problems
 
 
@@ -288,31 +278,18 @@ def _script(args: argparse.Namespace, run_dir: Path, config: Path) -> str:
             **job.variables(args.env),
             "RUN_DIR": str(run_dir),
             "REPOSITORY": str(REPOSITORY),
-            "PYTHON": str(_python(args)),
+            "PYTHON": job.python_of_the_job(args),
             "REQUEUES": "0" if args.smoke else str(args.requeues),
             "FAULTS": str(args.faults),
             "REPEATS": str(args.repeats),
             "EXCLUDES": str(args.excludes),
             "SIGNAL_SECONDS": str(signal_seconds),
-            **({"SRUN_OPTIONS": shlex.join(args.srun)} if args.srun else {}),
+            **job.srun_options(args),
             **({"PROGRAM": "smoke.py"} if args.smoke else {}),
         },
         setup=args.setup,
         arguments=["--config", str(config), *set_options(args.overrides)],
     )
-
-
-def _python_is_in_container(args: argparse.Namespace) -> bool:
-    """Whether --python may be a file that only the ranks' container has (pyxis: --container-image; srun's own
-    --container)."""
-    is_path = args.python is not None and os.path.isabs(args.python)
-    return is_path and any(option.startswith("--container") for option in args.srun)
-
-
-def _python(args: argparse.Namespace) -> Path:
-    if _python_is_in_container(args):
-        return Path(args.python)
-    return Path(job.on_path(args.python or sys.executable))
 
 
 def _ranks_per_node(args: argparse.Namespace) -> int:

@@ -83,6 +83,11 @@ class Sweep:
                 f"--vary: {folder} is a sweep of {' and '.join(found.keys) or 'no key'}{solved_for}, and this command "
                 f"varies {' and '.join(keys) or 'none'}; vary the same keys, or name another --sweep-dir"
             )
+        if solved != found.solved:
+            raise UserError(
+                f"--equal-parameters: {folder} is a sweep with {found.solved or 'no key'} solved for, and this command "
+                f"solves for {solved or 'none'}; give the option as before, or name another --sweep-dir"
+            )
         for name, path in configs.items():
             found._check_unchanged(name, path, overrides)
         return found

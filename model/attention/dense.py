@@ -71,10 +71,10 @@ class DenseAttention(nn.Module):
 
     def forward(
         self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Seen | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, None]:
         """`context` [B, M + T, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk
         (with sequence parallelism this rank's tokens of each). `sequence_index` [B] is unused: nothing here is random.
-        -> [B, T, d] like the chunk and a zero auxiliary loss (fp32)."""
+        -> [B, T, d] like the chunk, and no auxiliary loss."""
         maps = ((layer.weight,) for layer in (self.query, self.key, self.value))
         context, _, (query, key, value) = enter_overlapped(context, self.parallel, *maps, chunk=num_queries)
         (B, L, _), T = context.shape, num_queries * self.parallel.token_shards
@@ -97,5 +97,4 @@ class DenseAttention(nn.Module):
             q, k = rotate(q, k, tables, backend=self.backends.elementwise)
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = causal_attention(q, k, v, documents, backend=self.backends.causal_attention)
-        y = leave_region(self.output(attended.transpose(1, 2).reshape(B, T, H * h)), self.parallel)
-        return y, y.new_zeros((), dtype=torch.float32)
+        return leave_region(self.output(attended.transpose(1, 2).reshape(B, T, H * h)), self.parallel), None

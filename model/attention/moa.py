@@ -89,10 +89,10 @@ class MoAAttention(nn.Module):
 
     def forward(
         self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Seen | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk (with
         sequence parallelism this rank's tokens of each). `sequence_index` [B] int64 seeds expert dropout.
-        -> [B, T, d] like the chunk and the weighted losses (fp32 scalar)."""
+        -> [B, T, d] like the chunk and the weighted losses (fp32 scalar), None where there are none."""
         group = self.parallel.tensor_group
         queries = (enter_shards(self.query_experts, group),)
         divided, context, (late,) = enter_overlapped(context, self.parallel, queries, chunk=num_queries)
@@ -103,7 +103,7 @@ class MoAAttention(nn.Module):
         logits, index, load, order = routing.logits[:, 0], routing.index[:, 0], routing.load[0], routing.order[0]
         probability = logits.softmax(-1) if self.config.router == "softmax" else None
         gates = routing.scores[:, 0] if probability is None else probability.gather(1, index)  # [N, k] fp32
-        auxiliary_loss = logits.new_zeros((), dtype=torch.float32)
+        auxiliary_loss = None
         if self.training:
             if probability is not None:
                 auxiliary_loss = balance_losses(

@@ -130,10 +130,10 @@ class SwitchHeadAttention(nn.Module):
 
     def forward(
         self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Seen | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, None]:
         """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk (with
         sequence parallelism this rank's tokens of each). `sequence_index` [B] int64 seeds expert dropout.
-        -> [B, T, d] like the chunk and a zero auxiliary loss (fp32 scalar)."""
+        -> [B, T, d] like the chunk, and no auxiliary loss."""
         context, late = self._enter(context, num_queries)
         (B, L, d), T = context.shape, num_queries * self.parallel.token_shards
         H, h = self.num_heads, self.config.head_dim
@@ -168,7 +168,7 @@ class SwitchHeadAttention(nn.Module):
             y = switchhead_output(attended, selections["output"], self.output_experts, backend=backend)
         else:
             y = self.output(attended.flatten(1))
-        return leave_region(y.view(B, T, d), self.parallel), y.new_zeros((), dtype=torch.float32)
+        return leave_region(y.view(B, T, d), self.parallel), None
 
     def _enter(self, context: Tensor, num_queries: int) -> tuple[Tensor, dict[str, Late]]:
         """The context of all ranks, and the weights of each map of it. Queries and keys are one map if both are dense

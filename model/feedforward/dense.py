@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,8 +45,8 @@ class DenseFeedForward(nn.Module):
         self.backend = backends.elementwise
         self._dropout_key = site_key(seed, f"{name}.hidden")
 
-    def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the output and a zero auxiliary loss (fp32 scalar)."""
+    def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, None]:
+        """Returns the output, and no auxiliary loss."""
         # Biases are added out of place: ZeRO 3's replacement of F.linear adds them in place to a product that selective
         # recomputation has kept, and they would count twice.
         is_whole = self.parallel.tensor_group is None
@@ -61,6 +60,6 @@ class DenseFeedForward(nn.Module):
             hidden = dropout(hidden, draw, backend=self.backend)
         if is_whole:
             y = filled_linear(hidden, self.down.weight, self.down.bias)
-            return y[..., : x.shape[2]], x.new_zeros((), dtype=torch.float32)
+            return y[..., : x.shape[2]], None
         y = leave_region(aligned_linear(hidden, self.down.weight), self.parallel)
-        return y + between_regions(self.down.bias, self.parallel), x.new_zeros((), dtype=torch.float32)
+        return y + between_regions(self.down.bias, self.parallel), None

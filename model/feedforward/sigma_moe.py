@@ -66,9 +66,11 @@ class SigmaMoE(nn.Module):
         )
         self._dropout_key = site_key(seed, f"{name}.experts")
 
-    def forward(self, x: Tensor, sequence_index: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, sequence_index: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """`x` [B, T, d], with sequence parallelism this rank's tokens -> output of the same shape, added to `residual`
-        if given, and the weighted entropy regulariser (fp32 scalar, part of the loss)."""
+        if given, and the weighted entropy regulariser (fp32 scalar, part of the loss) where there is one."""
         if self.exchanges:
             tokens, routing, auxiliary_loss = self._route(x, sequence_index)
             return added(self._exchange(tokens, routing).view_as(x), residual), auxiliary_loss
@@ -81,7 +83,7 @@ class SigmaMoE(nn.Module):
         stream = None if residual is None else residual.reshape(tokens.shape)
         return self._divide(tokens, routing, late, stream).view_as(x), auxiliary_loss
 
-    def _route(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Routing, Tensor]:
+    def _route(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Routing, Tensor | None]:
         """The tokens [N, d] of `x` [B, T, d], handed on, their choices, without the axis of the single router, and the
         regulariser."""
         (B, T, d), keep = x.shape, None
@@ -115,7 +117,7 @@ class SigmaMoE(nn.Module):
                     backend=self.backends.elementwise,
                 )
             self.statistics.record(routing.load, routing.logits, probability=probability)
-        return tokens, routing, routing.logits.new_zeros(()) if auxiliary_loss is None else auxiliary_loss
+        return tokens, routing, auxiliary_loss
 
     def _divide(self, tokens: Tensor, routing: Routing, late: Late, residual: Tensor | None = None) -> Tensor:
         """`tokens` [N, d], the same on every tensor-parallel rank -> [N, d], the part of this rank's experts, added to

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,12 +47,12 @@ class SwiGLU(nn.Module):
         self.backend = backends.elementwise
         self._dropout_key = site_key(seed, f"{name}.hidden")
 
-    def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the output and a zero auxiliary loss (fp32 scalar)."""
+    def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, None]:
+        """Returns the output, and no auxiliary loss."""
         x, _, (gate, up) = enter_overlapped(x, self.parallel, (self.gate.weight,), (self.up.weight,))
         hidden = F.silu(region_linear(x, gate)) * region_linear(x, up)
         if self.training and self.dropout > 0.0:
             columns = self.hidden_size, self.parallel.slice_of(self.hidden_size)
             draw = Draw(self.dropout, self._dropout_key, sequence_index, columns=columns)
             hidden = dropout(hidden, draw, backend=self.backend)
-        return leave_region(self.down(hidden), self.parallel), x.new_zeros((), dtype=torch.float32)
+        return leave_region(self.down(hidden), self.parallel), None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, kind_of
 from common.files import intended_name
 from common.folders import check_writable_folder
 from common.hashing import sha256_file
@@ -121,11 +121,12 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def while_they_are_there(checkpoints: Sequence[Path], argument: str) -> Iterator[None]:
-    """What fails inside because a run that goes on has removed one of the checkpoints is raised as a UserError that
-    says so; `argument` of the command named it."""
+    """What cannot be read inside because a run that goes on has removed one of the checkpoints is raised as a UserError
+    that says so; `argument` of the command named it. Of several ranks the one that has met it says it: what the others
+    raise, that a peer has failed or is gone, stays what it is."""
     try:
         yield
-    except Exception:
+    except (UserError, OSError):
         gone = next((path for path in checkpoints if not path.is_dir()), None)
         if gone is None:
             raise
@@ -170,7 +171,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"--run-dir: {folder} cannot be read: {error.strerror}") from None
+        raise kind_of(error)(f"--run-dir: {folder} cannot be read: {error.strerror}") from None
     return sorted(found, key=step_of)
 
 

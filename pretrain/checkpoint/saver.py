@@ -2,8 +2,9 @@
 
 In the background, `save` copies this rank's state into a host buffer, which is kept for the next save, and returns; a
 thread writes, flushes, hashes and commits it. Its collectives use a gloo group of their own, so they never meet those
-of training. A save that fails leaves the earlier checkpoints as they were, and the next save tries again. Two failures
-in a row, or one at the end of the run, end the run with the reason.
+of training. A save that fails leaves the earlier checkpoints as they were, and the next save tries again: at the end of
+the run, where none follows, the same one, if the error may pass. Two failures in a row, or one at the end of the run,
+end the run with the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.errors import PassingError, UserError, kind_of
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.folder import Retention, list_checkpoints, remove_partials
 from pretrain.checkpoint.fragments import Chunk, Fragments
@@ -80,7 +81,7 @@ class Saver:
         self._plan: AgreedPlan | None = None
         self._thread: threading.Thread | None = None
         self._crash: BaseException | None = None
-        self._errors: list[str] = []
+        self._errors: list[UserError] = []
         """Why the last saves in a row failed."""
         self._saved: Progress | None = None
         if asynchronous:  # touching memory for the first time takes longer than the copy (17 times, measured)
@@ -106,7 +107,8 @@ class Saver:
         """Saves the current state to folder/step-N. `extra`, which has the step's `loss` and `validation_loss` (or
         None), is added to state.json. First waits for a save under way; does not save the same step twice in a row.
         Rank 0, in any thread, calls `before` first (if that raises OSError, the save has failed) and `report` when the
-        save has ended. Raises UserError (PeerFailed on the other ranks) as the module's docstring says."""
+        save has ended. Raises UserError (PeerFailed on the other ranks) as the module's docstring says, a PassingError
+        if the newest error may pass."""
         started = time.perf_counter()
         from pretrain.checkpoint.planners import AgreedPlan
         from pretrain.checkpoint.storage import Writer
@@ -128,7 +130,8 @@ class Saver:
                     _remove_old(folder, retention)
                 seconds = time.perf_counter() - started
                 stall = seconds if stall_seconds is None else stall_seconds
-                report(Outcome(progress.step, writer.final, error, writer.bytes, stall, seconds))
+                said = None if error is None else str(error)
+                report(Outcome(progress.step, writer.final, said, writer.bytes, stall, seconds))
 
         if self._asynchronous:
             state = self._copied(state)
@@ -169,6 +172,11 @@ class Saver:
         if self._thread is not None:
             self._join(self._thread)
 
+    def should_try_again(self) -> bool:
+        """`wait`; whether the last save has failed for a reason that may have passed by now."""
+        self.wait()
+        return bool(self._errors) and isinstance(self._errors[-1], PassingError)
+
     def finish(self) -> None:
         """`wait`, and the last save must have succeeded."""
         self.wait()
@@ -180,8 +188,9 @@ class Saver:
         except BaseException as error:  # a lost peer, or a mistake of ours: raised by the next `wait`
             self._crash = error
 
-    def _write(self, state: State, writer: Writer, plan: AgreedPlan) -> str | None:
-        """Returns, the same on every rank, why the checkpoint could not be written; None if it is committed."""
+    def _write(self, state: State, writer: Writer, plan: AgreedPlan) -> UserError | None:
+        """Returns, the same on every rank, why the checkpoint could not be written; None if it is committed. An error
+        that stays goes before one that may pass."""
         import torch.distributed.checkpoint as dcp
 
         from pretrain.checkpoint.planners import SavePlanner
@@ -189,20 +198,27 @@ class Saver:
         try:
             dcp.save(state, storage_writer=writer, planner=SavePlanner(plan), process_group=self._group)
         except dcp.CheckpointException as failure:
-            rank, (error, _) = min(failure.failures.items(), key=lambda entry: entry[0])
-            if not isinstance(error, UserError | OSError):
+            if not all(isinstance(error, UserError | OSError) for error, _ in failure.failures.values()):
                 raise
+            kinds = [(kind_of(error) is PassingError, rank) for rank, (error, _) in failure.failures.items()]
+            may_pass, rank = min(kinds)
+            error, _ = failure.failures[rank]
             if dist.get_rank() == 0:
                 _clear(writer.partial.parent)
             self._saved = None
-            return f"checkpoint.every_steps: rank {rank} could not save {error}; {_stands(writer.partial.parent)}"
+            stands = _stands(writer.partial.parent)
+            kind = PassingError if may_pass else UserError
+            return kind(f"checkpoint.every_steps: rank {rank} could not save {error}; {stands}")
         return None
 
     def _raise_if(self, condition: bool) -> None:
         if condition:
-            message = f"{self._errors[-1]}. When the disk takes files again, the same command continues"
-            self._errors = []
-            raise UserError(message) if dist.get_rank() == 0 else PeerFailed
+            error, self._errors = self._errors[-1], []
+            if dist.get_rank() > 0:
+                raise PeerFailed(kind_of(error))
+            if isinstance(error, PassingError):
+                raise PassingError(f"{error}. This may pass; if it stays, look after the file system")
+            raise UserError(f"{error}. When the disk takes files again, the same command continues")
 
     def _copied(self, state: State) -> State:
         """`state` in the host buffer."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.git import revision
 from common.paths import REPOSITORY
 from model.config import ModelConfig
 from model.language_model import routing_statistics
@@ -149,9 +149,4 @@ def versions() -> Mapping[str, str | None]:
 def code_versions() -> Mapping[str, str | None]:
     """Those of them that are known without DeepSpeed. Asked once a process: git is a process of its own, and a checkout
     that changes while a run goes on does not change the run."""
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-        revision = git.stdout.strip() or None
-    except OSError:  # a machine without git
-        revision = None
-    return {"python": platform.python_version(), "torch": torch.__version__, "git": revision}
+    return {"python": platform.python_version(), "torch": torch.__version__, "git": revision(REPOSITORY)}

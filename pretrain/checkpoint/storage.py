@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from common.errors import UserError
+from common.errors import UserError, kind_of
 from common.files import sync_directory, write_json
 from common.folders import room_text
 from pretrain.checkpoint.folder import (
@@ -121,7 +121,7 @@ def _write_all(file: Any, block: Any) -> int:
 
 
 def _no_space(error: OSError, path: Path, wanted: int, written: int) -> UserError:
-    return UserError(f"{path}: {error.strerror} after {written:,} of {wanted:,} bytes{_room(error, path)}")
+    return kind_of(error)(f"{path}: {error.strerror} after {written:,} of {wanted:,} bytes{_room(error, path)}")
 
 
 def _room(error: OSError, path: Path) -> str:
@@ -183,12 +183,12 @@ class Writer(StorageWriter):
         try:
             self._before()
         except OSError as error:
-            raise UserError(f"{error.filename or 'a log'}, which a checkpoint needs: {error.strerror}") from None
+            raise kind_of(error)(f"{error.filename or 'a log'}, which a checkpoint needs: {error.strerror}") from None
         try:
             remove_partials(self.final.parent)
             self.partial.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"{self.partial}: {error.strerror}{_room(error, self.partial)}") from None
+            raise kind_of(error)(f"{self.partial}: {error.strerror}{_room(error, self.partial)}") from None
         # A plan that is the same as at the save before comes without items and is marked as such.
         return [replace(plan, storage_data=f"rank-{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
 
@@ -225,7 +225,7 @@ class Writer(StorageWriter):
         try:
             self.bytes = commit(self.partial, self.final, state=self._state, tensors=index, files=entries)
         except OSError as error:
-            raise UserError(f"{self.partial}: {error.strerror}{_room(error, self.partial)}") from None
+            raise kind_of(error)(f"{self.partial}: {error.strerror}{_room(error, self.partial)}") from None
 
 
 class Reader(StorageReader):

@@ -8,7 +8,7 @@ from pathlib import Path
 from common.errors import ConfigError
 from model.config import ModelConfig
 from model.costs import formula_parameters
-from pretrain.cli.plan_models import WIDTHS, Width
+from pretrain.cli.plan_models import WIDTHS, Width, section_of
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def match_width(model: ModelConfig, like: ModelConfig, solve: Width) -> Match:
     The total is linear in either width, so one difference gives the width. Raises ConfigError if there is no such
     width.
     """
-    section, key = ("attention" if solve == "head_dim" else "feedforward"), WIDTHS[solve]
-    before = getattr(getattr(model, section), solve)
+    key = WIDTHS[solve]
+    before = getattr(getattr(model, section_of(solve)), solve)
     target = formula_parameters(like).total
     now = formula_parameters(model).total
     step = formula_parameters(with_width(model, solve, before + 1)).total - now
@@ -48,12 +48,13 @@ def match_width(model: ModelConfig, like: ModelConfig, solve: Width) -> Match:
             f"make it smaller elsewhere, e.g. with another {other} or fewer experts"
         )
     total = formula_parameters(with_width(model, solve, value)).total
+    assert 2 * abs(total - target) <= abs(step), f"the parameters of this model are not linear in {key}"
     return Match(key=key, before=before, value=value, total=total, target=target)
 
 
 def with_width(model: ModelConfig, solve: Width, value: int) -> ModelConfig:
     """`model` with another width."""
-    section = "attention" if solve == "head_dim" else "feedforward"
+    section = section_of(solve)
     return model.model_copy(update={section: getattr(model, section).model_copy(update={solve: value})})
 
 

@@ -41,12 +41,17 @@ def models_of_match(
 
 def check_width(model: ModelConfig, solve: Width) -> None:
     """Raises ConfigError if the model has no such width."""
-    if solve != "head_dim" and not hasattr(model.feedforward, solve):
-        other = next(width for width in ("hidden_size", "expert_size") if hasattr(model.feedforward, width))
+    if solve not in (widths := [width for width in WIDTHS if hasattr(getattr(model, section_of(width)), width)]):
+        section = section_of(solve)
         raise ConfigError(
-            f"{WIDTHS[solve]}: a {model.feedforward.type} feed-forward has no {solve}; solve for its {other}, or for "
-            f"head_dim"
+            f"{WIDTHS[solve]}: model.{section}.type {getattr(model, section).type} has no {solve}; "
+            + (f"solve for {' or '.join(widths)}" if widths else "no width of this model can be solved for")
         )
+
+
+def section_of(width: Width) -> str:
+    """`attention` or `feedforward`."""
+    return WIDTHS[width].split(".")[1]
 
 
 def config_files(path: Path) -> list[Path]:

@@ -100,10 +100,15 @@ def open_all(paths: Sequence[Path], *, may_wait: bool, alone: bool) -> tuple[lis
         except UserError as error:
             if may_wait and isinstance(error, NotYet):
                 awaited.append(path)
-            elif alone:
-                raise
-            else:
-                print(passed_over(error), file=sys.stderr, flush=True)
+                continue
+            if isinstance(error, NotYet) and (jobs := submitted_jobs(path)):
+                error = UserError(
+                    f"RUN: {path}: no run has begun yet; job {jobs[0]} was submitted for it (squeue --job {jobs[0]}; "
+                    f"--watch waits for it)"
+                )
+            if alone:
+                raise error from None
+            print(passed_over(error), file=sys.stderr, flush=True)
     return views, awaited
 
 

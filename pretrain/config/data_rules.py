@@ -54,6 +54,11 @@ def check_data(config: Config) -> None:
             f"data.document_mask: memory reaches across documents on purpose; set it to false, or "
             f"model.position.memory_chunks to 0 (it is {config.model.position.memory_chunks})"
         )
+    attention = config.model.attention
+    if data.document_mask and (reason := attention.lacks.get("documents")) is not None:
+        raise ConfigError(
+            f"data.document_mask: model.attention.type is {attention.type}: {reason}; set data.document_mask to false"
+        )
     if data.document_mask and config.parallel.pipeline > 1:
         raise ConfigError(
             f"data.document_mask: no document index travels between pipeline stages; set it to false, or "

@@ -88,7 +88,8 @@ class UndecayedGroupConfig(Section):
     """What the optimizer does differently with a group of parameters that are never decayed."""
 
     learning_rate_ratio: Annotated[float, Field(ge=0.0)] = 1.0
-    """Learning rate of the group, as a share of that of the step; 0: the group stays as it is."""
+    """Learning rate of the group, as a share of that of the step; 0: the group stays as it is. Its gradients still
+    count in the norm that is clipped."""
 
 
 class GroupConfig(UndecayedGroupConfig):

@@ -15,21 +15,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from common.errors import PassingError, UnreadableError
+from common.errors import PASSING, PassingError, UnreadableError
 from pretrain.config.watching import ResilienceConfig
 
 Result = TypeVar("Result")
 
-PASSING = frozenset(
-    getattr(errno, name)
-    for name in (
-        *("EIO", "ESTALE", "EREMOTEIO", "EAGAIN", "EINTR", "EBUSY", "ETIMEDOUT", "ETIME", "ENOLINK", "ECOMM"),
-        *("ENOTCONN", "ESHUTDOWN", "EPIPE", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED"),
-        *("ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH"),
-    )
-    if hasattr(errno, name)
-)
-"""Errors of a file system or network that another attempt may not meet."""
 MOST_SECONDS = 180.0
 """Longest time to try again: SLURM's signal comes 300 s before the limit, and a rank that waits saves nothing."""
 FIRST_PAUSE_SECONDS = 0.5

@@ -3,13 +3,16 @@
 A run begins with one stage. Each start that changes the sources or their weights begins another, in which every source
 goes on where it stands: the order within a stage is a function of the stage and the position alone. Checkpoints keep
 the stages, because they cannot be computed from the configuration of the last one.
+
+So it is with the streams that a run reads where nothing is shuffled (data.order = streams): without memory a run may go
+on with another batch, and the text stays cut as it was, or some would be read again and some never.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pretrain.data.mixture import MixtureSchedule
@@ -38,6 +41,9 @@ class Stage:
     """Its first position."""
     sources: tuple[StageSource, ...]
     """Those that it reads, in the order of the configuration; then those of earlier stages, which may come back."""
+    streams: int | None = field(default=None, compare=False)
+    """Into how many streams its text is cut; None: into batch.global_sequences. It names what is read as it was read
+    before: two stages that differ in it alone are the same order."""
 
     @property
     def mixed(self) -> tuple[StageSource, ...]:
@@ -70,7 +76,7 @@ class Stage:
         for index, source in enumerate(sources):
             if index not in found:
                 found[index], number = replace(source, shuffle=number), number + 1
-        return Stage(position, (*(found[index] for index in range(len(sources))), *known))
+        return Stage(position, (*(found[index] for index in range(len(sources))), *known), self.streams)
 
     def in_windows_of(self, now: int, *, before: int) -> Stage:
         """The same stage in windows of `now` tokens, where it had `before`: each source stands after as many tokens as
@@ -79,21 +85,21 @@ class Stage:
 
     def text(self) -> str:
         """From where on it reads what, and where each source stands, for people."""
-        shares = [
-            f"{source.name} {source.weight / self.schedule.period:.4g} (after {source.read:,} of its windows)"
-            if source.read
-            else f"{source.name} {source.weight / self.schedule.period:.4g} (from its beginning)"
-            for source in self.mixed
-        ]
+        shares = []
+        for source in self.mixed:
+            begins = f"after {source.read:,} of its windows" if source.read else "from its beginning"
+            shares.append(f"{source.name} {source.weight / self.schedule.period:.4g} ({begins})")
         return f"position {self.first:,} on: {', '.join(shares)}"
 
     def to_json(self) -> dict[str, Any]:
-        return {"first": self.first, "sources": [vars(source) for source in self.sources]}
+        streams = {} if self.streams is None else {"streams": self.streams}
+        return {"first": self.first, "sources": [vars(source) for source in self.sources], **streams}
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Stage:
         """The inverse of `to_json`."""
-        return cls(int(tree["first"]), tuple(StageSource(**source) for source in tree["sources"]))
+        sources = tuple(StageSource(**source) for source in tree["sources"])
+        return cls(int(tree["first"]), sources, tree.get("streams"))
 
 
 def first_stage(names: Sequence[str], digests: Sequence[str], weights: Sequence[int]) -> Stage:

@@ -163,7 +163,9 @@ class TrainingStream:
     as with memory, the split is instead cut into G contiguous streams of W windows; a step takes the next window of
     each, so position n is window (n // G) mod W of stream n mod G. Every W steps all streams begin again, with empty
     memory. The last windows of the split, fewer than G, have no place in a stream. In a later stage, such as one of
-    longer windows, streams go on after as many windows as were read before it, rounded up to whole steps.
+    longer windows, streams go on after as many windows as were read before it, rounded up to whole steps. A run that
+    goes on with another G, which memory forbids, reads on at its position in the streams that it had: `stage.streams`
+    of them, the G of this order from then on.
 
     Positions in `skipped` are left out: "c consumed sequences" counts the others. In streams these ranges are whole
     steps, and memory is empty after a range, because it held text from before the range.
@@ -190,8 +192,9 @@ class TrainingStream:
         self._shuffle = {"block_windows": config.data.shuffle_block_windows, "blocks": config.data.shuffle_blocks}
         self._document_mask = config.data.document_mask
         self._parts: dict[int, np.ndarray] = {}
-        self._chunks = reader.num_windows // self._global if config.reads_streams else 0
-        self._begun = -(-sum(source.read for source in self.stage.mixed) // self._global)
+        self._streams = self.stage.streams or self._global
+        self._chunks = reader.num_windows // self._streams if config.reads_streams else 0
+        self._begun = -(-sum(source.read for source in self.stage.mixed) // self._streams)
         """Windows of each stream that were read before the stage."""
         self.micro_steps = config.micro_steps(data_size)
 
@@ -203,7 +206,7 @@ class TrainingStream:
     def range_of(self, consumed: int, sequences: int) -> Range:
         """The positions that `sequences` sequences after `consumed` others span; in streams those of whole steps."""
         first, last = data_positions(np.array([consumed, consumed + sequences - 1]), self._skipped).tolist()
-        unit, begin = self._global if self._chunks else 1, self.stage.first
+        unit, begin = self._streams if self._chunks else 1, self.stage.first
         return begin + (first - begin) // unit * unit, begin + ((last - begin) // unit + 1) * unit
 
     def read_in_stage(self, consumed: int) -> int:
@@ -242,7 +245,7 @@ class TrainingStream:
 
     def _order(self, positions: np.ndarray) -> np.ndarray:
         if self._chunks:
-            step, stream = np.divmod(positions - self.stage.first, self._global)
+            step, stream = np.divmod(positions - self.stage.first, self._streams)
             return stream * self._chunks + (self._begun + step) % self._chunks
         # Nobody asks for the positions of earlier stages, which may share the first block with the stage's own.
         sources, turns = self.stage.schedule.sources(np.maximum(positions - self.stage.first, 0))
@@ -264,7 +267,7 @@ class TrainingStream:
         if not self._chunks:
             return False
         before, first = data_positions(np.array([max(0, consumed - 1), consumed]), self._skipped).tolist()
-        step = self._begun + (first - self.stage.first) // self._global
+        step = self._begun + (first - self.stage.first) // self._streams
         return step % self._chunks == 0 or first != before + 1
 
     def epoch(self, consumed: int) -> float:
@@ -272,8 +275,8 @@ class TrainingStream:
         all windows together, of those that are read now; in streams over the windows that have a place in one."""
         position = self._position(consumed)
         if self._chunks:
-            read = self._begun * self._global + position - self.stage.first
-            return read / (self._chunks * self._global)
+            read = self._begun * self._streams + position - self.stage.first
+            return read / (self._chunks * self._streams)
         return sum(self.stage.counts(position)) / self._reader.num_windows
 
     def _position(self, consumed: int) -> int:

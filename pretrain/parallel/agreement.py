@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.errors import PassingError, UserError
+from common.errors import PassingError, UserError, kind_of
 from pretrain.device import on_collective_device
 
 Result = TypeVar("Result")
@@ -160,5 +160,5 @@ def _seen_file(folder: Path) -> str:
     try:
         (folder / name).touch()
     except OSError as error:
-        raise UserError(f"--run-dir: {folder} cannot be written: {error.strerror}") from None
+        raise kind_of(error)(f"--run-dir: {folder} cannot be written: {error.strerror}") from None
     return name

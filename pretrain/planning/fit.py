@@ -11,6 +11,7 @@ from common.errors import ConfigError
 from pretrain.config.loading import apply_override, parse_config, to_json
 from pretrain.config.rules import check_device, check_ranks
 from pretrain.config.schema import Config
+from pretrain.engine.optimizer import group_problems
 from pretrain.planning import layout_plan
 from pretrain.planning.layout_plan import StageMemory, StepTime, Traffic
 from pretrain.planning.machine import Machine
@@ -74,6 +75,8 @@ def check_on(config: Config, machine: Machine) -> None:
     """Raises ConfigError if the run would be refused on so many GPUs."""
     check_ranks(config, machine.num_gpus)
     check_device(config, machine.device.device_type)
+    for error in group_problems(config):  # of a pipeline, perhaps, that is only one of many layouts
+        raise error
 
 
 def fit(config: Config, machine: Machine, *, results: Path = RESULTS, tell: Tell = lambda line: None) -> FitReport:

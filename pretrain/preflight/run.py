@@ -60,6 +60,7 @@ class PlannedRun:
         checks.do("packages", self._packages)
         checks.do("layout", self._layout)
         checks.do("device", self._device)
+        checks.do("costs", self._costs)
         checks.do("optimizer", self._optimizer)
         checks.do("data sets", self._data_sets, key=data)
         checks.do("tokenizer", self._tokenizer, key=data)
@@ -97,6 +98,12 @@ class PlannedRun:
         check_device(self.config, self.device)
         kernels = choose_backends(self.config, self.device)
         return f"{self.config.train.precision} on {self.device}; kernels: {kernels}"
+
+    def _costs(self, found: Outcome) -> str:
+        from model.costs import check_costs
+
+        check_costs(self.config.model)
+        return "FLOPs and parameters of every layer are known"
 
     def _optimizer(self, found: Outcome) -> str:
         from pretrain.engine.optimizer import group_problems

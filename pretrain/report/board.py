@@ -19,7 +19,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from common.errors import UserError
+from common.errors import kind_of
 from common.line_log import append_whole
 
 FLUSH_SECONDS = 30.0
@@ -70,7 +70,7 @@ class Board:
             folder.mkdir(parents=True, exist_ok=True)
             number = _next_number(folder)
         except OSError as error:
-            raise UserError(
+            raise kind_of(error)(
                 f"monitor.tensorboard: {folder} is to be a folder ({error.strerror}); move what is there away, or set "
                 f"monitor.tensorboard to false"
             ) from None

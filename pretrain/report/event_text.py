@@ -88,6 +88,7 @@ def _compared(event: Row) -> str:
 
 TEXTS = {
     "started": lambda e: f"started after {_step(e)} on {_ranks(e)}",
+    "branch": lambda e: f"a branch begins after {_step(e)}: what stood here of the steps before is another one's",
     "initial_weights": lambda e: f"began with the weights of {e.get('path', '?')}",
     "finished": lambda e: f"finished at {_step(e)}",
     "stopped": lambda e: f"stopped{f' after {_step(e)}' if 'step' in e else ''}: {e.get('reason', '?')}",
@@ -98,7 +99,7 @@ TEXTS = {
     ),
     "checkpoint_failed": lambda e: f"checkpoint of {_step(e)} failed: {e.get('reason', '?')}",
     "checkpoint_passed_over": lambda e: f"passed over: {e.get('reason', '?')}",
-    "checkpoint_set_aside": lambda e: f"set aside a checkpoint of a later step: {e.get('path', '?')}",
+    "checkpoint_set_aside": lambda e: f"set aside a checkpoint of a later step or another branch: {e.get('path', '?')}",
     "validation": _validation,
     "evaluation": lambda e: f"{e.get('task', '?')} after {_step(e)}: accuracy {_number(e.get('accuracy'))}",
     "log_not_written": lambda e: f"{e.get('file', '?')} cannot be written: {e.get('reason', '?')}",

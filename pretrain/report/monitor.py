@@ -42,6 +42,8 @@ class Origin:
     ranks: int
     extra_flops: int = 0
     """See Progress."""
+    hides_all: bool = False
+    """Whether the curves of all steps in the folder are another branch's, those before this start too."""
 
 
 class Monitor:
@@ -68,7 +70,8 @@ class Monitor:
         self._peak: Peak | None = None
         self._at = self._position(origin.step, origin.tokens)
         self._curves: Curves | None = None
-        writers = make_writers(config.monitor, folder.path, self._at)
+        hidden_from = Position(0, 0, 0.0) if origin.hides_all else self._at
+        writers = make_writers(config.monitor, folder.path, hidden_from)
         if writers:
             self._curves = Curves(writers, config, self._at, facts or {})
             folder.listen(self._curves.event)
@@ -200,7 +203,8 @@ class Monitor:
 
 
 def make_writers(config: MonitorConfig, run_dir: Path, start: Position) -> list[Writer]:
-    """The boards that a run writes to; another one is one more line here. Raises UserError."""
+    """The boards that a run writes to; another one is one more line here. What they have of steps after `start` counts
+    no more. Raises UserError."""
     writers: list[Writer] = []
     if config.tensorboard:
         writers.append(TensorBoard(run_dir / "tensorboard", start))

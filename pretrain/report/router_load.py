@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import MoAConfig, ModelConfig
+from model.config import ModelConfig
 from pretrain.config.watching import MonitorConfig
 
+OF_SOFTMAX = "switch_loss_weight"
+BALANCING = ("entropy_weight", OF_SOFTMAX, "expert_dropout")
+"""Keys of layers that keep their routers from collapsing, what helps most first; one is for a softmax alone."""
 ATTENTION, FEEDFORWARD = "attention", "feedforward"
 SHORT = {ATTENTION: "attn", FEEDFORWARD: "ffn"}
 
@@ -149,10 +152,14 @@ class CollapseWatch:
 
 def advice(model: ModelConfig, due: list[Collapsed]) -> str:
     """What a user can change about these routers."""
-    attention = "switch_loss_weight" if isinstance(model.attention, MoAConfig) else "expert_dropout"
-    keys = {FEEDFORWARD: "model.feedforward.entropy_weight", ATTENTION: f"model.attention.{attention}"}
-    named = [key for kind, key in keys.items() if any(f".{kind}" in router.router for router in due)]
-    return f"raise {' and '.join(named)}, or lower optimizer.learning_rate"
+    named = []
+    for kind, layer in ((FEEDFORWARD, model.feedforward), (ATTENTION, model.attention)):
+        is_softmax = layer.routers is not None and layer.routers.scores == "softmax"
+        known = (key for key in BALANCING if hasattr(layer, key) and (is_softmax or key != OF_SOFTMAX))
+        key = next(known, None)
+        if key is not None and any(f".{kind}" in router.router for router in due):
+            named.append(f"model.{kind}.{key}")
+    return (f"raise {' and '.join(named)}, or " if named else "") + "lower optimizer.learning_rate"
 
 
 def collapse_event(due: list[Collapsed]) -> list[dict[str, Any]]:

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import PassingError, UserError
+from common.errors import UserError, kind_of
 from common.files import write_json
 from common.line_log import LineLog, Row, is_event, is_step
 from common.run_lock import FolderLock
-from pretrain.data.patience import PASSING
 from pretrain.report import console
 from pretrain.report.alerts import Alerts
 from pretrain.report.exit_codes import ExitCode
@@ -149,12 +148,19 @@ class RunFolder:
                 found.append(row["loss"])
         return list(found)
 
+    def newest_metrics(self, last_step: int) -> Row | None:
+        """The line of metrics.jsonl of the newest step up to `last_step`. Raises UserError."""
+        rows = (row for row in self._rows(self._metrics) if row["step"] <= last_step)
+        return max(rows, key=lambda row: int(row["step"]), default=None)
+
     def was_validated(self, step: int, kind: str = "validation") -> bool:
         """Whether events.jsonl holds a validation (or another event of `kind`) after `step` that still counts: a start
-        from before that step computes it again. Raises UserError."""
+        from before that step computes it again, and a branch that begins has none. Raises UserError."""
         found = False
         for row in self._rows(self._events):
-            if row["event"] in ("started", kind) and isinstance(row.get("step"), int):
+            if row["event"] == "branch":
+                found = False
+            elif row["event"] in ("started", kind) and isinstance(row.get("step"), int):
                 if row["event"] == kind:
                     found = found or row["step"] == step
                 elif row["step"] < step:
@@ -216,6 +222,7 @@ class RunFolder:
     def rewind_metrics(self, step: int) -> None:
         """Moves the lines of steps after `step` to events.jsonl: they will be computed again. Those of details.jsonl
         are dropped. Raises OSError, and then nothing else is lost."""
+        self._details.flush()  # first: what waits for a full disk would come behind what is computed again
         if any(row["step"] > step for row in self._details.rows()):
             self._details.keep(lambda row: row["step"] <= step)
         self._metrics.flush()
@@ -231,8 +238,7 @@ class RunFolder:
 def refusal(path: Path, error: OSError, what: str = "written") -> UserError:
     """Of a file of a run folder, which is `path` where the error names none; a PassingError where another attempt may
     not meet it."""
-    kind = PassingError if error.errno in PASSING else UserError
-    return kind(f"--run-dir: {error.filename or path} cannot be {what}: {error.strerror}")
+    return kind_of(error)(f"--run-dir: {error.filename or path} cannot be {what}: {error.strerror}")
 
 
 def end_event(outcome: dict[str, Any]) -> Row:

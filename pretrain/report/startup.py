@@ -52,7 +52,7 @@ def derived_values(
         *_size_values(config, data_size, sum(sizes), sum(reads), progress),
         *_layout_values(config, data_size),
         *_divided_values(config),
-        *_optional_values(config, sum(sizes), sources.tokenizer.vocab_size),
+        *_optional_values(config, sum(sizes), stages[-1], sources.tokenizer.vocab_size),
     ]
 
 
@@ -123,9 +123,10 @@ def _divided_values(config: Config) -> list[DerivedValue]:
     return values
 
 
-def _optional_values(config: Config, windows: int, num_pieces: int) -> list[DerivedValue]:
+def _optional_values(config: Config, windows: int, stage: Stage, num_pieces: int) -> list[DerivedValue]:
     """Values that only some runs have. `num_pieces`: the tokenizer's."""
-    model, schedule, G = config.model, config.schedule, config.batch.global_sequences
+    model, schedule, G = config.model, config.schedule, stage.streams or config.batch.global_sequences
+    cut = "global_sequences" if stage.streams is None else "global_sequences when the run began to read them"
     fraction = model.position.fraction if isinstance(model.position, RopeConfig) else 0.0
     rotated, head_dim = rotated_width(model.attention.head_dim, fraction), model.attention.head_dim
     again = "; memory is empty where they begin again" if model.memory_length else ""
@@ -146,7 +147,7 @@ def _optional_values(config: Config, windows: int, num_pieces: int) -> list[Deri
             config.reads_streams,
             "streams",
             f"{G} of {windows // G:,} chunks",
-            f"global_sequences; windows per epoch // global_sequences{again}",
+            f"{cut}; windows per epoch // streams{again}",
         ),
         (
             warmup_steps(config) != schedule.warmup_steps,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, kind_of
 from common.files import write_file
 from pretrain.config.watching import MonitorConfig
 from pretrain.report.writer import Position
@@ -167,6 +167,7 @@ class WeightsAndBiases:
             if run is not None:
                 with contextlib.suppress(Exception):
                     run.finish()
+            self._mark.close()  # here: nobody else moves it, and W&B may keep this thread longer than a run waits
 
     def _open(self) -> Any:
         os.environ["WANDB_SILENT"] = "true"  # before the import: a run without a key must not ask for one
@@ -215,7 +216,7 @@ class Mark:
             found = os.pread(self._file, 32, 0).strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(
+            raise kind_of(error)(
                 f"monitor.wandb: {folder} cannot be written ({reason}); move it away, or set monitor.wandb to off"
             ) from None
         self.step = int(found) if found.isdigit() else 0
@@ -224,3 +225,8 @@ class Mark:
         """One write in place: a process that is killed leaves it whole. A full disk costs the mark, not the run."""
         with contextlib.suppress(OSError):
             os.pwrite(self._file, b"%020d\n" % step, 0)
+
+    def close(self) -> None:
+        """A rollback opens another one."""
+        with contextlib.suppress(OSError):  # a network file system says so late that it has no room
+            os.close(self._file)

@@ -41,6 +41,8 @@ class EarlyEnd:
         self._folder: RunFolder | None = None
         self._is_closed = False
         self._noted_by: threading.Thread | None = None
+        self._noted: dict[str, Any] | None = None
+        """What outcome.json is to say."""
         self._lock = threading.RLock()
 
     def note(self, code: ExitCode, reason: str) -> None:
@@ -51,11 +53,12 @@ class EarlyEnd:
             if self._is_closed or self._noted_by is not None:
                 return
             self._noted_by = threading.current_thread()
+            self._noted = {"exit_code": int(code), "reason": reason, "step": None, "time": time.time()}
             if self._folder is not None:
                 self._folder.end(code, reason)
                 self._folder.finish_alerts()
             elif _outcome(self._run_dir) == self._before:
-                self._note({"exit_code": int(code), "reason": reason, "step": None, "time": time.time()})
+                self._note(self._noted)
         finally:
             if is_alone:
                 self._lock.release()
@@ -88,6 +91,11 @@ class EarlyEnd:
         """Opens the run folder, which then writes the end down itself and gives up its lock."""
         with self._going_on():
             self._folder = folder()
+            if self._noted is not None and self._folder.lock is not None:
+                # Noted while the folder waited for a lock; opening it has removed that.
+                self._folder.lock.release()
+                with contextlib.suppress(UserError, OSError):
+                    self._write(self._noted)
         return self._folder
 
     def close(self, stop: Stop) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, kind_of
 from common.files import write_json
 from common.presence import exists
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
@@ -36,7 +36,7 @@ class Rollback:
     """Decided, but no start has begun before `first_step` yet: the run was stopped or killed in between."""
 
     def to_json(self) -> dict[str, Any]:
-        tree = asdict(self)
+        tree = asdict(self) | {"stage": None if self.stage is None else self.stage.to_json()}
         if not tree["is_pending"]:
             del tree["is_pending"]
         return tree
@@ -59,7 +59,7 @@ def read_rollbacks(run_dir: Path, branch_start: str | None) -> list[Rollback]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
+        raise kind_of(error)(
             f"--run-dir: {path} cannot be read ({error}); it says which data the run leaves out: repair it, or remove "
             f"it to read all data"
         ) from None
@@ -78,7 +78,7 @@ def record(run_dir: Path, rollback: Rollback) -> None:
         rows = json.loads(path.read_text(encoding="utf-8")) if exists(path) else []
         write_json(path, [*rows, rollback.to_json()])
     except OSError as error:
-        raise UserError(f"--run-dir: {path} cannot be written: {error.strerror}") from None
+        raise kind_of(error)(f"--run-dir: {path} cannot be written: {error.strerror}") from None
 
 
 def record_made(run_dir: Path) -> None:

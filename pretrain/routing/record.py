@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, kind_of
 from common.files import intended_name, write_file, write_json
 from model.choices import Piece, choice_dtype
 from model.language_model import build_on_meta, routing_statistics
@@ -65,6 +65,7 @@ def description(config: Config, digest: str, stage: Stage) -> dict[str, Any]:
         "data.order": "streams" if config.reads_streams else "shuffled",
         **{f"data.{name}": getattr(config.data, name) for name in WINDOW_KEYS},
         # Where a stage begins and where its sources stood decides its windows too; the first has neither.
+        **({"data.streams": stage.streams} if stage.streams is not None else {}),
         **({"data stage": [stage.first, [[s.read, s.shuffle] for s in stage.mixed]]} if stage.first else {}),
     }
 
@@ -93,7 +94,9 @@ class Record:
             raise UserError(
                 f"{KEY}: {folder} holds no record.json; name the run folder of a run with train.record_routing = true"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError):
+        except OSError as error:
+            raise kind_of(error)(f"{KEY}: {path} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{KEY}: {path} is not a record of choices that this version reads") from None
 
     def check(self, expected: dict[str, Any]) -> None:
@@ -180,7 +183,7 @@ def begin_record(folder: Path, content: dict[str, Any], step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "record.json", {"format": FORMAT, **content})
     except OSError as error:
-        raise UserError(f"train.record_routing: {folder} cannot be written: {error.strerror}") from None
+        raise kind_of(error)(f"train.record_routing: {folder} cannot be written: {error.strerror}") from None
 
 
 def _remove_after(folder: Path, step: int) -> None:
@@ -205,7 +208,7 @@ def write_step(folder: Path, step: int, rank: int, pieces: dict[str, list[Piece]
         path.parent.mkdir(exist_ok=True)
         write_file(path, save(tensors))
     except OSError as error:
-        raise UserError(
+        raise kind_of(error)(
             f"train.record_routing: {path} cannot be written: {error.strerror}; make room there, and the same command "
             f"continues from the newest checkpoint, or without the record (train.record_routing=false)"
         ) from None

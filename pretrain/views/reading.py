@@ -288,6 +288,8 @@ class RunView:
         found: dict[int, Row] = {}
         for event in self.events:
             step = event.get("step")
+            if event["event"] == "branch":
+                found = {}
             if not isinstance(step, int):
                 continue
             if event["event"] == "started":
@@ -312,7 +314,9 @@ class RunView:
         found: list[Row] = []
         for event in self.events:
             step = event.get("step")
-            if event["event"] == "started" and isinstance(step, int):
+            if event["event"] == "branch":
+                found = []
+            elif event["event"] == "started" and isinstance(step, int):
                 found = [one for one in found if one["step"] <= step]
             elif event["event"] == "evaluation" and isinstance(step, int) and isinstance(event.get("task"), str):
                 found.append(event)

@@ -21,6 +21,7 @@ from benchmarks.fake_cuda import CUDA_TYPE, META_TYPE, backward, device_guards, 
 from benchmarks.launch_counter import Counts, LaunchCounter, Tally, foreach_launches
 from benchmarks.places import OTHER
 from model.kernels.choice import Backends
+from model.kernels.op import OPS
 from model.kernels.ops.route import route
 from model.layers import LayerNorm
 from model.parallel.context import ParallelContext
@@ -73,12 +74,14 @@ BY_HAND: dict[str, tuple[Callable[[Tensor], Any], int, int]] = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_counts_by_hand(name: str) -> None:
+@pytest.mark.parametrize("is_body", [False, True], ids=["outside", "in the body of an op"])
+def test_counts_by_hand(name: str, is_body: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     run, kernels, moved = BY_HAND[name]
+    monkeypatch.setattr(OPS["group_choices"], "body", lambda x, *_: (run(x), (x, x))[1])
     with fake_cuda():
         x = new(6, 10)
         with LaunchCounter() as counter:
-            run(x)
+            torch.ops.switchall.group_choices(x, 1, "cpu") if is_body else run(x)
     total = counter.counts.total
     is_product = name == "product"
     assert total == Tally(kernels, 0, moved, 0 if is_product else moved)
@@ -311,6 +314,13 @@ def test_the_regulariser_of_a_router_and_its_statistics_are_three_launches() -> 
     assert ("statistics", "_softmax") not in found.forward.by_operator
     for kernel in ("probability_kernel", "entropy_kernel", "entropy_backward_kernel"):
         assert found.micro_step.by_operator["router", kernel] == 1
+
+
+def test_only_a_layer_with_an_auxiliary_loss_launches_something_for_it() -> None:
+    """One addition to that of the layers before; SwitchHead and dense layers have none."""
+    for name, additions in (("switchall_tiny", 1), ("paper/c4_switchhead_262m", 0)):
+        found = launches.count_step(one_layer(CONFIGS / f"{name}.json")).forward.by_operator
+        assert found["residual", "add"] == additions and not found["attention", "new_zeros"]
 
 
 @pytest.mark.slow  # test_table adds up two layers and one

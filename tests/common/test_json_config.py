@@ -110,6 +110,15 @@ def test_a_key_may_have_the_name_of_its_kind() -> None:
     assert known == Point(mark=Dot(dot=3)) and [str(e).partition(":")[0] for e in errors] == ["mark.size"]
 
 
+@pytest.mark.parametrize("place", ["round", "paint.square", "shape.square", "shape.round"])
+def test_an_unknown_key_may_have_the_name_of_a_kind(place: str) -> None:
+    """Anywhere; the other keys are still a configuration."""
+    tree: dict[str, Any] = {"name": "a", "shape": {"type": "round"}, "paint": {}}
+    apply_override(tree, f"{place}.x=1")
+    known, (error,) = validate_all(Picture, tree)
+    assert known == Picture(name="a", paint=Paint()) and str(error).startswith(f"{place}: unknown key; ")
+
+
 @pytest.mark.parametrize(
     "value", ["1" * 5000, "-" + "1" * 5000, "[" + "1" * 5000 + "]", "[" * 60 + "]" * 60, "[" * 5000]
 )

@@ -125,6 +125,26 @@ def test_mistakes_are_one_line_and_exit_with_2(
     assert captured.out == ""
 
 
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (["verify", "FOLDER"], "interrupted\n"),
+        (["run", "--config", "configs/data/sample.json"], "interrupted; the same command goes on where it was\n"),
+    ],
+)
+def test_ctrl_c_promises_to_go_on_only_where_that_is_so(
+    prepared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: list[str], said: str
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_prep.cli.show.verify", interrupt)
+    monkeypatch.setattr("data_prep.cli.resolve", interrupt)
+    monkeypatch.chdir(REPOSITORY)
+    assert main([str(prepared) if word == "FOLDER" else word for word in line]) == 130
+    assert capsys.readouterr().err == said
+
+
 def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["run", "--help"])

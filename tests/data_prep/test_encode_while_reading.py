@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,21 @@ def test_the_same_bytes_and_no_text_on_disk(
     assert Manifest.load(raw[0] / "at-once").provenance.dropped["quarantined"] == {
         "damaged file": 1, "empty": 1, "no text": 1, "not JSON": 1, "not UTF-8": 1,
     }  # fmt: skip
+
+
+def test_damaged_ids_are_made_again_when_what_the_message_names_is_removed(
+    raw: tuple[Path, dict[str, Any]], apart: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write_config(raw, "damaged"))
+    assert main(["ingest", "--config", config]) == 0
+    ids = min((raw[0] / "damaged" / ".work").glob("encode-*/*.tok"))
+    ids.write_bytes(b"\xff" + ids.read_bytes()[1:])
+    assert main(["run", "--config", config]) == 2
+    said = capsys.readouterr().err
+    assert f"{ids} was damaged after it was written; remove " in said
+    shutil.rmtree(said.rpartition("; remove ")[2].strip())
+    assert main(["run", "--config", config]) == 0
+    assert outputs(raw[0] / "damaged") == apart
 
 
 def test_validation_by_hash_goes_the_same_way(raw: tuple[Path, dict[str, Any]]) -> None:

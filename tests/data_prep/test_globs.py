@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.config import resolved
 from data_prep.config.resolved import _find
-from data_prep.raw.locations import match
+from data_prep.raw.locations import expand, match
 
 NAMES = ["part0.gz", "part1.gz", "part2.gz"]
 
@@ -56,3 +56,11 @@ def test_inputs_of_shipped_configurations_are_found(raw: Path, monkeypatch: pyte
     monkeypatch.chdir("/")
     monkeypatch.setattr(resolved, "REPOSITORY", raw.parent)
     assert _find("input", ("raw/*.gz",), origin=None) == [raw / name for name in NAMES]
+
+
+def test_braces_may_be_longer_than_the_name_of_a_file(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(raw.parent)
+    names = [f"crawl-{number:03d}" for number in range(40)]
+    assert expand(f"raw/{{{','.join(names)}}}.gz") == [f"raw/{name}.gz" for name in names]
+    command = f"pipe:jq -c '{{text: .body}}' {'a' * 300}"
+    assert expand(command) == [command]

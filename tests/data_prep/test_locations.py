@@ -1,5 +1,6 @@
 """Names and addresses: bytes that are no UTF-8, `~`, web servers of all manners, secrets that are written nowhere."""
 
+import errno
 import json
 import os
 import threading
@@ -8,14 +9,26 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from common.errors import DataError, PassingError
 from common.terminal import visible
 from common.urls import may_hold_secret, without_secrets
 from data_prep.cli import main
 from data_prep.config.resolved import _names
-from data_prep.raw.locations import RemoteFile, UnreachableError, identity, match, size_and_stamp
+from data_prep.raw.documents import RawFile
+from data_prep.raw.locations import (
+    PipeFile,
+    RemoteFile,
+    UnreachableError,
+    identity,
+    is_file,
+    match,
+    sha256_of,
+    size_and_stamp,
+)
 from data_prep.shards.format import Manifest
 from tests.data_prep.conftest import make_texts
 from tests.data_prep.test_inputs import write
@@ -26,7 +39,10 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(60, see
 
 
 class Server(BaseHTTPRequestHandler):
-    """Gives LINES at /SIGNED if the signature is right, and at /chunked without saying how long they are."""
+    """Gives LINES at /SIGNED if the signature is right, and at /chunked without saying how long they are; leaves in
+    their middle where `cuts` says so."""
+
+    cuts = False
 
     def do_HEAD(self) -> None:
         self.answer(body=False)
@@ -47,7 +63,7 @@ class Server(BaseHTTPRequestHandler):
             self.send_header("ETag", '"1"')
         self.end_headers()
         if body:
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if self.cuts else data)
 
     def log_message(self, *_: object) -> None:
         """Says nothing."""
@@ -101,6 +117,53 @@ def test_a_server_that_is_not_there_may_come_back(site: str) -> None:
     assert issubclass(UnreachableError, PassingError)
 
 
+def test_a_connection_lost_while_files_are_compared_may_come_back(
+    tmp_path: Path, site: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path, f"{site}/signed.jsonl?sig={SECRET}") == 0
+    (tmp_path / "out" / "run.json").unlink()  # which spares the comparison
+    monkeypatch.setattr(Server, "cuts", True)
+    capsys.readouterr()
+    assert run(tmp_path, f"{site}/signed.jsonl?sig={SECRET}") == 1
+    said = capsys.readouterr().err
+    assert f"error: cannot read {site}/signed.jsonl: C" in said and "not enough data" in said.lower()
+
+
+class Lost(MemoryFileSystem):
+    """A store that answers nothing."""
+
+    protocol = "lost"
+    cachable = False
+
+    def info(self, path: str, **_: object) -> dict[str, Any]:
+        raise ConnectionResetError("Connection reset by peer")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "*.jsonl"])
+def test_a_store_that_does_not_answer_is_not_called_empty(tmp_path: Path, name: str) -> None:
+    fsspec.register_implementation("lost", Lost, clobber=True)
+    assert run(tmp_path, f"lost://bucket/{name}") == 1
+    with pytest.raises(UnreachableError, match=r"cannot read lost://bucket/.*: ConnectionResetError: Connection reset"):
+        match(Path(), f"lost://bucket/{name}")
+    with pytest.raises(UnreachableError, match="ConnectionResetError"):
+        is_file(RemoteFile(f"lost://bucket/{name}"))
+
+
+@pytest.mark.parametrize("number, passes", [(errno.EIO, True), (errno.ESTALE, True), (errno.EISDIR, False)])
+def test_a_file_server_that_fails_may_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passes: bool
+) -> None:
+    def fail(path: Path, mode: str) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    path = write(tmp_path / "a.jsonl", LINES)
+    monkeypatch.setattr(type(path), "open", fail)
+    for read in (lambda: next(RawFile(path).read()), lambda: sha256_of(path)):
+        with pytest.raises(DataError, match=rf"cannot read .*a\.jsonl: {os.strerror(number)}$") as error:
+            read()
+        assert isinstance(error.value, PassingError) == passes
+
+
 def test_no_secret_of_a_signed_url_is_written_or_printed(
     tmp_path: Path, site: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +189,7 @@ def test_no_secret_of_a_signed_url_is_written_or_printed(
     assert SECRET not in out + err
 
 
-def test_secrets_and_identities_of_addresses() -> None:
+def test_secrets_and_identities_of_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     url = "https://me:pass@host/a/b.json.gz?part=2&X-Amz-Signature=xyz&X-Amz-Expires=60&sig=q&token=t&se=1"
     file = RemoteFile(url)
     assert (str(file), file.name, repr(file)) == ("https://host/a/b.json.gz", "b.json.gz", "RemoteFile()")
@@ -138,14 +201,15 @@ def test_secrets_and_identities_of_addresses() -> None:
     assert may_hold_secret(text) and may_hold_secret("a, http://host/b?c") and may_hold_secret("https://token@host/")
     harmless = "s3://bucket/a?.jsonl sftp://me@host/a https://host/a@b"
     assert not may_hold_secret(harmless)
+    with monkeypatch.context() as patch:  # Python's for names on disks: an old locale has no such letter
+        patch.setattr(os, "fsencode", lambda name: name.encode("ascii", "surrogateescape"))
+        assert list(_names([RemoteFile("s3://b/中.jsonl"), PipeFile("pipe:cat é.gz")]).values()) == ["中.jsonl", "é.gz"]
     two = [RemoteFile(f"https://host/get?id={number}") for number in (1, 2)]
     assert list(_names(two).values()) == ["get", "get~2"]
     assert identity(two[0]) != identity(two[1])
 
 
 def test_question_marks_are_globs_where_there_is_no_query() -> None:
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     for name in ("a1.jsonl", "a2.jsonl", "b.jsonl"):
         memory.pipe(f"/marks/{name}", b"{}")

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from common.errors import DataError
+from common.paths import REPOSITORY
 from data_prep.cli import main
 from data_prep.config import versions
 from data_prep.config.loading import load_config
@@ -163,6 +166,33 @@ def test_a_worker_that_is_killed_is_no_mistake_of_the_user(
     assert "a process died (most often: killed for memory)" in one_error(capsys)
 
 
+INTERRUPTED = """
+import os, pathlib, signal, sys, time
+from data_prep.work.parallel import worker_pool
+
+def stay(interrupts):
+    if interrupts:
+        os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(5)
+    pathlib.Path("left").touch()
+
+with worker_pool(2) as workers:
+    if sys.argv[1] == "run":
+        workers.run(stay, [False, True], sizes=[1, 1], description="working")
+    else:
+        workers.alone(stay, True)
+"""
+
+
+@pytest.mark.parametrize("how", ["run", "alone"])
+def test_ctrl_c_waits_for_no_task(tmp_path: Path, how: str) -> None:
+    """A raw file, or the training of a tokenizer, may take hours."""
+    line, environment = [sys.executable, "-c", INTERRUPTED, how], {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == -signal.SIGINT and ended.stderr.endswith("KeyboardInterrupt\n"), ended.stderr
+    assert not (tmp_path / "left").exists()
+
+
 def test_progress_is_of_the_whole_and_not_of_this_start(
     raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +205,7 @@ def test_progress_is_of_the_whole_and_not_of_this_start(
     monkeypatch.setattr(Workers, "run", run)
 
     def task(size: int) -> SimpleNamespace:
-        return SimpleNamespace(size=size, tokens=size, part=SimpleNamespace(bytes=size))
+        return SimpleNamespace(size=size, tokens=0, bytes=size, part=SimpleNamespace(bytes=size))
 
     spread_over_tasks = [stage for stage in STAGES if stage.name not in ("dedup", "tokenizer")]
     for stage in spread_over_tasks:
@@ -185,7 +215,7 @@ def test_progress_is_of_the_whole_and_not_of_this_start(
     given: list[tuple[Any, Any]] = []
     stage = dataclasses.replace(
         STAGES[0],
-        tasks=lambda preparation, all_slices: [1, 2, 3, 4],
+        tasks=lambda preparation: [1, 2, 3, 4],
         is_done=lambda task: task in (1, 3),
         make=lambda tasks, finished, workers: given.append((tasks, finished)),
         finish=lambda preparation, tasks: None,

@@ -318,7 +318,7 @@ def test_verify_reads_the_raw_files_too_and_every_token(
         assert "own.jsonl has changed" in one_error(capsys)
     finally:
         path.write_bytes(whole)
-    # A shard that agrees with its manifest, but not with what shards are: one EOS became another id.
+    # A shard that agrees with its manifest, but not with what shards are: one EOS changed places with the id before.
     forged = Path(shutil.copytree(clean, raw[0] / "forged"))
     entry = Manifest.load(forged).split("train")[0]
     reader = ShardReader(Manifest.load(forged), entry, False)
@@ -326,11 +326,13 @@ def test_verify_reads_the_raw_files_too_and_every_token(
     reader.close()
     assert end < 4096  # in the first member, whose data begin at byte 512
     data = bytearray((forged / entry.file).read_bytes())
-    data[512 + 2 * end] = 5
+    last, eos = (data[512 + 2 * place : 514 + 2 * place] for place in (end - 1, end))
+    data[510 + 2 * end : 514 + 2 * end] = eos + last
     (forged / entry.file).write_bytes(data)
     body = json.loads((forged / "manifest.json").read_text())
     body["splits"]["train"][0]["sha256"] = hashlib.sha256(data).hexdigest()
     body["digest"] = manifest_digest(body)
     (forged / "manifest.json").write_text(json.dumps(body))
     assert main(["verify", str(forged)]) == 2
-    assert f"{entry.file} holds {entry.documents - 1} ends of documents" in one_error(capsys)
+    said = f"{entry.file}: documents do not end where its index says, first at token {end - 1:,}; prepare"
+    assert said in one_error(capsys)

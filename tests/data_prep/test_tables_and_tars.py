@@ -1,6 +1,7 @@
 """Parquet files, webdataset tars and pipes."""
 
 import gzip
+import hashlib
 import inspect
 import io
 import json
@@ -21,7 +22,8 @@ from common.errors import DataError, PassingError
 from data_prep.cli import main
 from data_prep.raw import parquet_rows
 from data_prep.raw.documents import Document, RawFile, Rejected
-from data_prep.raw.locations import PipeFile, expand
+from data_prep.raw.file_kinds import HEAD_BYTES
+from data_prep.raw.locations import PipeFile, RemoteFile, expand
 from data_prep.raw.unpack import DamagedFileError, NoDocumentError
 from tests.data_prep.test_inputs import read, write
 from tests.data_prep.test_prepare import outputs
@@ -251,6 +253,24 @@ def test_the_column_is_that_of_text_key(tmp_path: Path, arrow: Any) -> None:
         read(path)
     with pytest.raises(NoDocumentError, match=r"gives no document: `n` is a number, not a string"):
         read(path, text_key="n")
+
+
+def test_no_server_has_to_wait_while_rows_are_read(tmp_path: Path, arrow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows come by a connection of their own, and web servers end one on which nothing is read for a minute."""
+    path = table_of(arrow, tmp_path / "a.parquet", {"text": TEXTS * 500}, compression="none", use_dictionary=False)
+    assert path.stat().st_size > 10 * HEAD_BYTES
+    streams: list[Any] = []
+    real = RemoteFile.open
+
+    def noted(self: RemoteFile, mode: str, *, random_access: bool = False) -> Any:
+        assert not random_access or streams[0].read(1) == b"", "the rest of the first connection waits"
+        streams.append(real(self, mode, random_access=random_access))
+        return streams[-1]
+
+    monkeypatch.setattr(RemoteFile, "open", noted)
+    raw = RawFile(RemoteFile(f"file://{path}"))
+    assert len(list(raw.read())) == 500 * len(TEXTS) and len(streams) == 2
+    assert raw.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_parquet_that_cannot_be_read_is_named(tmp_path: Path, arrow: Any) -> None:

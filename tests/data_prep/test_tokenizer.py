@@ -1,7 +1,9 @@
 """The tokenizer: exact both ways, reproducible, and its sample."""
 
+import errno
 import hashlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +128,19 @@ def test_no_text_is_an_error() -> None:
         train_tokenizer(["", "\n"], TokenizerConfig())
 
 
+@pytest.mark.parametrize("error", [DataError("PART was damaged"), OSError(errno.EIO, "Input/output error", "PART")])
+def test_what_reading_the_texts_raises_is_what_training_raises(error: Exception) -> None:
+    """SentencePiece makes a RuntimeError of it, which would pass for a refusal to train, with a traceback in it."""
+
+    def texts() -> Iterator[str]:
+        yield from make_texts(20, seed=1)
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        train_tokenizer(texts(), TokenizerConfig(vocab_size=500))
+    assert raised.value is error
+
+
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"garbage")
     with pytest.raises(DataError, match=r"x\.model is not a SentencePiece model"):
@@ -145,8 +160,8 @@ def test_the_sample_is_capped_seeded_and_free_of_validation_text(
             writer = PartWriter(tmp_path, f"{name}{len(parts)}", "train")
             for position, text in enumerate(half):
                 writer.add(text.encode(), position)
-            parts.append(writer.finish())
-        sources.append(SampleSource(parts=tuple(parts)))
+            parts.append(writer.finish(((name, len(half)),)))
+        sources.append(SampleSource(parts=tuple(parts), files=frozenset("ab")))
 
     def sample(sample_bytes: int, seed: int = 0, validation_fraction: float = 0.0) -> list[str]:
         found = sample_documents(

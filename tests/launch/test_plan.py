@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from model.config import DenseFeedForwardConfig
 from pretrain.cli.plan import main
 from pretrain.cli.plan_costs import model_costs, short, table
 from pretrain.cli.plan_match import match_width, with_width
-from pretrain.cli.plan_models import Width
+from pretrain.cli.plan_models import Width, check_width
 from pretrain.config.loading import load_config
 from tests.launch.test_entry_points import ROOT
 from tests.pretrain.refused import refused_without_torch
@@ -133,7 +135,10 @@ def test_match_prints_the_value_the_totals_and_the_override(plan: Callable[..., 
         ),
         (["search", "TINY", "--gpus", "1", "--gpu", "h200", "--results", "nowhere"], "--results: there is no folder"),
         (["check", "TINY", "--rank", "1", "--no-step"], "--rank: a step of it is to be rehearsed, but --no-step"),
-        (["match", "TINY", "--like", "TINY"], "model.feedforward.hidden_size: a sigma_moe feed-forward has no"),
+        (
+            ["match", "TINY", "--like", "TINY"],
+            "model.feedforward.hidden_size: model.feedforward.type sigma_moe has no hidden_size; solve for head_dim or",
+        ),
     ],
 )
 def test_refusals_are_one_message_without_traceback(
@@ -222,6 +227,18 @@ def test_match_refuses_where_no_width_is_small_enough(solve: Width, experts: int
     ).model
     with pytest.raises(ConfigError, match=r"^model\..*even with (hidden_size|head_dim) = 1;"):
         match_width(large, load_config(PAPER / "c4_dense_47m.json").model, solve)
+
+
+def test_a_layer_that_the_code_does_not_know_has_no_width_to_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one whose parameters are not linear in it: two models would be called equal that are not."""
+    own: Any = SimpleNamespace(attention=SimpleNamespace(type="own"), feedforward=SimpleNamespace(type="wide", width=3))
+    with pytest.raises(ConfigError, match=r"^model\.attention\.head_dim: model\.attention\.type own has no head"):
+        check_width(own, "head_dim")
+    squared = lambda model: SimpleNamespace(total=model.attention.head_dim**2)  # noqa: E731
+    monkeypatch.setattr("pretrain.cli.plan_match.formula_parameters", squared)
+    model = load_config(ROOT / "configs" / "switchall_tiny.json").model
+    with pytest.raises(AssertionError, match=r"not linear in model\.attention\.head_dim"):
+        match_width(model, with_width(model, "head_dim", 200), "head_dim")
 
 
 def test_layout_prints_what_the_documentation_shows(plan: Callable[..., str]) -> None:

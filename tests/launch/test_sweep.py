@@ -106,7 +106,7 @@ def test_widths_are_solved_for_so_that_all_runs_have_as_many_parameters(
     """And the solved width, which the user did not choose, has no better side."""
     width, vary = "model.feedforward.expert_size", ("--vary", "model.feedforward.num_experts=2,8", *VARY)
     assert case.run(*vary, "--equal-parameters", "model.feedforward.hidden_size") == 2
-    assert "a sigma_moe feed-forward has no hidden_size; solve for its expert_size" in capsys.readouterr().err
+    assert "type sigma_moe has no hidden_size; solve for head_dim or expert_size" in capsys.readouterr().err
     assert case.run(*vary, "--equal-parameters", width) == 0
     printed = capsys.readouterr().out
     calls = [json.loads(line) for line in (case.folder / "calls").read_text().splitlines()]
@@ -128,6 +128,7 @@ def test_widths_are_solved_for_so_that_all_runs_have_as_many_parameters(
             f"--equal-parameters: {width} stands in --vary or",
         ),
         (vary, f"is a sweep of model.feedforward.num_experts and {RATE} and {width} (solved for"),
+        ((*vary, "--vary", f"{width}=3"), f"is a sweep with {width} solved for, and this command solves for none"),
     ):
         assert case.run(*line) == 2
         assert words in capsys.readouterr().err

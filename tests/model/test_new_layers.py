@@ -28,10 +28,15 @@ from pretrain.config.rules import broken_rules
 from pretrain.config.schema import Config
 from pretrain.engine.details import is_softmax
 from pretrain.export.hf_config import check_layers
+from pretrain.parallel import stages
+from pretrain.preflight.checklist import Checklist
+from pretrain.preflight.run import PlannedRun
 from pretrain.report.model_text import model_family, model_text
-from pretrain.report.router_load import Choice, choices
+from pretrain.report.router_load import Choice, Collapsed, advice, choices
 from pretrain.saved_model import SavedModel
-from tests.model.new_layers import SoftmaxMoEConfig, TopPConfig, make_known
+from tests.harness import run_ranks
+from tests.model.new_layers import SoftmaxMoEConfig, TopPAttention, TopPConfig, make_known
+from tests.pretrain.runs import TOLERANCE, Trace, engine_trace, gradient_error, small_config
 
 Tree = dict[str, Any]
 TINY = Path(__file__).resolve().parents[2] / "configs" / "switchall_tiny.json"
@@ -71,6 +76,44 @@ def test_they_train_count_and_read_on() -> None:
     assert (parts - whole).abs().max() < 1e-5
 
 
+def traced(rank: int, configs: list[Config]) -> list[Trace]:
+    """This process ends with the test."""
+    make_known(pytest.MonkeyPatch())
+    for name in ("attention_macs", "feedforward_macs"):  # of step 4, which they lack
+        setattr(stages, name, lambda model: 1000)
+    return engine_trace(rank, configs, 2, (1,))
+
+
+def test_they_train_alike_in_every_layout_that_they_do_not_lack(prepared: Path) -> None:
+    """What docs/new-layer.md promises of four files."""
+    keys = ("parallel.zero=0", "parallel.zero=3", "parallel.zero=2", "parallel.pipeline=2")
+    again = ("none", "full", "selective", "selective")
+    runs = [small_config(prepared, key, f"train.recompute={kind}") for key, kind in zip(keys, again, strict=True)]
+    new = {"attention": TopPConfig(), "feedforward": SoftmaxMoEConfig()}
+    configs = [run.replaced("model", **new) for run in runs]
+    ((alone,),) = run_ranks(traced, 1, [small_config(prepared).replaced("model", **new)])
+    for key, found in zip(keys, run_ranks(traced, 2, configs)[0], strict=True):
+        assert found.losses + found.grad_norms == pytest.approx(alone.losses + alone.grad_norms, rel=TOLERANCE), key
+        for step, load in enumerate(alone.loads):
+            assert {n: c.tolist() for n, c in load.items()} == {n: c.tolist() for n, c in found.loads[step].items()}, (
+                key
+            )
+        errors = {n: gradient_error(found.gradients[1][n], g) for n, g in alone.gradients[1].items()}
+        assert max(errors.values()) < TOLERANCE, (key, errors)
+
+
+def test_advice_names_what_a_layer_has() -> None:
+    """Of experts that collapse: no key that the user would look for in vain."""
+    both = [Collapsed(f"blocks.0.{place}", None, 0.9, 100) for place in ("attention.value", "feedforward")]
+    assert advice(new_model(), both) == "lower optimizer.learning_rate"
+    known = load_config(TINY).model
+    keys = "model.feedforward.entropy_weight and model.attention.expert_dropout"
+    assert advice(known, both) == f"raise {keys}, or lower optimizer.learning_rate"
+    for router, key in (("softmax", "switch_loss_weight"), ("sigmoid", "expert_dropout")):
+        moa = known.model_copy(update={"attention": validate(MoAConfig, {"router": router})})
+        assert advice(moa, both[:1]).startswith(f"raise model.attention.{key}, or "), router
+
+
 def test_they_are_called_by_their_names() -> None:
     model = new_model()
     assert model_family(model) == "top-p SwitchHead with softmax MoE"
@@ -108,6 +151,14 @@ def test_what_they_lack_is_refused_where_it_is_asked_for() -> None:
         opened.attention([1, 2, 3])
     with pytest.raises(UserError, match=r"^model\.attention\.type is top_p, whose choices of experts are not shown"):
         opened.routing([1, 2, 3])
+
+
+def test_an_attention_that_keeps_nothing_writes_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token would be read as the first one."""
+    forward = TopPAttention.forward
+    monkeypatch.setattr(TopPAttention, "forward", lambda self, x, T, index, documents=None: forward(self, x, T, index))
+    with pytest.raises(AssertionError, match="attention keeps nothing of what it reads"):
+        Decoding(build_model(new_model(), seed=0).eval(), 1).read([[3, 1]])
 
 
 @pytest.mark.parametrize(
@@ -150,6 +201,20 @@ def test_what_nobody_said_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
+    "lacks, divided, message",
+    [
+        ({"tensors": "misspelt"}, ("num_heads",), "names tensors, of which nothing is known"),
+        ({}, ("heads",), "names heads, of which nothing is known"),
+        ({}, (), "lacks no tensor parallelism, and divided names nothing"),
+    ],
+)
+def test_an_answer_that_nobody_would_hear_is_refused(lacks: Any, divided: tuple[str, ...], message: str) -> None:
+    answers = {name: vars(MoAConfig)[name] for name in ("label", "sizes", "routers")}
+    with pytest.raises(TypeError, match=rf"^Own {message}"):
+        type("Own", (MoAConfig,), {**answers, "lacks": lacks, "divided": divided, "__module__": __name__})
+
+
+@pytest.mark.parametrize(
     "cost",
     [
         costs.attention_macs,
@@ -162,8 +227,16 @@ def test_what_nobody_said_is_asked_for() -> None:
     ],
 )
 def test_no_cost_is_guessed(cost: Callable[[ModelConfig], object]) -> None:
-    with pytest.raises(AssertionError, match=r"TopPConfig|SoftmaxMoEConfig"):
+    with pytest.raises(UserError, match=r"^model: the costs of layers of type (top_p|softmax_moe) are not known; give"):
         cost(new_model())
+
+
+def test_a_start_without_costs_is_refused_before_its_ranks_meet_with_one_sentence(tmp_path: Path) -> None:
+    checks = Checklist()
+    PlannedRun(new_run(), 1, tmp_path, "cpu").check(checks, thorough=False)
+    assert [str(error).partition(" are not known")[0] for error in checks.problems if "cost" in str(error)] == [
+        "model: the costs of layers of type top_p"
+    ]
 
 
 def test_no_router_is_passed_over() -> None:

@@ -179,3 +179,14 @@ def test_a_parameter_outside_every_layer_is_refused() -> None:
         check_declarations(model, SWIGLU, ParallelContext(), layers=("embedding", "blocks.0", "final_norm", "head"))
     expected = "the parameter temperature is not declared; declare it in layer_specs (model/layers.py)"
     assert str(error.value) == expected
+
+
+def test_a_buffer_that_no_checkpoint_would_hold_is_refused() -> None:
+    """As the bias of a router that is balanced without a loss: a resume would begin with the one of the constructor."""
+    model, layers = built(SWIGLU, ParallelContext()), ("embedding", "blocks.0", "final_norm", "head")
+    feedforward = model.get_submodule("blocks.0.feedforward")
+    feedforward.register_buffer("table", torch.zeros(3), persistent=False)
+    check_declarations(model, SWIGLU, ParallelContext(), layers=layers)
+    feedforward.register_buffer("bias", torch.zeros(3))
+    with pytest.raises(DeclarationError, match=r"^the buffer blocks\.0\.feedforward\.bias would be in no checkpoint; "):
+        check_declarations(model, SWIGLU, ParallelContext(), layers=layers)

@@ -10,7 +10,7 @@ from model.dropout import Draw
 
 def dropout(x: Tensor, residual: Tensor | None, draw: Draw) -> Tensor:
     """As `model.kernels.ops.elementwise.dropout`."""
-    y = x * draw.mask(x.shape).to(x.dtype) / (1.0 - draw.probability)
+    y = (x * draw.mask(x.shape).to(x.dtype)).div_(1.0 - draw.probability)
     return y if residual is None else residual + y
 
 

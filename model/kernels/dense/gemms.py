@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.kernels.dtypes import wide_dtype
 from model.kernels.gemm import multiply
+from model.kernels.ops.route import Choice
 from model.kernels.ops.switchhead import Inputs
 
 CHUNK_BYTES = 256 * 2**20
@@ -55,6 +56,10 @@ class Chunk:
     def pairs(self, t: Tensor) -> Tensor:
         """Of `t` [N, H, ...] the chunk's, [C * H, ...]."""
         return t[self.tokens].flatten(0, 1)
+
+    def choices(self, choice: Choice) -> tuple[Tensor, Tensor]:
+        """The chunk's scores and index, [C, H, k]."""
+        return choice.scores[self.tokens], choice.index[self.tokens]
 
 
 def chunks(num_tokens: int, width: int, itemsize: int) -> list[Chunk]:

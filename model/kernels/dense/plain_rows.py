@@ -18,6 +18,7 @@ def gated_sum(
     dot: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Fills `mixed`, and where given `chosen` and the second of `dot`."""
+    scores, index = scores.flatten(0, 1), index.flatten(0, 1)
     found = products.gather(1, index[:, :, None].expand(-1, -1, products.shape[2]))
     if chosen is not None:
         chosen.copy_(found)
@@ -36,7 +37,7 @@ def gated_spread(
     dot: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Fills `gated`, and where given the second of `dot`."""
-    wide = wide_dtype(rows.dtype)
+    wide, scores, index = wide_dtype(rows.dtype), scores.flatten(0, 1), index.flatten(0, 1)
     gates = scores.new_zeros(gated.shape[:2], dtype=wide).scatter_(1, index, scores.to(wide))
     gated.copy_(rows.to(wide)[:, None] * gates[:, :, None])
     if dot is not None:
@@ -46,4 +47,4 @@ def gated_spread(
 
 def _similarity(found: Tensor, rows: Tensor, grad_scores: Tensor) -> None:
     """grad_scores[p, j] = <rows[p], found[p, j]>."""
-    grad_scores.copy_((found * rows.to(found.dtype)[:, None]).sum(-1))
+    grad_scores.view(found.shape[:2]).copy_((found * rows.to(found.dtype)[:, None]).sum(-1))

@@ -20,14 +20,12 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """-> v [N, H, h], and the products of the choices [N H k, h] for the backward pass."""
     x, choice, experts, strategy = inputs
     check_dtypes(inputs)
-    scores, index = choice.scores.contiguous(), choice.index.contiguous()
-    (N, _), (H, E, _, h), k = x.shape, experts.shape, index.shape[2]
+    (N, _), (H, E, _, h), k = x.shape, experts.shape, choice.index.shape[2]
     weight, gated_sum = stacked(experts), rows_module(strategy).gated_sum
     v, kept = x.new_empty(N, H, h), x.new_empty(N, H, k, h)
     for chunk in chunks(N, H * E * h, x.itemsize):
         products = torch.mm(x[chunk.tokens], weight).view(len(chunk) * H, E, h)
-        choices = chunk.pairs(scores), chunk.pairs(index)
-        gated_sum(products, *choices, chunk.pairs(v), chosen=chunk.pairs(kept))
+        gated_sum(products, *chunk.choices(choice), chunk.pairs(v), chosen=chunk.pairs(kept))
     return v, kept.view(N * H * k, h)
 
 
@@ -62,24 +60,25 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, scores and experts; what was not asked for is not filled."""
     x, choice, experts, strategy = inputs
-    grad, scores, index = grad.contiguous(), choice.scores.contiguous(), choice.index.contiguous()
-    (N, d), (H, E, _, h), k = x.shape, experts.shape, index.shape[2]
-    weight, gated_spread = stacked(experts), rows_module(strategy).gated_spread
+    grad, (N, d), (H, E, _, h), k = grad.contiguous(), x.shape, experts.shape, choice.index.shape[2]
+    weight, gated_spread = stacked(experts).t() if of_inputs else experts, rows_module(strategy).gated_spread
     kept, parts = saved[0].view(N, H, k, h), chunks(N, H * E * h, x.itemsize)
-    grad_scores = torch.empty_like(scores)
+    grad_scores = choice.scores.new_empty(choice.scores.shape)
     grad_x = x.new_empty((N, d) if of_inputs else (0,)) if total is None else total
-    grad_weight = WeightGradient(d, H * E * h, experts, len(parts))
+    grad_weight = WeightGradient(d, H * E * h if of_experts else 0, experts, len(parts))
     for chunk in parts:
-        gated, choices = x.new_empty(len(chunk) * H, E, h), (chunk.pairs(scores), chunk.pairs(index))
-        dot = (chunk.pairs(kept), chunk.pairs(grad_scores)) if of_inputs else None
-        gated_spread(chunk.pairs(grad), *choices, gated, dot=dot)
+        gated = x.new_empty(len(chunk) * H, E, h)
+        dot = (chunk.pairs(kept), grad_scores[chunk.tokens]) if of_inputs else None
+        gated_spread(chunk.pairs(grad), *chunk.choices(choice), gated, dot=dot)
         columns = gated.view(len(chunk), H * E * h)
         if of_inputs:
-            multiply(columns, weight.t(), grad_x[chunk.tokens], add=total is not None)
+            multiply(columns, weight, grad_x[chunk.tokens], add=total is not None)
         if of_experts:
             grad_weight.add(x[chunk.tokens], columns)
-    grad_experts = grad_weight.total.to(experts.dtype).view(d, H, E, h).permute(1, 2, 0, 3)
-    return grad_x, grad_scores, grad_experts.clone(memory_format=torch.contiguous_format)
+    if not of_experts:
+        return grad_x, grad_scores, grad_weight.total
+    grad_experts = grad_weight.total.view(d, H, E, h).permute(1, 2, 0, 3)
+    return grad_x, grad_scores, grad_experts.to(experts.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def stacked(experts: Tensor) -> Tensor:

@@ -34,6 +34,6 @@ def backward(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> tuple[T
     grad_a, products = set_gemm.project(grad, groups, choice, experts, transposed=True)
     gated, grad_scores = a.new_empty(N, H, E, h), torch.empty_like(choice.scores)
     if N > 0:
-        of_pairs = a.view(N * H, h), choice.scores.flatten(0, 1), choice.index.flatten(0, 1), gated.view(N * H, E, h)
-        gated_spread(*of_pairs, dot=(products.view(N * H, k, h), grad_scores.view(N * H, k)))
+        wide, dot = gated.view(N * H, E, h), (products.view(N * H, k, h), grad_scores)
+        gated_spread(a.view(N * H, h), choice.scores, choice.index, wide, dot=dot)
     return grad_a, grad_scores, set_gemm.expert_gradient(grad, gated, choice, experts, narrow_first=True)

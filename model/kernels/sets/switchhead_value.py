@@ -49,9 +49,8 @@ def input_gradients(
     gated, grad_scores = x.new_empty(N, H, E, h), torch.empty_like(choice.scores)
     if N == 0:
         return torch.empty_like(x) if total is None else total, grad_scores, gated
-    of_pairs = grad.contiguous().view(N * H, h), choice.scores.flatten(0, 1), choice.index.flatten(0, 1)
-    dot = saved[0].view(N * H, k, h), grad_scores.view(N * H, k)
-    gated_spread(*of_pairs, gated.view(N * H, E, h), dot=dot)
+    rows, dot = grad.contiguous().view(N * H, h), (saved[0].view(N * H, k, h), grad_scores)
+    gated_spread(rows, choice.scores, choice.index, gated.view(N * H, E, h), dot=dot)
     weight = experts.transpose(2, 3).reshape(H * E * h, d)
     return add_product(gated.view(N, H * E * h), weight, total), grad_scores, gated
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.dropout import Draw
+from model.dropout import Draw, signed
 from model.kernels.triton.launch import on_its_device
 
 BLOCK, WARPS = 2048, 4
@@ -96,13 +96,9 @@ def keep_mask_kernel(
 # -------------------------------------------------------------------------------------------------------------- host
 
 
-def signed(value: int) -> int:
-    """The int32 of the same bits as the lowest 32 of `value`: an integer argument is then 32 bits wide, always."""
-    return ((value + 2**31) & 0xFFFFFFFF) - 2**31
-
-
 def mask_arguments(draw: Draw, columns: int, features: int = 1) -> dict[str, int | bool]:
-    """Arguments of a kernel that decide the mask of a tensor of `columns`, each of `features` values, by name."""
+    """Arguments of a kernel that decide the mask of a tensor of `columns`, each of `features` values, by name. Integers
+    are 32 bits wide, always."""
     width, first_column = draw.held(columns)
     return {
         "threshold": round(draw.probability * 2**24),

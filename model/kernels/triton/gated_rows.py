@@ -4,13 +4,16 @@
     gated_spread   gated[p, e] = scores[p, j] * rows[p] at e = index[p, j], zeros at the experts not chosen
     both           grad_scores[p, j] = <rows[p], the product of the j-th choice>
 
-A pair p = n * H + head is a token at a head: neither kernel knows which of them is which. Sums and gates are fp32, and
-every result is rounded once.
+A pair p = n * H + head is a token at a head. Sums and gates are fp32, and every result is rounded once. Scores and
+index [C, H, k] are read where they stand: value's and output's heads are routed together, and each has some of every
+token's numbers.
 
-Shape legend: P pairs, E experts of a head, k chosen experts, h head_dim.
+Shape legend: C tokens, H heads, P = C H pairs, E experts of a head, k chosen experts, h head_dim.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -20,8 +23,18 @@ from model.kernels.triton.gated_gemm import column_tile
 from model.kernels.triton.launch import on_its_device
 from model.kernels.triton.tiles import measured
 
+CHOICES = ["H", "scores_stride", "index_stride"]
+"""Arguments that are not worth machine code of their own."""
+
 
 @triton.jit
+def first_choice(pairs, stride, H, K: tl.constexpr):
+    """Where the numbers of each pair begin in a tensor [C, H, K], `stride` from token to token."""
+    token = pairs // H
+    return token.to(tl.int64) * stride + (pairs - token * H) * K
+
+
+@triton.jit(do_not_specialize=CHOICES)
 def gated_sum_kernel(
     products,
     scores,
@@ -31,6 +44,9 @@ def gated_sum_kernel(
     chosen,
     grad_scores,
     P,
+    H,
+    scores_stride,
+    index_stride,
     E,
     width: tl.constexpr,
     K: tl.constexpr,
@@ -40,11 +56,13 @@ def gated_sum_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """products [P, E, width], scores and index [P, K] -> mixed [P, width]; KEEP: chosen [P, K, width], the products of
-    the choices; DOT: rows [P, width] -> grad_scores [P, K]. Of `products` the chosen rows alone are read, once."""
+    """products [P, E, width], scores and index [C, H, K] -> mixed [P, width]; KEEP: chosen [P, K, width], the products
+    of the choices; DOT: rows [P, width] -> grad_scores [P, K]. Of `products` the chosen rows alone are read, once."""
     pairs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = pairs < P
     wide = pairs.to(tl.int64)
+    scores += first_choice(pairs, scores_stride, H, K)
+    index += first_choice(pairs, index_stride, H, K)
     choice = tl.arange(0, PADDED_K)
     similarity = tl.zeros((BLOCK_M, PADDED_K), dtype=tl.float32)
     for start in range(0, width, BLOCK_N):
@@ -55,8 +73,8 @@ def gated_sum_kernel(
         if DOT:
             row = tl.load(rows + wide[:, None] * width + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         for j in tl.static_range(K):
-            expert = tl.load(index + wide * K + j, mask=inside, other=0)
-            score = tl.load(scores + wide * K + j, mask=inside, other=0.0).to(tl.float32)
+            expert = tl.load(index + j, mask=inside, other=0)
+            score = tl.load(scores + j, mask=inside, other=0.0).to(tl.float32)
             found = tl.load(products + (wide * E + expert)[:, None] * width + columns[None, :], mask=mask, other=0.0)
             if KEEP:
                 tl.store(chosen + (wide * K + j)[:, None] * width + columns[None, :], found, mask=mask)
@@ -71,7 +89,7 @@ def gated_sum_kernel(
         tl.store(places, similarity.to(grad_scores.dtype.element_ty), mask=inside[:, None] & (choice < K)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHOICES)
 def gated_spread_kernel(
     rows,
     scores,
@@ -80,6 +98,9 @@ def gated_spread_kernel(
     gated,
     grad_scores,
     P,
+    H,
+    scores_stride,
+    index_stride,
     E,
     width: tl.constexpr,
     K: tl.constexpr,
@@ -88,15 +109,17 @@ def gated_spread_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """rows [P, width], scores and index [P, K] -> gated [P, E, width], every element written once; DOT: chosen [P, K,
-    width], the products of the choices -> grad_scores [P, K]."""
+    """rows [P, width], scores and index [C, H, K] -> gated [P, E, width], every element written once; DOT: chosen [P,
+    K, width], the products of the choices -> grad_scores [P, K]."""
     pairs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = pairs < P
     wide = pairs.to(tl.int64)
     choice = tl.arange(0, PADDED_K)
     slots, present = wide[:, None] * K + choice[None, :], inside[:, None] & (choice < K)[None, :]
-    experts = tl.load(index + slots, mask=present, other=-1).to(tl.int32)
-    score = tl.load(scores + slots, mask=present, other=0.0).to(tl.float32)
+    index += first_choice(pairs, index_stride, H, K)
+    scores += first_choice(pairs, scores_stride, H, K)
+    experts = tl.load(index[:, None] + choice[None, :], mask=present, other=-1).to(tl.int32)
+    score = tl.load(scores[:, None] + choice[None, :], mask=present, other=0.0).to(tl.float32)
     similarity = tl.zeros((BLOCK_M, PADDED_K), dtype=tl.float32)
     for start in range(0, width, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
@@ -122,10 +145,10 @@ TILE, WARPS = 2048, 4
 
 def tile(width: int, k: int) -> dict[str, int]:
     """Block sizes for rows of `width` and k choices. Of four, 64 rows of 132 numbers spill on sm_100; of three, rows of
-    171, which are loaded number by number."""
+    171, which are loaded number by number; of two, 16 rows of 197 take 250 registers a thread."""
     columns = column_tile(width)
-    spills = k > 3 or (k == 3 and width % 2 == 1)
-    return {"BLOCK_M": TILE // columns // (2 if spills else 1), "BLOCK_N": columns}
+    is_half = k > 3 or width % 2 == 1
+    return {"BLOCK_M": TILE // columns // (2 if is_half else 1), "BLOCK_N": columns}
 
 
 def launch_options(kernel: str, rows: Tensor, E: int, k: int, **flags: bool) -> dict[str, int]:
@@ -135,6 +158,13 @@ def launch_options(kernel: str, rows: Tensor, E: int, k: int, **flags: bool) -> 
     if found is None:
         return tile(rows.shape[1], k) | {"num_warps": WARPS}
     return {"BLOCK_M": found["rows"], "BLOCK_N": found["columns"], "num_warps": found["warps"]}
+
+
+def _choices(scores: Tensor, index: Tensor) -> dict[str, Any]:
+    """Arguments of a launch. What does not have the numbers of a token side by side is copied."""
+    scores, index = (t if t[:1].is_contiguous() else t.contiguous() for t in (scores, index))
+    strides = {"scores_stride": scores.stride(0), "index_stride": index.stride(0)}
+    return {"scores": scores, "index": index, "H": index.shape[1], "K": index.shape[2]} | strides
 
 
 @on_its_device
@@ -147,15 +177,15 @@ def gated_sum(
     chosen: Tensor | None = None,
     dot: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Fills `mixed` [P, h] from `products` [P, E, h], `scores` and `index` [P, k]; where given, `chosen` [P, k, h] with
-    the products of the choices, and of `dot` (rows [P, h], grad_scores [P, k]) the second. All are contiguous."""
-    (P, E, h), k = products.shape, index.shape[1]
+    """Fills `mixed` [P, h] from `products` [P, E, h], `scores` and `index` [C, H, k]; where given, `chosen` [P, k, h]
+    with the products of the choices, and of `dot` (rows [P, h], grad_scores [C, H, k]) the second. All but scores and
+    index are contiguous."""
+    (P, E, h), k = products.shape, index.shape[2]
     rows, grad_scores = dot or (products, mixed)
     options = launch_options("gated_sum", mixed, E, k, keep=chosen is not None, dot=dot is not None)
     gated_sum_kernel[(triton.cdiv(P, options["BLOCK_M"]),)](
         products=products,
-        scores=scores,
-        index=index,
+        **_choices(scores, index),
         rows=rows,
         mixed=mixed,
         chosen=mixed if chosen is None else chosen,
@@ -163,7 +193,6 @@ def gated_sum(
         P=P,
         E=E,
         width=h,
-        K=k,
         PADDED_K=triton.next_power_of_2(k),
         KEEP=chosen is not None,
         DOT=dot is not None,
@@ -180,22 +209,20 @@ def gated_spread(
     *,
     dot: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Fills `gated` [P, E, h] from `rows` [P, h], `scores` and `index` [P, k]; where given, of `dot` (chosen [P, k, h],
-    grad_scores [P, k]) the second. All are contiguous."""
-    (P, E, h), k = gated.shape, index.shape[1]
+    """Fills `gated` [P, E, h] from `rows` [P, h], `scores` and `index` [C, H, k]; where given, of `dot` (chosen [P, k,
+    h], grad_scores [C, H, k]) the second. All but scores and index are contiguous."""
+    (P, E, h), k = gated.shape, index.shape[2]
     chosen, grad_scores = dot or (rows, gated)
     options = launch_options("gated_spread", rows, E, k, dot=dot is not None)
     gated_spread_kernel[(triton.cdiv(P, options["BLOCK_M"]),)](
         rows=rows,
-        scores=scores,
-        index=index,
+        **_choices(scores, index),
         chosen=chosen,
         gated=gated,
         grad_scores=grad_scores,
         P=P,
         E=E,
         width=h,
-        K=k,
         PADDED_K=triton.next_power_of_2(k),
         DOT=dot is not None,
         **options,

@@ -133,7 +133,7 @@ def forward(inputs: Inputs, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, T
         raise ValueError(
             f"kernels.backend=triton cannot compute linear_cross_entropy: {reason}. Possible: auto, reference"
         )
-    (N, d), V, weight_dtype = hidden.shape, weight.shape[0], weight.dtype
+    (N, d), V, dtype = hidden.shape, weight.shape[0], gradient_dtype(weight.dtype)
     hidden, weight, targets = hidden.contiguous(), weight.to(hidden.dtype).contiguous(), targets.contiguous()
     bias = None if bias is None else bias.contiguous()
     inputs = inputs._replace(bias=bias, targets=targets)
@@ -145,7 +145,8 @@ def forward(inputs: Inputs, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, T
     token_loss = hidden.new_empty(N, dtype=torch.float32)
     inverse_count = 1.0 / (targets != ignore_index).sum().clamp_min(1).float()
     grad_hidden = hidden.new_empty((N, d) if need_hidden else (0,), dtype=gradient_dtype(hidden.dtype))
-    grad_weight = torch.zeros((V, d) if need_weight else (0,), dtype=torch.float32, device=hidden.device)
+    new = hidden.new_empty if N > 0 else hidden.new_zeros  # the first chunk overwrites it
+    grad_weight = new((V, d) if need_weight else (0,), dtype=torch.float32)
     grad_bias = torch.zeros(V if need_bias else 0, dtype=torch.float32, device=hidden.device)
     for start in range(0, N, chunk_size):
         chunk = slice(start, min(start + chunk_size, N))
@@ -158,13 +159,14 @@ def forward(inputs: Inputs, chunk_bytes: int) -> tuple[Tensor, Tensor, Tensor, T
         # 1 / count is not in `delta`: in fp16 a small probability divided by a million tokens would be zero.
         if need_hidden:
             grad_rows = multiply(delta, weight, rows.new_empty(size, d, dtype=torch.float32))
-            grad_hidden[chunk] = grad_rows.mul_(inverse_count)
+            torch.mul(grad_rows, inverse_count, out=grad_hidden[chunk])
         if need_weight:
             multiply(delta.t(), rows, grad_weight, add=start > 0)
         if need_bias:
             grad_bias += delta.sum(0, dtype=torch.float32)
     grad_weight, grad_bias = (
-        grad.mul_(inverse_count).to(gradient_dtype(weight_dtype)) for grad in (grad_weight, grad_bias)
+        torch.mul(grad, inverse_count, out=grad if grad.dtype == dtype else grad.new_empty(grad.shape, dtype=dtype))
+        for grad in (grad_weight, grad_bias)  # scaled and rounded in one pass
     )
     return token_loss.sum() * inverse_count, token_loss, grad_hidden, grad_weight, grad_bias
 

@@ -227,6 +227,8 @@ def test_options_of_srun_come_first_and_words_in_quotes_stay_one(bench: Bench) -
     bench.train(SRUN_OPTIONS="--container-image='/shared/a b.sqsh' --cpu-bind=none")
     [(arguments, _, _)] = bench.calls("srun")
     assert arguments[:3] == ["--container-image=/shared/a b.sqsh", "--cpu-bind=none", "--kill-on-bad-exit=0"]
+    bench.start(job.FOLDER / "data_prep.sbatch", "dedup", SRUN_OPTIONS="--container-image='/shared/a b.sqsh'")
+    assert bench.calls("srun")[1][0][:2] == ["--container-image=/shared/a b.sqsh", "--ntasks=1"]
 
 
 def test_the_verdict_of_a_smoke_test_is_the_last_line_and_nothing_is_requeued(bench: Bench) -> None:

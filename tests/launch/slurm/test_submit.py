@@ -187,6 +187,7 @@ def test_training_waits_for_its_data(tmp_path: Path, sbatch: Path, capsys: pytes
     for wrong, words in (
         (["--nodes", "3"], "batch.global_sequences: 32 is not divisible"),
         (["--set", "train.precision=fp16"], "train.precision: fp16 needs CUDA"),
+        (["--set", "optimizer.groups.feedforward.weight_decay=1"], "optimizer.groups.feedforward.weight_decay: this"),
     ):
         assert submit(future, tmp_path / "run", "--after", "44", *wrong) == 2
         assert words in capsys.readouterr().err.splitlines()[-1]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm import training
+from launch.slurm import job, preparation, training
 from pretrain.config.loading import load_config
-from tests.launch.slurm.test_submit import TINY, calls, submit
+from tests.launch.slurm.test_submit import TINY, calls, raw_config, submit
 
 
 def test_a_job_inherits_nothing_of_the_job_around_it(
@@ -53,6 +53,44 @@ def test_an_interpreter_may_be_in_the_ranks_container_alone(
     assert submit(prepared, tmp_path / "run", *line, "--srun=--cpu-bind=none") == 2
 
 
+def prepare(folder: Path, *arguments: str) -> int:
+    return preparation.main(["--config", str(raw_config(folder)), "--tasks", "3", "--dry-run", *arguments])
+
+
+def test_a_preparation_runs_in_a_container_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ("--time", "60", "--allow-local", "--python", "/nowhere/bin/python")
+    assert prepare(tmp_path, *line, "--srun=--container-image=/shared/a b.sqsh") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("export PYTHON=/nowhere/bin/python\n") == len(preparation.STEPS)
+    assert printed.count("export SRUN_OPTIONS=") == len(preparation.STEPS)
+    assert prepare(tmp_path, *line) == 2
+    assert prepare(tmp_path, *line[:3], "--srun=cpu-bind") == 2
+    assert "error: --srun cpu-bind: write a long option of srun" in capsys.readouterr().err
+
+
+def test_what_a_preparation_reads_must_be_shared_but_a_configuration_that_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local, shared = tmp_path / "local", tmp_path / "shared"
+    monkeypatch.setattr(job, "LOCAL_FOLDERS", (str(local),))  # wherever this repository and its Python are
+    monkeypatch.setattr(job, "filesystem_type", lambda path: "ext4")
+    local.mkdir()
+    shared.mkdir()
+    raw_config(shared)
+    to_output = ("--time", "60", "--set", f"output={shared / 'out'}")
+    assert prepare(local, *to_output) == 2
+    assert f"error: raw files: {local} is below {local}" in capsys.readouterr().err
+    assert prepare(local, *to_output, "--set", f"input={shared}/raw-*.jsonl") == 0
+    printed, said = capsys.readouterr()
+    assert f"--config {shared}/out/slurm/config-" in printed
+    for what in ("output", "the repository", "--python", "raw files"):
+        assert said.count(f"warning: {what}: ") == 1, said
+    secret = local / "secret.json"
+    secret.write_text('{"input": "pipe:cat /dev/null", "output": "%s"}' % (shared / "out"))
+    assert preparation.main(["--config", str(secret), "--tasks", "1", "--dry-run", "--time", "60"]) == 2
+    assert f"error: --config: {secret} is below {local}" in capsys.readouterr().err
+
+
 def test_the_submitting_interpreter_is_taken_where_none_is_named(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +106,28 @@ def test_the_signal_comes_in_time_also_to_a_short_job(
     assert submit(prepared, tmp_path / "run", "--dry-run", "--time", time) == 0
     printed = capsys.readouterr().out
     assert f"#SBATCH --signal=USR1@{seconds}\n" in printed and f"export SIGNAL_SECONDS={seconds}\n" in printed
+
+
+def test_a_preparation_that_is_done_or_would_be_refused_waits_in_no_queue(
+    prepared: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--config", str(prepared.parent / "data.json"), "--tasks", "1", "--time", "9", "--allow-local"]
+    assert preparation.main(line) == 0
+    assert capsys.readouterr().err == f"up to date: {prepared}; nothing is submitted\n"
+    other = [*line, "--set", "tokenizer.vocab_size=300"]
+    assert preparation.main(other) == 2
+    assert f"error: {prepared} holds other data: `tokenizer.vocab_size` was 400, is now 300" in capsys.readouterr().err
+    assert not sbatch.exists()
+    assert preparation.main([*other, "--force", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("#!/bin/bash\n") == len(preparation.STEPS)
+
+
+@pytest.mark.parametrize("time, seconds", [("2:00:00", 60), ("1", 30)])
+def test_a_task_of_a_preparation_is_not_ended_as_soon_as_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], time: str, seconds: int
+) -> None:
+    assert prepare(tmp_path, "--time", time, "--allow-local") == 0
+    assert capsys.readouterr().out.count(f"#SBATCH --signal=TERM@{seconds}\n") == len(preparation.STEPS)
 
 
 def test_data_behind_urls_lie_in_no_folder_that_nodes_must_share() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model.attention import rope
-from model.dropout import Draw, site_key
+from model.dropout import PIECE, Draw, site_key
 from model.kernels import backend as kernel_backend
 from model.kernels.ops import elementwise
 from model.kernels.ops.elementwise import dropout, keep_mask, layer_norm
@@ -93,6 +96,29 @@ def test_masks_are_the_loops(name: str, backend: str) -> None:
     if shape.T * shape.held < 100:
         found = keep_mask((*shape.size, 3), shape.draw(), backend=backend)
         assert torch.equal(found, mask_by_hand(shape, 3))
+
+
+def test_a_mask_on_a_cpu_is_hashed_in_pieces_that_stay_in_the_cache() -> None:
+    """And in numbers of 32 bits: no temporary is larger than a piece, but the mask and the counters of one sequence."""
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for t in tree_leaves(result):
+                largest = max(largest, t.numel() * t.element_size())
+            return result
+
+    B, T, columns = 16, 40, 1000
+    assert B * T * columns > 2 * PIECE
+    draw = Draw(0.3, KEY, torch.arange(B))
+    with Sizes():
+        mask = draw.mask((B, T, columns))
+    assert largest == 4 * PIECE > mask.numel()
+    for row in (0, B - 1):
+        alone = draw._replace(sequence_index=draw.sequence_index[row : row + 1]).mask((1, T, columns))
+        assert torch.equal(mask[row : row + 1], alone)
 
 
 def check_dropout(shape: Shape, dtype: torch.dtype, backend: str, *, has_residual: bool) -> None:

@@ -14,7 +14,9 @@ from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
+from pretrain.views.reading import RunView
 from tests.harness import RankFailed, run_ranks
+from tests.pretrain.report.boards import read, steps_of
 from tests.pretrain.runs import (
     MOA,
     assert_bit_identical,
@@ -175,6 +177,38 @@ def test_a_path_starts_a_branch_and_newer_steps_are_set_aside(prepared: Path, tm
     assert rows[:4] == before[:4]
     assert rows[5]["lr"] == pytest.approx(before[5]["lr"] / 2)
     assert [event["step"] for event in events(tmp_path, "started")] == [0, 4, 6, 7]
+
+
+def test_a_branch_in_the_folder_of_another_run_has_no_step_loss_or_validation_of_it(
+    prepared: Path, tmp_path: Path
+) -> None:
+    """Its spikes would be found by that run's losses, its first validation passed over, and a rollback would go on from
+    that run's weights."""
+    keys = ("train.steps=6", "evaluate.sequences=8", "evaluate.every_steps=2", "checkpoint.every_steps=2")
+    board = ("monitor.tensorboard=true", "monitor.tensorboard_every_steps=1")
+    trunk, own = tmp_path / "trunk", tmp_path / "own"
+    first = light_config(prepared, *keys, "optimizer.learning_rate=0.002")
+    second = light_config(prepared, *keys, *board)
+    allowed = 'checkpoint.allow_changes=["optimizer"]'
+    branch = light_config(prepared, *keys, allowed, f"checkpoint.resume={trunk}/checkpoints/step-00000004", *board)
+    killed = branch.replaced("train", stop_after_steps=5).replaced("checkpoint", every_steps=100)
+    run_ranks(train_runs, 1, [(first, trunk), (second, own), (killed, own)])
+    shutil.rmtree(own / "checkpoints" / "step-00000005")  # as if it had been killed before
+    run_ranks(train_runs, 1, [(branch, own)])
+    assert [row["step"] for row in metrics(own)] == [5, 6]
+    assert [event["metrics"]["step"] for event in events(own, "superseded_metrics")] == [*range(1, 7), 5]
+    assert [event["step"] for event in events(own, "branch")] == [4]
+    assert [event["step"] for event in events(own, "validation")] == [2, 4, 6, 4, 5, 6]
+    assert [step for step, _ in RunView.open(own).validations()] == [4, 6]
+    names = sorted(path.name for path in (own / "checkpoints").iterdir())
+    assert names == ["step-00000006", *(f"superseded-1-step-0000000{step}" for step in (2, 4, 6))]
+    assert steps_of(read(own / "tensorboard"), "loss/train") == [5, 6]
+    # A branch of the folder's own course, and of a copy of it, keeps what came before.
+    again = light_config(prepared, *keys, allowed, f"checkpoint.resume={trunk}/checkpoints/step-00000002")
+    copy = Path(shutil.copytree(trunk, tmp_path / "copy"))
+    run_ranks(train_runs, 1, [(again, trunk), (again, copy)])
+    for folder in (trunk, copy):
+        assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6] and not events(folder, "branch")
 
 
 def test_checkpoints_that_cannot_be_used_never_mean_starting_over(prepared: Path, tmp_path: Path) -> None:

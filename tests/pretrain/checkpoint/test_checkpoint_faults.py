@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -14,15 +15,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 import pretrain.checkpoint.storage
-from common.errors import UserError
+from common.errors import PassingError, UserError
 from pretrain.checkpoint import Checkpoint, list_checkpoints, step_of
+from pretrain.checkpoint.planners import AgreedPlan
+from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.storage import Writer
 from pretrain.config.schema import Config
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.resume import newest_valid
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.checkpoint.test_checkpoint import DROPOUTS
+from tests.pretrain.resilience.faults import outcome
 from tests.pretrain.runs import assert_bit_identical, curve, events, light_config, train_runs
 
 
@@ -105,6 +112,69 @@ def train_with_one_full_disk(rank: int, config: Config, run_dir: Path) -> None:
 
     pretrain.checkpoint.storage._write_all = refuse_once
     train_runs(rank, [(config, run_dir)])
+
+
+def ends_with_a_faulty_disk(rank: int, runs: list[tuple[Config, Path, int]]) -> list[str]:
+    """How runs end in which so many writes of rank 1, of the last step's checkpoint, meet an error that may pass."""
+    write, ends = pretrain.checkpoint.storage._write_all, list[str]()
+    for config, run_dir, most in runs:
+        left = [most]
+
+        def refuse(file: Any, block: Any, last: str = f"step-{config.train.steps:08d}", left: Any = left) -> int:
+            if rank == 1 and last in str(file.name) and left[0]:
+                left[0] -= 1
+                raise OSError(errno.EIO, "Input/output error")
+            return write(file, block)
+
+        pretrain.checkpoint.storage._write_all = refuse
+        try:
+            train_runs(rank, [(config, run_dir)])
+            ends.append("finished")
+        except UserError as error:
+            ends.append(f"{type(error).__name__}: {error}")
+        except PeerFailed as error:
+            ends.append(f"told of a {error.kind.__name__}")
+    return ends
+
+
+def test_an_error_that_may_pass_ends_no_run_at_its_last_save_and_one_that_stays_does_not_refuse_it(
+    prepared: Path, tmp_path: Path
+) -> None:
+    """Refused (code 2) the job would end, with hours of steps that nobody computes again."""
+    keys = ("train.steps=3", "evaluate.sequences=0", "checkpoint.every_steps=2")
+    behind = light_config(prepared, *keys, ranks=2)
+    at_once = light_config(prepared, *keys, "checkpoint.asynchronous=false", ranks=2)
+    cases = [(behind, "behind", 1), (at_once, "at once", 1), (behind, "stays", 99), (at_once, "stays at once", 99)]
+    runs = [(config, tmp_path / name, most) for config, name, most in cases]
+    first, second = run_ranks(ends_with_a_faulty_disk, 2, runs)
+    assert first[:2] == second[:2] == ["finished"] * 2 and second[2:] == ["told of a PassingError"] * 2
+    for name in ("behind", "at once"):
+        assert [e["step"] for e in events(tmp_path / name, "checkpoint_failed")] == [3]
+        assert [step_of(path) for path in list_checkpoints(tmp_path / name / "checkpoints")] == [2, 3]
+        assert outcome(tmp_path / name)["exit_code"] == 0
+    for name, said in (("stays", first[2]), ("stays at once", first[3])):
+        assert "PassingError: checkpoint.every_steps: rank 1 could not save" in said and "Input/output error" in said
+        assert said.endswith("The last whole checkpoint is that of step 2: the same command goes on from it")
+        assert outcome(tmp_path / name)["exit_code"] == 7
+
+
+def test_an_error_that_stays_goes_before_one_that_may_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever rank meets it: the job would be started again and again for a full disk."""
+    full, passing = OSError(errno.ENOSPC, "No space left on device"), PassingError("shard: Input/output error")
+    saver = object.__new__(Saver)
+    saver._group = None
+    for failures, kind, rank in (
+        ({0: (passing, None), 1: (full, None)}, UserError, 1),
+        ({0: (passing, None), 1: (OSError(errno.EIO, "Input/output error"), None)}, PassingError, 0),
+    ):
+
+        def failing(*args: Any, failures: Any = failures, **options: Any) -> None:
+            raise dcp.CheckpointException("save", failures)
+
+        monkeypatch.setattr(dcp, "save", failing)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+        said = saver._write({}, Writer(tmp_path / "step-00000001", {}), AgreedPlan())
+        assert type(said) is kind and f"rank {rank} could not save" in str(said)
 
 
 def truncate(folder: Path) -> None:

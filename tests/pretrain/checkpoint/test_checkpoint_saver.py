@@ -189,7 +189,8 @@ def test_a_folder_that_cannot_be_listed_is_a_warning_and_no_other_end_of_a_save(
     monkeypatch.setattr(dcp, "save", full)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     said = saver._write({}, Writer(tmp_path / "step-00000001", {}), AgreedPlan())
-    assert said is not None and "rank 1 could not save" in said and said.endswith("Input/output error)")
+    assert type(said) is UserError
+    assert "rank 1 could not save" in str(said) and str(said).endswith("Input/output error)")
 
 
 def save_large(rank: int, config: Config, folder: Path) -> tuple[int, int]:

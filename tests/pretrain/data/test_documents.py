@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from common.errors import ConfigError
 from data_prep.shards.reader import SplitReader
+from model.config import SwitchHeadConfig
 from model.documents import Documents
 from model.language_model import build_model
 from pretrain.config.rules import choose_backends
@@ -18,12 +19,14 @@ from pretrain.data.sources import Sources
 from pretrain.data.windows import TrainingStream
 from tests.data_prep.test_shards import joined, random_documents, write_data
 from tests.harness import run_ranks
+from tests.model.options import ATTENTIONS, check_kinds, kinds
 from tests.pretrain.runs import MOA, engine_trace, gradient_error, plain_trace, small_config
 from tests.tensors import gradient_of
 
 DENSE = 'model.attention={"type": "dense", "num_heads": 2, "head_dim": 6}'
 SWIGLU = 'model.feedforward={"type": "swiglu", "hidden_size": 20}'
 MASK = "data.document_mask=true"
+ATTENTION = ("", DENSE, MOA)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,12 @@ def test_positions_and_ranges_by_hand() -> None:
     assert documents.end.tolist() == [[2, 2, 5, 5, 5, 6], [6] * 6]
 
 
+def test_every_attention_that_knows_documents_is_compared(folder: Path) -> None:
+    types = {small_config(folder, *filter(None, [override])).model.attention.type for override in ATTENTION}
+    wanted = [kind for kind in kinds("documents") if kind in ATTENTIONS]
+    check_kinds(types, "ATTENTION of tests/pretrain/data/test_documents.py", wanted)
+
+
 def test_the_index_of_documents_follows_eos(folder: Path) -> None:
     config = small_config(folder, "evaluate.sequences=0", MASK)
     sources = Sources.load(config)
@@ -56,7 +65,7 @@ def test_the_index_of_documents_follows_eos(folder: Path) -> None:
         assert split.document_index(np.array([0]), split.num_tokens).max() == split.num_documents - 1
 
 
-@pytest.mark.parametrize("attention", ["", DENSE, MOA])
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("feedforward", ["", SWIGLU])
 def test_a_document_among_others_is_computed_as_if_alone(folder: Path, attention: str, feedforward: str) -> None:
     """fp64, every token's loss and the gradient of the sum; without the mask it differs."""
@@ -141,13 +150,16 @@ def test_recomputing_gives_the_same_gradients(folder: Path, mode: str) -> None:
     assert max(gradient_error(found[1][n], found[0][n]) for n in found[0]) < 1e-6
 
 
-def test_where_it_is_impossible_it_is_refused(folder: Path) -> None:
+def test_where_it_is_impossible_it_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"data\.document_mask: Transformer-XL"):
         small_config(folder, MASK, "model.position.type=xl")
     with pytest.raises(ConfigError, match=r"data\.document_mask: memory reaches .*memory_chunks to 0"):
         small_config(folder, MASK, 'model.position={"type": "rope", "memory_chunks": 1}')
     with pytest.raises(ConfigError, match=r"data\.document_mask: .*parallel\.pipeline to 1"):
         small_config(folder, MASK, "parallel.pipeline=2")
+    monkeypatch.setattr(SwitchHeadConfig, "lacks", {"documents": "it sees all that came before"})
+    with pytest.raises(ConfigError, match=r"data\.document_mask: model\.attention\.type is switchhead: it sees all"):
+        small_config(folder, MASK)
 
 
 def test_windows_across_shards_keep_their_tokens(folder: Path) -> None:

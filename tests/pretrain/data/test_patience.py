@@ -16,11 +16,11 @@ import torch
 
 import pretrain.data.patience
 import pretrain.together
-from common.errors import DataError, PassingError, UnreadableError
+from common.errors import PASSING, DataError, PassingError, UnreadableError
 from data_prep.shards import cache as shard_cache
 from data_prep.shards.format import Manifest
 from pretrain.config.watching import ResilienceConfig
-from pretrain.data.patience import PASSING, Patience, patient_seconds
+from pretrain.data.patience import Patience, patient_seconds
 from pretrain.data.sources import Sources
 from pretrain.report.exit_codes import ExitCode, code_of
 from tests.pretrain.data.faulty_files import Faults
@@ -264,7 +264,7 @@ def test_a_server_that_answers_later_is_waited_for(
     config, patience = small_config(prepared, f"data.manifest=file://{prepared}", *keys), Patience(60.0)
     expected = Sources.load(small_config(prepared)).reader("train", small_config(prepared)).read(np.arange(5))
     reader = Sources.load(config, patience=patience).reader("train", config)
-    opened, left = shard_cache.RemoteFile.open, [2 * shard_cache.ATTEMPTS]
+    opened, left = shard_cache.RemoteFile.open, [2 * len(shard_cache.PAUSES_SECONDS)]
 
     def refusing(file: Any, mode: str) -> Any:
         if file.url.endswith(".tar") and left[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from data_prep.shards.format import Manifest
 from model.language_model import build_model
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.cli.evaluate import main as evaluate_checkpoint
+from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import open_sources
@@ -89,6 +91,33 @@ def test_streams_go_on_in_their_text_where_windows_become_longer_or_shorter(
     assert stream.range_of(first + 1, 1) == (first, first + G)
     begins = [step for step in range(2 * chunks) if stream.begins(first + step * G)]
     assert begins == [chunks - place, 2 * chunks - place]
+
+
+@pytest.mark.parametrize("batches", [(8, 16), (8, 4), (8, 6, 10), (8, 16, 8)])
+def test_another_batch_reads_every_window_once_in_the_streams_that_there_were(
+    prepared: Path, batches: tuple[int, ...]
+) -> None:
+    """Three steps of each batch but the last, with a start from a checkpoint between them."""
+    stage, read, progress, saved = None, list[int](), Progress(0, 0), None
+    for size in batches:
+        keys = (f"batch.global_sequences={size}", f"batch.micro_sequences={size}")
+        config = small_config(prepared, "data.order=streams", *keys)
+        sources, reader = open_sources(config), reader_of(config, "train")
+        if saved is not None:
+            checkpoint: Any = SimpleNamespace(progress=progress, state=saved)
+            (stage,) = stages_of(checkpoint, sources, config)
+        stream = TrainingStream(reader, config, data_rank=0, data_size=1, stage=stage)
+        placed = reader.num_windows // batches[0] * batches[0]
+        steps = 3 if size != batches[-1] or saved is None else -(-(placed - progress.position) // size)
+        for _ in range(steps):
+            read += stream.windows(stream.own_positions(progress.consumed_sequences, 0)).tolist()
+            progress = progress.after_step(size, updated=True)
+        assert stream.epoch(progress.consumed_sequences) == pytest.approx(len(read) / placed)
+        progress = replace(progress, stages=(stream.stage,))
+        progress = Progress.from_json(json.loads(json.dumps(progress.to_json())))
+        saved = {"config": to_json(config), "manifest_digest": sources.digest}
+    assert sorted(read[:placed]) == list(range(placed))
+    assert set(read[placed:]) <= {s * (placed // batches[0]) for s in range(batches[0])} and len(read) - placed < 16
 
 
 def test_streams_begin_behind_steps_that_a_rollback_left_out(prepared: Path) -> None:

@@ -203,6 +203,16 @@ def test_a_layout_whose_step_stops_is_none_to_choose(error: type[Exception], mon
     assert tried > 0 and change is not None and "parallel.zero=1" not in change.overrides
 
 
+def test_groups_that_pipelines_cannot_have_leave_the_other_layouts() -> None:
+    """Their rehearsal ended the search, and that of `fit` for a change that helps, in its refusal."""
+    config = load_config(ONE_BILLION, [*SMALL, "optimizer.groups.head.learning_rate_ratio=2"])
+    legal, refused = search.legal_layouts(config, h100(2))
+    assert {layout.pipeline for layout in legal} == {1} and refused["optimizer.groups"][0] > 0
+    assert {layout.pipeline for layout in search.legal_layouts(load_config(ONE_BILLION, SMALL), h100(2))[0]} == {1, 2}
+    with pytest.raises(ConfigError, match=r"^optimizer\.groups: head would have"):
+        planning.check_on(config.replaced("parallel", pipeline=2, zero=1), h100(2))
+
+
 def test_ranks_are_divided_in_every_way_that_can_be() -> None:
     """Tensor groups stay on a node, each stage has a block, and sequences are divided by tensor groups alone."""
     config, sixteen = load_config(ONE_BILLION, ["model.num_layers=3"]), h100(16)

@@ -128,9 +128,9 @@ def test_all_mistakes_are_found_in_one_call(
         (
             ValueError("Type fp8 is not supported"),
             2,
-            "1 problem in 19 checks, 1 could not be made (see above); ",
+            "1 problem in 20 checks, 1 could not be made (see above); ",
         ),
-        (NotImplementedError("aten::new"), 0, "17 of 19 checks passed, 2 could not be made (see above); "),
+        (NotImplementedError("aten::new"), 0, "18 of 20 checks passed, 2 could not be made (see above); "),
     ],
     ids=["of the run", "of the rehearsal"],
 )

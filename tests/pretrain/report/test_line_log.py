@@ -118,6 +118,18 @@ def test_a_board_hears_of_a_start_that_moves_many_lines_away(tmp_path: Path) -> 
     folder.end(ExitCode.FINISHED, "finished")
 
 
+def test_details_that_waited_for_the_disk_are_not_written_behind_those_computed_again(tmp_path: Path) -> None:
+    """As of a rollback on a full disk."""
+    folder = RunFolder(tmp_path, writes=True)
+    folder.details({"step": 1})
+    with disk_of(12):
+        folder.details({"step": 2})
+    folder.rewind_metrics(1)
+    folder.details({"step": 2, "again": True})
+    assert (tmp_path / "details.jsonl").read_text() == '{"step": 1}\n{"step": 2, "again": true}\n'
+    folder.end(ExitCode.FINISHED, "finished")
+
+
 def test_a_log_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the first rank, which alone reads it, so that the ranks can agree on it."""
 

@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import inspect
 import json
+import os
 import re
 import struct
 import sys
@@ -40,6 +41,11 @@ OFFLINE = MonitorConfig(wandb="offline", wandb_project="tests")
 def text_of(shown: Any) -> str:
     """Of a stand-in's Html."""
     return str(shown[0][0]).removeprefix("<pre>").removesuffix("</pre>")
+
+
+def open_files() -> list[Path]:
+    """Of this process."""
+    return [Path(os.path.realpath(link)) for link in Path("/proc/self/fd").iterdir()]
 
 
 class Run:
@@ -125,6 +131,17 @@ def test_each_step_is_sent_once_after_a_kill_and_a_rollback(wandb: StandIn, tmp_
     assert rows[9]["progress/training FLOPs"] == 9e6
     assert len({given["id"] for given in wandb.given}) == 1 and {given["resume"] for given in wandb.given} == {"allow"}
     assert wandb.runs[1].config.values["software"] == {"torch": "2"} and wandb.runs[1].finished
+
+
+def test_a_writer_that_is_closed_keeps_no_file(wandb: StandIn, tmp_path: Path) -> None:
+    """A run that goes back opens another one each time."""
+    writer = WeightsAndBiases(tmp_path, OFFLINE, {})
+    writer.scalars(Position(1, 8, 1.0), {"loss/train": 3.0})
+    writer.flush()
+    mark = (tmp_path / "wandb" / "newest-step").resolve()
+    assert mark in open_files()
+    writer.close()
+    assert mark not in open_files() and int(mark.read_text()) == 1
 
 
 def test_two_events_of_one_step_are_both_there(wandb: StandIn, tmp_path: Path) -> None:

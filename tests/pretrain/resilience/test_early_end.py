@@ -272,13 +272,14 @@ def test_a_start_that_is_being_ended_opens_no_folder(run: Path, monkeypatch: pyt
 def test_an_end_is_noted_while_the_folder_waits_for_the_lock_of_a_lost_node(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And stays noted where the folder opens before the process has left."""
     monkeypatch.setattr("pretrain.resilience.early_end.OPENING_SECONDS", 0.0)
     end, is_opening, is_noted = EarlyEnd(run, lambda: None), threading.Event(), threading.Event()
 
     def opened() -> RunFolder:
         is_opening.set()
         is_noted.wait(60)
-        return RunFolder(run, writes=False)
+        return RunFolder(run, writes=True)
 
     opening = threading.Thread(target=end.open, args=(opened,))
     opening.start()
@@ -289,7 +290,9 @@ def test_an_end_is_noted_while_the_folder_waits_for_the_lock_of_a_lost_node(
     reason = RunView.open(run).outcome["reason"]
     is_noted.set()
     opening.join()
-    assert reason == "SIGTERM"
+    view = RunView.open(run)
+    assert reason == view.outcome["reason"] == "SIGTERM" and view.state is State.STOPPED
+    assert [event["event"] for event in view.events[-2:]] == ["opened", "stopped"] and not list(run.glob("lock-*"))
 
 
 @pytest.mark.parametrize("wrong", ["data.manifest=nowhere", "train.stepz=3", "train", "monitor.print_every_steps=x"])

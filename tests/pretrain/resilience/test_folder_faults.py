@@ -14,11 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import UserError
+from common.errors import PassingError, UserError
+from pretrain.checkpoint import list_checkpoints
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.loop import train
-from pretrain.parallel.agreement import PeerFailed
+from pretrain.parallel.agreement import PeerFailed, _seen_file
+from pretrain.report.board import Board
+from pretrain.report.weights_and_biases import Mark
+from pretrain.resilience.rollback import Rollback, read_rollbacks, record
+from pretrain.routing.record import Record, begin_record, write_step
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
 
@@ -35,6 +40,38 @@ KEYS = (
     "monitor.details_every_steps=2",
     "resilience.replica_check_every_steps=2",
 )
+
+
+PLACES: dict[str, Callable[[Path], object]] = {
+    "listing the checkpoints": list_checkpoints,
+    "looking whether all ranks see the folder": _seen_file,
+    "reading the rollbacks": lambda folder: read_rollbacks(folder, None),
+    "writing a rollback": lambda folder: record(folder, Rollback("a spike", at_step=2, first_step=1)),
+    "opening the board": lambda folder: Board(folder / "tensorboard", first_step=0),
+    "opening the mark of W&B": lambda folder: Mark(folder / "wandb"),
+    "beginning a record of choices": lambda folder: begin_record(folder / "routing", {}, 0),
+    "writing choices": lambda folder: write_step(folder, 1, 0, {}),
+    "reading a record of choices": Record,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("number, kind", [(errno.ESTALE, PassingError), (errno.EACCES, UserError)])
+def test_an_error_that_may_pass_refuses_no_run(
+    place: str, number: int, kind: type[UserError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exit code would keep a job from being started again; an error that stays must have that very code."""
+    (tmp_path / "record.json").touch()
+
+    def refused(path: Path, *args: Any, **options: Any) -> Any:
+        raise OSError(number, os.strerror(number), os.fspath(path))
+
+    for name in ("mkdir", "touch", "iterdir", "read_text"):
+        monkeypatch.setattr(Path, name, refused)
+    monkeypatch.setattr("pretrain.resilience.rollback.write_json", refused)
+    with pytest.raises(UserError, match=os.strerror(number)) as found:
+        PLACES[place](tmp_path)
+    assert type(found.value) is kind
 
 
 def fail_once(folder: Path, at: int) -> list[int]:

@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import UserError
+from common.errors import PassingError, UserError
 from data_prep.shards.format import Manifest
 from data_prep.stages.tokenizer import TextTokenizer
 from model.language_model import build_model
 from pretrain.checkpoint import Checkpoint
 from pretrain.checkpoint import loading as checkpoint_loading
 from pretrain.checkpoint.convert import convert
+from pretrain.checkpoint.folder import while_they_are_there
 from pretrain.export.loading import load_any
 from pretrain.export.reading import open_export
 from pretrain.generation.pieces import TextStream
 from pretrain.gpus import usable_device
+from pretrain.parallel.agreement import PeerFailed
 from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.saved_model import Tokenizer, find_checkpoint, load_model, loading
 from tests.harness import run_ranks
@@ -182,6 +184,14 @@ def test_a_checkpoint_that_its_run_removes_meanwhile(
     monkeypatch.setattr(checkpoint_loading, "load_weights", removed_while_read)
     with pytest.raises(UserError, match=r"RUN: .*step-00000001 was removed while it was read, by a run that goes on"):
         load_model(copy)
+
+
+@pytest.mark.parametrize("error", [PeerFailed(PassingError), RuntimeError("Connection closed by peer")])
+def test_what_another_rank_says_of_a_checkpoint_that_was_removed_is_said_once(error: Exception, tmp_path: Path) -> None:
+    """A rank that is told of it leaves quietly, with the code of that rank's error; one that has lost it says so."""
+    with pytest.raises(type(error)) as found, while_they_are_there([tmp_path / "step-00000001"], "RUN"):
+        raise error
+    assert found.value is error
 
 
 def test_a_run_folder_may_have_any_name(run: Path, tmp_path: Path) -> None:

@@ -202,6 +202,11 @@ def test_an_empty_run_and_none_at_all(tmp_path: Path, capsys: pytest.CaptureFixt
     )
     assert [line.split()[1] for line in printed.out.splitlines()[1:]] == ["dead", "dead"]
     assert main([str(none), str(tmp_path / "missing")]) == 2
+    (none / "slurm").mkdir()
+    (none / "slurm" / "11.submitted").touch()
+    assert main([str(none)]) == 2
+    said = f"RUN: {none}: no run has begun yet; job 11 was submitted for it (squeue --job 11; --watch waits for it)"
+    assert capsys.readouterr().err.endswith(f"error: {said}\n")
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "model.safetensors.index.json"])

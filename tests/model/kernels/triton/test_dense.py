@@ -4,17 +4,26 @@ one that takes `way` for both backends. What `sets` has alone is in test_sets.py
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.fake_cuda import fake_cuda
 from benchmarks.kernel_cases.recording import recording
+from benchmarks.launch_counter import LaunchCounter
 from model.kernels.backend import MOST_EXPERTS_IN_SETS
-from model.kernels.dense import gemms, plain_rows
+from model.kernels.dense import gemms, plain_rows, switchhead_output, switchhead_value
+from model.kernels.ops.route import Choice
+from model.kernels.ops.switchhead import Inputs
 from model.kernels.triton import gated_rows
 from tests.model.kernels.test_switchhead import (
     DENSE_TOLERANCE,
     NAMES,
+    OUTPUT,
     VALUE,
     Case,
     Op,
@@ -160,6 +169,35 @@ def test_launches_do_not_depend_on_the_routing(op: Op) -> None:
     assert kernels == expected
 
 
+def copies(shape: Shape, op: Op, compute: Callable[[Inputs, Tensor, Tensor], Any]) -> Counter[str]:
+    """What `compute` copies of the inputs of a call and of its result, given the products that value keeps. The choices
+    are those of some heads that were routed together with others, as value's and output's are."""
+    N, _, H, h, E, k, _ = shape
+    with fake_cuda(), torch.device("cuda"), LaunchCounter() as counter:
+        scores, index = (torch.empty(N, 2 * H, k, dtype=kind)[:, H:] for kind in (torch.float32, torch.int64))
+        sizes = op.rows(shape), op.experts(shape), op.result(shape), (N * H * k, h)
+        rows, experts, result, kept = (torch.empty(size, dtype=torch.bfloat16) for size in sizes)
+        order, load = (torch.empty(H, size, dtype=torch.int64) for size in (N * k, E))
+        compute(Inputs(rows, Choice(scores, index, order, load), experts, "fused"), result, kept)
+    names = {name: number for (_, name), number in counter.counts.by_operator.items()}
+    assert sum(number for name, number in names.items() if name.startswith("gated_")) > 0
+    return Counter({name: names[name] for name in ("clone", "_to_copy") if name in names})
+
+
+def test_the_choices_of_heads_that_were_routed_together_are_not_copied() -> None:
+    """But value's experts, which its products take side by side, and their gradient back."""
+    value, output = switchhead_value, switchhead_output
+    assert not copies(SMALL, OUTPUT, lambda inputs, result, kept: output.forward(inputs))
+    assert not copies(SMALL, OUTPUT, lambda inputs, result, kept: output.backward(result, inputs, ()))
+    assert copies(SMALL, VALUE, lambda inputs, result, kept: value.forward(inputs)) == {"clone": 1}
+    both = copies(SMALL, VALUE, lambda inputs, result, kept: value.backward(result, inputs, (kept,)))
+    assert both == {"clone": 1, "_to_copy": 1}
+    # Under tensor parallelism in two parts, each of which copies what it needs itself.
+    of_inputs = copies(SMALL, VALUE, lambda inputs, result, kept: value.input_gradients(result, inputs, (kept,)))
+    of_experts = copies(SMALL, VALUE, lambda inputs, result, kept: value.expert_gradient(result, inputs, (kept,), None))
+    assert of_inputs == {"clone": 1} and of_experts == {"_to_copy": 1}
+
+
 @both_ways
 @both_ops
 def test_half_of_the_heads_each(op: Op, way: Way) -> None:
@@ -188,19 +226,19 @@ def test_opcheck(op: Op, way: Way) -> None:
 
 
 def pairs(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Products [P, E, h], scores and index [P, k], rows [P, h]."""
-    P, E, h, k = 21, 5, 19, 3
+    """Products [P, E, h], scores and index [C, H, k], rows [P, h]."""
+    C, H, E, h, k = 7, 3, 5, 19, 3
     generator = torch.Generator().manual_seed(0)
-    index = torch.rand(P, E, generator=generator).topk(k).indices
-    products, rows = (torch.randn(*size, generator=generator).to(dtype) for size in ((P, E, h), (P, h)))
-    return products, torch.rand(P, k, generator=generator), index, rows
+    index = torch.rand(C, H, E, generator=generator).topk(k).indices
+    products, rows = (torch.randn(C * H, *size, generator=generator).to(dtype) for size in ((E, h), (h,)))
+    return products, torch.rand(C, H, k, generator=generator), index, rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_both_forms_of_the_rows_agree(dtype: torch.dtype) -> None:
     """Triton's and torch's, which differ by the order of the sums over h and k alone."""
     products, scores, index, rows = pairs(dtype)
-    (P, E, h), k = products.shape, index.shape[1]
+    (P, E, h), k = products.shape, index.shape[2]
     found = []
     for form in (gated_rows, plain_rows):
         mixed, chosen, gated = rows.new_empty(P, h), rows.new_empty(P, k, h), rows.new_empty(P, E, h)

@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.fake_cuda import fake_cuda
 from benchmarks.kernel_cases.recording import Launch, recording
+from benchmarks.launch_counter import LaunchCounter
 from model.kernels.ops import linear_cross_entropy as op
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.kernels.triton import linear_cross_entropy as kernels
@@ -162,3 +164,21 @@ def test_products_off_the_cpu_are_accepted_by_torch() -> None:
 def test_fp64_is_refused() -> None:
     with pytest.raises(ValueError, match="backend=triton cannot compute linear_cross_entropy"):
         run(make_case(Shape(N=3, d=4, V=5), torch.float64))
+
+
+def test_the_gradient_of_the_weight_is_written_by_its_products_and_rounded_as_it_is_scaled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is filled with zeros but the bias's, and no pass over memory scales or casts alone."""
+    N, d, V, chunks = 512, 32, 64, 2
+    monkeypatch.setattr(op, "CHUNK_BYTES_ON_GPU", N // chunks * V * 4)
+    with fake_cuda(), torch.device("cuda"), LaunchCounter() as counter:
+        sizes = (N, d), (V, d), (V,)
+        hidden, weight, bias = (torch.empty(size, dtype=torch.bfloat16, requires_grad=True) for size in sizes)
+        linear_cross_entropy(hidden, weight, bias, torch.empty(N, dtype=torch.int64), backend="triton")
+    found = {name: number for (_, name), number in counter.counts.by_operator.items()}
+    of_count = {"ne": 1, "clamp_min": 1, "_to_copy": 1, "reciprocal": 1}
+    of_sums = {"zeros": 1, "add_": chunks, "sum": 2 + chunks}  # of targets, losses and the bias
+    scaled = {"mul": 2 + chunks + 2}  # the count's reciprocal and the loss; hidden states; weight and bias
+    products = {"mm": 3 * chunks - 1, "addmm": chunks - 1, "softmax_kernel": chunks}
+    assert found == of_count | of_sums | scaled | products
