@@ -149,7 +149,7 @@ def value_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
 
     leaves = {"x": normal(N, d), "scores": torch.rand(N, H, k, dtype=torch.float64)}
     leaves["experts"] = normal(H, E, d, h, scale=d**-0.5)
-    constants = grouped(choices(N, H, num_experts=E, k=k), E)
+    constants = grouped(choices(N, 2 * H, num_experts=E, k=k)[:, H:], E)  # routed together with others
     shape, per_token = f"N={N} d={d} H={H} E={E} k={k} h={h}", ("x", "scores", "index")
     return Case("switchhead_value", shape, leaves, constants, compute, per_token)
 
@@ -160,7 +160,7 @@ def output_case(N: int, d: int, H: int, E: int, k: int, h: int) -> Case:
 
     leaves = {"a": normal(N, H, h), "scores": torch.rand(N, H, k, dtype=torch.float64)}
     leaves["experts"] = normal(H, E, h, d, scale=h**-0.5)
-    constants = grouped(choices(N, H, num_experts=E, k=k), E)
+    constants = grouped(choices(N, 2 * H, num_experts=E, k=k)[:, H:], E)  # routed together with others
     shape, per_token = f"N={N} d={d} H={H} E={E} k={k} h={h}", ("a", "scores", "index")
     return Case("switchhead_output", shape, leaves, constants, compute, per_token)
 

@@ -53,24 +53,28 @@ class _Filled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int, rows: int) -> Tensor:
         ctx.columns, ctx.rows, ctx.given = columns, rows, x.shape[-1]
-        lacking = weight.shape[1] + columns - ctx.given
-        x = F.pad(x, (0, lacking)) if lacking else x  # F.pad by 0 copies
+        x = _padded(x, 0, weight.shape[1] + columns - ctx.given)
         ctx.save_for_backward(x, weight)
         ctx.outputs = None if bias is None else len(bias)
-        filled = F.pad(weight, (0, columns, 0, rows))
+        filled = _padded(weight, 0, columns, 0, rows)
         if bias is None:
             return F.linear(x, filled)
-        return torch.addmm(F.pad(bias, (0, rows)), x.flatten(0, -2), filled.t()).unflatten(0, x.shape[:-1])
+        return torch.addmm(_padded(bias, 0, rows), x.flatten(0, -2), filled.t()).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, columns = weight.shape
-        grad_x = grad @ F.pad(weight, (0, ctx.columns, 0, ctx.rows))
+        grad_x = grad @ _padded(weight, 0, ctx.columns, 0, ctx.rows)
         flat = grad.flatten(0, -2)
         grad_weight = (flat.t() @ x.flatten(0, -2))[:rows, :columns]
         grad_bias = None if ctx.outputs is None else flat.sum(0)[: ctx.outputs]
         return grad_x[..., : ctx.given], grad_weight, grad_bias, None, None
+
+
+def _padded(t: Tensor, *lacking: int) -> Tensor:
+    """As F.pad, which copies where nothing is lacking too."""
+    return F.pad(t, lacking) if any(lacking) else t
 
 
 def padding(x: Tensor, weight: Tensor) -> tuple[int, int]:

@@ -43,8 +43,8 @@ STOPS = [
         110,
         """never ran on a GPU: attention inside documents, `kernels.backend=sets`, the router's one launch, the entropy
         regulariser's three, σ-MoE's sum that adds the residual stream, its backward in pieces and its wide weight
-        gradient. RoPE and the masks of experts were in no part
-        of `truth`""",
+        gradient, SwitchHead's sums that read choices where they stand. RoPE and the masks of experts were in no part of
+        `truth`""",
     ),
     of(
         "speed",

@@ -19,7 +19,8 @@ def rotated_width(head_dim: int, fraction: float) -> int:
 
 def rope_tables(positions: Tensor, head_dim: int, config: RopeConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine [T, 1, n / 2] fp32 of the angles of `positions` [T], or [B, T, 1, n / 2] of [B, T]; n =
-    rotated_width. Angles in fp64."""
+    rotated_width. Angles in fp64, rounded to fp32: cosines are off by up to 6e-5 at position 2048, by 4e-3, as much as
+    bf16 rounds, at 131,072."""
     width = rotated_width(head_dim, config.fraction)
     exponent = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / max(width, 1)
     angles = (positions.double()[..., None] * config.base**-exponent).float()[..., None, :]

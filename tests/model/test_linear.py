@@ -101,6 +101,7 @@ def test_a_filled_up_hidden_layer_is_never_copied_to_another_width(
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, leaves, upstream))
     assert all(shape.numel() < 2 * 50 * width for shape in copies.shapes)
     assert bool(copies.shapes) == (d % 8 > 0 or width % 8 > 0), "the weights are filled up"
+    assert (torch.Size([d]) in copies.shapes) == (d % 8 > 0), "nor is a bias that lacks nothing"
 
 
 class _Copies(TorchDispatchMode):

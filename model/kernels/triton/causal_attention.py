@@ -244,7 +244,7 @@ def _prepared(inputs: Inputs) -> Inputs:
         raise ValueError(
             f"causal_attention: {L} tokens of {H} heads of {h} are too many: set kernels.backend=reference"
         )
-    return Inputs(q, k, v, inputs.first, inputs.end)
+    return Inputs(q, k, v, *(None if t is None else t.contiguous() for t in inputs[3:]))
 
 
 def _sizes(inputs: Inputs, scale: float, **others: Tensor) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Rotary position embedding of queries and keys in Triton: one launch each way, 2 bytes read and 2 written per value of
-a head in bf16. Cosines and sines are read, not computed: in fp64 they were right to fp32's last bit, and a row of them
-serves all heads from the cache.
+a head in bf16. Cosines and sines are read, not computed: they are those of every backend, and a row of them serves all
+heads from the cache.
 
 Heads are read where they stand: as parts of a joint product, or transposed as fused attention leaves their gradients.
 """

@@ -109,7 +109,8 @@ def test_the_op_alone_is_timed(build: op_cases.Build) -> None:
             assert all(line.endswith("_backward") == (words == "backward") for line in region if line[0] == "s")
 
 
-DROPOUT = ("_to_copy", "__rshift__", "add", "arange", "bitwise_and", "bitwise_xor", "div", "ge", "mul", "unsqueeze")
+DROPOUT = ("_to_copy", "__rshift__", "add", "arange", "bitwise_and_", "bitwise_xor", "bitwise_xor_", "div", "div_")
+DROPOUT = (*DROPOUT, "ge", "mul", "mul_", "split", "unsqueeze")
 ENTROPY = ("clamp_min", "detach", "exp", "expand", "log", "_log_softmax", "_log_softmax_backward_data", "mean")
 ENTROPY = (*ENTROPY, "_softmax", "sum")
 ROTATE = ("cat", "neg", "slice", "slice_backward", "sub")

@@ -94,7 +94,10 @@ def test_short_documents_read_and_multiply_less() -> None:
     assert counts[0][2] == 12 * 4 * per_tile and counts[1][2] == 6 * 4 * per_tile  # tiles of 32 keys, 16 queries
 
 
-@pytest.mark.parametrize("layout", ["tokens before heads", "heads before tokens", "joint", "odd", "expanded gradient"])
+LAYOUTS = ["tokens before heads", "heads before tokens", "joint", "odd", "expanded gradient", "ranges by tokens"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_inputs_are_read_where_they_stand(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`odd` rows are no whole 16 bytes, which alone are copied."""
     h = 12 if layout == "odd" else 8
@@ -106,6 +109,7 @@ def test_inputs_are_read_where_they_stand(layout: str, monkeypatch: pytest.Monke
     if layout == "joint":
         joint = torch.cat([t.detach().transpose(1, 2) for t in (q, k, v)], 2).requires_grad_()
         q, k, v = (t.transpose(1, 2) for t in joint.split(2, dim=2))
+    ranges = [t if layout != "ranges by tokens" or t is None else t.t().contiguous().t() for t in inputs[3:]]
     copied: list[bool] = []
 
     def readable(t: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ def test_inputs_are_read_where_they_stand(layout: str, monkeypatch: pytest.Monke
         return found
 
     monkeypatch.setattr(kernels, "_readable", readable)
-    out = causal_attention(Inputs(q, k, v, *inputs[3:]), backend="triton")
+    out = causal_attention(Inputs(q, k, v, *ranges), backend="triton")
     given = torch.ones(()).expand(out.shape) if layout == "expanded gradient" else upstream(inputs)
     grads = torch.autograd.grad(out, (q, k, v), given)
     of_gradient = layout == "expanded gradient"
