@@ -58,6 +58,7 @@ def test_the_api_has_the_losses_that_training_had(masked: Path, prepared: Path) 
         assert loss.mean == pytest.approx(float(expected[row]), abs=1e-5)
 
     one, two = opened.encode("gab de"), opened.encode("fab\nc")
+    assert end is not None
     text = [*one, end, *two]
     assert torch.allclose(opened.logits(text)[len(one) + 1 :], opened.logits(two), atol=1e-5)
     assert torch.allclose(opened.hidden_states(text)[:, len(one) + 1 :], opened.hidden_states(two), atol=1e-5)
@@ -112,6 +113,7 @@ def test_tasks_of_a_checkpoint(masked: Path, trained: Path, tmp_path: Path) -> N
     assert results[0][0]["perplexity"] == pytest.approx(results[1][0]["perplexity"], rel=1e-6)
     saved = load_model(masked)
     end, rows = saved.tokenizer.eos_id, []
+    assert end is not None
     for path in (tmp_path / "blimp").rglob("*.jsonl"):
         for line in path.read_text().splitlines():
             sums = []
