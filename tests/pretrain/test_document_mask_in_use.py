@@ -46,6 +46,7 @@ def test_the_api_has_the_losses_that_training_had(masked: Path, prepared: Path) 
     """Of windows with several documents."""
     opened = open_model(masked)
     T, end = opened.config.model.sequence_length, opened.tokenizer.eos_id
+    assert end is not None
     reader = WindowReader(Manifest.load(prepared), "train", T, verify_on_first_read=False)
     documents = reader.documents(np.arange(reader.num_windows))
     windows = np.flatnonzero(documents[:, -1].numpy() > 0)[:4]
