@@ -59,7 +59,6 @@ def test_the_api_has_the_losses_that_training_had(masked: Path, prepared: Path) 
         assert loss.mean == pytest.approx(float(expected[row]), abs=1e-5)
 
     one, two = opened.encode("gab de"), opened.encode("fab\nc")
-    assert end is not None
     text = [*one, end, *two]
     assert torch.allclose(opened.logits(text)[len(one) + 1 :], opened.logits(two), atol=1e-5)
     assert torch.allclose(opened.hidden_states(text)[:, len(one) + 1 :], opened.hidden_states(two), atol=1e-5)
