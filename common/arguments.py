@@ -32,8 +32,12 @@ class Parser(argparse.ArgumentParser):
             name = text.partition("=")[0]
             is_known = name in options or (self.allow_abbrev and any(option.startswith(name) for option in options))
             if name.startswith("--") and " " not in text and not is_known:
-                similar = difflib.get_close_matches(name, {*options} - {"--help"}, n=1)
-                self.error(f"there is no option {name}" + f"; did you mean {''.join(similar)}?" * bool(similar))
+                self.error(f"there is no option {name}{self.advice(text, {*options} - {'--help'})}")
+
+    def advice(self, text: str, options: set[str]) -> str:
+        """What follows the name of an option that is none of `options`, as it was given."""
+        similar = difflib.get_close_matches(text.partition("=")[0], options, n=1)
+        return f"; did you mean {similar[0]}?" if similar else ""
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)

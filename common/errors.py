@@ -48,6 +48,10 @@ def kind_of(error: BaseException) -> type[UserError]:
     return PassingError if may_pass else UserError
 
 
+TO_UTF8 = "convert it from its encoding, for example: iconv -f ISO-8859-1 -t UTF-8"
+"""What helps where a text is in another encoding, for a message."""
+
+
 Problem = Callable[[UserError], None]
 """Takes what is wrong: `refuse` raises it, a list's `append` keeps it, so that a check can go on and find the rest."""
 

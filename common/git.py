@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 SECONDS = 20
+OTHERS = re.compile(r"GIT_(DIR|WORK_TREE|COMMON_DIR|INDEX_FILE|OBJECT_DIRECTORY|PREFIX|DIFF_OPTS|.*_PATHSPECS)")
+"""Variables of a hook or a shell, which may name another repository, or say how pathspecs are read."""
 
 
 def git(root: Path, *words: str, good: tuple[int, ...] = (0,)) -> bytes:
     """What a command prints that git runs in the folder `root`. `good`: exit codes of success. Raises OSError without
     git, and subprocess.SubprocessError."""
-    # Without the variables of a hook or a shell, which may name another repository, or how pathspecs are read.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment = {name: value for name, value in os.environ.items() if not OTHERS.fullmatch(name)}
     line = ["git", *words]
     found = subprocess.run(line, cwd=root, env=environment, capture_output=True, timeout=SECONDS, check=False)
     if found.returncode not in good:

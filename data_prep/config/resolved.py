@@ -191,8 +191,9 @@ def _names(paths: Sequence[InputFile]) -> dict[InputFile, str]:
 
 def _readable(path: InputFile) -> str:
     """Where a file lies, in characters that every record can hold."""
-    whole = str(path.absolute()) if isinstance(path, Path) else str(path) if isinstance(path, RemoteFile) else path.name
-    return os.fsencode(whole).decode("utf-8", errors="backslashreplace")
+    if isinstance(path, Path):
+        return os.fsencode(path.absolute()).decode("utf-8", errors="backslashreplace")
+    return str(path) if isinstance(path, RemoteFile) else path.name
 
 
 def _existing(path: str) -> Path:

@@ -21,12 +21,11 @@ from typing import Literal
 
 import numpy as np
 
-from common.errors import DataError
+from common.errors import TO_UTF8, DataError
 from common.splits import SPLITS, SourceSplit, SplitName
 from data_prep.raw.file_kinds import (
     BYTE_ORDER_MARK,
     HEAD_BYTES,
-    TO_UTF8,
     foreign,
     is_parquet,
     is_tar,

@@ -4,11 +4,12 @@ alone decide: nothing here opens, unpacks or decodes a file.
 
 import re
 
+from common.errors import TO_UTF8
+
 HEAD_BYTES = 4096
 """First bytes of a file's content that the functions below want."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PARQUET_MAGIC = b"PAR1"
-TO_UTF8 = "convert it from its encoding, for example: iconv -f ISO-8859-1 -t UTF-8"
 _TAR_MAGIC, _TAR_OFFSET = b"ustar", 257
 
 # A text may begin with these letters too, so they count only if no text follows.

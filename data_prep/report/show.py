@@ -101,6 +101,8 @@ def empty_splits(manifest: Manifest, config: DataConfig) -> None:
 
 def _more_for_validation(documents: int, config: DataConfig) -> str:
     """What would hold out something of so many documents."""
+    if config.held_out_of_files:
+        return "the ends of files are left out, as the table above says, or too short; raise validation_fraction"
     alone = "validation_fraction is a share of whole documents, and there is one"
     if config.format in ID_FORMATS and documents == 1:
         return f"{alone}; name a file with its end as validation_input, and one without it as input"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.arguments import MOST_DIGITS, quoted
+from common.arguments import MOST_DIGITS, Parser, quoted
 from common.errors import UserError
 from common.files import write_file
 from common.filesystems import filesystem_type, is_shared
@@ -25,6 +25,13 @@ SECRET_NAME = re.compile(r"(?i)(token|secret|passw(or)?d|credentials?|(api|acces
 """Names of variables whose values must not be written to a file."""
 OF_THE_CLUSTER = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT"}
 """Variables by which SLURM's commands find the cluster; the others of SLURM are those of one job."""
+WITHOUT_VALUE = {"exclusive", "contiguous"}
+OF_SBATCH = {
+    *WITHOUT_VALUE,
+    *("mem", "mem-per-cpu", "mem-per-gpu", "gres", "gpus-per-task", "constraint", "nodelist", "exclude", "reservation"),
+    *("mail-type", "mail-user", "licenses", "tmp", "switches", "hint", "comment", "begin", "dependency", "propagate"),
+}
+"""What users of clusters most often give sbatch, and these commands have no option of their own for."""
 LOCAL_TYPES = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 NUMBER = rf"\d{{1,{MOST_DIGITS}}}"
@@ -33,6 +40,17 @@ TIME = re.compile(
     rf"|(?:(?P<hours>{NUMBER}):(?P<minutes>{NUMBER}):(?P<seconds>{NUMBER}))"
     rf"|(?:(?P<only_minutes>{NUMBER})(?::(?P<only_seconds>{NUMBER}))?)"
 )
+
+
+class SubmitParser(Parser):
+    """Options of sbatch that are given without --sbatch are named with it."""
+
+    def advice(self, text: str, options: set[str]) -> str:
+        name = text.partition("=")[0].removeprefix("--")
+        if name not in OF_SBATCH:
+            return super().advice(text, options)
+        given = text if "=" in text or name in WITHOUT_VALUE else f"{text}=..."
+        return f"; --sbatch={given} hands it on to sbatch"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.arguments import Parser, a_path, add_overrides, at_least, set_options
+from common.arguments import a_path, add_overrides, at_least, set_options
 from common.errors import UserError
+from common.folders import check_folder
 from common.paths import REPOSITORY
 from common.urls import PIPE, may_hold_secret
 from data_prep.config.loading import load_config
 from data_prep.config.resolved import ResolvedConfig, resolve
 from data_prep.run.disk_estimate import check_room
-from data_prep.run.output_files import check_output
+from data_prep.run.output_files import check_manifest_is_own, check_output
+from data_prep.run.up_to_date import is_up_to_date
 from data_prep.stages.lossy import check_given_model
 from launch.slurm import job
 from pretrain.cli.refusals import exit_code_of
@@ -33,7 +35,7 @@ undone."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = job.SubmitParser(
         prog="launch/slurm/submit_data_prep.py",
         description="Submits a data preparation as four jobs, each after the one before: reading, filtering and "
         "signing (array), duplicates and tokenizer, encoding (array), shards. The output is that of `data_prep run`.",
@@ -71,6 +73,8 @@ def _submit(args: argparse.Namespace, numbers: list[str]) -> None:
     if not args.dry_run:
         job.need_sbatch()
     resolved = _check(args)
+    if resolved is None:
+        return
     logs = resolved.output / "slurm"
     config = _frozen(args.config, logs)
     if config.content is None:
@@ -99,13 +103,19 @@ def _training(resolved: ResolvedConfig, last_job: str) -> str:
     return f"python launch/slurm/submit.py --config FILE --nodes N ... --set {data} --after {last_job}"
 
 
-def _check(args: argparse.Namespace) -> ResolvedConfig:
+def _check(args: argparse.Namespace) -> ResolvedConfig | None:
+    """None where the output is already what the configuration makes, which is said. Raises UserError."""
     job.seconds_of(args.time)
     job.srun_options(args)
     _check_secrets(args.overrides)
     resolved = resolve(load_config(args.config, args.overrides))
     # The jobs would refuse these too, but only after they have waited for their nodes.
     check_given_model(resolved)
+    check_folder(resolved.output, "output")
+    check_manifest_is_own(resolved.output, force=args.force)
+    if is_up_to_date(resolved, force=args.force):
+        print(f"up to date: {resolved.output}; nothing is submitted", file=sys.stderr)
+        return None
     check_output(resolved, force=args.force)
     check_room(resolved)
     if args.tasks > len(resolved.sources):

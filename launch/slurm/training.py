@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.arguments import Parser, add_overrides, at_least, set_options
+from common.arguments import add_overrides, at_least, set_options
 from common.errors import UserError
 from common.paths import REPOSITORY, find_input
 from common.urls import URL
@@ -38,7 +38,7 @@ CPU_REQUEST = re.compile(r"--(cpus-per-(task|gpu)=|exclusive)")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = job.SubmitParser(
         prog="launch/slurm/submit.py",
         description="Checks a run as `launch/pretrain.py --dry-run` does, for the ranks of the job, and submits it. "
         "The job saves before its time limit, goes back into the queue and continues, until the run is finished; "

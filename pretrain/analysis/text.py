@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import TO_UTF8, UserError
 
 MOST_BYTES = 4 << 20
 SAMPLE_NAME = "a paragraph of the project"
@@ -43,7 +43,7 @@ def read_text(path: Path | None) -> tuple[str, str]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"--text: {name} is no text in UTF-8 (byte {error.start}); give plain text") from None
+        raise UserError(f"--text: {name} is no text in UTF-8 (byte {error.start}); {TO_UTF8}") from None
     if "\0" in text:
         raise UserError(f"--text: {name} holds zero bytes, so it is a binary file; give plain text")
     if not text.strip():

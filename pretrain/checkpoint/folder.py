@@ -146,8 +146,8 @@ def _check_size(path: Path, name: str, expected: int) -> None:
     except OSError as error:
         raise DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}") from None
     if size != expected:
-        found = "missing" if size is None else f"{size} bytes"
-        raise DamagedCheckpoint(f"checkpoint {path}: {name} is {found}, not {expected} bytes")
+        found = "missing" if size is None else f"{size} bytes, not {expected} bytes"
+        raise DamagedCheckpoint(f"checkpoint {path}: {name} is {found}")
 
 
 def _unreadable(error: Exception) -> str:

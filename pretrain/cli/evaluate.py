@@ -39,8 +39,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--harness",
         metavar="LIST",
         help="tasks of lm-evaluation-harness, with commas: its own names, which need the hub or its cache; NAME=FILE "
-        "reads a local file of JSON lines instead; switchall_lambada, switchall_blimp and switchall_cbt read published "
-        "files, as --tasks does. One process",
+        "reads a local file of JSON lines instead, NAME=FOLDER its train.jsonl, validation.jsonl and test.jsonl; "
+        "switchall_lambada, switchall_blimp and switchall_cbt read published files, as --tasks does. One process",
+    )
+    parser.add_argument(
+        "--shots",
+        type=at_least(0),
+        metavar="N",
+        help="examples before each question of --harness (default: as each task says; of a task whose data are one "
+        "local file none)",
     )
     parser.add_argument(
         "--limit", type=at_least(1), metavar="N", help="the first N examples of each file, for a quick look"
@@ -91,6 +98,8 @@ def evaluate(args: argparse.Namespace) -> int | None:
     """Raises UserError."""
     wanted = wanted_tasks(args.tasks, default=args.harness is None)
     ranks = Ranks.from_environment()
+    if args.shots is not None and args.harness is None:
+        raise UserError("--shots: is for the tasks of --harness, and there is none; leave it out")
     if args.harness is not None and ranks.world_size > 1:
         raise UserError("--harness: computes in one process; start it with python, without the launcher")
 
@@ -102,6 +111,7 @@ def evaluate(args: argparse.Namespace) -> int | None:
     choices = Choices(
         wanted=wanted,
         harness=args.harness,
+        shots=args.shots,
         limit=args.limit,
         batch=args.batch,
         context=args.context,

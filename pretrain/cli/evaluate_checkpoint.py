@@ -43,6 +43,7 @@ class Choices:
     wanted: dict[str, str | None]
     """Task -> place of its files, if one is named; of a validation the folder of other data than the run's."""
     harness: str | None = None
+    shots: int | None = None
     limit: int | None = None
     batch: int = 16
     context: int | None = None
@@ -56,7 +57,7 @@ class Choices:
 def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> None:
     """Collective, if there is a process group. Raises UserError: in a group on one rank, and PeerFailed on the
     others."""
-    specs = task_specs(choices.harness) if choices.harness is not None else []
+    specs = task_specs(choices.harness, choices.shots) if choices.harness is not None else []
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     checkpoint = agreed(lambda: find_checkpoint(run))
     out = (choices.out or results.results_folder(checkpoint, ema=choices.ema)).absolute()
@@ -104,7 +105,7 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
     if is_first and rows:
         print(f"{out}: a JSON file for each task", flush=True)
     if specs:
-        evaluate_with_harness(opened, specs, limits, choices.limit, out)
+        evaluate_with_harness(opened, specs, limits, choices.limit, out, shots=choices.shots)
 
 
 class Evaluated(NamedTuple):

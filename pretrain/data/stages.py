@@ -85,12 +85,10 @@ class Stage:
 
     def text(self) -> str:
         """From where on it reads what, and where each source stands, for people."""
-        shares = [
-            f"{source.name} {source.weight / self.schedule.period:.4g} (after {source.read:,} of its windows)"
-            if source.read
-            else f"{source.name} {source.weight / self.schedule.period:.4g} (from its beginning)"
-            for source in self.mixed
-        ]
+        shares = []
+        for source in self.mixed:
+            begins = f"after {source.read:,} of its windows" if source.read else "from its beginning"
+            shares.append(f"{source.name} {source.weight / self.schedule.period:.4g} ({begins})")
         return f"position {self.first:,} on: {', '.join(shares)}"
 
     def to_json(self) -> dict[str, Any]:

@@ -28,10 +28,14 @@ class Rates(NamedTuple):
     """Of the step's learning rate."""
 
 
+def _key(name: str, spec: ParameterSpec) -> str:
+    """Of its group in optimizer.groups."""
+    return group_of(name, spec).replace("-", "")
+
+
 def rates_of(name: str, spec: ParameterSpec, config: OptimizerConfig) -> Rates:
     """Of the parameter with this canonical name. A parameter that is not declared as decayed never is."""
-    group = group_of(name, spec).replace("-", "")
-    own: GroupConfig | UndecayedGroupConfig = getattr(config.groups, group)
+    own: GroupConfig | UndecayedGroupConfig = getattr(config.groups, _key(name, spec))
     decay = config.weight_decay
     if isinstance(own, GroupConfig) and own.weight_decay is not None:
         decay = own.weight_decay
@@ -43,7 +47,7 @@ def group_problems(config: Config) -> Iterator[ConfigError]:
     groups = config.optimizer.groups
     decayed: dict[str, bool] = {}
     for name, spec in parameter_specs(config.model).items():
-        group = group_of(name, spec).replace("-", "")
+        group = _key(name, spec)
         is_copy = owner_of(name, config.model) != name
         decayed[group] = decayed.get(group, False) or (spec.decayed and not is_copy)
     for group in sorted(groups.model_fields_set):
@@ -61,10 +65,11 @@ def group_problems(config: Config) -> Iterator[ConfigError]:
 def _of_stages(config: Config) -> Iterator[ConfigError]:
     """DeepSpeed adds up a gradient norm over the stages of a pipeline once for each group of its optimizer, so stages
     with other numbers of groups wait for each other for ever. Every stage has blocks, which are all alike."""
-    specs = parameter_specs(config.model)
-    rates = {name: rates_of(owner := owner_of(name, config.model), specs[owner], config.optimizer) for name in specs}
+    model = config.model
+    specs = {name: spec for name, spec in parameter_specs(model).items() if owner_of(name, model) == name}
+    rates = {name: rates_of(name, spec, config.optimizer) for name, spec in specs.items()}
     of_blocks = {rates[name] for name in specs if name.startswith("blocks.")}
-    alone = sorted({group_of(name, specs[name]).replace("-", "") for name in specs if rates[name] not in of_blocks})
+    alone = sorted({_key(name, specs[name]) for name in specs if rates[name] not in of_blocks})
     if config.parallel.pipeline > 1 and alone:
         yield ConfigError(
             f"optimizer.groups: {' and '.join(alone)} would have a weight decay and a learning rate that no parameter "

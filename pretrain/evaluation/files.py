@@ -27,16 +27,21 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def json_lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and the texts at `keys` of every JSON object of a file; blank lines are passed over. Raises
-    UserError."""
+def json_objects(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line number and value of every line of JSON; blank lines are passed over. Raises UserError."""
     for number, line in numbered_lines(path):
         if not line.strip():
             continue
         try:
-            row: Any = json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(f"{path} line {number}: is not JSON; this file has one JSON object a line") from None
+
+
+def json_lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and the texts at `keys` of every JSON object of a file; blank lines are passed over. Raises
+    UserError."""
+    for number, row in json_objects(path):
         texts = row if isinstance(row, dict) else {}
         for key in keys:
             if not isinstance(texts.get(key), str) or not texts[key].strip():

@@ -12,6 +12,7 @@ from typing import Any
 from common.errors import UserError
 from common.paths import find_input
 from common.strict_json import without_nan
+from pretrain.evaluation.files import json_objects
 from pretrain.evaluation.likelihood import Limits
 from pretrain.evaluation.models import OpenedModel
 from pretrain.evaluation.results import cut_text, write_result
@@ -19,13 +20,14 @@ from pretrain.evaluation.results import cut_text, write_result
 TASK_FILES = Path(__file__).with_name("harness_tasks")
 """Tasks that read published files; `lm_eval --include_path` takes the folder too."""
 LOCAL = "local files"
+SPLITS = ("train", "validation", "test")
 OURS = "switchall_"
 """What the names of these tasks begin with."""
 
 
-def task_specs(text: str) -> list[str | dict[str, Any]]:
-    """--harness: names as they are; NAME=PATH with the local file (of our tasks also a folder) in the place of the
-    hub's. Raises UserError, also if lm-evaluation-harness is missing."""
+def task_specs(text: str, shots: int | None = None) -> list[str | dict[str, Any]]:
+    """--harness: names as they are; NAME=PATH with the local file, or the folder's files, in the place of the hub's.
+    `shots`: --shots. Raises UserError, also if lm-evaluation-harness is missing."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             '--harness: needs lm-evaluation-harness, which is not installed; install it with pip install -e ".[eval]"'
@@ -44,18 +46,48 @@ def task_specs(text: str) -> list[str | dict[str, Any]]:
         elif name.startswith(OURS):
             local.append({"task": name, "dataset_kwargs": {"path": str(path)}})
         else:
-            files = dict.fromkeys(("train", "validation", "test"), str(path))
-            json_lines = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-            local.append({"task": name, **json_lines})
+            local.append({"task": name, **local_data(name, path, shots)})
     # In a group, because there alone keys are put over those of a task that the library knows.
     return [*names, {"group": LOCAL, "task": local}] if local else names
 
 
+def local_data(name: str, path: Path, shots: int | None) -> dict[str, Any]:
+    """What replaces a task's data set by the file `path`, or by those of a folder, named train, validation and test.
+    Examples that stand before a question come from another split of the data set: one file for all splits would show
+    the question itself with its answer, so it has none. Raises UserError."""
+    if path.is_dir():
+        files = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").is_file()}
+        if not files:
+            raise UserError(f"--harness: {name}: {path} has no train.jsonl, validation.jsonl or test.jsonl")
+    elif shots:
+        raise UserError(
+            f"--shots: {name} reads the one file {path}, which would show a question with its answer; name a folder of "
+            f"train.jsonl and test.jsonl, or leave --shots out"
+        )
+    else:
+        files = dict.fromkeys(SPLITS, path)
+    for file in set(files.values()):
+        try:
+            if not sum(1 for _ in json_objects(file)):
+                raise UserError(f"{file}: holds no line; name a file of JSON lines")
+        except UserError as error:
+            raise UserError(f"--harness: {name}: {error}") from None
+    data_files = {"data_files": {split: str(file) for split, file in files.items()}}
+    found = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": data_files}
+    return found if path.is_dir() else {**found, "num_fewshot": 0}
+
+
 def run_harness(
-    opened: OpenedModel, specs: Sequence[str | dict[str, Any]], limits: Limits, limit: int | None
+    opened: OpenedModel,
+    specs: Sequence[str | dict[str, Any]],
+    limits: Limits,
+    limit: int | None,
+    shots: int | None = None,
 ) -> dict[str, Any]:
     """The results of lm-evaluation-harness by task: `results`, `versions`, `n-shot`, `n-samples`; and `texts_cut`, as
-    of our tasks. Raises UserError."""
+    of our tasks. `shots`: examples before each question; None: as each task says. Raises UserError."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -71,6 +103,7 @@ def run_harness(
         found = simple_evaluate(
             model,
             tasks=list(specs),
+            num_fewshot=shots,
             limit=limit,
             task_manager=manager,
             log_samples=False,
@@ -81,6 +114,17 @@ def run_harness(
             f"--harness: the data of a task cannot be read ({str(error).splitlines()[0]}); where no hub is reachable, "
             f"name a local file, NAME=FILE"
         ) from None
+    except (DatasetsError, TemplateError, KeyError) as error:
+        if all(isinstance(spec, str) for spec in specs):
+            raise
+        raise UserError(
+            f"--harness: a local file lacks what its task reads ({type(error).__name__}: {error}); each line is a JSON "
+            f"object with the fields of the task's data set"
+        ) from error
+    except ValueError as error:
+        if "Sample larger than population" not in str(error):
+            raise
+        raise UserError("--harness: a task has fewer examples than it puts before a question; give --shots 0") from None
     assert found is not None
     kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
     tables = {key: {name: of for name, of in found[key].items() if name != LOCAL} for key in kept if key in found}
@@ -92,13 +136,19 @@ def _names(spec: str | dict[str, Any]) -> list[str]:
 
 
 def evaluate_with_harness(
-    opened: OpenedModel, specs: Sequence[str | dict[str, Any]], limits: Limits, limit: int | None, out: Path
+    opened: OpenedModel,
+    specs: Sequence[str | dict[str, Any]],
+    limits: Limits,
+    limit: int | None,
+    out: Path,
+    *,
+    shots: int | None = None,
 ) -> None:
     """Runs the tasks, prints their table and writes harness.json. Raises UserError."""
     from lm_eval.utils import make_table
 
     began = time.monotonic()
-    content = run_harness(opened, specs, limits, limit)
+    content = run_harness(opened, specs, limits, limit, shots)
     print(make_table(content))
     if cut := content["texts_cut"]:
         print(f"note: {cut_text(cut, limits.context)}")

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import TO_UTF8, UserError
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
@@ -48,4 +48,4 @@ def _content(path: Path, option: str, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{option}: {name} is no text in UTF-8 (byte {error.start}); give plain text") from None
+        raise UserError(f"{option}: {name} is no text in UTF-8 (byte {error.start}); {TO_UTF8}") from None

@@ -17,7 +17,7 @@ CODE = [f"{folder}/*{kind}" for folder in PACKAGES for kind in (".py", ".cu", ".
 MOST_BYTES = 4 << 20
 NOT_KEPT = "more than 4 MiB, not kept"
 DIFF = (
-    *("diff", "--binary", "--unified=3", "--no-relative"),
+    *("diff", "--binary", "--unified=3", "--no-relative", "-O/dev/null"),
     *("--no-color", "--no-ext-diff", "--no-textconv"),
 )
 """Whatever the user's own git shows differences by."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +79,28 @@ def load_model(
     return SavedModel(model, tokenizer, config, checkpoint)
 
 
+def _transformers_type(folder: Path) -> str | None:
+    """The model_type of a folder of Hugging Face transformers; None for other folders."""
+    try:
+        found = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def _said_of_export(folder: Path, kind: str) -> str:
+    """What is wrong with a folder of transformers where a checkpoint is wanted."""
+    if kind != "switchall":
+        return f"is a model of another program for transformers ({kind}); name a run folder (runs/NAME) or a checkpoint"
+    if not any(folder.glob("model*.safetensors*")):
+        return "is an export without its weights (model.safetensors); copy the whole folder again"
+    return (
+        f"is an export, which launch/generate.py and pretrain.api.open_model read; for other commands make a "
+        f"checkpoint of it: python launch/import_weights.py {shlex.quote(str(folder))} --to FOLDER"
+    )
+
+
 def document_end_of(config: Config, tokenizer: Tokenizer) -> int | None:
     """The id (EOS) behind which a model that was trained with data.document_mask sees nothing of what stands before.
     None: it sees all, or its tokenizer has no id that ends a document, so a text passes for one."""
@@ -91,16 +114,15 @@ def find_checkpoint(place: Path) -> Checkpoint:
         raise UserError(f"RUN: {place} {there}; name a run folder (runs/NAME) or a checkpoint (step-...)")
     is_run = (place / "checkpoints").is_dir()  # which may have any name
     if (place / STATE_FILE).exists() or (CHECKPOINT_NAME.fullmatch(place.name) and not is_run):
-        return Checkpoint.open(place)
+        try:
+            return Checkpoint.open(place)
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(f"{error}; copy the whole folder again, or name another checkpoint") from None
     folder = place / "checkpoints" if is_run else place
     found = list_checkpoints(folder)
     if not found:
-        if (place / "generation_config.json").exists():
-            quoted = shlex.quote(str(place))
-            raise UserError(
-                f"RUN: {place} is an export, which launch/generate.py and pretrain.api.open_model read; for other "
-                f"commands make a checkpoint of it: python launch/import_weights.py {quoted} --to FOLDER"
-            )
+        if (kind := _transformers_type(place)) is not None:
+            raise UserError(f"RUN: {place} {_said_of_export(place, kind)}")
         if (place / "sweep.json").exists():  # SWEEP_RECORD of pretrain/report/run_paths.py, a room above
             raise UserError(f"RUN: {place} is the folder of a sweep; name a run in it")
         check_not_converted(place, "RUN")

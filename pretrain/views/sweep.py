@@ -198,23 +198,33 @@ def table_text(results: Sequence[Result], keys: Sequence[str], *, width: int | N
     return visible(folded_table([title, *others[:-1]], told, width=width, left=(0, 1)))
 
 
+def without_seeds(keys: Sequence[str]) -> list[str]:
+    return [key for key in keys if not key.endswith("seed")]
+
+
+def over_seeds(results: Sequence[Result], keys: Sequence[str]) -> list[list[Result]]:
+    """Finished runs with a loss: those together that differ in their seeds alone, the lowest mean loss first."""
+    name, others, groups = loss_name(results), without_seeds(keys), dict[tuple[str, ...], list[Result]]()
+    for result in results:
+        if result.state is State.FINISHED and math.isfinite(result.loss(name)):
+            group = result.run.config, *(result.run.values[key] for key in others)
+            groups.setdefault(group, []).append(result)
+    return sorted(groups.values(), key=lambda group: statistics.fmean(result.loss(name) for result in group))
+
+
 def seeds_table(results: Sequence[Result], keys: Sequence[str]) -> list[list[str]]:
     """Header and rows, the best first: of finished runs that differ in their seeds alone the mean loss and its standard
     deviation (of a sample). Empty where no two such runs are there."""
-    name, others = loss_name(results), [key for key in keys if not key.endswith("seed")]
-    losses: dict[tuple[str, ...], list[float]] = {}
-    for result in results:
-        group = losses.setdefault((result.run.config, *(result.run.values[key] for key in others)), [])
-        loss = result.loss(name)
-        if result.state is State.FINISHED and math.isfinite(loss):
-            group.append(loss)
-    known = {group: found for group, found in losses.items() if found}
-    if max(map(len, known.values()), default=0) < 2:
+    name, groups = loss_name(results), over_seeds(results, keys)
+    if max(map(len, groups), default=0) < 2:
         return []
+    others = without_seeds(keys)
     rows = [["config", *others, "seeds", f"mean {name}", "deviation"]]
-    for combination, values in sorted(known.items(), key=lambda item: statistics.fmean(item[1])):
-        deviation = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
-        rows.append([*combination, f"{len(values)}", f"{statistics.fmean(values):.4f}", deviation])
+    for group in groups:
+        losses = [result.loss(name) for result in group]
+        deviation = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "-"
+        combination = [group[0].run.config, *(group[0].run.values[key] for key in others)]
+        rows.append([*combination, f"{len(losses)}", f"{statistics.fmean(losses):.4f}", deviation])
     return rows
 
 
@@ -274,27 +284,17 @@ def number_of(value: str) -> float | None:
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
-def _best(results: Sequence[Result]) -> Result | None:
-    """A finished run of the combination whose mean loss over seeds is the lowest; None where none has finished."""
-    name, groups = loss_name(results), dict[tuple[str, ...], list[Result]]()
-    for result in results:
-        if result.state is State.FINISHED and math.isfinite(result.loss(name)):
-            others = tuple(value for key, value in result.run.values.items() if not key.endswith("seed"))
-            groups.setdefault(others, []).append(result)
-    means = {group: statistics.fmean(result.loss(name) for result in found) for group, found in groups.items()}
-    return groups[min(means, key=means.__getitem__)][0] if means else None
-
-
 def edges(results: Sequence[Result], keys: Sequence[str]) -> list[str]:
     """For every configuration all of whose runs have ended: each key whose best value is the lowest or the highest
     tried, as a sentence. Seeds have no better side; of runs that differ in them alone the mean counts."""
     said, configs = [], dict.fromkeys(result.run.config for result in results)
     for config in configs:
         of_config = [result for result in results if result.run.config == config]
-        best = _best(of_config)
-        if best is None or not all(result.has_ended for result in of_config):
+        groups = over_seeds(of_config, keys)
+        if not groups or not all(result.has_ended for result in of_config):
             continue
-        for key in (key for key in keys if not key.endswith("seed")):
+        best = groups[0][0]
+        for key in without_seeds(keys):
             tried = [number for result in of_config if (number := number_of(result.run.values[key])) is not None]
             chosen = number_of(best.run.values[key])
             if chosen is None or len(set(tried)) < 2 or min(tried) < chosen < max(tried):

@@ -13,8 +13,7 @@ from typing import Any
 
 from common.errors import ConfigError
 from common.json_config import validate
-from pretrain.views.reading import State
-from pretrain.views.sweep import BITS, Result, content_of, loss_name, short_keys
+from pretrain.views.sweep import BITS, Result, content_of, loss_name, over_seeds, short_keys, without_seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +45,14 @@ class Means:
 
 def summarised(results: Sequence[Result], keys: Sequence[str]) -> list[Means]:
     """The lowest mean loss first."""
-    name, others = loss_name(results), _without_seeds(keys)
-    groups: dict[tuple[str, ...], list[Result]] = {}
-    for result in results:
-        if result.state is State.FINISHED and math.isfinite(result.loss(name)):
-            groups.setdefault((result.run.config, *(result.run.values[key] for key in others)), []).append(result)
-    found = []
-    for (config, *values), members in groups.items():
+    name, found = loss_name(results), []
+    for members in over_seeds(results, keys):
         total, active, flops = _costs(members[0])
+        run = members[0].run
         found.append(
             Means(
-                config=config,
-                values=dict(zip(others, values, strict=True)),
+                config=run.config,
+                values={key: run.values[key] for key in without_seeds(keys)},
                 loss_of=name,
                 losses=[result.loss(name) for result in members],
                 parameters=total,
@@ -65,12 +60,12 @@ def summarised(results: Sequence[Result], keys: Sequence[str]) -> list[Means]:
                 flops_per_token=flops,
             )
         )
-    return sorted(found, key=lambda means: statistics.fmean(means.losses))
+    return found
 
 
 def means_csv(found: Sequence[Means], keys: Sequence[str]) -> str:
     """Every number in full; a deviation is that of a sample, empty for one seed."""
-    others = _without_seeds(keys)
+    others = without_seeds(keys)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     costs = ["parameters", "active_parameters", "training_flops_per_token"]
@@ -91,7 +86,7 @@ def means_csv(found: Sequence[Means], keys: Sequence[str]) -> str:
 def means_latex(found: Sequence[Means], keys: Sequence[str]) -> str:
     """A tabular for the package booktabs: perplexity (or bits per byte) with its deviation, parameters in millions,
     MFLOP per token."""
-    others = _without_seeds(keys)
+    others = without_seeds(keys)
     short = short_keys(others)
     has_configs = len({means.config for means in found}) > 1
     named = ["config"] * has_configs + [short[key].replace("_", " ") for key in others]
@@ -113,10 +108,6 @@ def means_latex(found: Sequence[Means], keys: Sequence[str]) -> str:
             mean += rf" $\pm$ {statistics.stdev(values):.{digits}f}"
         lines.append(" & ".join([*map(_escaped, words), *costs, f"{len(means.losses)}", mean]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def _without_seeds(keys: Sequence[str]) -> list[str]:
-    return [key for key in keys if not key.endswith("seed")]
 
 
 def _costs_of(means: Means) -> list[int | None]:

@@ -20,6 +20,7 @@ from data_prep.cli import main
 from data_prep.config.resolved import _names
 from data_prep.raw.documents import RawFile
 from data_prep.raw.locations import (
+    PipeFile,
     RemoteFile,
     UnreachableError,
     identity,
@@ -188,7 +189,7 @@ def test_no_secret_of_a_signed_url_is_written_or_printed(
     assert SECRET not in out + err
 
 
-def test_secrets_and_identities_of_addresses() -> None:
+def test_secrets_and_identities_of_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     url = "https://me:pass@host/a/b.json.gz?part=2&X-Amz-Signature=xyz&X-Amz-Expires=60&sig=q&token=t&se=1"
     file = RemoteFile(url)
     assert (str(file), file.name, repr(file)) == ("https://host/a/b.json.gz", "b.json.gz", "RemoteFile()")
@@ -200,6 +201,9 @@ def test_secrets_and_identities_of_addresses() -> None:
     assert may_hold_secret(text) and may_hold_secret("a, http://host/b?c") and may_hold_secret("https://token@host/")
     harmless = "s3://bucket/a?.jsonl sftp://me@host/a https://host/a@b"
     assert not may_hold_secret(harmless)
+    with monkeypatch.context() as patch:  # Python's for names on disks: an old locale has no such letter
+        patch.setattr(os, "fsencode", lambda name: name.encode("ascii", "surrogateescape"))
+        assert list(_names([RemoteFile("s3://b/中.jsonl"), PipeFile("pipe:cat é.gz")]).values()) == ["中.jsonl", "é.gz"]
     two = [RemoteFile(f"https://host/get?id={number}") for number in (1, 2)]
     assert list(_names(two).values()) == ["get", "get~2"]
     assert identity(two[0]) != identity(two[1])

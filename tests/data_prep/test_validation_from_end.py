@@ -85,6 +85,18 @@ def test_one_document_alone_is_said_with_what_would_hold_out_some_of_it(
     assert f"no document went to validation; validation_fraction {words}" in capsys.readouterr().err
 
 
+def test_an_end_that_repeats_its_text_is_said_to_be_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not advised to be held out."""
+    write(tmp_path / "a", (sample_texts(1)[0] + "\n").encode() * 30)
+    end = ("format=text", "validation_from=end", "validation_fraction=0.2")
+    assert prepare(tmp_path, *end, input=str(tmp_path / "a"), dedup={"threshold": 0.8}) == 0
+    said = capsys.readouterr()
+    assert "duplicates    near          1\n" in said.out
+    assert "no document went to validation; the ends of files are left out, as the table above says" in said.err
+
+
 def test_of_ids_that_are_one_document_it_is_said_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "a.npy", np.arange(1000, dtype=np.uint16) % 90)
     tokenizer = {"type": "ids", "name": "mine", "vocab_size": 100}

@@ -46,6 +46,7 @@ def test_the_api_has_the_losses_that_training_had(masked: Path, prepared: Path) 
     """Of windows with several documents."""
     opened = open_model(masked)
     T, end = opened.config.model.sequence_length, opened.tokenizer.eos_id
+    assert end is not None
     reader = WindowReader(Manifest.load(prepared), "train", T, verify_on_first_read=False)
     documents = reader.documents(np.arange(reader.num_windows))
     windows = np.flatnonzero(documents[:, -1].numpy() > 0)[:4]
@@ -112,6 +113,7 @@ def test_tasks_of_a_checkpoint(masked: Path, trained: Path, tmp_path: Path) -> N
     assert results[0][0]["perplexity"] == pytest.approx(results[1][0]["perplexity"], rel=1e-6)
     saved = load_model(masked)
     end, rows = saved.tokenizer.eos_id, []
+    assert end is not None
     for path in (tmp_path / "blimp").rglob("*.jsonl"):
         for line in path.read_text().splitlines():
             sums = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from common.errors import UserError
-from launch.slurm import job
+from launch.slurm import job, preparation, training
 
 MOUNTS = """\
 overlay / overlay rw 0 0
@@ -72,3 +73,22 @@ def test_a_time_limit_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"^--time .*: write minutes") as refused:
         job.seconds_of(text)
     assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["--mem=64G"], "--mem; --sbatch=--mem=64G hands it on to sbatch"),
+        (["--mem", "64G"], "--mem; --sbatch=--mem=... hands it on to sbatch"),
+        (["--sbatch", "--exclusive"], "--exclusive; --sbatch=--exclusive hands it on to sbatch"),
+        (["--partitio=gpu"], "--partitio; did you mean --partition?"),
+    ],
+)
+@pytest.mark.parametrize("command", [training, preparation])
+def test_an_option_of_sbatch_alone_is_named_with_what_hands_it_on(
+    command: ModuleType, given: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--mem` was taken for a misspelled `--time`."""
+    with pytest.raises(SystemExit):
+        command.main(["--config", "a", *given])
+    assert f"error: there is no option {words} (see " in capsys.readouterr().err

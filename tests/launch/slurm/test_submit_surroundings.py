@@ -108,6 +108,20 @@ def test_the_signal_comes_in_time_also_to_a_short_job(
     assert f"#SBATCH --signal=USR1@{seconds}\n" in printed and f"export SIGNAL_SECONDS={seconds}\n" in printed
 
 
+def test_a_preparation_that_is_done_or_would_be_refused_waits_in_no_queue(
+    prepared: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--config", str(prepared.parent / "data.json"), "--tasks", "1", "--time", "9", "--allow-local"]
+    assert preparation.main(line) == 0
+    assert capsys.readouterr().err == f"up to date: {prepared}; nothing is submitted\n"
+    other = [*line, "--set", "tokenizer.vocab_size=300"]
+    assert preparation.main(other) == 2
+    assert f"error: {prepared} holds other data: `tokenizer.vocab_size` was 400, is now 300" in capsys.readouterr().err
+    assert not sbatch.exists()
+    assert preparation.main([*other, "--force", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("#!/bin/bash\n") == len(preparation.STEPS)
+
+
 @pytest.mark.parametrize("time, seconds", [("2:00:00", 60), ("1", 30)])
 def test_a_task_of_a_preparation_is_not_ended_as_soon_as_it_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], time: str, seconds: int

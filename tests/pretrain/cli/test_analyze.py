@@ -209,7 +209,7 @@ def test_refusals(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     refused("--text: .*gone cannot be read: No such file", "--text", str(tmp_path / "gone"))
     refused("--text: .*empty is empty", "--text", str(tmp_path / "empty"))
-    refused("--text: .*latin is no text in UTF-8 .byte 3", "--text", str(tmp_path / "latin"))
+    refused("--text: .*latin is no text in UTF-8 .byte 3.; convert .* iconv", "--text", str(tmp_path / "latin"))
     refused("--text: .*binary holds zero bytes", "--text", str(tmp_path / "binary"))
     refused("--text: .*long is larger than 4 MiB", "--text", str(tmp_path / "long"))
     refused("--text: .* cannot be read: Is a directory", "--text", str(tmp_path))

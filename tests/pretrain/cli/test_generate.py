@@ -156,7 +156,7 @@ def test_ctrl_c_ends_a_text_early(
         (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt cannot be read: No such file"),
         (["--prompts", "EMPTY"], "--prompts: .*empty has no line with a prompt"),
         (["--prompts", "BAD.jsonl"], "--prompts: line 1 of .*bad.jsonl has no text under the key prompt"),
-        (["--prompts", "BINARY"], "--prompts: .*binary is no text in UTF-8 .byte 1."),
+        (["--prompts", "BINARY"], "--prompts: .*binary is no text in UTF-8 .byte 1.; convert it .* iconv -f"),
     ],
 )
 def test_what_is_refused(

@@ -173,6 +173,11 @@ def test_groups_that_not_every_stage_of_a_pipeline_has_are_refused(prepared: Pat
         (error,) = group_problems(config)
         assert str(error).startswith(f"optimizer.groups: {key.partition('.')[0]} would have a weight decay"), error
         assert not list(group_problems(config.replaced("parallel", pipeline=1)))
+    tied = small_config(
+        prepared, *pipeline, "model.tied_embedding=true", "optimizer.groups.embedding.learning_rate_ratio=2"
+    )
+    (error,) = group_problems(tied)
+    assert str(error).startswith("optimizer.groups: embedding would have a weight decay"), "not the head, a copy"
     for key in ("experts.learning_rate_ratio=3", "embedding.weight_decay=0", "routers.weight_decay=0"):
         assert not list(group_problems(small_config(prepared, *pipeline, f"optimizer.groups.{key}"))), key
     assert not list(group_problems(small_config(prepared, "parallel.pipeline=2")))

@@ -40,7 +40,8 @@ def test_tasks_are_names_or_local_files(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
     file = published.lambada(tmp_path)
     ours, local = {"path": str(tmp_path)}, dict.fromkeys(("train", "validation", "test"), str(file))
-    lines = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": local}}
+    lines: dict[str, Any] = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": local}}
+    lines["num_fewshot"] = 0
     tasks = [{"task": "lambada_openai", **lines}, {"task": "switchall_cbt", "dataset_kwargs": ours}]
     assert task_specs(f"hellaswag, lambada_openai={file},switchall_cbt={tmp_path},arc_easy") == [
         "hellaswag",
@@ -55,6 +56,35 @@ def test_tasks_are_names_or_local_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert names == {"switchall_lambada", "switchall_blimp", "switchall_cbt"}
 
 
+def test_examples_before_a_question_are_of_another_file(tmp_path: Path) -> None:
+    """One file for all splits would show a question with its answer."""
+    (tmp_path / "test.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "train.jsonl").write_text('{"a": 2}\n')
+    (tmp_path / "other.jsonl").write_text('{"a": 3}\n')
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "test")}
+    found = harness_run.local_data("gsm8k", tmp_path, 5)
+    assert found["dataset_kwargs"] == {"data_files": files} and "num_fewshot" not in found
+    assert harness_run.local_data("gsm8k", tmp_path / "test.jsonl", 0)["num_fewshot"] == 0
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin").write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n')
+    (tmp_path / "blank").write_text("\n")
+    (tmp_path / "plain").write_text("The river")
+    for place, shots, words in (
+        (
+            "test.jsonl",
+            5,
+            "--shots: gsm8k reads the one file .*test.jsonl, which would show a question",
+        ),
+        ("empty", 5, "gsm8k: .*empty has no train.jsonl, validation.jsonl or test.jsonl"),
+        ("latin", None, "gsm8k: .*latin line 2: is no text in UTF-8"),
+        ("blank", None, "gsm8k: .*blank: holds no line; name a file of JSON lines"),
+        ("plain", None, "gsm8k: .*plain line 1: is not JSON; this file has one JSON object a line"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            harness_run.local_data("gsm8k", tmp_path / place, shots)
+        assert str(error.value).startswith("--")
+
+
 def test_without_the_package_it_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +92,8 @@ def test_without_the_package_it_is_one_sentence(
     assert main([str(tmp_path), "--harness", "hellaswag"]) == 2
     printed = capsys.readouterr().err
     assert 'pip install -e ".[eval]"' in printed and printed.count("\n") == 1
+    assert main([str(tmp_path), "--shots", "2"]) == 2
+    assert "--shots: is for the tasks of --harness" in capsys.readouterr().err
 
 
 def test_what_lm_eval_is_told_of_the_model() -> None:
@@ -102,6 +134,28 @@ def test_its_numbers_are_those_of_our_tasks(run: Path, tmp_path: Path) -> None:
     pairs = sum(group["accuracy"] * group["examples"] for group in groups) / sum(group["examples"] for group in groups)
     assert results["switchall_blimp"]["acc,none"] == pytest.approx(pairs)
     assert 0 <= results["switchall_cbt"]["acc_norm,none"] <= 1
+
+
+@needs_lm_eval
+@pytest.mark.slow  # as above
+def test_examples_before_a_question(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": f"What is {n} and one?", "answer": f"It is so. #### {n + 1}"} for n in range(3)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(run), "--context", "800", "--limit", "1", "--harness"]
+    for given, expected in (
+        ((f"gsm8k={tmp_path}", "--shots", "2"), 2),
+        ((f"gsm8k={tmp_path / 'test.jsonl'}",), 0),
+    ):
+        assert main([*arguments, *given]) == 0
+        found = json.loads((run / "evaluation" / "step-00000001" / "harness.json").read_text())
+        assert found["n-shot"] == {"gsm8k": expected}
+    capsys.readouterr()
+    assert main([*arguments, f"gsm8k={tmp_path}", "--shots", "4"]) == 2
+    assert "fewer examples than it puts before a question" in capsys.readouterr().err
+    (tmp_path / "test.jsonl").write_text('{"query": "What?"}\n')
+    assert main([*arguments, f"gsm8k={tmp_path / 'test.jsonl'}"]) == 2
+    assert "a local file lacks what its task reads" in capsys.readouterr().err.splitlines()[-1]
 
 
 @needs_lm_eval

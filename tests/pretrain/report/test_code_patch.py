@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from common import git as common_git
 from common.git import revision
 from pretrain.report import code_patch as patches
 from pretrain.report.code_patch import NOT_KEPT, code_patch, keep_patch
@@ -15,7 +16,7 @@ from pretrain.report.code_patch import NOT_KEPT, code_patch, keep_patch
 SECOND = "a line\n" * 4 + "second\n" + "a line\n" * 5
 ODD = (
     *(("diff.noprefix", "true"), ("color.ui", "always"), ("diff.external", "false"), ("diff.context", "0")),
-    *(("diff.relative", "true"), ("diff.dstPrefix", "x/")),
+    *(("diff.relative", "true"), ("diff.dstPrefix", "x/"), ("diff.orderFile", "gone")),
 )
 
 
@@ -80,6 +81,13 @@ def test_no_checkout_and_too_much(tree: Path, tmp_path: Path, monkeypatch: pytes
     assert keep_patch(tmp_path) == NOT_KEPT and not list(tmp_path.glob("*.patch"))
     monkeypatch.setenv("PATH", str(bare))
     assert code_patch(tree) == b"" and revision(tree) is None, "a machine without git"
+
+
+def test_what_says_that_a_checkout_is_safe_reaches_git(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container, as a variable."""
+    for name, value in (("COUNT", "1"), ("KEY_0", "safe.directory"), ("VALUE_0", "*")):
+        monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
+    assert common_git.git(tree, "config", "safe.directory") == b"*\n"
 
 
 def test_a_folder_of_another_checkout(tree: Path, tmp_path: Path) -> None:

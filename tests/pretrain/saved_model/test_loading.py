@@ -96,7 +96,15 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     refused(tmp_path / "sweep", "sweep is the folder of a sweep; name a run in it")
     (tmp_path / "empty" / "checkpoints").mkdir()
     refused(tmp_path / "empty", "has no checkpoint yet")
-    (tmp_path / "empty" / "generation_config.json").write_text("{}")  # which every export has
+    for kind, words in (
+        ("gpt2", r"empty is a model of another program for transformers \(gpt2\); name a run folder"),
+        ("switchall", r"empty is an export without its weights .*copy the whole folder again"),
+    ):
+        (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": kind}))
+        refused(tmp_path / "empty", words)
+        with pytest.raises(UserError, match=words):
+            load_any(tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").write_text("")
     converted = tmp_path / "converted"
     convert(run / "checkpoints" / "step-00000002", converted, data=str(prepared))
     for read in (load_model, load_any, open_export):
@@ -113,8 +121,9 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     refused(copy, "rank-00001.safetensors does not match its sha256; name an earlier one")
     shard.write_bytes(content[:-1])
     refused(copy, "rank-00001.safetensors is .* bytes, not .*; name an earlier one, such as .*step-00000001")
+    refused(newest, "rank-00001.safetensors is .* bytes, not .*; copy the whole folder again, or name another")
     shard.unlink()
-    refused(newest, "rank-00001.safetensors is missing")
+    refused(newest, "rank-00001.safetensors is missing; copy the whole folder again")
     rewrite_state(newest, lambda state: state.update(format_version=9))
     refused(copy, "has format 9, but this version reads 2")
     older = copy / "checkpoints" / "step-00000001"
