@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     "choices have a long name": (
         None,
         [*CONFIG, "--set", f"train.replay_routing={'x' * 300}"],
-        "cannot be read: File name too long",
+        "record.json cannot be read: File name too long",
     ),
     "resume is damaged": (
         damage_all,
