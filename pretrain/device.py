@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import resource
 import socket
 import sys
 import threading
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import PassingError, UserError
+from common.open_files import allow_open_files
 from common.ports import free_port
 from common.resident import resident_bytes
 from common.slurm import is_task_of_many
@@ -125,14 +125,11 @@ def _prepare_connections(world_size: int) -> None:
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     # Rank 0 has one to every rank for the store and, while a checkpoint is written, one for the saver's group.
     needed = 2 * world_size + 1024
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    if (allowed := allow_open_files(needed)) < needed:
         raise UserError(
-            f"ulimit -n: {world_size} ranks need {needed} open files in a process, and this machine allows {hard}; "
+            f"ulimit -n: {world_size} ranks need {needed} open files in a process, and this machine allows {allowed}; "
             f"raise its hard limit (nofile in /etc/security/limits.conf, LimitNOFILE of slurmd)"
         )
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:

@@ -14,12 +14,13 @@ from common.errors import ConfigError, UserError
 from common.tables import counted
 from model.costs import training_flops_per_token
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
-from pretrain.checkpoint.folder import STATE_FILE, newest_of
+from pretrain.checkpoint.folder import AT_ONCE, STATE_FILE, newest_of
 from pretrain.config.data_rules import folder_name, whole_weights
 from pretrain.config.loading import parse_config, to_json
 from pretrain.config.resume_rules import SavedRun, changes_since
 from pretrain.config.schema import Config
 from pretrain.config.validated import setting
+from pretrain.data.patience import Patience, patient_seconds
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import Stage, first_stage
@@ -228,10 +229,16 @@ Found = tuple[bool, str] | None
 
 
 def newest_valid(
-    paths: list[Path], *, rank: int, world_size: int, gather: Callable[[Found], list[Found]] | None = None
+    paths: list[Path],
+    *,
+    rank: int,
+    world_size: int,
+    gather: Callable[[Found], list[Found]] | None = None,
+    patience: Patience = AT_ONCE,
 ) -> tuple[Checkpoint | None, list[str]]:
     """The first of `paths` whose files match their sha256, and the reasons why others were passed over. Collective,
-    unless `gather` is given: it turns what this rank found into what all ranks found.
+    unless `gather` is given: it turns what this rank found into what all ranks found. `patience` makes every read: a
+    server that fails over damages no checkpoint.
 
     Raises UserError, on every rank, if there are checkpoints but none is whole: a run folder with checkpoints never
     asks for a new start from step 0."""
@@ -240,8 +247,8 @@ def newest_valid(
         checkpoint: Checkpoint | None = None
         own: Found = None
         try:
-            checkpoint = Checkpoint.open(path, rank=rank, world_size=world_size)
-            damaged = checkpoint.damaged_file(rank=rank, world_size=world_size)
+            checkpoint = Checkpoint.open(path, rank=rank, world_size=world_size, patience=patience)
+            damaged = checkpoint.damaged_file(rank=rank, world_size=world_size, patience=patience)
             own = (False, f"checkpoint {path}: {damaged}") if damaged else None
         except UserError as error:  # on this rank alone, perhaps, while the others ask what all have found
             own = (not isinstance(error, DamagedCheckpoint), str(error))
@@ -326,7 +333,9 @@ def find_start(config: Config, sources: Sources, run_dir: Path, rollback: Rollba
     did not live to make. Collective; rank 0's listing of the folder counts. Raises UserError or PeerFailed on every
     rank."""
     paths = from_first_rank(lambda: paths_to_try(config, run_dir, rollback))
-    resumed, damaged = agreed(lambda: newest_valid(paths, rank=dist.get_rank(), world_size=dist.get_world_size()))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    patience = Patience(patient_seconds(config.resilience), rank=rank)
+    resumed, damaged = agreed(lambda: newest_valid(paths, rank=rank, world_size=world_size, patience=patience))
     changes = agreed(lambda: _checked_changes(config, sources, resumed) if resumed else {})
     branch = branch_start(config, resumed)
     rollbacks = from_first_rank(lambda: read_rollbacks(run_dir, branch))

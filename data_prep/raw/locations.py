@@ -69,8 +69,10 @@ class RemoteFile:
     def open(self, mode: str, *, random_access: bool = False) -> IO[bytes]:
         """Opens for reading, in mode rb; `random_access`: so that it can be read from any place."""
         filesystem, path = _filesystem(self.url)
-        # A stream: ranges need a server that knows them and a size. No packing on the way: the bytes are hashed.
-        plain = {"block_size": 0, "headers": {"Accept-Encoding": "identity"}}
+        # A stream: ranges need a server that knows them and a size. No packing on the way: the bytes are hashed. But a
+        # packed file, which some servers call packed on the way, stays what it is.
+        unpacks = not self.name.lower().endswith((".gz", ".tgz", ".zst"))
+        plain = {"block_size": 0, "headers": {"Accept-Encoding": "identity"}, "auto_decompress": unpacks}
         stream: IO[bytes] = filesystem.open(path, mode, **(plain if self.is_http and not random_access else {}))
         return stream
 

@@ -20,6 +20,8 @@ from common.errors import DataError
 from data_prep.shards.cache_folder import mark_used
 from data_prep.shards.format import REBUILD, Manifest, ShardEntry, ShardIndex, check_size, unreadable
 
+MAX_OPEN_SHARDS = 128
+"""Of one reader."""
 Stamp = tuple[int, int]
 """Size in bytes of a file, and when its content last changed, nanoseconds since the epoch, as the file system tells."""
 
@@ -135,9 +137,9 @@ Hold = Callable[[ShardEntry], AbstractContextManager[object]]
 class SplitReader:
     """The token addresses 0 .. num_tokens - 1 of one split. Use from one thread at a time.
 
-    Shards open on first use and at most `max_open_shards` stay mapped (a mapped file holds one descriptor;
-    the usual limit is 1,024). A shard is hashed at most once in the life of a reader, however often it is
-    opened again, unless its file was replaced meanwhile.
+    Shards open on first use and at most `max_open_shards` stay mapped (a mapped file holds one descriptor). A shard is
+    hashed at most once in the life of a reader, however often it is opened again, unless its file was replaced
+    meanwhile.
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class SplitReader:
         split: str,
         verify_on_first_read: bool,
         *,
-        max_open_shards: int = 128,
+        max_open_shards: int = MAX_OPEN_SHARDS,
         hold: Hold | None = None,
     ) -> None:
         """`hold` fetches a shard that is not in the folder yet, see data_prep/shards/cache.py."""

@@ -108,6 +108,10 @@ class Workers:
                     yield waiting.pop(done), done.result()
         except BrokenProcessPool:
             raise PassingError(f"{DIED}; run again with fewer `workers`: it goes on where it was") from None
+        except Exception:
+            if any(future.running() for future in waiting):
+                print("a task failed; the others in work end first, or Ctrl-C drops them", file=sys.stderr, flush=True)
+            raise
         finally:
             for future in waiting:
                 future.cancel()
@@ -131,13 +135,21 @@ class Workers:
         context = multiprocessing.get_context(method)
         return ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker)
 
-    def close(self, *, at_once: bool = False) -> None:
-        """Ends the processes; tasks that have not begun are dropped. `at_once`: those that have begun too, which may
-        take hours: what they write is whole or absent."""
+    def close(self) -> None:
+        """Ends the processes; tasks that have not begun are dropped, and on Ctrl-C those that have."""
         if self._pool is not None:
-            if at_once:
-                for process in multiprocessing.active_children():
-                    process.terminate()
+            try:
+                self._pool.shutdown(wait=True, cancel_futures=True)
+            except KeyboardInterrupt:
+                self.end_at_once()
+                raise
+            self._pool = None
+
+    def end_at_once(self) -> None:
+        """Ends the processes and the tasks in work, which may take hours: what they write is whole or absent."""
+        for process in multiprocessing.active_children():
+            process.terminate()
+        if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
@@ -149,7 +161,7 @@ def worker_pool(count: int) -> Iterator[Workers]:
     try:
         yield workers
     except KeyboardInterrupt:
-        workers.close(at_once=True)
+        workers.end_at_once()
         raise
     finally:
         workers.close()

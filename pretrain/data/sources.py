@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from common.errors import Problem, UserError, refuse
+from common.open_files import allow_open_files
 from common.paths import find_input
 from common.splits import SplitName
 from common.urls import URL
 from data_prep.shards.cache import ShardCache
 from data_prep.shards.format import WHOLE, Manifest, Part, TokenizerEntry, unreadable
-from data_prep.shards.reader import Stamp
+from data_prep.shards.reader import MAX_OPEN_SHARDS, Stamp
 from pretrain.config.data_rules import folder_name, source_names, whole_weights
 from pretrain.config.schema import Config
 from pretrain.data.patience import Patience
@@ -74,7 +75,7 @@ class Sources:
         found = []
         for location, key, name, weight in zip(data.locations, keys, names, weights, strict=True):
             try:
-                manifest, cache = patience(partial(_load, location, key, config, follow_links=follow_links))
+                manifest, cache = patience(functools.partial(_load, location, key, config, follow_links=follow_links))
             except UserError as error:
                 problem(error)
                 continue
@@ -126,14 +127,15 @@ class Sources:
 
     def reader(self, split: str, config: Config) -> Windows:
         """Reads windows of a split of all sources."""
+        max_open_shards = open_shards_each(len(self.sources))
         readers = [
             WindowReader(
                 source.manifest,
                 split,
                 config.model.sequence_length,
-                verify_on_first_read=source.cache is None,  # a cache hashes what it fetches and what it finds
-                hold=source.cache.hold if source.cache else None,
+                hold=source.cache.hold if source.cache else None,  # which hashes what it fetches and what it finds
                 max_tokens=config.data.max_tokens if split == "train" else None,
+                max_open_shards=max_open_shards,
             )
             for source in self.sources
         ]
@@ -141,6 +143,18 @@ class Sources:
             reader.patience = self.patience
             reader.trust(self.hashed.get(source.manifest.digest, {}))
         return readers[0] if len(readers) == 1 else MixedReader(readers)
+
+
+@functools.cache  # the limit rises once
+def open_shards_each(sources: int) -> int:
+    """How many shards a reader of each of so many sources may keep mapped. Each holds a descriptor, so all of them, of
+    two splits, take half of those that this process may have, at most; where that is too little for MAX_OPEN_SHARDS, it
+    raises its limit by what they need, as far as the machine lets it."""
+    wanted, limit = 2 * sources * MAX_OPEN_SHARDS, allow_open_files(0)
+    spare = limit // 2
+    if spare < wanted:
+        spare = max(spare, allow_open_files(limit + wanted) - limit)
+    return max(1, min(MAX_OPEN_SHARDS, spare // (2 * sources)))
 
 
 def open_sources(config: Config) -> Sources:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_prep.shards.format import Manifest
-from data_prep.shards.reader import Hold, SplitReader, Stamp
+from data_prep.shards.reader import MAX_OPEN_SHARDS, Hold, SplitReader, Stamp
 from pretrain.config.data_rules import source_names, whole_weights
 from pretrain.config.schema import Config
 from pretrain.data.order import window_order
@@ -87,15 +87,18 @@ class WindowReader:
         split: str,
         sequence_length: int,
         *,
-        verify_on_first_read: bool,
         hold: Hold | None = None,
         max_tokens: int | None = None,
+        max_open_shards: int = MAX_OPEN_SHARDS,
     ) -> None:
+        """`hold`: see SplitReader; without it shards are hashed when they are first read."""
         self.num_windows = num_windows(manifest, split, sequence_length, max_tokens=max_tokens)
         self.sizes: tuple[int, ...] = (self.num_windows,)
         self.sequence_length = sequence_length
         self.tokens_are_bytes = manifest.tokenizer.tokens_are_bytes
-        self._split = SplitReader(manifest, split, verify_on_first_read=verify_on_first_read, hold=hold)
+        self._split = SplitReader(
+            manifest, split, verify_on_first_read=hold is None, hold=hold, max_open_shards=max_open_shards
+        )
         self.patience = Patience()
         """Makes every read; this one raises each error as it is."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.requirements import misfits
 from common.tables import counted
 from pretrain.config.rules import check_device, choose_backends, rank_problems
 from pretrain.config.schema import Config
@@ -76,6 +77,7 @@ class PlannedRun:
 
         monitor = self.config.monitor
         check_installed(monitor)
+        found.warnings += misfits() if self.alone else []
         return "wandb is installed" if monitor.wandb != "off" else "no optional package is needed"
 
     def _layout(self, found: Outcome) -> str:

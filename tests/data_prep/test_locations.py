@@ -1,6 +1,8 @@
 """Names and addresses: bytes that are no UTF-8, `~`, web servers of all manners, secrets that are written nowhere."""
 
 import errno
+import gzip
+import hashlib
 import json
 import os
 import threading
@@ -58,6 +60,9 @@ class Server(BaseHTTPRequestHandler):
         data = LINES if status == 200 else b"<html>no</html>"
         self.send_response(status)
         self.send_header("Set-Cookie", "none=1")
+        if path.endswith(".gz"):
+            data = gzip.compress(LINES, mtime=0)
+            self.send_header("Content-Encoding", "gzip")
         if path != "/chunked.jsonl":
             self.send_header("Content-Length", str(len(data)))
             self.send_header("ETag", '"1"')
@@ -115,6 +120,14 @@ def test_a_server_that_is_not_there_may_come_back(site: str) -> None:
     with pytest.raises(UnreachableError, match=r"cannot read http://127\.0\.0\.1:1/a: ClientConnector\w*: .*127"):
         match(Path(), "http://127.0.0.1:1/a?sig=x")
     assert issubclass(UnreachableError, PassingError)
+
+
+def test_a_packed_file_that_a_server_calls_an_encoding_is_read_as_it_is_stored(tmp_path: Path, site: str) -> None:
+    """As Apache does with .gz: unpacked on the way it would be no gzip file, and its hash another one."""
+    assert run(tmp_path, f"{site}/a.jsonl.gz") == 0
+    (record,) = Manifest.load(tmp_path / "out").provenance.inputs
+    stored = gzip.compress(LINES, mtime=0)
+    assert (record.bytes, record.sha256) == (len(stored), hashlib.sha256(stored).hexdigest())
 
 
 def test_a_connection_lost_while_files_are_compared_may_come_back(

@@ -168,28 +168,41 @@ def test_a_worker_that_is_killed_is_no_mistake_of_the_user(
 
 INTERRUPTED = """
 import os, pathlib, signal, sys, time
+from concurrent.futures import ProcessPoolExecutor
 from data_prep.work.parallel import worker_pool
 
-def stay(interrupts):
-    if interrupts:
+how, closing, shutdown = sys.argv[1], pathlib.Path("closing"), ProcessPoolExecutor.shutdown
+
+def stay(number):
+    if number == 1 and how == "after an error":
+        raise ValueError("one")
+    while how == "after an error" and not closing.exists():
+        time.sleep(0.001)
+    if number == 0:
         os.kill(os.getppid(), signal.SIGINT)
     time.sleep(5)
     pathlib.Path("left").touch()
 
+def noted(pool, **options):
+    closing.touch()
+    shutdown(pool, **options)
+
+ProcessPoolExecutor.shutdown = noted
 with worker_pool(2) as workers:
-    if sys.argv[1] == "run":
-        workers.run(stay, [False, True], sizes=[1, 1], description="working")
+    if how == "alone":
+        workers.alone(stay, 0)
     else:
-        workers.alone(stay, True)
+        workers.run(stay, [0, 1], sizes=[1, 1], description="working")
 """
 
 
-@pytest.mark.parametrize("how", ["run", "alone"])
+@pytest.mark.parametrize("how", ["at work", "alone", "after an error"])
 def test_ctrl_c_waits_for_no_task(tmp_path: Path, how: str) -> None:
-    """A raw file, or the training of a tokenizer, may take hours."""
+    """A raw file, or the training of a tokenizer, may take hours; what another task raised is said after them."""
     line, environment = [sys.executable, "-c", INTERRUPTED, how], {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     ended = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == -signal.SIGINT and ended.stderr.endswith("KeyboardInterrupt\n"), ended.stderr
+    assert ("a task failed; the others in work end first" in ended.stderr) == (how == "after an error")
     assert not (tmp_path / "left").exists()
 
 

@@ -8,7 +8,9 @@ import resource
 import pytest
 
 from common.errors import UserError
+from common.open_files import allow_open_files
 from pretrain import device
+from pretrain.data.sources import open_shards_each
 
 
 @pytest.fixture
@@ -19,6 +21,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     monkeypatch.setattr(resource, "setrlimit", lambda which, limits: found.append(limits))
     monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "")
     monkeypatch.delenv("TORCH_GLOO_LAZY_INIT")
+    open_shards_each.cache_clear()
     return found
 
 
@@ -38,3 +41,17 @@ def test_a_limit_that_is_too_low_is_refused_with_the_number(limits: list[tuple[i
     limits.append((1024, resource.RLIM_INFINITY))
     device._prepare_connections(16384)
     assert limits[-1] == (33792, resource.RLIM_INFINITY)
+
+
+@pytest.mark.parametrize(
+    "hard, sources, expected",
+    [(1024, 1, 128), (1024, 2, 128), (1024, 8, 32), (1024, 600, 1), (4096, 8, 128), (8192, 40, 89), (-1, 40, 128)],
+)
+def test_many_sources_keep_no_more_shards_open_than_there_are_descriptors(
+    limits: list[tuple[int, int]], hard: int, sources: int, expected: int
+) -> None:
+    """Of two splits; the limit rises where the machine lets it, and as much as before is left to sockets and others."""
+    limits[-1] = (1024, hard)
+    assert [open_shards_each(sources) for _ in range(3)] == [expected] * 3, "also after a rollback"
+    assert 2 * sources * expected <= max(512, allow_open_files(0) - 1024) or expected == 1
+    open_shards_each.cache_clear()

@@ -47,7 +47,7 @@ def test_the_api_has_the_losses_that_training_had(masked: Path, prepared: Path) 
     opened = open_model(masked)
     T, end = opened.config.model.sequence_length, opened.tokenizer.eos_id
     assert end is not None
-    reader = WindowReader(Manifest.load(prepared), "train", T, verify_on_first_read=False)
+    reader = WindowReader(Manifest.load(prepared), "train", T)
     documents = reader.documents(np.arange(reader.num_windows))
     windows = np.flatnonzero(documents[:, -1].numpy() > 0)[:4]
     tokens, targets = reader.read(windows)

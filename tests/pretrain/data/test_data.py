@@ -80,7 +80,7 @@ def test_a_window_needs_the_token_behind_its_inputs() -> None:
 
 def stream_of(prepared: Path, rank: int, size: int, micro: int) -> TrainingStream:
     config = small_config(prepared, f"batch.micro_sequences={micro}")
-    reader = WindowReader(Manifest.load(prepared), "train", 16, verify_on_first_read=True)
+    reader = WindowReader(Manifest.load(prepared), "train", 16)
     return TrainingStream(reader, config, data_rank=rank, data_size=size)
 
 
@@ -109,7 +109,7 @@ def test_windows_are_the_tokens_of_the_split_and_targets_are_shifted(prepared: P
     manifest = Manifest.load(prepared)
     with SplitReader(manifest, "train", verify_on_first_read=True) as split:
         everything = split.read(0, split.num_tokens)
-    reader = WindowReader(manifest, "train", 16, verify_on_first_read=False)
+    reader = WindowReader(manifest, "train", 16)
     assert reader.num_windows == (len(everything) - 1) // 16
     windows = np.random.default_rng(0).integers(0, reader.num_windows, 50)
     windows = np.append(windows, [0, reader.num_windows - 1])
@@ -121,7 +121,7 @@ def test_windows_are_the_tokens_of_the_split_and_targets_are_shifted(prepared: P
 
 
 def test_another_seed_is_another_order_and_an_epoch_is_complete(prepared: Path) -> None:
-    reader = WindowReader(Manifest.load(prepared), "train", 16, verify_on_first_read=False)
+    reader = WindowReader(Manifest.load(prepared), "train", 16)
     n = reader.num_windows
     order = window_order(np.arange(n), n, seed=0)
     assert sorted(order.tolist()) == list(range(n))

@@ -242,3 +242,16 @@ def test_a_mixture_trains_reports_epochs_and_refuses_other_weights(
     print_derived(config, 1, Sources.load(config), tmp_path / "run")
     output = capsys.readouterr().out
     assert "source c4" in output and "7 of 10 sequences" in output and "epochs" in output
+
+
+def test_many_sources_keep_as_many_shards_open_as_the_process_may(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight with 128 each would be more files than most processes may open; tests/pretrain/test_connections.py has the
+    numbers."""
+    config = mixed(folders, (3, 2, 1))
+    monkeypatch.setattr("pretrain.data.sources.open_shards_each", lambda sources: 6 // sources)
+    reader = open_sources(config).reader("train", config)
+    reader.read(np.arange(reader.num_windows))
+    opened = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert [sum(name.startswith(f"{folder}/") for name in opened) for folder in folders] == [2, 2, 1]

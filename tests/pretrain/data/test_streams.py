@@ -38,7 +38,7 @@ XL = ("model.position.type=xl",)
 
 def reader_of(config: Config, split: str) -> WindowReader:
     manifest = Manifest.load(config.data.manifest)
-    return WindowReader(manifest, split, config.model.sequence_length, verify_on_first_read=False)
+    return WindowReader(manifest, split, config.model.sequence_length)
 
 
 def test_a_stream_is_contiguous_text_and_begins_again_with_the_others(prepared: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_run_writes_metrics_tensorboard_and_a_layout_free_validation(prepared:
     config = light_config(prepared)
     network = build_model(config.model, seed=99)
     load_weights(Checkpoint.open(list_checkpoints(tmp_path / "1" / "checkpoints")[-1]), network, ParallelContext())
-    reader = WindowReader(Manifest.load(prepared), "validation", 16, verify_on_first_read=False)
+    reader = WindowReader(Manifest.load(prepared), "validation", 16)
     tokens, targets = reader.read(np.arange(21) * reader.num_windows // 21)
     network.eval()
     logits, _ = network.logits(tokens)
