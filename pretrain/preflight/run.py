@@ -171,7 +171,7 @@ class PlannedRun:
 
     def _checkpoint(self, found: Outcome, *, thorough: bool) -> str:
         from pretrain.data.warnings import epoch_warnings
-        from pretrain.resume import reads_by_end, reads_so_far, stages_of
+        from pretrain.resumed_stages import reads_by_end, reads_so_far, stages_of
 
         text = self._start(found, thorough=thorough)
         if self.sources is not None:  # how often the run reads its data depends on where it continues
@@ -284,7 +284,7 @@ class PlannedRun:
         train = self.config.train
         if train.replay_routing is None and not train.record_routing:
             return "none is written or replayed"
-        from pretrain.resume import stages_of
+        from pretrain.resumed_stages import stages_of
         from pretrain.routing.record import check_recording
         from pretrain.routing.tape import open_record, recording
 
