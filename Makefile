@@ -27,6 +27,8 @@ $(error CUDA=$(CUDA): choose CUDA=cpu, CUDA=cu126 or CUDA=cu130)
 endif
 TORCH := torch==$(shell sed -nE 's/^torch==([0-9.]+).*/\1/p' constraints.txt)+$(CUDA)
 INDEX := --extra-index-url https://download.pytorch.org/whl/$(CUDA)
+# pip itself then blames the versions that were asked for.
+UNREACHED := || { echo "error: only download.pytorch.org has this torch; where pip cannot reach it, omit CUDA="; exit 1; }
 ifneq ($(CUDA),$(shell cat $(VENV)/.installed 2>/dev/null))
 .PHONY: $(VENV)/.installed
 endif
@@ -50,7 +52,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	"$(PYTHON)" -m venv $(VENV)
 	@[ $(PINS) = constraints.txt ] || grep -vE '^(cuda|nvidia)-' constraints.txt > $(PINS)
 	@# torch first and alone, so that this line decides which build of it the others find installed.
-	$(INSTALL) "$(TORCH)" -c $(PINS) $(INDEX)
+	$(INSTALL) "$(TORCH)" -c $(PINS) $(INDEX) $(UNREACHED)
 	@# megatron-core has wheels up to Python 3.13; its build from source calls `python3`, which must be this one.
 	@# While pip looks up packages, the other core compiles torch's bytecode: half a minute, which the import below would
 	@# take. Whatever this says, that import does again.

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from common.arguments import MOST_DIGITS
-from common.errors import ConfigError
+from common.errors import ConfigError, PassingError, kind_of
 
 Model = TypeVar("Model", bound=BaseModel)
 HELP_WIDTH = 96
@@ -60,7 +60,7 @@ class Key(NamedTuple):
 
 
 def read_tree(path: Path, option: str = "--config") -> dict[str, Any]:
-    """The JSON object in a file; ConfigError names `option` as the argument that `path` came from."""
+    """The JSON object in a file. ConfigError, or PassingError, names `option` as the argument that `path` came from."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
         tree = json.loads(text, object_pairs_hook=_refuse_repeated_keys, parse_int=_whole_number)
@@ -69,7 +69,8 @@ def read_tree(path: Path, option: str = "--config") -> dict[str, Any]:
     except IsADirectoryError:
         raise ConfigError(f"{option}: {path} is a folder; name one configuration file, e.g. one in it") from None
     except OSError as error:
-        raise ConfigError(f"{option}: {path} cannot be read: {error.strerror}") from None
+        kind = PassingError if kind_of(error) is PassingError else ConfigError
+        raise kind(f"{option}: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{option}: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except json.JSONDecodeError as error:

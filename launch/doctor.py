@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -30,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 import common.interruption  # noqa: E402, F401  # before anything that takes long
+from common.requirements import fits, installed, name_of, requirements  # noqa: E402
 from common.wrong_python import PYTHONS  # noqa: E402
 
 MINIMUM_DRIVER = {"13": 580, "12": 525}
@@ -64,14 +64,14 @@ def python() -> Iterator[Finding]:
 
 def packages() -> Iterator[Finding]:
     """The dependencies of pyproject.toml; torch and triton have lines of their own."""
-    for requirement in _dependencies():
-        name = re.split(r"[\s<>=!~\[;]", requirement, maxsplit=1)[0]
+    for requirement in requirements():
+        name = name_of(requirement)
         if name == "torch":
             continue
-        version = _version(name)
+        version = installed(name)
         if version is None:
             yield Finding(name, f"none ({requirement})", INSTALL, True)
-        elif not _fits(requirement, version):
+        elif not fits(requirement, version):
             yield Finding(name, f"{version} (needed: {requirement})", INSTALL, True)
         else:
             yield Finding(name, version, "", True)
@@ -95,35 +95,12 @@ def bytecode() -> Iterator[Finding]:
         yield Finding("bytecode", f"none, and {why}", fix)
 
 
-def _dependencies() -> list[str]:
-    import tomllib  # new in 3.11: an older Python must get as far as its own line
-
-    dependencies: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    return dependencies
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _fits(requirement: str, version: str) -> bool:
-    """Whether the version meets the requirement; true if the package that can tell is missing."""
-    try:
-        requirements = importlib.import_module("packaging.requirements")
-    except ImportError:
-        return True
-    return bool(requirements.Requirement(requirement).specifier.contains(version, prereleases=True))
-
-
 def torch_and_gpu() -> Iterator[Finding]:
     """Whether torch and triton can be imported, the GPUs, and whether the driver fits this build of torch."""
     gpus = _run("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader").splitlines()
     driver = gpus[0].rsplit(",", 1)[-1].strip() if gpus else ""
-    requirement = next(text for text in _dependencies() if text.startswith("torch"))
-    version, cuda = _version("torch"), None
+    requirement = next(text for text in requirements() if text.startswith("torch"))
+    version, cuda = installed("torch"), None
     if version is None:
         yield Finding("torch", f"none ({requirement})", f"{INSTALL} (CUDA=cpu, cu126 or cu130 chooses)", True)
     else:
@@ -135,9 +112,9 @@ def torch_and_gpu() -> Iterator[Finding]:
             # Not `make clean install`, which would also remove prepared data and the demo's run.
             yield Finding("torch", found, "rm -r .venv && make install", True)
         else:
-            fix = "" if _fits(requirement, version) else f"{INSTALL} ({requirement} is needed)"
+            fix = "" if fits(requirement, version) else f"{INSTALL} ({requirement} is needed)"
             yield Finding("torch", f"{version}, {f'CUDA {cuda}' if cuda else 'CPU build'}", fix, True)
-    triton = _version("triton")
+    triton = installed("triton")
     fix = (
         ""
         if triton

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,19 +68,26 @@ def open_model(
 ) -> OpenModel:
     """The newest checkpoint of a run folder, the named checkpoint, or an export; arguments and errors of
     `pretrain.saved_model.load_model`."""
+    if not isinstance(place, str | os.PathLike):
+        raise UserError(f"place: is {_shown(place)}; give a run folder, a checkpoint or an export, as a str or a Path")
     return OpenModel(load_any(place, device=device, data=data, ema=ema))
+
+
+def _whole(numbers: Any) -> list[int] | None:
+    """Of a list, an array or a tensor of whole numbers; None of anything else."""
+    try:
+        return None if isinstance(numbers, bytes | bytearray) else [operator.index(number) for number in numbers]
+    except TypeError:
+        return None
 
 
 def _ids(numbers: Any) -> list[int]:
     """Raises UserError for what is neither a list, an array or a tensor of whole numbers."""
-    try:
-        if isinstance(numbers, bytes | bytearray):
-            raise TypeError
-        return [operator.index(number) for number in numbers]
-    except TypeError:
+    if (found := _whole(numbers)) is None:
         raise UserError(
             f"text: is {_shown(numbers)}; give a str, or the ids of one text in a list or a tensor of one dimension"
-        ) from None
+        )
+    return found
 
 
 def _shown(value: Any) -> str:
@@ -142,11 +151,13 @@ class OpenModel:
         """Of `layers` (None: all) and the window of sequence_length tokens with this number, from 0."""
         self._refuse(("attention", "maps"))
         config = self.model.config
-        ids, wanted = self.encode(text), list(range(config.num_layers)) if layers is None else list(layers)
+        ids, wanted = self.encode(text), _whole(range(config.num_layers) if layers is None else layers)
+        if wanted is None:
+            raise UserError(f"layers: is {_shown(layers)}; give the numbers of layers in a list, such as [0]")
         if wrong := [layer for layer in wanted if not 0 <= layer < config.num_layers]:
             raise UserError(f"layers: there is no layer {wrong[0]}; the model's are 0 to {config.num_layers - 1}")
         windows = -(-len(ids) // config.sequence_length)
-        if not 0 <= window < windows:
+        if not isinstance(window, Integral) or not 0 <= window < windows:
             raise UserError(
                 f"window: is {window}, but the text has {windows} of {config.sequence_length} tokens, from 0"
             )
@@ -176,6 +187,8 @@ class OpenModel:
         prompts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str) else [prompt]
         if wrong := [one for one in prompts if not isinstance(one, str)]:
             raise UserError(f"prompt: is {_shown(wrong[0])}; give a str, or a list of them")
+        if unknown := sorted(sampling.keys() - {field.name for field in fields(Sampling)}):
+            raise UserError(f"{unknown[0]}: generate has no such argument; it knows temperature, top_k, top_p and seed")
         try:
             settings = Settings(
                 tokens=tokens, samples=samples, sampling=Sampling(**sampling), until=until, slides=slide

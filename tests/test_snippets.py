@@ -95,7 +95,7 @@ def test_every_fenced_block_is_of_a_known_kind() -> None:
 SECTIONS = {name for program in (Config, DataConfig) for name in program.model_fields}
 KNOWN = {re.sub(r"\(\w+\)", "", line.split()[1].rstrip(":")) for line in keys()}
 """Dotted keys of both programs."""
-OTHERS = {"model.safetensors", "model.push_to_hub", "tokenizer.push_to_hub"}
+OTHERS = {"model.safetensors", "train.jsonl", "model.push_to_hub", "tokenizer.push_to_hub"}
 """Files and methods that look like a key."""
 NAMED = [
     (name, inline.removeprefix("--set ").strip("'"))

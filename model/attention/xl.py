@@ -67,7 +67,8 @@ def relative_attention(
     assert seen is None, "documents and Transformer-XL exclude each other; refused by the configuration"
     position_keys = _position_keys(kept_sinusoids(k.shape[2], position_weight.shape[1], q), position_weight, q)
     for_content, for_position = _queries(q, scale, content_bias, position_bias)
-    queries, keys = (for_content.transpose(1, 2), for_position.transpose(1, 2)), (k.transpose(1, 2), v.transpose(1, 2))
+    position = None if for_position is for_content else for_position.transpose(1, 2)
+    queries, keys = (for_content.transpose(1, 2), position), (k.transpose(1, 2), v.transpose(1, 2))
     inputs = Inputs(*queries, *keys, position_keys.transpose(0, 1))
     return attend(inputs, backend=backend).transpose(1, 2)
 

@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.files import replacing_all
 from common.folders import making
 from common.strict_json import dumps
+from common.tables import counted
 from pretrain.analysis import numbers, pictures
 from pretrain.analysis.findings import Findings
 from pretrain.analysis.page import Page
@@ -75,8 +76,8 @@ def encoded(saved: SavedModel, text: str, settings: Settings) -> list[int]:
     if len(ids) <= settings.window * model.sequence_length:
         windows = -(-len(ids) // model.sequence_length)
         raise UserError(
-            f"--window: the text has {len(ids):,} tokens, which are {windows} windows of {model.sequence_length}; "
-            f"choose one of them, counted from 1, or read more (--tokens)"
+            f"--window: the text has {counted(len(ids), 'token')} in {counted(windows, 'window')} of "
+            f"{model.sequence_length}; choose one of them, counted from 1, or read more (--tokens)"
         )
     return ids
 
@@ -90,9 +91,16 @@ def findings_of(
     *,
     of_average: bool = False,
 ) -> Findings:
-    """Runs the model over `ids`. `of_average`: `saved` holds the moving average of the weights."""
+    """Runs the model over `ids`. `of_average`: `saved` holds the moving average of the weights. Raises UserError where
+    its outputs are not finite."""
     layers = chosen_layers(settings.layers, saved.config.model.num_layers, label)
     request = Request(layers, settings.window, settings.map_tokens)
+    trace = trace_text(saved.model, ids, request, document_end=saved.document_end, after_window=after_window)
+    if not np.isfinite(trace.losses).all():
+        raise UserError(
+            f"checkpoint {saved.checkpoint.path}: its outputs are not finite, so it has diverged or its numbers "
+            f"overflow; name an earlier checkpoint"
+        )
     return Findings(
         label=label,
         place=saved.checkpoint.path,
@@ -102,7 +110,7 @@ def findings_of(
         tokens=np.array(ids, np.int64),
         pieces=saved.tokenizer.pieces(ids),
         layers=layers,
-        trace=trace_text(saved.model, ids, request, document_end=saved.document_end, after_window=after_window),
+        trace=trace,
         of_average=of_average,
     )
 

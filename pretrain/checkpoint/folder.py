@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, kind_of
+from common.errors import PassingError, UserError, kind_of
 from common.files import intended_name
 from common.folders import check_writable_folder
 from common.hashing import sha256_file
 from common.presence import exists, is_dir
 from pretrain.config.validated import WINDOWS, has_effect, setting
+from pretrain.data.patience import Patience
 from pretrain.data.progress import Progress
 
 FORMAT_VERSION = 2
@@ -36,8 +38,15 @@ OWN_FILE = re.compile(
 )
 
 
+AT_ONCE = Patience()
+"""Raises each error as it is."""
+
+
 class DamagedCheckpoint(UserError):
     """The folder does not hold a whole checkpoint; another checkpoint may be whole."""
+
+    passes = False
+    """It could not be read, and another attempt may not meet that."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +72,29 @@ class Checkpoint:
         return None if entry is None else str(entry["source"])
 
     @classmethod
-    def open(cls, path: Path, *, rank: int = 0, world_size: int = 1) -> Checkpoint:
+    def open(cls, path: Path, *, rank: int = 0, world_size: int = 1, patience: Patience = AT_ONCE) -> Checkpoint:
         """Checks the commit marker, parses state.json and checks that the files are there with their sizes: this rank's
-        share of them; none of them where world_size is 0.
+        share of them; none of them where world_size is 0. `patience` makes every read.
 
         Raises DamagedCheckpoint, or a plain UserError for a checkpoint that is whole but has another format."""
         try:
-            if not is_dir(path):
+            if not patience(lambda: is_dir(path)):
                 raise UserError(
                     f"checkpoint.resume: there is no checkpoint folder {path}; use auto, never or a step-... folder"
                 )
-            content = (path / STATE_FILE).read_bytes()
+            content = patience((path / STATE_FILE).read_bytes)
             state = json.loads(content)
             version, files = state["format_version"], state["files"]
             if version != 1:  # in version 1 the rename alone was the commit
-                marker = json.loads((path / COMMIT_FILE).read_bytes())
+                marker = json.loads(patience((path / COMMIT_FILE).read_bytes))
                 if (len(content), hashlib.sha256(content).hexdigest()) != (marker["bytes"], marker["sha256"]):
                     raise DamagedCheckpoint(f"checkpoint {path}: {STATE_FILE} does not match {COMMIT_FILE}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, UserError):
+            if isinstance(error, UserError) and not isinstance(error, PassingError):
                 raise
-            raise DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}") from None
+            damaged = DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}")
+            damaged.passes = kind_of(error) is PassingError
+            raise damaged from None
         if version != FORMAT_VERSION:
             raise UserError(
                 f"checkpoint {path}: has format {version}, but this version reads {FORMAT_VERSION}; continue with the "
@@ -93,18 +104,23 @@ class Checkpoint:
             if Path(name).name != name:
                 raise DamagedCheckpoint(f"checkpoint {path}: file name {name!r} leaves the folder")
         for name in sorted(files)[rank::world_size] if world_size else ():
-            _check_size(path, name, files[name]["bytes"])
+            _check_size(path, name, files[name]["bytes"], patience)
         return cls(path, state)
 
     def damaged_file(
-        self, *, rank: int = 0, world_size: int = 1, read: Callable[[int], None] | None = None
+        self,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        read: Callable[[int], None] | None = None,
+        patience: Patience = AT_ONCE,
     ) -> str | None:
         """Checks this rank's share of the sha256 sums. Returns the first file that does not match, with the reason, or
-        None. Calls `read` with the number of bytes after each read."""
+        None. Calls `read` with the number of bytes after each read. `patience` reads each file."""
         for name in sorted(self.state["files"])[rank::world_size]:
             try:
-                found = sha256_file(self.path / name, read)
-            except OSError as error:
+                found = patience(functools.partial(sha256_file, self.path / name, read))
+            except (OSError, PassingError) as error:
                 return _unreadable(error)
             if found != self.state["files"][name]["sha256"]:
                 return f"{name} does not match its sha256"
@@ -136,14 +152,14 @@ def while_they_are_there(checkpoints: Sequence[Path], argument: str) -> Iterator
         ) from None
 
 
-def _check_size(path: Path, name: str, expected: int) -> None:
+def _check_size(path: Path, name: str, expected: int, patience: Patience) -> None:
     """Raises DamagedCheckpoint unless the file `name` of the checkpoint `path` has this size."""
     size: int | None = None
     try:
-        size = (path / name).stat().st_size
+        size = patience((path / name).stat).st_size
     except FileNotFoundError:
         pass
-    except OSError as error:
+    except (OSError, PassingError) as error:
         raise DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}") from None
     if size != expected:
         found = "missing" if size is None else f"{size} bytes, not {expected} bytes"
@@ -154,6 +170,8 @@ def _unreadable(error: Exception) -> str:
     if isinstance(error, OSError):
         name = Path(error.filename).name if error.filename else "a file"
         return f"{name} cannot be read ({error.strerror or error})"
+    if isinstance(error, PassingError):
+        return str(error)
     return f"{STATE_FILE} or {COMMIT_FILE} cannot be read ({error})"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from common.arguments import quoted
 from common.errors import UserError
+from common.tables import counted
 
 
 def read_weights(text: str) -> list[float]:
@@ -21,7 +22,7 @@ def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
     """`count` shares whose sum is 1, from positive numbers; None: all the same. Raises UserError."""
     given = [1.0] * count if weights is None else list(weights)
     if len(given) != count:
-        raise UserError(f"--weights: {len(given)} weights for {count} checkpoints; give one for each")
+        raise UserError(f"--weights: {counted(len(given), 'weight')} for {count} checkpoints; give one for each")
     for weight in given:
         if not (weight > 0.0 and math.isfinite(weight)):
             raise UserError(f"--weights: {weight:g} is no share; give positive numbers")

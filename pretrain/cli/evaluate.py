@@ -50,6 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
         "local file none)",
     )
     parser.add_argument(
+        "--log-samples",
+        action="store_true",
+        help="writes each question of --harness too, with what the model answered (harness-samples.jsonl)",
+    )
+    parser.add_argument(
         "--limit", type=at_least(1), metavar="N", help="the first N examples of each file, for a quick look"
     )
     parser.add_argument(
@@ -98,8 +103,9 @@ def evaluate(args: argparse.Namespace) -> int | None:
     """Raises UserError."""
     wanted = wanted_tasks(args.tasks, default=args.harness is None)
     ranks = Ranks.from_environment()
-    if args.shots is not None and args.harness is None:
-        raise UserError("--shots: is for the tasks of --harness, and there is none; leave it out")
+    for option, given in (("--shots", args.shots is not None), ("--log-samples", args.log_samples)):
+        if given and args.harness is None:
+            raise UserError(f"{option}: is for the tasks of --harness, and there is none; leave it out")
     if args.harness is not None and ranks.world_size > 1:
         raise UserError("--harness: computes in one process; start it with python, without the launcher")
 
@@ -112,6 +118,7 @@ def evaluate(args: argparse.Namespace) -> int | None:
         wanted=wanted,
         harness=args.harness,
         shots=args.shots,
+        keeps_samples=args.log_samples,
         limit=args.limit,
         batch=args.batch,
         context=args.context,

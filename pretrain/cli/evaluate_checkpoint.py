@@ -26,7 +26,7 @@ from pretrain.evaluate import bits_per_byte, evaluation_windows, target_counts, 
 from pretrain.evaluate import evaluate as validation
 from pretrain.evaluation import results
 from pretrain.evaluation.examples import Encoder, Example
-from pretrain.evaluation.harness_run import evaluate_with_harness, task_specs
+from pretrain.evaluation.harness_run import Options, evaluate_with_harness, task_specs
 from pretrain.evaluation.likelihood import Limits, learned_context
 from pretrain.evaluation.models import OpenedModel, evaluation_config, open_model
 from pretrain.evaluation.tasks import PreparedTask, TaskResult, find_files
@@ -44,6 +44,7 @@ class Choices:
     """Task -> place of its files, if one is named; of a validation the folder of other data than the run's."""
     harness: str | None = None
     shots: int | None = None
+    keeps_samples: bool = False
     limit: int | None = None
     batch: int = 16
     context: int | None = None
@@ -105,7 +106,8 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
     if is_first and rows:
         print(f"{out}: a JSON file for each task", flush=True)
     if specs:
-        evaluate_with_harness(opened, specs, limits, choices.limit, out, shots=choices.shots)
+        asked = Options(limit=choices.limit, shots=choices.shots, keeps_samples=choices.keeps_samples)
+        evaluate_with_harness(opened, specs, limits, asked, out)
 
 
 class Evaluated(NamedTuple):

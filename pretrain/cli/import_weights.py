@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _kind(args: argparse.Namespace) -> str:
     """What SOURCE is: --from, or found out from its content."""
+    if not args.source.exists():
+        raise UserError(f"SOURCE: {args.source} is not there; name a file of weights, or an exported folder")
     if args.kind != "auto":
         return str(args.kind)
     return "huggingface" if args.source.is_dir() else "authors"

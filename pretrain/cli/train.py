@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from common.arguments import Parser, add_overrides
 from common.errors import UserError
 from common.json_config import describe_keys
+from common.requirements import misfits
 from common.units import GIB
 from pretrain.cli.refusals import code_of_failure
 from pretrain.config.deepspeed_keys import EXTRA
@@ -265,12 +266,12 @@ def run(  # noqa: PLR0913 (what main has found, one after the other)
 def print_derived(
     config: Config, data_size: int, sources: Sources, run_dir: Path, newest: Checkpoint | None = None
 ) -> None:
-    """Prints the derived values, each with its formula, and what the data are too small for. `newest`: the checkpoint
-    that the run continues from, if any."""
+    """Prints the derived values, each with its formula, packages of other versions, and what the data are too small
+    for. `newest`: the checkpoint that the run continues from, if any."""
     from pretrain.data.warnings import data_warnings
     from pretrain.report.disk_space import checkpoint_space
     from pretrain.report.startup import DerivedValue, derived_values
-    from pretrain.resume import progress_now, reads_by_end, reads_so_far, stages_of
+    from pretrain.resumed_stages import progress_now, reads_by_end, reads_so_far, stages_of
 
     if config.description:
         print(config.description)
@@ -283,7 +284,7 @@ def print_derived(
     width, value_width = (max(len(getattr(row, part)) for row in rows) for part in ("name", "value"))
     for row in rows:
         print(f"  {row.name:<{width}}  {row.value:<{min(value_width, 40)}}  {row.formula}")
-    for warning in data_warnings(config, sources, reads, reads_so_far(config, newest, stages[-1])):
+    for warning in [*misfits(), *data_warnings(config, sources, reads, reads_so_far(config, newest, stages[-1]))]:
         print(f"warning: {warning}")
     sys.stdout.flush()
     if warning := space.warning():

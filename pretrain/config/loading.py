@@ -25,7 +25,7 @@ def config_tree(
     path: Path, overrides: Sequence[str] = (), *, option: str = "--config", problem: Problem = refuse
 ) -> dict[str, Any]:
     """The tree of the JSON file at `path` with `--set` overrides applied in order, before anything is validated. Raises
-    ConfigError where there is no tree; what is wrong with overrides too, unless `problem` takes it."""
+    ConfigError or PassingError where there is no tree; what is wrong with overrides too, unless `problem` takes it."""
     tree = _read(path, option)
     checks = [partial(apply_override, tree, override) for override in _in_order(overrides)]
     for check in (*checks, partial(_check_manifest, tree, overrides)):
@@ -45,7 +45,7 @@ def inspect_config(
     problems: list[UserError] = []
     try:
         tree = config_tree(path, overrides, option=option, problem=problems.append)
-    except ConfigError as error:
+    except UserError as error:
         return None, [error]
     config, found = json_config.validate_all(Config, tree)
     return config, [*problems, *found]
@@ -56,7 +56,7 @@ def alert_settings(path: Path, overrides: Sequence[str] = ()) -> MonitorConfig |
     cannot be read, or is wrong there."""
     try:
         tree = config_tree(path, overrides, problem=lambda error: None)
-    except ConfigError:
+    except UserError:
         return None
     monitor = tree.get("monitor", {})
     if not isinstance(monitor, dict):

@@ -174,8 +174,8 @@ def rank_problems(config: Config, world_size: int) -> Iterator[ConfigError]:
     model_ranks = config.parallel.tensor * config.parallel.pipeline
     if world_size % model_ranks:
         yield ConfigError(
-            f"parallel: {world_size} ranks cannot be divided into groups of tensor x pipeline = {model_ranks}; "
-            f"start {nearest_multiple(world_size, model_ranks)} ranks"
+            f"parallel: {counted(world_size, 'rank')} cannot be divided into groups of tensor x pipeline = "
+            f"{model_ranks}; start {nearest_multiple(world_size, model_ranks)} ranks"
         )
         return  # there is no data-parallel size
     data_size, expert = world_size // model_ranks, config.parallel.expert

@@ -76,7 +76,7 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
         # ZeRO 1 and 2. For fp32 and bf16 DeepSpeed checks only the norm, which it averages over the experts' ranks.
         engine.optimizer.check_grad_overflow = True
         ask_once(engine.optimizer)
-        sum_as_we_do(engine.optimizer)
+        sum_as_we_do(engine.optimizer, in_stages=config.parallel.pipeline > 1)
         _keep_until_reduced(engine.optimizer)
         if config.parallel.offload_optimizer:
             _drop_skipped_gradients(engine.optimizer)

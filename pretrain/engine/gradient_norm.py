@@ -57,17 +57,19 @@ def deepspeed_norm(engine: Any, device: torch.device) -> Tensor:
     return norm.to(device) if isinstance(norm, Tensor) else torch.full((), norm, dtype=torch.float64, device=device)
 
 
-def sum_as_we_do(optimizer: Any) -> None:
+def sum_as_we_do(optimizer: Any, *, in_stages: bool = False) -> None:
     """Lets DeepSpeed's optimizer of ZeRO 1 and 2 take the norm by `sum_of_squares`: the same to 1e-7, in one reading of
     the gradients. DeepSpeed 0.19.8 makes an fp64 copy of each gradient, in two launches for each parameter (20 bytes an
     element where 4 are needed), and copies a -1 to the device for each group of parameters, for which the host waits.
-    An offloaded optimizer, whose gradients are in CPU memory, asks another function."""
+    An offloaded optimizer, whose gradients are in CPU memory, asks another function.
+
+    `in_stages`: of a pipeline. DeepSpeed asks the other stages for each group of parameters; stages with other numbers
+    of groups would wait for each other for ever. So they are asked once. (Experts that are divided keep DeepSpeed's
+    way, which averages the norm of theirs in between.)"""
     from deepspeed.runtime.zero import stage_1_and_2  # here: device.start prepares its import
 
-    def norm_of(gradients: Iterable[Tensor], parameters: Iterable[Any], norm_type: int = 2) -> Tensor:
-        """Of one group of parameters, over all ranks, each element once: what tensor-parallel ranks or stages of a
-        pipeline all hold is the first one's. -1 if it is not finite, by which DeepSpeed knows it."""
-        assert norm_type == 2
+    def squares_of(gradients: Iterable[Tensor], parameters: Iterable[Any]) -> Tensor:
+        """Of one group of parameters on this rank."""
         given = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
         counted = [
             gradient
@@ -75,14 +77,31 @@ def sum_as_we_do(optimizer: Any) -> None:
             if not getattr(parameter, "ds_pipe_replicated", False)
             and (stage_1_and_2.is_model_parallel_parameter(parameter) or optimizer.model_parallel_rank == 0)
         ]
-        squares = sum_of_squares(counted).float() if counted else torch.zeros((), device=optimizer.device)
+        return sum_of_squares(counted).float() if counted else torch.zeros((), device=optimizer.device)
+
+    def over_ranks(squares: Tensor) -> Tensor:
         dist.all_reduce(squares, group=optimizer.dp_process_group)
         optimizer._model_parallel_all_reduce(tensor=squares, op=dist.ReduceOp.SUM)
         norm = squares.sqrt()
         return norm.masked_fill_(~torch.isfinite(norm), -1.0)
 
-    assert callable(optimizer.get_grad_norm_direct)
+    def norm_of(gradients: Iterable[Tensor], parameters: Iterable[Any], norm_type: int = 2) -> Tensor:
+        """Of one group of parameters, over all ranks, each element once: what tensor-parallel ranks or stages of a
+        pipeline all hold is the first one's. -1 if it is not finite, by which DeepSpeed knows it."""
+        assert norm_type == 2
+        return over_ranks(squares_of(gradients, parameters))
+
+    def norm_of_all(norm_type: int = 2) -> Tensor:
+        """Of all groups together."""
+        assert norm_type == 2
+        places = range(len(optimizer.bit16_groups))
+        own = [squares_of(optimizer.averaged_gradients[n], optimizer.params_in_partition[n]) for n in places]
+        return over_ranks(torch.stack(own).sum())
+
+    assert callable(optimizer.get_grad_norm_direct) and callable(optimizer.scaled_global_norm)
     optimizer.get_grad_norm_direct = norm_of
+    if in_stages and not optimizer.has_moe_layers:
+        optimizer.scaled_global_norm = norm_of_all
 
 
 def ask_once(optimizer: Any) -> None:

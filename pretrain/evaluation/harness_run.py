@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.errors import UserError
 from common.paths import find_input
 from common.strict_json import without_nan
+from common.tables import counted
 from pretrain.evaluation.files import json_objects
 from pretrain.evaluation.likelihood import Limits
 from pretrain.evaluation.models import OpenedModel
-from pretrain.evaluation.results import cut_text, write_result
+from pretrain.evaluation.results import cut_text, write_lines, write_result
 
 TASK_FILES = Path(__file__).with_name("harness_tasks")
 """Tasks that read published files; `lm_eval --include_path` takes the folder too."""
@@ -77,15 +80,29 @@ def local_data(name: str, path: Path, shots: int | None) -> dict[str, Any]:
     return found if path.is_dir() else {**found, "num_fewshot": 0}
 
 
-def run_harness(
-    opened: OpenedModel,
-    specs: Sequence[str | dict[str, Any]],
-    limits: Limits,
-    limit: int | None,
-    shots: int | None = None,
-) -> dict[str, Any]:
-    """The results of lm-evaluation-harness by task: `results`, `versions`, `n-shot`, `n-samples`; and `texts_cut`, as
-    of our tasks. `shots`: examples before each question; None: as each task says. Raises UserError."""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How tasks are computed."""
+
+    limit: int | None = None
+    """Only the first so many questions of each task."""
+    shots: int | None = None
+    """Examples before each question; None: as each task says."""
+    keeps_samples: bool = False
+    """Whether every question and answer is returned."""
+
+
+class Found(NamedTuple):
+    """What lm-evaluation-harness found."""
+
+    tables: dict[str, Any]
+    """By task: `results`, `versions`, `n-shot`, `n-samples`; and `texts_cut`, as of our tasks."""
+    samples: list[dict[str, Any]]
+    """Every question, with its task, what the model answered and how that counts; empty unless they are kept."""
+
+
+def run_harness(opened: OpenedModel, specs: Sequence[str | dict[str, Any]], limits: Limits, options: Options) -> Found:
+    """Raises UserError."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
     from lm_eval import simple_evaluate
@@ -103,10 +120,10 @@ def run_harness(
         found = simple_evaluate(
             model,
             tasks=list(specs),
-            num_fewshot=shots,
-            limit=limit,
+            num_fewshot=options.shots,
+            limit=options.limit,
             task_manager=manager,
-            log_samples=False,
+            log_samples=options.keeps_samples,
             bootstrap_iters=0,
         )
     except OSError as error:
@@ -128,7 +145,8 @@ def run_harness(
     assert found is not None
     kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
     tables = {key: {name: of for name, of in found[key].items() if name != LOCAL} for key in kept if key in found}
-    return {**tables, "texts_cut": model.cut}
+    samples = [{"task": name, **one} for name, of in found.get("samples", {}).items() for one in of]
+    return Found({**tables, "texts_cut": model.cut}, samples)
 
 
 def _names(spec: str | dict[str, Any]) -> list[str]:
@@ -139,23 +157,26 @@ def evaluate_with_harness(
     opened: OpenedModel,
     specs: Sequence[str | dict[str, Any]],
     limits: Limits,
-    limit: int | None,
+    options: Options,
     out: Path,
-    *,
-    shots: int | None = None,
 ) -> None:
-    """Runs the tasks, prints their table and writes harness.json. Raises UserError."""
-    from lm_eval.utils import make_table
+    """Runs the tasks, prints their table and writes harness.json, and harness-samples.jsonl where samples are kept.
+    Raises UserError."""
+    from lm_eval.utils import handle_non_serializable, make_table
 
     began = time.monotonic()
-    content = run_harness(opened, specs, limits, limit, shots)
+    content, samples = run_harness(opened, specs, limits, options)
     print(make_table(content))
     if cut := content["texts_cut"]:
         print(f"note: {cut_text(cut, limits.context)}")
     checkpoint = opened.checkpoint
-    origin = {"checkpoint": str(checkpoint.path.absolute()), "step": checkpoint.progress.step, "limit": limit}
+    origin = {"checkpoint": str(checkpoint.path.absolute()), "step": checkpoint.progress.step, "limit": options.limit}
     seconds = time.monotonic() - began
     path = write_result(
         out, "harness", without_nan({**content, **origin, "context": limits.context, "seconds": seconds})
     )
     print(f"{path}: the results of lm-evaluation-harness", flush=True)
+    if options.keeps_samples:
+        lines = [json.dumps(one, default=handle_non_serializable, ensure_ascii=False) for one in samples]
+        path = write_lines(out, "harness-samples", lines)
+        print(f"{path}: {counted(len(lines), 'question')} with their answers", flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import replace_file, write_json
 from common.folders import making
 from common.tables import text_table
 from pretrain.checkpoint.folder import Checkpoint
@@ -38,6 +38,17 @@ def write_result(folder: Path, name: str, content: dict[str, Any]) -> Path:
     try:
         with making(folder):
             write_json(path, {**content, "time": time.time()})
+    except OSError as error:
+        raise UserError(f"--out: {error.filename or path} cannot be written: {error.strerror}") from None
+    return path
+
+
+def write_lines(folder: Path, name: str, lines: Sequence[str]) -> Path:
+    """Writes NAME.jsonl, whole or not at all, in place of an earlier one. Raises UserError."""
+    path = folder / f"{name}.jsonl"
+    try:
+        with making(folder):
+            replace_file(path, (line.encode("utf-8", errors="replace") + b"\n" for line in lines))
     except OSError as error:
         raise UserError(f"--out: {error.filename or path} cannot be written: {error.strerror}") from None
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -27,6 +28,11 @@ class Sampling:
     """Decides what is drawn."""
 
     def __post_init__(self) -> None:
+        for option, number in (("temperature", self.temperature), ("top-p", self.top_p)):
+            if not isinstance(number, Real):
+                raise UserError(f"--{option}: is {number!r}; give a number")
+        for option, number in (("top-k", self.top_k), ("seed", self.seed)):
+            check_whole(option, number)
         if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
             raise UserError(
                 f"--temperature: is {self.temperature}; give 0 (the likeliest id, always) or a positive number"
@@ -37,6 +43,12 @@ class Sampling:
             raise UserError(f"--top-p: is {self.top_p}; give a probability above 0, up to 1 for all ids")
         if self.seed < 0:
             raise UserError(f"--seed: is {self.seed}; give a whole number of at least 0")
+
+
+def check_whole(option: str, number: object) -> None:
+    """Raises UserError unless it is a whole number (also of numpy)."""
+    if not isinstance(number, Integral):
+        raise UserError(f"--{option}: is {number!r}; give a whole number")
 
 
 class Draws:

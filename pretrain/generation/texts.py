@@ -10,7 +10,7 @@ from common.errors import UserError
 from model.decoding import context_limit
 from pretrain.generation.ids import Cost, NotFinite, Work, check_lengths, continued
 from pretrain.generation.pieces import TextStream
-from pretrain.generation.sampling import Sampling
+from pretrain.generation.sampling import Sampling, check_whole
 from pretrain.saved_model import SavedModel
 from pretrain.saved_model.tokenizer import NO_TEXT
 
@@ -38,9 +38,13 @@ class Settings:
     """A text ends with the first of these words that the model writes."""
 
     def __post_init__(self) -> None:
+        if self.until is not None and not isinstance(self.until, str):
+            raise UserError(f"--until: is {self.until!r}; give the words that end a text")
         if self.until == "":
             raise UserError("--until: is empty; give the words that end a text, or leave it out")
         for option, value in (("tokens", self.tokens), ("samples", self.samples), ("batch", self.batch)):
+            if value is not None:
+                check_whole(option, value)
             if value is not None and value < 1:
                 raise UserError(f"--{option}: is {value}; the least is 1")
 

@@ -12,6 +12,7 @@ from model.config import SigmaMoEConfig
 from pretrain.config.schema import Config
 from pretrain.planning.links import Collective
 from pretrain.planning.step_time import blocks_of_stages, held_by_stages
+from pretrain.planning.zero_3_gathers import gathered
 
 FP32 = 4
 """Bytes of a number."""
@@ -34,7 +35,7 @@ def expert_parameters(config: Config, stage: int) -> int:
 
 def _gradients_and_weights(config: Config, num_ranks: int, stage: int) -> Iterator[Collective]:
     """ZeRO's: gradients are summed once a step, or at stages 2 and 3 in every micro-step; weights are gathered after
-    the update, at stage 3 for each pass."""
+    the update, at stage 3 for the passes, but for what stays whole or stays from the first to the second."""
     parallel, weight = config.parallel, FP32 if config.train.precision == "fp32" else 2
     data = config.data_size(num_ranks)
     micro_steps = config.micro_steps(data)
@@ -49,7 +50,9 @@ def _gradients_and_weights(config: Config, num_ranks: int, stage: int) -> Iterat
         item = 2 if parallel.reduce_dtype == "bf16" else FP32
         yield Collective(kind, group, ranks, item * parameters, part, times)
         if parallel.zero == 3:
-            yield Collective("all_gather", group, ranks, weight * parameters, "micro-step", 2 * micro_steps)
+            sent = gathered(config)
+            yield Collective("all_gather", group, ranks, weight * sent.micro_step, "micro-step", micro_steps)
+            yield Collective("all_gather", group, ranks, weight * sent.update, "update")
         elif parallel.zero:
             yield Collective("all_gather", group, ranks, weight * parameters, "update")
 

@@ -33,7 +33,7 @@ MEANING = {
     ExitCode.FOLDER_LOST: "another run has taken over the run folder, or it was removed or renamed; this one stopped "
     "writing",
     ExitCode.CUT_OFF: "a rank could not go on: another one died or never came, or its data could not be read for "
-    "minutes, or the run folder at the start, or its last checkpoint not be saved (a fault that may pass); what was "
+    "minutes, or the run folder could not be used at the start or in the last save (a fault that may pass); what was "
     "saved stands",
     ExitCode.STOPPED: "stopped by a signal, checkpoint saved (or nothing trained yet): start the same command again",
     ExitCode.INTERRUPTED: "a second signal ended it at once; what was saved stands: start the same command again",

@@ -64,6 +64,7 @@ def load_model(
     `ema`: the moving average of the weights (train.ema_decay) instead of the weights. Raises UserError: no checkpoint
     yet, a damaged one, one of another version, no tokenizer or another model's, no moving average, no such device.
     """
+    data = [data] if isinstance(data, str | Path) else data
     checkpoint, place = find_checkpoint(Path(run_or_checkpoint)), usable_device(device)
     with while_they_are_there([checkpoint.path], "RUN"):
         config = config_of(checkpoint)

@@ -175,7 +175,7 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}; copy its folder again, whole") from None
 
 
 def _byte(value: int) -> str:

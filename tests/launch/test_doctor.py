@@ -120,7 +120,7 @@ def test_driver_and_build_of_torch_go_together(
 
 
 def test_a_version_that_does_not_fit_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.19.7" if name == "deepspeed" else "1")
+    monkeypatch.setattr(doctor, "installed", lambda name: "0.19.7" if name == "deepspeed" else "1")
     found = {finding.name: finding for finding in doctor.packages()}
     assert found["deepspeed"] == ("deepspeed", "0.19.7 (needed: deepspeed==0.19.8)", "make -B install", True)
 

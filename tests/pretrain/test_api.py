@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -140,12 +141,24 @@ def test_what_is_refused(opened: OpenModel) -> None:
     for wrong in (["gab"], 3, None, b"gab", [1.5], torch.tensor([[3, 4]])):
         refused(r"text: is .*; give a str, or the ids of one text", opened.logits, wrong)
     refused("text: is a single token", opened.loss, [3])
+    for wrong in (0, "0", [0.5]):
+        refused(r"layers: is .*; give the numbers of layers in a list", opened.attention, TEXT, layers=wrong)
     refused("layers: there is no layer 2", opened.attention, TEXT, layers=[2])
+    refused("window: is 0.0, but", opened.attention, TEXT, window=0.0)
     refused("window: is 1, but", opened.attention, TEXT, window=1)
     refused("the prompt: is empty", opened.generate, "")
     refused("prompt 2: is empty", opened.generate, ["a", ""])
     for wrong in ([3, 4], 3, None, ["gab", None]):
         refused(r"prompt: is (3|None); give a str, or a list of them", opened.generate, wrong)
+    for name, value in (("temperature", "hot"), ("temperature", None), ("top_p", [1])):
+        refused(rf"^{name}: is .*; give a number", opened.generate, "a", **{name: value})
+    for name in ("tokens", "samples", "top_k", "seed"):
+        refused(rf"^{name}: is 2.5; give a whole number", opened.generate, "a", **{name: 2.5})
+    refused(r"^until: is \['a'\]; give the words", opened.generate, "a", until=["a"])
+    refused("^top: generate has no such argument", opened.generate, "a", top=3)
+    assert len(opened.generate("a", tokens=2, top_k=np.int32(3), temperature=np.float32(1.0))[0].ids) <= 2
+    for wrong in (None, 3, b"runs/mine"):
+        refused(r"place: is .*; give a run folder", open_model, wrong)
     refused("^top_p: is 0", opened.generate, "a", top_p=0.0)
     most = opened.config.model.sequence_length
     refused(rf"^tokens: {most + 9} .* give at most tokens \d+, or slide$", opened.generate, "a", tokens=most + 9)

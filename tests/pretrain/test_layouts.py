@@ -146,6 +146,24 @@ def test_bf16_stays_near_fp32(prepared: Path) -> None:
         assert sum(trace.losses) == pytest.approx(sum(reference.losses), rel=5e-3), f"ZeRO {config.parallel.zero}"
 
 
+def test_stages_of_a_pipeline_may_have_groups_of_their_own(prepared: Path) -> None:
+    """Rates that no parameter of a block has: the stages have different numbers of groups in their optimizers."""
+    keys = (
+        "optimizer.weight_decay=0.3",
+        "optimizer.groups.embedding.learning_rate_ratio=0.5",
+        "optimizer.groups.head.learning_rate_ratio=3",
+        "optimizer.groups.head.weight_decay=2",
+    )
+    stages = ("parallel.pipeline=2", "parallel.zero=1")
+    reference = plain_trace(small_config(prepared, *keys, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
+    configs = [small_config(prepared, *keys, *stages), small_config(prepared, *keys, *stages, "train.precision=bf16")]
+    exact, half = run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0]
+    assert_same(exact, reference, "2 stages, groups of their own")
+    assert half.losses == pytest.approx(reference.losses, rel=0.01) and len(half.losses) == STEPS
+    other = plain_trace(small_config(prepared, *keys[:1], "batch.micro_sequences=8"), STEPS, ())
+    assert abs(other.losses[-1] / reference.losses[-1] - 1) > TOLERANCE, "the groups have no effect"
+
+
 def test_adamw_has_its_keys_in_every_layout(prepared: Path) -> None:
     """Weight decay, which spares vectors, the decay rates of both moments, eps, and what groups have of their own."""
     keys = (

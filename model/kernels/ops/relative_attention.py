@@ -30,8 +30,8 @@ class Inputs(NamedTuple):
 
     content_queries: Tensor
     """[B, T, H, h]."""
-    position_queries: Tensor
-    """[B, T, H, h]; the same tensor where a model has no biases."""
+    position_queries: Tensor | None
+    """[B, T, H, h]; None where they are the content queries, in a model without biases."""
     k: Tensor
     """[B, L, K, h]."""
     v: Tensor
@@ -42,6 +42,8 @@ class Inputs(NamedTuple):
 
 def relative_attention(inputs: Inputs, *, backend: str) -> Tensor:
     """-> [B, T, H, h] in the dtype of the queries; differentiable in every tensor. `backend` is a resolved one."""
+    if inputs.position_queries is inputs.content_queries:
+        inputs = inputs._replace(position_queries=None)
     if backend == "reference":
         return relative_attention_reference(inputs)
     return _relative_attention(*inputs, backend)[0]
@@ -49,7 +51,10 @@ def relative_attention(inputs: Inputs, *, backend: str) -> Tensor:
 
 def relative_attention_reference(inputs: Inputs) -> Tensor:
     """The specification."""
-    for_content, for_position, k, v = (t.transpose(1, 2) for t in inputs[:4])
+    content, position, *keys, _ = inputs
+    for_content, for_position, k, v = (
+        t.transpose(1, 2) for t in (content, content if position is None else position, *keys)
+    )
     T, L = for_content.shape[2], k.shape[2]
     position_keys = inputs.position_keys.transpose(0, 1)  # [., L, h]
     logits = for_content @ k.transpose(2, 3) + relative_shift(for_position @ position_keys.transpose(1, 2))
@@ -77,7 +82,7 @@ def relative_shift(x: Tensor) -> Tensor:
 
 @op("relative_attention")
 def _relative_attention(
-    content_queries: Tensor, position_queries: Tensor, k: Tensor, v: Tensor, position_keys: Tensor, backend: str
+    content_queries: Tensor, position_queries: Tensor | None, k: Tensor, v: Tensor, position_keys: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """-> the result, and the logarithm of the softmax's sum [B, H, T] fp32."""
     inputs = Inputs(content_queries, position_queries, k, v, position_keys)
@@ -97,20 +102,21 @@ def _relative_attention_backward(
     out: Tensor,
     log_sum: Tensor,
     content_queries: Tensor,
-    position_queries: Tensor,
+    position_queries: Tensor | None,
     k: Tensor,
     v: Tensor,
     position_keys: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> the gradients of the five inputs."""
+    """-> the gradients of the five inputs; an empty one of position queries that are not given."""
     inputs = Inputs(content_queries, position_queries, k, v, position_keys)
     return implementation("relative_attention", backend).backward(grad, out, log_sum, inputs)
 
 
 @_relative_attention_backward.register_fake
 def _(grad, out, log_sum, content_queries, position_queries, k, v, position_keys, backend):
-    return tuple(t.new_empty(t.shape) for t in (content_queries, position_queries, k, v, position_keys))
+    given = content_queries, position_queries, k, v, position_keys
+    return tuple(grad.new_empty((0,) if t is None else t.shape) for t in given)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -123,7 +129,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
-    return *_relative_attention_backward(grad, *ctx.saved_tensors, ctx.backend), None
+    saved = ctx.saved_tensors
+    of_content, of_position, *others = _relative_attention_backward(grad, *saved, ctx.backend)
+    return of_content, None if saved[3] is None else of_position, *others, None
 
 
 _relative_attention.register_autograd(_autograd, setup_context=_setup_context)

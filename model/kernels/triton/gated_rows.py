@@ -162,7 +162,7 @@ def launch_options(kernel: str, rows: Tensor, E: int, k: int, **flags: bool) -> 
 
 def _choices(scores: Tensor, index: Tensor) -> dict[str, Any]:
     """Arguments of a launch. What does not have the numbers of a token side by side is copied."""
-    scores, index = (t if t[:1].is_contiguous() else t.contiguous() for t in (scores, index))
+    scores, index = (t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous() for t in (scores, index))
     strides = {"scores_stride": scores.stride(0), "index_stride": index.stride(0)}
     return {"scores": scores, "index": index, "H": index.shape[1], "K": index.shape[2]} | strides
 

@@ -262,7 +262,7 @@ def _prepared(inputs: Inputs) -> Inputs:
         raise ValueError(
             f"relative_attention: {L} tokens of {H} heads of {h} are too many: set kernels.backend=reference"
         )
-    return Inputs(*map(padded, inputs))
+    return Inputs(*(None if t is None else padded(t) for t in inputs))  # type: ignore[arg-type]
 
 
 def workspace(inputs: Inputs) -> Tensor:
@@ -277,6 +277,7 @@ def workspace(inputs: Inputs) -> Tensor:
 def _chunks(inputs: Inputs) -> Iterator[Chunk]:
     """Each with the position logits of its sequences."""
     content, position, k, v, position_keys = inputs
+    position = content if position is None else position
     (B, T, H, h), (_, L, K, _), P = content.shape, k.shape, position_keys.shape[1]
     logits, places = workspace(inputs), launch_tiles(inputs, "places")
     at_once = logits.shape[1]
@@ -311,7 +312,9 @@ def backward(grad: Tensor, out: Tensor, log_sum: Tensor, inputs: Inputs) -> tupl
     narrow, inputs, grad, out = grad.shape[3], _prepared(inputs), padded(grad), padded(out)
     k, position_keys = inputs.k, inputs.position_keys
     (B, T, H, h), (_, L, K, _), P = grad.shape, k.shape, position_keys.shape[1]
-    of_content, of_position, of_k, of_v = (torch.empty_like(t) for t in inputs[:4])
+    content, position, v = inputs.content_queries, inputs.position_queries, inputs.v
+    of_content, of_k, of_v = (torch.empty_like(t) for t in (content, k, v))
+    of_position = content.new_empty(0) if position is None else torch.empty_like(position)
     delta, of_logits = torch.empty_like(log_sum), workspace(inputs)
     of_places = k.new_empty(triton.cdiv(B, of_logits.shape[1]), L, H, h)
     keys_of_heads = position_keys.transpose(0, 1).expand(H, L, h)
@@ -330,11 +333,17 @@ def backward(grad: Tensor, out: Tensor, log_sum: Tensor, inputs: Inputs) -> tupl
             key_gradient_kernel[grid](*given, upstream, *statistics, *results, **sizes, **options)
         # Two dense products of all heads: [H, tokens, L] times the position keys, and its transpose times the queries.
         rows = of_logits.view(-1, of_logits.shape[3])[: H * sizes["B"] * T].view(H, sizes["B"] * T, -1)[..., :L]
-        torch.bmm(rows, keys_of_heads, out=of_position[sequences].flatten(0, 1).transpose(0, 1))
+        of_queries = (of_content if position is None else of_position)[sequences].flatten(0, 1).transpose(0, 1)
+        if position is None:  # added to what the kernel gave
+            torch.baddbmm(of_queries, rows, keys_of_heads, out=of_queries)
+        else:
+            torch.bmm(rows, keys_of_heads, out=of_queries)
+        assert part.position_queries is not None
         queries = part.position_queries.flatten(0, 1).transpose(0, 1)
         torch.bmm(rows.transpose(1, 2), queries, out=of_places[number].transpose(0, 1))
     if P == 1 < H:
         of_places = of_places.sum((0, 2)).unsqueeze(1)
     else:
         of_places = of_places.sum(0) if len(of_places) != 1 else of_places[0]
-    return tuple(narrowed(t, narrow) for t in (of_content, of_position, of_k, of_v, of_places))
+    of_content, of_k, of_v, of_places = (narrowed(t, narrow) for t in (of_content, of_k, of_v, of_places))
+    return of_content, of_position if position is None else narrowed(of_position, narrow), of_k, of_v, of_places

@@ -18,13 +18,17 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import pretrain.checkpoint.folder
 import pretrain.checkpoint.storage
+import pretrain.data.patience
 from common.errors import PassingError, UserError
+from common.hashing import sha256_file
 from pretrain.checkpoint import Checkpoint, list_checkpoints, step_of
 from pretrain.checkpoint.planners import AgreedPlan
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.storage import Writer
 from pretrain.config.schema import Config
+from pretrain.data.patience import Patience
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.resume import newest_valid
 from tests.harness import RankFailed, run_ranks
@@ -245,6 +249,38 @@ def test_damage_is_named_and_the_checkpoint_before_serves(prepared: Path, tmp_pa
     shutil.copytree(tmp_path / "truncated file", tmp_path / "run" / "checkpoints")
     run_ranks(train_runs, 2, [(config, tmp_path / "run")])
     assert curve(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize("failures, newest", [(2, "step-00000004"), (99, "step-00000002")])
+def test_a_server_that_fails_over_damages_no_checkpoint(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, newest: str
+) -> None:
+    """Another one would be taken for it, and the newer set aside with all of its steps. A disk that stays so is
+    damaged."""
+    keys = ("train.steps=4", "evaluate.sequences=0", "checkpoint.every_steps=2")
+    run_ranks(train_runs, 1, [(light_config(prepared, *keys), tmp_path)])
+    left = dict.fromkeys(("sha256_file", "read_bytes"), failures)
+
+    def failing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Path, *arguments: Any) -> Any:
+            if path.parent.name == "step-00000004" and left[name]:
+                left[name] -= 1
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return function(path, *arguments)
+
+        return call
+
+    monkeypatch.setattr(pretrain.data.patience, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(pretrain.checkpoint.folder, "sha256_file", failing("sha256_file", sha256_file))
+    monkeypatch.setattr(Path, "read_bytes", failing("read_bytes", Path.read_bytes))
+    paths = list_checkpoints(tmp_path / "checkpoints")[::-1]
+    patience = Patience(60.0)
+    if failures > 2:
+        patience.end()
+    found, reasons = newest_valid(paths, rank=0, world_size=1, gather=lambda own: [own], patience=patience)
+    assert found is not None and found.path.name == newest
+    assert all("state.json cannot be read: Input/output error" in reason for reason in reasons)
+    assert len(reasons) == (newest == "step-00000002") and (failures > 2 or not any(left.values()))
 
 
 def test_what_one_rank_alone_refuses_all_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import base64
 import errno
 import io
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -183,6 +184,16 @@ def test_a_full_disk_leaves_the_page_of_before_and_no_folder_that_was_not_there(
                 write(tmp_path / folder, [], {"b.png": b"second"}, "text")
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_model_that_has_diverged_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opened = open_model(runs / "switchall")
+    opened.model.get_parameter("final_norm.weight").fill_(math.nan)
+    diverged = opened.save(tmp_path / "diverged")
+    assert main([str(diverged), "--out", str(tmp_path / "out")]) == 2 and not (tmp_path / "out").exists()
+    assert re.search("diverged: its outputs are not finite, .* name an earlier checkpoint", capsys.readouterr().err)
+    (tmp_path / "letter").write_text("a")
+    assert main([str(runs / "switchall"), "--text", str(tmp_path / "letter"), "--out", str(tmp_path / "out")]) == 0
 
 
 def test_refusals(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

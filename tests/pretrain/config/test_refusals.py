@@ -206,7 +206,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
         "init_from: there is no",
     ),
     "choices are somebody's": (None, [*CONFIG, "--set", "train.replay_routing=~nobody-here/x"], "holds no record.json"),
-    "choices have a long name": (None, [*CONFIG, "--set", f"train.replay_routing={'x' * 300}"], "is not a record of"),
+    "choices have a long name": (
+        None,
+        [*CONFIG, "--set", f"train.replay_routing={'x' * 300}"],
+        "record.json cannot be read: File name too long",
+    ),
     "resume is damaged": (
         damage_all,
         [*RESUME, "checkpoint.resume=run/checkpoints/step-00000001"],

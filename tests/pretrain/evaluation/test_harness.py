@@ -19,6 +19,7 @@ from pretrain.evaluation import harness_run
 from pretrain.evaluation.harness_args import ModelArgs, pairs
 from pretrain.evaluation.harness_run import task_specs
 from pretrain.evaluation.likelihood import Limits
+from pretrain.evaluation.results import write_lines
 from tests.harness import run_ranks
 from tests.pretrain.evaluation import published
 from tests.pretrain.runs import small_config, train_runs
@@ -85,6 +86,14 @@ def test_examples_before_a_question_are_of_another_file(tmp_path: Path) -> None:
         assert str(error.value).startswith("--")
 
 
+def test_lines_of_a_result_are_whole_or_not_there(tmp_path: Path) -> None:
+    assert write_lines(tmp_path / "out", "samples", ["{}", '"\ud800 é"']) == tmp_path / "out" / "samples.jsonl"
+    assert (tmp_path / "out" / "samples.jsonl").read_text() == '{}\n"? é"\n'
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out: .*file.* cannot be written"):
+        write_lines(tmp_path / "file", "samples", [])
+
+
 def test_without_the_package_it_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,11 +101,12 @@ def test_without_the_package_it_is_one_sentence(
     assert main([str(tmp_path), "--harness", "hellaswag"]) == 2
     printed = capsys.readouterr().err
     assert 'pip install -e ".[eval]"' in printed and printed.count("\n") == 1
-    assert main([str(tmp_path), "--shots", "2"]) == 2
-    assert "--shots: is for the tasks of --harness" in capsys.readouterr().err
+    for option in (["--shots", "2"], ["--log-samples"]):
+        assert main([str(tmp_path), *option]) == 2
+        assert f"{option[0]}: is for the tasks of --harness" in capsys.readouterr().err
 
 
-def test_what_lm_eval_is_told_of_the_model() -> None:
+def test_what_lm_eval_is_told_of_the_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert ModelArgs.of({"pretrained": "runs/a"}) == ModelArgs(run=Path("runs/a"))
     told = pairs("pretrained=runs/a=b, data=d,ema=True,max_length=7") | {"batch_size": "3", "device": "cuda:1"}
     expected = ModelArgs(run=Path("runs/a=b"), batch=3, device="cuda:1", context=7, data=("d",), ema=True)
@@ -114,6 +124,11 @@ def test_what_lm_eval_is_told_of_the_model() -> None:
     ):
         with pytest.raises(UserError, match=words):
             ModelArgs.of({"pretrained": "a", **wrong} if wrong else {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ModelArgs.of({"pretrained": "a", "device": "cuda:0"}).usable_device() == torch.device("cpu")
+    assert "computes on the CPU" in capsys.readouterr().err
+    with pytest.raises(UserError, match="device: is cuda, but torch finds no usable GPU"):
+        ModelArgs.of({"pretrained": "a", "device": "cuda"}).usable_device()
     with pytest.raises(UserError, match="model_args: 'runs/a' has no value; write NAME=VALUE"):
         pairs("runs/a")
 
@@ -145,11 +160,15 @@ def test_examples_before_a_question(run: Path, tmp_path: Path, capsys: pytest.Ca
     arguments = [str(run), "--context", "800", "--limit", "1", "--harness"]
     for given, expected in (
         ((f"gsm8k={tmp_path}", "--shots", "2"), 2),
-        ((f"gsm8k={tmp_path / 'test.jsonl'}",), 0),
+        ((f"gsm8k={tmp_path / 'test.jsonl'}", "--log-samples"), 0),
     ):
         assert main([*arguments, *given]) == 0
         found = json.loads((run / "evaluation" / "step-00000001" / "harness.json").read_text())
         assert found["n-shot"] == {"gsm8k": expected}
+    lines = (run / "evaluation" / "step-00000001" / "harness-samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [(one["task"], one["doc"]) for one in samples] == [("gsm8k", rows[0])] * 2, "by both filters"
+    assert "What is 2 and one?" not in samples[0]["arguments"][0][0] and "exact_match" in samples[0]
     capsys.readouterr()
     assert main([*arguments, f"gsm8k={tmp_path}", "--shots", "4"]) == 2
     assert "fewer examples than it puts before a question" in capsys.readouterr().err

@@ -359,4 +359,7 @@ def test_what_does_not_fit_is_named(
     assert main([str(tmp_path), "--config", "config.json", "--to", "out"]) == 2
     assert "--config: an exported folder has its own configuration" in capsys.readouterr().err
     assert main(["w.pth", "--to", "out"]) == 2
+    assert "SOURCE: w.pth is not there; name a file of weights" in capsys.readouterr().err
+    source.write_bytes(b"")
+    assert main(["w.pth", "--to", "out"]) == 2
     assert "--config: name the configuration of the model that SOURCE holds" in capsys.readouterr().err

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from common.errors import PassingError, UserError
+from common.folders import check_folder
+from common.json_config import read_tree
 from pretrain.checkpoint import list_checkpoints
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
@@ -43,6 +45,8 @@ KEYS = (
 
 
 PLACES: dict[str, Callable[[Path], object]] = {
+    "reading the configuration": lambda folder: read_tree(folder / "config.json"),
+    "looking at the run folder": lambda folder: check_folder(folder, "--run-dir"),
     "listing the checkpoints": list_checkpoints,
     "looking whether all ranks see the folder": _seen_file,
     "reading the rollbacks": lambda folder: read_rollbacks(folder, None),
@@ -66,12 +70,12 @@ def test_an_error_that_may_pass_refuses_no_run(
     def refused(path: Path, *args: Any, **options: Any) -> Any:
         raise OSError(number, os.strerror(number), os.fspath(path))
 
-    for name in ("mkdir", "touch", "iterdir", "read_text"):
+    for name in ("mkdir", "touch", "iterdir", "read_text", "stat"):
         monkeypatch.setattr(Path, name, refused)
     monkeypatch.setattr("pretrain.resilience.rollback.write_json", refused)
-    with pytest.raises(UserError, match=os.strerror(number)) as found:
+    with pytest.raises(UserError, match=rf"{os.strerror(number)}|no permission") as found:
         PLACES[place](tmp_path)
-    assert type(found.value) is kind
+    assert isinstance(found.value, PassingError) == (kind is PassingError)
 
 
 def fail_once(folder: Path, at: int) -> list[int]:

@@ -131,6 +131,13 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     refused(older, "another version wrote its configuration .*novelty")
 
 
+def test_one_folder_of_data_is_as_good_as_a_list(run: Path, prepared: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    for checkpoint in (copy / "checkpoints").iterdir():
+        rewrite_state(checkpoint, lambda state: state["config"]["data"].update(manifest=str(tmp_path / "gone")))
+    assert load_model(copy, data=str(prepared)).tokenizer.encode(TEXT) == load_model(run).tokenizer.encode(TEXT)
+
+
 def test_a_device_that_is_not_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for read in (load_model, load_any):

@@ -6,7 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.fake_cuda import backward, fake_cuda
 from benchmarks.kernel_cases.recording import recording
+from benchmarks.launch_counter import Counts, LaunchCounter
 from model.kernels.ops.relative_attention import Inputs, relative_attention
 from model.kernels.triton import relative_attention as kernels
 from tests.model.kernels.test_relative_attention import SHAPES, Shape, check, make_inputs, run
@@ -73,3 +75,24 @@ def test_views_and_the_gradient_of_a_view() -> None:
 def test_what_the_kernels_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at most 256 columns here, not 264: set kernels\.backend=reference"):
         run(make_inputs(Shape(T=2, M=0, h=264), torch.float32), "triton")
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_the_gradients_of_queries_that_serve_both_terms_are_added_up_inside_a_product(biases: bool) -> None:
+    """And they are filled up to whole 16 bytes once; with biases each term has queries of its own."""
+    B, T, H, h = 2, 32, 2, 20
+    with fake_cuda(), torch.device("cuda"), LaunchCounter() as counter:
+        sizes = (B, T, H, h), (B, T, H, h), (B, 2 * T, H, h), (B, 2 * T, H, h), (2 * T, H, h)
+        content, position, *others = (torch.empty(size, dtype=torch.bfloat16, requires_grad=True) for size in sizes)
+        inputs = Inputs(content, position if biases else content, *others)
+        out = relative_attention(inputs, backend="triton")
+        forward, counter.counts = counter.counts, Counts()
+        backward(out.sum(), counter.before_node)
+    (before, after) = (
+        {name: number for (_, name), number in counts.by_operator.items()} for counts in (forward, counter.counts)
+    )
+    given = 5 if biases else 4
+    assert before["constant_pad_nd"] == given + 1 and after["constant_pad_nd"] == given + 2 + given
+    products = {"bmm": 2} if biases else {"bmm": 1, "baddbmm": 1}
+    assert {name: n for name, n in after.items() if "bmm" in name} == products
+    assert "add" not in after
