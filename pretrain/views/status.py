@@ -16,7 +16,7 @@ from common.tables import DOTS, beginning, counted, shortened_apart, text_table
 from common.terminal import visible
 from common.units import GIB
 from pretrain.config.validated import setting
-from pretrain.report.event_text import event_text
+from pretrain.report.event_text import LAST_TIME, event_text
 from pretrain.report.source_losses import sources_text
 from pretrain.views.jobs import unheard_job
 from pretrain.views.next_step import next_text
@@ -143,6 +143,8 @@ def left_text(view: RunView, now: float) -> str:
     if not view.state.goes_on or seconds is None or last is None or view.step >= last:
         return ""
     left = seconds * (last - view.step)
+    if now + left >= LAST_TIME:
+        return duration(left)
     return f"{duration(left)}, until {time.strftime('%Y-%m-%d %H:%M', time.localtime(now + left))}"
 
 
