@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -229,24 +228,6 @@ def test_the_folder_of_a_sweep_is_said_to_be_one(tmp_path: Path, capsys: pytest.
     (tmp_path / "sweep.json").write_text("{}")
     assert main([str(tmp_path)]) == 2
     assert f"launch/sweep.py --sweep-dir {tmp_path} --table" in capsys.readouterr().err
-
-
-def test_a_folder_that_may_not_be_read_keeps_nobody_from_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As that of another user, or of a file system that does not answer."""
-    good, locked = write(tmp_path / "good"), write(tmp_path / "locked")
-    stat = os.stat
-
-    def refusing(path: Any, *args: Any, **more: Any) -> os.stat_result:
-        if str(path).startswith(f"{locked}/"):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return stat(path, *args, **more)
-
-    monkeypatch.setattr(os, "stat", refusing)
-    assert main([str(locked), str(good)]) == 0
-    printed = capsys.readouterr()
-    assert printed.err == f"passed over: {locked} cannot be read: Permission denied\n" and str(good) in printed.out
 
 
 def test_damage_and_other_versions_are_passed_over(tmp_path: Path) -> None:
