@@ -223,6 +223,14 @@ def test_ranks_are_not_started_again_shortly_before_the_limit(
     assert len(bench.calls("srun")) == 2 * starts
 
 
+def test_a_limit_that_was_changed_since_the_job_started_counts(bench: Bench) -> None:
+    """scontrol update TimeLimit=...: the job's own variable keeps the end that it had."""
+    now = int(time.time())
+    ends = {"SLURM_JOB_END_TIME": str(now + 600), "END_TIME": time.strftime("%FT%T", time.localtime(now + 3600))}
+    bench.train(SRUN_CODE="137", **ends)
+    assert len(bench.calls("srun")) == 2
+
+
 def test_options_of_srun_come_first_and_words_in_quotes_stay_one(bench: Bench) -> None:
     bench.train(SRUN_OPTIONS="--container-image='/shared/a b.sqsh' --cpu-bind=none")
     [(arguments, _, _)] = bench.calls("srun")
