@@ -28,6 +28,8 @@ def configurations(given: Sequence[str]) -> dict[str, Path]:
         path = config_file(text)
         is_saved = path.name == SAVED_CONFIG and is_run(path.parent)
         name = _safe(path.absolute().parent.name if is_saved else path.stem)
+        if not name.strip("."):  # a run's folder would be the sweep's own
+            raise UserError(f"--config: {path} has no letter that can name a run folder; rename it")
         if name in found:
             raise UserError(f"--config: {found[name]} and {path} would share the name {name}; rename one of them")
         found[name] = path

@@ -126,3 +126,9 @@ def test_configurations_of_one_name_are_refused(tmp_path: Path) -> None:
         configurations(["a/x.json", "b/x.json"])
     with pytest.raises(UserError, match="--config: is not given"):
         configurations([])
+
+
+@pytest.mark.parametrize("name", ["[ ].json", "..json", "{}"])
+def test_a_configuration_whose_name_leaves_no_letter_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="has no letter that can name a run folder; rename it"):
+        configurations([str(tmp_path / name)])
