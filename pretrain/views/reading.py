@@ -294,18 +294,9 @@ class RunView:
         return [(step, _loss(event["ema_loss"])) for step, event in found if "ema_loss" in event]
 
     def _validation_events(self, split: str) -> list[tuple[int, Row]]:
-        found: dict[int, Row] = {}
-        for event in self.events:
-            step = event.get("step")
-            if event["event"] == "branch":
-                found = {}
-            if not isinstance(step, int):
-                continue
-            if event["event"] == "started":
-                found = {s: value for s, value in found.items() if s <= step}
-            elif event["event"] == "validation" and event.get("split", "validation") == split:
-                found[step] = event
-        return sorted(found.items(), key=lambda pair: pair[0])
+        found = self._counting("validation")
+        by_step = {event["step"]: event for event in found if event.get("split", "validation") == split}
+        return sorted(by_step.items(), key=lambda pair: pair[0])
 
     def tasks(self, at_step: int | None = None) -> dict[str, Row]:
         """Task -> its newest evaluation that still counts, as of `validations`; with `at_step` the one after it."""
@@ -320,6 +311,11 @@ class RunView:
         return found
 
     def _evaluations(self) -> list[Row]:
+        return [event for event in self._counting("evaluation") if isinstance(event.get("task"), str)]
+
+    def _counting(self, kind: str) -> list[Row]:
+        """Events of a kind after a step, those that still count: a start from before that step makes it again, and
+        those before a branch are another one's."""
         found: list[Row] = []
         for event in self.events:
             step = event.get("step")
@@ -327,7 +323,7 @@ class RunView:
                 found = []
             elif event["event"] == "started" and isinstance(step, int):
                 found = [one for one in found if one["step"] <= step]
-            elif event["event"] == "evaluation" and isinstance(step, int) and isinstance(event.get("task"), str):
+            elif event["event"] == kind and isinstance(step, int):
                 found.append(event)
         return found
 

@@ -30,7 +30,7 @@ def same_sources(one: Any, other: Any) -> bool:
 
 def reads_by_step(events: Sequence[Row], split: str, config: dict[str, Any]) -> dict[int, Reads]:
     """What the validations on a split have read, by step, those that still count: a start from before a step computes
-    its validation again. A start records how its settings differ from those of the checkpoint that it goes on from:
+    its validation again, and those before a branch are another one's. A start records how its settings differ from those of the checkpoint that it goes on from:
     the validations before it had the earlier value. config: of the newest start."""
     found: dict[int, Reads] = {}
     newest: Reads = {}
@@ -39,6 +39,8 @@ def reads_by_step(events: Sequence[Row], split: str, config: dict[str, Any]) -> 
         kind, step, key = event["event"], event.get("step"), event.get("key")
         if kind == "validation" and event.get("split", "validation") == split and isinstance(step, int):
             found[step] = {}
+        elif kind == "branch":
+            found = {}
         elif kind == "started" and isinstance(step, int):
             found = {earlier: reads for earlier, reads in found.items() if earlier <= step}
             digest, is_other_mixture = event.get("data_digest"), False

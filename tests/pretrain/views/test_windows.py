@@ -121,6 +121,14 @@ def test_a_comparison_says_after_which_step_a_resume_changed_the_windows(tmp_pat
     assert text(runs_of(one), 0.0).startswith(note)
 
 
+def test_a_branch_has_no_validations_before_it_whose_windows_could_differ(tmp_path: Path) -> None:
+    branch = {"event": "branch", "time": 3.5, "step": 6}
+    folder = run(tmp_path / "run", validation(4, 3.0), branch, start(6, FEWER), validation(8, 3.75))
+    view = RunView.open(folder)
+    assert list(view.reads()) == [step for step, _ in view.validations()] == [8]
+    assert " changed: " not in text(runs_of(folder), 0.0)
+
+
 def test_a_description_that_was_made_of_the_settings_is_no_difference_beside_them(tmp_path: Path) -> None:
     file = tmp_path / "tiny.json"
     file.write_text(json.dumps({"description": "a tiny model", "train": {"seed": 1}}))
