@@ -1,6 +1,7 @@
 """A run folder as a reader sees it: also while the run writes, after a crash, from another machine or version.
 
-Nothing here imports torch, writes to a run or takes its lock. What another version wrote differently is left out.
+Nothing here imports torch or takes a run's lock; all that is written is an empty file of a moment, by which the file
+server's clock tells the age of that lock. What another version wrote differently is left out.
 """
 
 from __future__ import annotations
