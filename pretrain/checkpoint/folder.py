@@ -45,6 +45,9 @@ AT_ONCE = Patience()
 class DamagedCheckpoint(UserError):
     """The folder does not hold a whole checkpoint; another checkpoint may be whole."""
 
+    passes = False
+    """It could not be read, and another attempt may not meet that."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -89,7 +92,9 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError) and not isinstance(error, PassingError):
                 raise
-            raise DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}") from None
+            damaged = DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}")
+            damaged.passes = kind_of(error) is PassingError
+            raise damaged from None
         if version != FORMAT_VERSION:
             raise UserError(
                 f"checkpoint {path}: has format {version}, but this version reads {FORMAT_VERSION}; continue with the "

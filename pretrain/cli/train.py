@@ -271,7 +271,7 @@ def print_derived(
     from pretrain.data.warnings import data_warnings
     from pretrain.report.disk_space import checkpoint_space
     from pretrain.report.startup import DerivedValue, derived_values
-    from pretrain.resume import progress_now, reads_by_end, reads_so_far, stages_of
+    from pretrain.resumed_stages import progress_now, reads_by_end, reads_so_far, stages_of
 
     if config.description:
         print(config.description)

@@ -23,7 +23,6 @@ from pretrain.evaluation.harness_args import ModelArgs, pairs
 from pretrain.evaluation.likelihood import Limits, answer, learned_context
 from pretrain.evaluation.models import OpenedModel, evaluation_config, open_model
 from pretrain.generation.ids import NotFinite
-from pretrain.gpus import usable_device
 from pretrain.saved_model import find_checkpoint
 from pretrain.saved_model.loading import config_of, document_end_of
 
@@ -47,7 +46,7 @@ class HarnessModel(LM):
         """For `lm_eval --model switchall --model_args pretrained=RUN`; `ModelArgs` has the others. Raises UserError."""
         parts = (arg_dict, additional_config or {})
         args = ModelArgs.of({key: value for part in parts for key, value in part.items() if value is not None})
-        checkpoint, device = find_checkpoint(args.run), usable_device(args.device)
+        checkpoint, device = find_checkpoint(args.run), args.usable_device()
         saved = config_of(checkpoint)
         config, tokenizer = evaluation_config(
             checkpoint, saved, data=args.data, overrides=(), batch=args.batch, ranks=1

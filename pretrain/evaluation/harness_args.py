@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.errors import UserError
+from pretrain.gpus import usable_device
 
 BATCH = 16
 """Texts of one forward pass where nothing is said, and of --batch_size auto."""
@@ -50,6 +54,14 @@ class ModelArgs:
             data=(str(given["data"]),) if "data" in given else (),
             ema=ema == "true",
         )
+
+    def usable_device(self) -> torch.device:
+        """Where the model is computed. The command `lm_eval` says cuda:0 where nobody has said anything; without a GPU
+        that is the CPU, as for the library's own models, with a line on stderr. Raises UserError for another name."""
+        if self.device == "cuda:0" and not torch.cuda.is_available():
+            print("note: there is no usable GPU; switchall computes on the CPU", file=sys.stderr, flush=True)
+            return torch.device("cpu")
+        return usable_device(self.device)
 
 
 def pairs(text: str) -> dict[str, str]:

@@ -171,7 +171,7 @@ class PlannedRun:
 
     def _checkpoint(self, found: Outcome, *, thorough: bool) -> str:
         from pretrain.data.warnings import epoch_warnings
-        from pretrain.resume import reads_by_end, reads_so_far, stages_of
+        from pretrain.resumed_stages import reads_by_end, reads_so_far, stages_of
 
         text = self._start(found, thorough=thorough)
         if self.sources is not None:  # how often the run reads its data depends on where it continues
@@ -181,6 +181,7 @@ class PlannedRun:
         return text
 
     def _start(self, found: Outcome, *, thorough: bool) -> str:
+        from pretrain.checkpoint.folder import AT_ONCE
         from pretrain.checkpoint.initial import KEY, initial_checkpoint
         from pretrain.checkpoint.shapes import check_shapes
         from pretrain.resilience.rollback import pending, read_rollbacks
@@ -201,14 +202,14 @@ class PlannedRun:
         if self.run_dir is None and resume in ("auto", "never"):
             raise Blocked("there can be no run folder")
         paths = candidates(self.config, self.run_dir) if self.run_dir is not None else [named_checkpoint(resume)]
-        newest = newest_committed(paths, check_sizes=self.alone)
+        newest = newest_committed(paths, check_sizes=self.alone, patience=self.patience or AT_ONCE)
         undone = ""
         if self.run_dir is not None and (
             rollback := pending(read_rollbacks(self.run_dir, branch_start(self.config, newest)))
         ):
             undone = f", for the last start decided to go back to before step {rollback.first_step:,}"
             paths = paths_to_try(self.config, self.run_dir, rollback)
-            newest = newest_committed(paths, check_sizes=self.alone)
+            newest = newest_committed(paths, check_sizes=self.alone, patience=self.patience or AT_ONCE)
         self.newest = newest
         self.has_checkpoint = newest is not None
         if newest is None:
@@ -283,7 +284,7 @@ class PlannedRun:
         train = self.config.train
         if train.replay_routing is None and not train.record_routing:
             return "none is written or replayed"
-        from pretrain.resume import stages_of
+        from pretrain.resumed_stages import stages_of
         from pretrain.routing.record import check_recording
         from pretrain.routing.tape import open_record, recording
 

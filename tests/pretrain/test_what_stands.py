@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from common.errors import UserError
+from common.errors import PassingError, UserError
 from pretrain.data.sources import Sources
 from pretrain.loop import report_end
 from pretrain.report.exit_codes import MEANING
 from pretrain.report.run_folder import RunFolder
-from pretrain.resume import candidates, check_tokenizer, what_stands
+from pretrain.resume import candidates, check_tokenizer, newest_committed, what_stands
 from pretrain.segment import SegmentEnd
 from tests.pretrain.runs import small_config
 from tests.pretrain.saved import rewrite_state
@@ -104,6 +106,22 @@ def test_checkpoints_that_are_damaged_or_cannot_be_read_change_nothing_of_how_a_
 ) -> None:
     (save(run / "checkpoints" / "step-00000004") / "state.json").write_text("")
     assert said(prepared, run).startswith("The same command would be refused: no checkpoint is whole (")
+
+
+@pytest.mark.parametrize("number, kind", [(errno.ESTALE, PassingError), (errno.EACCES, UserError)])
+def test_the_only_checkpoint_that_cannot_be_read_now_refuses_no_start(
+    run: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[UserError]
+) -> None:
+    """Before the ranks meet: that exit code would end a job that is started again."""
+    path = save(run / "checkpoints" / "step-00000004")
+
+    def refused(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(UserError, match=r"no checkpoint is whole .*state\.json cannot be read") as found:
+        newest_committed([path])
+    assert type(found.value) is kind
 
 
 def test_no_meaning_of_an_exit_code_speaks_of_a_checkpoint_that_may_not_be_there() -> None:

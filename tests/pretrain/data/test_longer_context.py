@@ -13,7 +13,7 @@ from pretrain.cli.checkpoint import main as checkpoint_command
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.windows import num_windows
-from pretrain.resume import reads_by_end, stages_of
+from pretrain.resumed_stages import reads_by_end, stages_of
 from tests.harness import run_ranks
 from tests.pretrain.data.test_stages import FIRST, base, mixed
 from tests.pretrain.report.boards import read, steps_of

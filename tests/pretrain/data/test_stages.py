@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from pretrain import resume
+from pretrain import resumed_stages
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.cli.train import print_derived
 from pretrain.config.schema import Config
@@ -23,7 +23,7 @@ from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
 from pretrain.data.stages import Stage
 from pretrain.data.windows import TrainingStream
-from pretrain.resume import reads_by_end, reads_so_far, stages_of
+from pretrain.resumed_stages import reads_by_end, reads_so_far, stages_of
 from pretrain.routing.record import Record, begin_record, description
 from pretrain.trainer import LaunchedStep, StepInput, Trainer
 from tests.data_prep.test_shards import random_documents, write_data
@@ -336,5 +336,5 @@ def test_a_run_that_is_beyond_its_end_reads_no_less_than_it_has_read(
     config = small_config(prepared, "train.steps=30")
     stage = Sources.load(config).stage()
     for step, by_end in ((0, 240), (10, 240), (30, 240), (40, 320)):
-        monkeypatch.setattr(resume, "progress_now", lambda *_, step=step: Progress(step, 8 * step))
+        monkeypatch.setattr(resumed_stages, "progress_now", lambda *_, step=step: Progress(step, 8 * step))
         assert (reads_so_far(config, None, stage), reads_by_end(config, None, stage)) == ([8 * step], [by_end])

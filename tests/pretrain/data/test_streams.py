@@ -28,7 +28,7 @@ from pretrain.engine.micro_steps import PlainExecutor
 from pretrain.evaluate import evaluate, evaluation_windows
 from pretrain.export.origin import evaluations_of
 from pretrain.parallel.context import parallel_context
-from pretrain.resume import stages_of
+from pretrain.resumed_stages import stages_of
 from tests.corpus import prepare_corpus
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, small_config, train_runs

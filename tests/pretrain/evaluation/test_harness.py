@@ -106,7 +106,7 @@ def test_without_the_package_it_is_one_sentence(
         assert f"{option[0]}: is for the tasks of --harness" in capsys.readouterr().err
 
 
-def test_what_lm_eval_is_told_of_the_model() -> None:
+def test_what_lm_eval_is_told_of_the_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert ModelArgs.of({"pretrained": "runs/a"}) == ModelArgs(run=Path("runs/a"))
     told = pairs("pretrained=runs/a=b, data=d,ema=True,max_length=7") | {"batch_size": "3", "device": "cuda:1"}
     expected = ModelArgs(run=Path("runs/a=b"), batch=3, device="cuda:1", context=7, data=("d",), ema=True)
@@ -124,6 +124,11 @@ def test_what_lm_eval_is_told_of_the_model() -> None:
     ):
         with pytest.raises(UserError, match=words):
             ModelArgs.of({"pretrained": "a", **wrong} if wrong else {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ModelArgs.of({"pretrained": "a", "device": "cuda:0"}).usable_device() == torch.device("cpu")
+    assert "computes on the CPU" in capsys.readouterr().err
+    with pytest.raises(UserError, match="device: is cuda, but torch finds no usable GPU"):
+        ModelArgs.of({"pretrained": "a", "device": "cuda"}).usable_device()
     with pytest.raises(UserError, match="model_args: 'runs/a' has no value; write NAME=VALUE"):
         pairs("runs/a")
 
