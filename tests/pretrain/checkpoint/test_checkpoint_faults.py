@@ -289,13 +289,13 @@ def test_what_one_rank_alone_refuses_all_refuse(tmp_path: Path, monkeypatch: pyt
 
     def from_all(own: Any) -> list[Any]:
         asked.append(own)
-        return [None, own or (True, "there is no checkpoint folder")]
+        return [None, own or UserError("there is no checkpoint folder")]
 
     for opened in (Checkpoint.open, lambda path, **share: SimpleNamespace(damaged_file=lambda **share: None)):
         monkeypatch.setattr(Checkpoint, "open", opened)
         with pytest.raises(UserError, match="there is no checkpoint folder"):
             newest_valid([tmp_path / "step-00000003"], rank=1, world_size=2, gather=from_all)
-    assert [own and own[0] for own in asked] == [True, None]
+    assert [type(own) for own in asked] == [UserError, type(None)]
 
 
 def kill_after(count: int) -> None:
