@@ -29,6 +29,7 @@ _SIGNATURE = re.compile(
 )
 _FILE_ENDINGS = (".tar", ".tgz", ".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".json", ".jsonl", ".txt", ".raw")
 _PASSING_STATUS = (408, 425, 429)
+CONNECT_SECONDS, SILENCE_SECONDS = 30, 300
 LASTING = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 """Errors of the system that another attempt meets again; others, such as those of a file server, may pass."""
 
@@ -138,13 +139,24 @@ def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec  # here: 40 ms that local runs do not need
 
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        options = _of_web_servers(fsspec.config.conf) if url.lower().startswith(WEB) else {}
+        filesystem, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         fix = '; install them with pip install -e ".[http]"' if "aiohttp" in str(error) else ""
         raise DataError(f"cannot open {without_secrets(url)}: {without_secrets(str(error))}{fix}") from None
     except ValueError as error:
         raise DataError(f"cannot open {without_secrets(url)}: {without_secrets(str(error))}") from None
     return filesystem, path
+
+
+def _of_web_servers(config: dict[str, Any]) -> dict[str, Any]:
+    """The user's configuration of fsspec, with a limit of each wait and none of the whole: by default a file may take 5
+    minutes, which go on while what was read is encoded."""
+    import aiohttp
+
+    limit = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
+    given = {**config.get("http", {}), **config.get("https", {})}
+    return {"client_kwargs": {"timeout": limit, **given.get("client_kwargs", {})}}
 
 
 def read_error(file: InputFile, error: Exception) -> DataError:

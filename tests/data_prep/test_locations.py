@@ -130,6 +130,25 @@ def test_a_packed_file_that_a_server_calls_an_encoding_is_read_as_it_is_stored(t
     assert (record.bytes, record.sha256) == (len(stored), hashlib.sha256(stored).hexdigest())
 
 
+def test_reading_a_file_from_a_web_server_may_take_as_long_as_it_takes(
+    site: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiohttp's own limit, of 5 minutes, is of the whole file; it goes on while what was read is encoded."""
+    import aiohttp
+
+    asked: list[tuple[str, Any]] = []
+    real = aiohttp.ClientSession._request
+
+    async def noted(session: Any, method: str, url: Any, **options: Any) -> Any:
+        asked.append((method, session.timeout))
+        return await real(session, method, url, **options)
+
+    monkeypatch.setattr(aiohttp.ClientSession, "_request", noted)
+    assert len(list(RawFile(RemoteFile(f"{site}/long.jsonl")).read())) == LINES.count(b"\n")
+    assert "GET" in [method for method, _ in asked]
+    assert all(limit.total is None and limit.sock_connect and limit.sock_read for _, limit in asked)
+
+
 def test_a_connection_lost_while_files_are_compared_may_come_back(
     tmp_path: Path, site: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,7 +287,7 @@ def test_control_characters_are_visible() -> None:
 
 
 def test_a_missing_aiohttp_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(url: str) -> Any:
+    def refuse(url: str, **_: object) -> Any:
         raise ImportError('HTTPFileSystem requires "requests" and "aiohttp" to be installed')
 
     monkeypatch.setattr("fsspec.core.url_to_fs", refuse)
