@@ -72,6 +72,7 @@ ROOMS = {
         "saving",
         "together",
         "evaluate",
+        "resumed_stages",
         "resume",
         "preflight",
         "segment",

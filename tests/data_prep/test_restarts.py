@@ -171,6 +171,7 @@ import os, pathlib, signal, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from data_prep.work.parallel import worker_pool
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits that it is ignored
 how, closing, shutdown = sys.argv[1], pathlib.Path("closing"), ProcessPoolExecutor.shutdown
 
 def stay(number):

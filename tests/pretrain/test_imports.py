@@ -17,7 +17,9 @@ from pretrain.config.loading import load_config
 from pretrain.engine.optimizer import build_optimizer
 
 config = load_config(Path("configs/switchall_tiny.json"))
-optimizer = build_optimizer(torch.nn.Linear(2, 2), config.replaced("optimizer", weight_decay=0.0))
+module = torch.nn.Sequential()
+module.register_module("final_norm", torch.nn.LayerNorm(2))
+optimizer = build_optimizer(module, config)
 for parameter in optimizer.param_groups[0]["params"]:
     parameter.grad = torch.ones_like(parameter)
 optimizer.step()

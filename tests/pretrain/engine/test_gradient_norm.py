@@ -158,7 +158,7 @@ def updates(rank: int, config: Config, left_out: str = "") -> tuple[list[tuple[i
     copied to the device while the optimizer steps; losses, norms and whether it skipped; and the weights."""
     if left_out:
         assert callable(getattr(build, left_out))
-        setattr(build, left_out, lambda optimizer: None)  # this process ends with the test
+        setattr(build, left_out, lambda optimizer, **options: None)  # this process ends with the test
     trainer = trainer_of(config)
     optimizer, seen, found = trainer.engine.optimizer, [], []
     step, tensor = optimizer.step, torch.tensor
@@ -241,6 +241,7 @@ def test_of_a_group_each_parameter_counts_once_and_no_padding(
         dp_process_group="data",
         model_parallel_rank=model_parallel_rank,
         get_grad_norm_direct=print,
+        scaled_global_norm=print,
         _model_parallel_all_reduce=lambda tensor, op: tensor.add_({dist.ReduceOp.SUM: 1000.0}[op]),
     )
     sum_as_we_do(optimizer)

@@ -206,11 +206,14 @@ def test_a_layout_whose_step_stops_is_none_to_choose(error: type[Exception], mon
 def test_groups_that_pipelines_cannot_have_leave_the_other_layouts() -> None:
     """Their rehearsal ended the search, and that of `fit` for a change that helps, in its refusal."""
     config = load_config(ONE_BILLION, [*SMALL, "optimizer.groups.head.learning_rate_ratio=2"])
-    legal, refused = search.legal_layouts(config, h100(2))
-    assert {layout.pipeline for layout in legal} == {1} and refused["optimizer.groups"][0] > 0
-    assert {layout.pipeline for layout in search.legal_layouts(load_config(ONE_BILLION, SMALL), h100(2))[0]} == {1, 2}
+    legal, refused = search.legal_layouts(config, h100(4))
+    others, _ = search.legal_layouts(load_config(ONE_BILLION, SMALL), h100(4))
+    divided = {(layout.pipeline, layout.expert) for layout in others}
+    assert {(layout.pipeline, layout.expert) for layout in legal} == divided - {(2, 2)} != divided
+    assert refused["optimizer.groups"][0] > 0
+    run = config.replaced("parallel", pipeline=2, expert=2, zero=1).replaced("batch", micro_sequences=4)
     with pytest.raises(ConfigError, match=r"^optimizer\.groups: head would have"):
-        planning.check_on(config.replaced("parallel", pipeline=2, zero=1), h100(2))
+        planning.check_on(run, h100(4))
 
 
 def test_ranks_are_divided_in_every_way_that_can_be() -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ class Left(BaseException):
 
 
 @pytest.fixture
-def stop(monkeypatch: pytest.MonkeyPatch) -> Stop:
+def stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stop]:
     """One whose process gets SIGTERM while the data are looked at."""
     stop = Stop()
 
@@ -181,7 +181,11 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Stop:
     monkeypatch.setattr("pretrain.resilience.signals.LEAVE_SECONDS", 1e6)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr("pretrain.cli.train.preflight", lambda *_, **__: stop._ask("SIGTERM"))
-    return stop
+    yield stop
+    for thread in threading.enumerate():  # which would have ended a process that has not left
+        if isinstance(thread, threading.Timer):
+            thread.cancel()
+            thread.join()
 
 
 def test_a_stop_before_the_ranks_have_met_is_the_outcome(run: Path, stop: Stop, prepared: Path) -> None:
