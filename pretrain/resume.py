@@ -13,7 +13,7 @@ import torch.distributed as dist
 from common.errors import PassingError, UserError
 from common.tables import counted
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
-from pretrain.checkpoint.folder import AT_ONCE, STATE_FILE, newest_of
+from pretrain.checkpoint.folder import AT_ONCE, STATE_FILE, UnreadCheckpoint, newest_of
 from pretrain.config.loading import to_json
 from pretrain.config.resume_rules import SavedRun, changes_since
 from pretrain.config.schema import Config
@@ -148,13 +148,14 @@ def newest_committed(paths: list[Path], *, check_sizes: bool = True, patience: P
             return Checkpoint.open(path, world_size=1 if check_sizes else 0, patience=patience)
         except DamagedCheckpoint as error:
             reasons.append(str(error))
-            passes = passes or error.passes
-    _refuse_without(reasons, PassingError if passes else UserError)
+            passes = passes or isinstance(error, UnreadCheckpoint)
+    _refuse_without(reasons, passes=passes)
     return None
 
 
-Found = tuple[bool, str] | None
-"""What one rank says against a checkpoint: whether no other one may be taken for it, and why; None: it is whole."""
+Found = tuple[type[UserError], str] | None
+"""What one rank says against a checkpoint: the kind of its error, and why; None: it is whole. Only where all say that
+it is damaged another one may be taken for it."""
 
 
 def newest_valid(
@@ -170,32 +171,37 @@ def newest_valid(
     server that fails over damages no checkpoint.
 
     Raises UserError, on every rank, if there are checkpoints but none is whole: a run folder with checkpoints never
-    asks for a new start from step 0."""
-    reasons: list[str] = []
+    asks for a new start from step 0. A PassingError if one of them could not be read, and nothing else is wrong
+    with it."""
+    reasons, passes = list[str](), False
     for path in paths:
         checkpoint: Checkpoint | None = None
         own: Found = None
         try:
             checkpoint = Checkpoint.open(path, rank=rank, world_size=world_size, patience=patience)
             damaged = checkpoint.damaged_file(rank=rank, world_size=world_size, patience=patience)
-            own = (False, f"checkpoint {path}: {damaged}") if damaged else None
+            own = (DamagedCheckpoint, f"checkpoint {path}: {damaged}") if damaged else None
         except UserError as error:  # on this rank alone, perhaps, while the others ask what all have found
-            own = (not isinstance(error, DamagedCheckpoint), str(error))
-        found = next((one for one in (gather or of_all_ranks)(own) if one), None)
-        if found is None:
+            own = (type(error), str(error))
+            if isinstance(error, UnreadCheckpoint):
+                patience = AT_ONCE  # waited for in vain: for each of many, the wait would pass for a hang
+        found = [one for one in (gather or of_all_ranks)(own) if one]
+        if not found:
             return checkpoint, reasons
-        is_refusal, reason = found
-        if is_refusal:
-            raise UserError(reason)
-        reasons.append(reason)
-    _refuse_without(reasons)
+        for kind, reason in found:
+            if not issubclass(kind, DamagedCheckpoint):
+                raise UserError(reason)
+        reasons.append(found[0][1])
+        passes = passes or all(issubclass(kind, UnreadCheckpoint) for kind, _ in found)
+    _refuse_without(reasons, passes=passes)
     return None, reasons
 
 
-def _refuse_without(reasons: list[str], kind: type[UserError] = UserError) -> None:
-    """Raises a `kind` with `reasons` if checkpoints were found, but all of them were passed over."""
+def _refuse_without(reasons: list[str], *, passes: bool) -> None:
+    """Raises a UserError with `reasons` if checkpoints were found, but all of them were passed over; a PassingError if
+    that may pass."""
     if reasons:
-        raise kind(
+        raise (PassingError if passes else UserError)(
             f"no checkpoint is whole ({'; '.join(reasons)}); move them away, choose another --run-dir, or name another "
             f"checkpoint in checkpoint.resume"
         )
