@@ -144,20 +144,19 @@ def newest_committed(paths: list[Path], *, check_sizes: bool = True, patience: P
     """The first of `paths` that is committed and, with `check_sizes`, whose files have their sizes; not collective,
     reads no tensor. `patience` makes every read. Raises UserError as `newest_valid`, a PassingError where one of them
     may be whole and could not be read."""
-    reasons, passes = list[str](), False
+    reasons: list[UserError] = []
     for path in paths:
         try:
             return Checkpoint.open(path, world_size=1 if check_sizes else 0, patience=patience)
         except DamagedCheckpoint as error:
-            reasons.append(str(error))
-            passes = passes or isinstance(error, UnreadCheckpoint)
-    _refuse_without(reasons, passes=passes)
+            reasons.append(error)
+    _refuse_without(reasons)
     return None
 
 
-Found = tuple[type[UserError], str] | None
-"""What one rank says against a checkpoint: the kind of its error, and why; None: it is whole. Only where all say that
-it is damaged another one may be taken for it."""
+Found = UserError | None
+"""What one rank says against a checkpoint: a DamagedCheckpoint where another one may be taken for it; None: it is
+whole."""
 
 
 def newest_valid(
@@ -173,39 +172,38 @@ def newest_valid(
     server that fails over damages no checkpoint.
 
     Raises UserError, on every rank, if there are checkpoints but none is whole: a run folder with checkpoints never
-    asks for a new start from step 0. A PassingError if one of them could not be read, and nothing else is wrong
-    with it."""
-    reasons, passes = list[str](), False
+    asks for a new start from step 0. It is a PassingError where one of them may be whole and could not be read."""
+    reasons: list[UserError] = []
     for path in paths:
         checkpoint: Checkpoint | None = None
         own: Found = None
         try:
             checkpoint = Checkpoint.open(path, rank=rank, world_size=world_size, patience=patience)
             damaged = checkpoint.damaged_file(rank=rank, world_size=world_size, patience=patience)
-            own = (DamagedCheckpoint, f"checkpoint {path}: {damaged}") if damaged else None
+            own = DamagedCheckpoint(f"checkpoint {path}: {damaged}") if damaged else None
         except UserError as error:  # on this rank alone, perhaps, while the others ask what all have found
-            own = (type(error), str(error))
+            own = error
             if isinstance(error, UnreadCheckpoint):
                 patience = AT_ONCE  # waited for in vain: for each of many, the wait would pass for a hang
-        found = [one for one in (gather or of_all_ranks)(own) if one]
+        found = [one for one in (gather or of_all_ranks)(own) if one is not None]
         if not found:
-            return checkpoint, reasons
-        for kind, reason in found:
-            if not issubclass(kind, DamagedCheckpoint):
-                raise UserError(reason)
-        reasons.append(found[0][1])
-        passes = passes or all(issubclass(kind, UnreadCheckpoint) for kind, _ in found)
-    _refuse_without(reasons, passes=passes)
-    return None, reasons
+            return checkpoint, list(map(str, reasons))
+        # A refusal goes before damage, and damage before what another attempt may read.
+        worst = min(found, key=lambda error: (isinstance(error, DamagedCheckpoint), isinstance(error, PassingError)))
+        if not isinstance(worst, DamagedCheckpoint):
+            raise worst
+        reasons.append(worst)
+    _refuse_without(reasons)
+    return None, []
 
 
-def _refuse_without(reasons: list[str], *, passes: bool) -> None:
-    """Raises a UserError with `reasons` if checkpoints were found, but all of them were passed over; a PassingError if
-    that may pass."""
+def _refuse_without(reasons: list[UserError]) -> None:
+    """Raises UserError with `reasons` if checkpoints were found, but all of them were passed over."""
     if reasons:
-        raise (PassingError if passes else UserError)(
-            f"no checkpoint is whole ({'; '.join(reasons)}); move them away, choose another --run-dir, or name another "
-            f"checkpoint in checkpoint.resume"
+        kind = PassingError if any(isinstance(reason, PassingError) for reason in reasons) else UserError
+        raise kind(
+            f"no checkpoint is whole ({'; '.join(map(str, reasons))}); move them away, choose another --run-dir, or "
+            f"name another checkpoint in checkpoint.resume"
         )
 
 

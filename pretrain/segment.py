@@ -30,6 +30,7 @@ from pretrain.resilience.slow_ranks import RankComparison
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.resilience.step_limit import StepLimit
 from pretrain.resume import StartPoint, branch_start, record_start, what_stands
+from pretrain.routing.record import remove_after
 from pretrain.routing.tape import open_tape
 from pretrain.saving import SaveTimer, save
 from pretrain.trainer import LaunchedStep, RunSetup, Trainer, build_trainer
@@ -69,6 +70,8 @@ def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: S
         try:
             branch = record_start(folder, start, config, sizes, data_digest=setup.sources.digest, last_step=last)
             origin = replace(origin, hides_all=branch)
+            if branch and config.train.record_routing:
+                remove_after(folder.path / "routing", 0)
             facts = start_facts(config, sizes, setup.device)
             monitor = Monitor(config, folder, origin, facts=facts, side_by_side=setup.side_by_side)
             return monitor, folder.losses(step, settings.spike_window_steps)

@@ -81,7 +81,7 @@ def script(
     """The whole script. Every value is quoted as data for the parser that reads it; only `setup` is code.
 
     options:      sbatch's long options over the template's; None drops one
-    more_options: further ones as the user wrote them, "--gres=gpu:8"
+    more_options: further ones as the user wrote them, "--gres=gpu:8"; none of `options`. Raises UserError
     settings:     exported variables
     setup:        lines of bash before anything else runs
     arguments:    what the template's "$@" is
@@ -90,7 +90,13 @@ def script(
     for option in more_options:
         if not option.startswith("--") or option == "--":
             raise UserError(f"--sbatch {option}: write a long option of sbatch, e.g. --sbatch=--gres=gpu:8")
-        merged.update([_key_value(option.removeprefix("--"))])
+        key, value = _key_value(option.removeprefix("--"))
+        if options.get(key) is not None:
+            raise UserError(
+                f"--sbatch={option}: --{key} follows from this command's own options, by which the job was checked; "
+                f"give those instead (--help lists them)"
+            )
+        merged[key] = value
     lines = ["#!/bin/bash"]
     for key, value in merged.items():
         if value is not None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from common.arguments import add_overrides, at_least, set_options
 from common.errors import UserError
 from common.paths import REPOSITORY, find_input
+from common.tables import counted
 from common.urls import URL
 from launch.slurm import job
 from pretrain.cli.refusals import exit_code_of
@@ -147,7 +148,7 @@ def _submit(args: argparse.Namespace) -> int | None:
         with contextlib.suppress(OSError):  # it is submitted
             mark_submitted(run_dir, number)
     lines = [
-        f"submitted job {number}: {args.nodes} nodes x {_ranks_per_node(args)} ranks, script {path}",
+        f"submitted job {number}: {counted(args.nodes, 'node')} x {counted(_ranks_per_node(args), 'rank')}, script {path}",
         f"  state      squeue --job {number}",
         f"  watch      tail -F {_quoted(logs / f'{number}.log')} {_quoted(logs / f'{number}.rank0.log')}",
         f"  cancel     scancel {number}",

@@ -22,7 +22,7 @@ from launch.sweeps.record import Sweep
 from pretrain.report.exit_codes import ExitCode, meaning_of
 from pretrain.resilience.signals import heard_signals
 from pretrain.views.reading import RunView, State
-from pretrain.views.status import duration, left_text
+from pretrain.views.status import duration, finite_text, left_text
 from pretrain.views.sweep import STOPPED, SweepRun
 
 LOOK_SECONDS = 1.0
@@ -76,12 +76,12 @@ class Progress:
             self._view.update()
         except UserError:
             return  # its folder is not there yet
-        step, last, loss = self._view.step, self._view.last_step, self._view.metrics.newest.get("loss")
+        step, last, losses = self._view.step, self._view.last_step, self._view.metrics.column("loss")
         if not self._view.state.goes_on or not step:
             return
         left = left_text(self._view, time.time()).partition(",")[0]
         text = f"{self._title}: step {step:,}" + (f" of {last:,}" if last else "")
-        text += (f", loss {loss:.4f}" if isinstance(loss, float) else "") + (f", {left} left" if left else "")
+        text += f", loss {finite_text(losses[-1])}" + (f", {left} left" if left else "")
         if text == self._said:
             return
         if follows_escapes(sys.stdout):

@@ -47,12 +47,7 @@ class DamagedCheckpoint(UserError):
 
 
 class UnreadCheckpoint(DamagedCheckpoint, PassingError):
-    """It could not be read, and another attempt may not meet that."""
-
-
-def damaged_by(error: Exception) -> type[DamagedCheckpoint]:
-    """What to raise where a file of a checkpoint cannot be read, or makes no sense."""
-    return UnreadCheckpoint if kind_of(error) is PassingError else DamagedCheckpoint
+    """It could not be read, which may pass: it may be whole itself."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError) and not isinstance(error, PassingError):
                 raise
-            raise damaged_by(error)(f"checkpoint {path}: {_unreadable(error)}") from None
+            raise _unread(path, error) from None
         if version != FORMAT_VERSION:
             raise UserError(
                 f"checkpoint {path}: has format {version}, but this version reads {FORMAT_VERSION}; continue with the "
@@ -121,13 +116,13 @@ class Checkpoint:
     ) -> str | None:
         """Checks this rank's share of the sha256 sums. Returns the first file that does not match, with the reason, or
         None. Calls `read` with the number of bytes after each read. `patience` reads each file. Raises UnreadCheckpoint
-        where that may pass which keeps one from being read."""
+        where one cannot be read now."""
         for name in sorted(self.state["files"])[rank::world_size]:
             try:
                 found = patience(functools.partial(sha256_file, self.path / name, read))
             except (OSError, PassingError) as error:
                 if kind_of(error) is PassingError:
-                    raise UnreadCheckpoint(f"checkpoint {self.path}: {_unreadable(error)}") from None
+                    raise _unread(self.path, error) from None
                 return _unreadable(error)
             if found != self.state["files"][name]["sha256"]:
                 return f"{name} does not match its sha256"
@@ -167,10 +162,19 @@ def _check_size(path: Path, name: str, expected: int, patience: Patience) -> Non
     except FileNotFoundError:
         pass
     except (OSError, PassingError) as error:
-        raise damaged_by(error)(f"checkpoint {path}: {_unreadable(error)}") from None
+        raise _unread(path, error) from None
     if size != expected:
         found = "missing" if size is None else f"{size} bytes, not {expected} bytes"
         raise DamagedCheckpoint(f"checkpoint {path}: {name} is {found}")
+
+
+def damaged_by(error: Exception) -> type[DamagedCheckpoint]:
+    """What to raise where a checkpoint's file was not read for `error`, or makes no sense."""
+    return UnreadCheckpoint if kind_of(error) is PassingError else DamagedCheckpoint
+
+
+def _unread(path: Path, error: Exception) -> DamagedCheckpoint:
+    return damaged_by(error)(f"checkpoint {path}: {_unreadable(error)}")
 
 
 def _unreadable(error: Exception) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.arguments import Parser, add_overrides
+from common.arguments import Parser, above_zero, add_overrides, at_least
 from common.errors import UserError
 from common.json_config import describe_keys
 from common.requirements import misfits
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--ranks",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help="with --dry-run: check the layout for N ranks (default: the product of the parallel sizes)",
     )
@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--device-memory",
-        type=float,
+        type=above_zero(1e6),
         metavar="GIB",
         help="with --dry-run: estimate the memory of a rank, and the largest batch.micro_sequences that fits a device "
         "of so many GiB (default: this machine's GPU; without one no estimate)",
@@ -105,12 +105,10 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         return ExitCode.REFUSED
     end: EarlyEnd | None = None
     try:
-        if args.ranks is not None and (not args.dry_run or args.ranks < 1):
-            raise UserError(
-                "--ranks: goes with --dry-run and must be at least 1; a run has as many as the launcher starts"
-            )
-        if args.device_memory is not None and (not args.dry_run or not args.device_memory > 0.0):
-            raise UserError("--device-memory: goes with --dry-run and must be above 0, in GiB, e.g. 80")
+        if args.ranks is not None and not args.dry_run:
+            raise UserError("--ranks: goes with --dry-run; a run has as many as the launcher starts")
+        if args.device_memory is not None and not args.dry_run:
+            raise UserError("--device-memory: goes with --dry-run, which alone estimates memory; leave it out")
         if args.no_step and not args.dry_run:
             raise UserError("--no-step: goes with --dry-run, which alone rehearses a step; leave it out")
         if args.dry_run:

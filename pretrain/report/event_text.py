@@ -10,12 +10,15 @@ from common.line_log import Row
 from common.tables import counted, listed
 from pretrain.report.source_losses import source_losses, sources_text
 
+LAST_TIME = 1e11
+"""Seconds since the epoch, in the year 5138: localtime refuses what is far out."""
+
 
 def event_text(event: Row, now: float) -> str:
     """When it was, and what; an event of another version is shown as it is."""
     when = event.get("time")
     clock = "?"
-    if isinstance(when, int | float) and 0 <= when < 1e11:  # until the year 5138: localtime refuses what is far out
+    if isinstance(when, int | float) and 0 <= when < LAST_TIME:
         same_day = time.strftime("%F", time.localtime(when)) == time.strftime("%F", time.localtime(now))
         clock = time.strftime("%H:%M:%S" if same_day else "%F %H:%M", time.localtime(when))
     return f"{clock}  {describe(event)}"

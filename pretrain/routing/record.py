@@ -182,14 +182,15 @@ def begin_record(folder: Path, content: dict[str, Any], step: int) -> None:
     computed again. Raises UserError if it holds another run's."""
     try:
         if check_recording(folder, content):
-            _remove_after(folder, step)
+            remove_after(folder, step)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "record.json", {"format": FORMAT, **content})
     except OSError as error:
         raise kind_of(error)(f"train.record_routing: {folder} cannot be written: {error.strerror}") from None
 
 
-def _remove_after(folder: Path, step: int) -> None:
+def remove_after(folder: Path, step: int) -> None:
+    """The choices of later steps."""
     for path in folder.glob("step-*"):
         if re.fullmatch(r"step-\d{8,}", path.name) and int(path.name[5:]) > step:
             for file in path.iterdir():

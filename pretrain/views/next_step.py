@@ -45,7 +45,8 @@ def next_text(view: RunView) -> str:
     if state is State.RUNNING:
         return f"`python launch/status.py {run} --watch` follows it; SIGUSR1 or SIGTERM stops it with a checkpoint"
     if state is State.FINISHED:
-        if view.step < (setting(view.config, "train.steps") or 0):
+        steps = setting(view.config, "train.steps")
+        if isinstance(steps, int) and view.step < steps:
             return f"the same command with a later train.stop_after_steps goes on; {resume}"
         return f"`python launch/generate.py {run} --interactive` lets it write; docs/use.md has the rest"
     if state is State.STOPPED:

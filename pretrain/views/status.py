@@ -16,7 +16,7 @@ from common.tables import DOTS, beginning, counted, shortened_apart, text_table
 from common.terminal import visible
 from common.units import GIB
 from pretrain.config.validated import setting
-from pretrain.report.event_text import event_text
+from pretrain.report.event_text import LAST_TIME, event_text
 from pretrain.report.source_losses import sources_text
 from pretrain.views.jobs import unheard_job
 from pretrain.views.next_step import next_text
@@ -143,6 +143,8 @@ def left_text(view: RunView, now: float) -> str:
     if not view.state.goes_on or seconds is None or last is None or view.step >= last:
         return ""
     left = seconds * (last - view.step)
+    if now + left >= LAST_TIME:
+        return duration(left)
     return f"{duration(left)}, until {time.strftime('%Y-%m-%d %H:%M', time.localtime(now + left))}"
 
 
@@ -165,18 +167,19 @@ def validation_text(view: RunView, split: SplitName) -> str:
     step, loss = view.validations(split)[-1]
     best, lowest = view.best_validation(split) or (step, loss)
     of_sources = dict(view.source_validations(split))[step]
-    text = f"{_finite(loss)} after step {step:,}" + (f" ({sources_text(of_sources)})" if of_sources else "")
+    text = f"{finite_text(loss)} after step {step:,}" + (f" ({sources_text(of_sources)})" if of_sources else "")
     text += "" if best == step else f", best {lowest:.4f} after step {best:,}"
     average = dict(view.average_validations(split)).get(step)
-    return text if average is None else f"{text}; moving average {_finite(average)}"
+    return text if average is None else f"{text}; moving average {finite_text(average)}"
 
 
 def _of_split(split: SplitName, loss: float) -> str:
     """A loss in a column of those on the validation split."""
-    return _finite(loss) + ("" if split == "validation" else f" ({split})")
+    return finite_text(loss) + ("" if split == "validation" else f" ({split})")
 
 
-def _finite(loss: float) -> str:
+def finite_text(loss: float) -> str:
+    """A loss, or that it is none."""
     return f"{loss:.4f}" if math.isfinite(loss) else "not finite"
 
 
@@ -265,7 +268,7 @@ def runs_table(views: Sequence[RunView], now: float, *, width: int | None = None
 
 def _run_row(view: RunView, now: float) -> tuple[str, ...]:
     seconds, newest = seconds_per_step(view), view.metrics.newest
-    loss, tokens = newest.get("loss"), newest.get("tokens")
+    tokens = newest.get("tokens")
     validated = view.newest_validation
     try:
         age = duration(now - (view.path / "metrics.jsonl").stat().st_mtime) + " ago"
@@ -276,7 +279,7 @@ def _run_row(view: RunView, now: float) -> tuple[str, ...]:
         view.state.value,
         f"{view.step:,}",
         f"{view.last_step:,}" if view.last_step else "-",
-        f"{loss:.4f}" if isinstance(loss, int | float) else "-",
+        finite_text(view.metrics.column("loss")[-1]) if "loss" in newest else "-",
         _of_split(validated[0], validated[2]) if validated else "-",
         f"{seconds:.3g}" if seconds is not None else "-",
         f"{tokens:,.0f}" if isinstance(tokens, int | float) else "-",
@@ -287,7 +290,7 @@ def _run_row(view: RunView, now: float) -> tuple[str, ...]:
 
 def summary(view: RunView) -> dict[str, Any]:
     """The screen's facts for another program."""
-    newest = {key: value for key, value in view.metrics.newest.items() if isinstance(value, int | float)}
+    newest = {key: value for key, value in view.metrics.newest.items() if isinstance(value, int | float | None)}
     return {
         "run": str(view.path),
         "state": view.state.value,

@@ -214,7 +214,6 @@ def test_the_1b_config_never_trains_on_a_cpu_unasked(
         (["--ranks", "3"], "--ranks: goes with --dry-run"),
         (["--no-step"], "--no-step: goes with --dry-run"),
         (["--device-memory", "80"], "--device-memory: goes with --dry-run"),
-        (["--dry-run", "--device-memory", "0"], "--device-memory: goes with --dry-run and must be above 0"),
     ],
 )
 def test_refusals_are_one_message_without_traceback(
@@ -231,6 +230,15 @@ def test_refusals_are_one_message_without_traceback(
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
     assert words in printed.err
     assert not list(tmp_path.iterdir()), "something was written before the refusal"
+
+
+@pytest.mark.parametrize("given", [("--ranks", "0"), ("--device-memory", "0"), ("--device-memory", "inf")])
+def test_numbers_of_a_dry_run_are_checked_with_its_arguments(
+    given: tuple[str, str], prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments_for("switchall_tiny.json", prepared, *DRY, *given))
+    assert f"argument {given[0]}: expected a" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""launch/sweep.py: what a stop does to the sweep and to the run in training."""
+"""launch/sweep.py: what a stop does to the sweep and to the run in training, and what is said of that run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from common.run_lock import FolderLock
+from launch.sweeps import training
 from launch.sweeps.command import main
 from tests.harness import forked
 from tests.launch.launcher import ROOT, environment
@@ -80,3 +82,16 @@ def test_a_run_that_was_stopped_by_itself_stops_the_sweep(case: Case, capsys: py
     assert case.run(*VARY) == 85
     assert capsys.readouterr().out.endswith("stopped at step 2\nstopped; the same command goes on\n")
     assert case.trained == ["1e-3"]
+
+
+def test_the_progress_of_a_run_says_that_its_loss_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "LINE_SECONDS", 0.0)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
+    lock = FolderLock(tmp_path)
+    try:
+        training.Progress("run 1 of 2", tmp_path).show()
+    finally:
+        lock.release()
+    assert capsys.readouterr().out == "run 1 of 2: step 1, loss not finite\n"

@@ -91,7 +91,7 @@ def test_a_submission_keeps_its_own_copy_of_the_config(
     [copy] = (run_dir / "slurm").glob("config-*.json")
     assert str(copy) in text and copy.read_bytes() == Path(TINY).read_bytes()
     output = capsys.readouterr().out
-    assert "submitted job 41: 2 nodes x 1 ranks" in output and "scancel 41" in output
+    assert "submitted job 41: 2 nodes x 1 rank," in output and "scancel 41" in output
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,8 @@ def test_a_submission_keeps_its_own_copy_of_the_config(
         (["--env", "HF_TOKEN=hf_x"], "--env HF_TOKEN: looks like a secret"),
         (["--env", "PROXY=http://me:word@proxy"], "--env PROXY: looks like a secret"),
         (["--sbatch", "gres=gpu:8"], "--sbatch gres=gpu:8: write a long option"),
+        (["--sbatch=--nodes=4"], "--sbatch=--nodes=4: --nodes follows from this command's own options"),
+        (["--sbatch=--time=9"], "--sbatch=--time=9: --time follows from"),
         (["--job-name", "a\n#SBATCH --uid=0"], "cannot stand in a job script"),
         (["--set", "description=a\nb"], "cannot stand in a job script"),
         (["--python", "/nowhere/python"], "--python: /nowhere/python cannot be executed"),

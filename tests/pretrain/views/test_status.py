@@ -15,7 +15,7 @@ import pytest
 from common.run_lock import DEAD_SECONDS, FolderLock, process_identity
 from pretrain.cli.status import main
 from pretrain.views.reading import Metrics, RunView, State
-from pretrain.views.status import balance_text, duration, screen, speed_text, summary
+from pretrain.views.status import balance_text, duration, runs_table, screen, speed_text, summary
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, train_runs
 from tests.pretrain.views.status_case import row, shown, write
@@ -171,6 +171,9 @@ def test_a_loss_that_is_not_finite_is_said_and_not_left_out(tmp_path: Path) -> N
     text = shown(folder)
     assert "loss       not finite since step 5, 6.6000 before\n" in text
     assert "validation not finite after step 8, best 6.5000 after step 4\n" in text
+    view = RunView.open(folder)
+    assert runs_table([view], 0.0).splitlines()[1].count("not finite") == 2  # of training and of validation
+    assert summary(view)["newest"]["loss"] is None and "loss" in summary(view)["newest"]
     (folder / "metrics.jsonl").write_text(json.dumps(row(1, loss=None)) + "\n")
     assert "loss       not finite since step 1\n" in shown(folder)
 

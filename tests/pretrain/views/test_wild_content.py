@@ -15,6 +15,7 @@ import pytest
 import pretrain.cli.compare
 import pretrain.cli.status
 from common.errors import UserError
+from common.run_lock import SignOfLife
 from pretrain.views.comparison import open_runs
 from pretrain.views.comparison_text import text
 from pretrain.views.reading import RunView
@@ -86,7 +87,8 @@ def write(folder: Path, files: dict[str, Any]) -> Path:
 
 
 def check(folder: Path, cases: Iterable[tuple[str, tuple[Any, ...], Any]]) -> None:
-    """A screen, a table, JSON and a comparison, all without a control sign that a terminal would obey."""
+    """A screen, a table, JSON and a comparison, all without a control sign that a terminal would obey; and what is said
+    of a run that goes on, or has finished."""
     good = RunView.open(write(folder / "good", FILES))
     for name, place, value in cases:
         view = RunView.open(write(folder / "wild", {**FILES, name: put(FILES[name], place, value)}))
@@ -94,6 +96,9 @@ def check(folder: Path, cases: Iterable[tuple[str, tuple[Any, ...], Any]]) -> No
             shown = screen(view, width=100, now=time.time()) + runs_table([view, good], time.time())
             json.dumps(summary(view))
             shown += text(open_runs([view, good]), 1e-5)
+            for sign, outcome in ((SignOfLife("process 1 on h", True, 1.0), {}), (None, {"exit_code": 0})):
+                view.sign, view.outcome = sign, outcome
+                shown += screen(view, width=100, now=time.time()) + runs_table([view, good], time.time())
         except UserError as error:
             shown = str(error)
         except Exception as error:
@@ -108,7 +113,7 @@ def test_a_wild_value_in_every_place(tmp_path: Path) -> None:
     """One of WILD in each, and each of WILD in some."""
     some = CASES[:: len(WILD) + 1]
     assert {value if isinstance(value, str) else repr(value) for _, _, value in some} >= {"", "nan", "None", "[1]"}
-    check(tmp_path, some)
+    check(tmp_path, [*some, ("metrics.jsonl", ("step_seconds",), 1e300), ("config.json", ("train", "steps"), "x")])
 
 
 @pytest.mark.slow  # the test above
