@@ -13,7 +13,7 @@ import torch.distributed as dist
 from common.errors import PassingError, UserError
 from common.tables import counted
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
-from pretrain.checkpoint.folder import AT_ONCE, STATE_FILE, newest_of
+from pretrain.checkpoint.folder import AT_ONCE, STATE_FILE, UnreadCheckpoint, newest_of
 from pretrain.config.loading import to_json
 from pretrain.config.resume_rules import SavedRun, changes_since
 from pretrain.config.schema import Config
@@ -28,8 +28,8 @@ from pretrain.resilience.rollback import Rollback, pending, read_rollbacks, reco
 from pretrain.resumed_stages import progress_now, stages_of
 
 
-def candidates(config: Config, run_dir: Path) -> list[Path]:
-    """Checkpoints to try, best first, following checkpoint.resume. Raises UserError."""
+def candidates(config: Config, run_dir: Path, *, patience: Patience = AT_ONCE) -> list[Path]:
+    """Checkpoints to try, best first, following checkpoint.resume. `patience` makes every read. Raises UserError."""
     choice = config.checkpoint.resume
     existing = list_checkpoints(run_dir / "checkpoints")
     if choice == "auto":
@@ -43,9 +43,18 @@ def candidates(config: Config, run_dir: Path) -> list[Path]:
         return []
     # A path is where a branch starts. The same command, started again, continues that branch.
     start = named_checkpoint(choice)
-    begun = {path: _starts_at(path) for path in existing[::-1]}
+    begun, unread = dict[Path, str | None](), None
+    for path in existing[::-1]:
+        try:
+            begun[path] = Checkpoint.open(path, world_size=0, patience=patience).state["branch_start"]
+        except UnreadCheckpoint as error:
+            unread, patience = error, AT_ONCE  # as in `newest_valid`
+        except DamagedCheckpoint:
+            continue
     of_branch = [path for path, where in begun.items() if where == str(start)]
     if not of_branch:
+        if unread is not None:  # it may be of this branch: a start from its beginning would set it aside
+            raise unread
         _refuse_moved_start(begun, start)
     return [*of_branch, start]
 
@@ -93,13 +102,6 @@ def branch_start(config: Config, resumed: Checkpoint | None) -> str | None:
     if config.checkpoint.resume not in ("auto", "never"):
         return str(_absolute(config.checkpoint.resume))
     return resumed.state["branch_start"] if resumed else None
-
-
-def _starts_at(path: Path) -> str | None:
-    try:
-        return Checkpoint.open(path).state["branch_start"]
-    except DamagedCheckpoint:
-        return None
 
 
 def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: str) -> dict[str, tuple[Any, Any]]:
@@ -181,6 +183,8 @@ def newest_valid(
             own = DamagedCheckpoint(f"checkpoint {path}: {damaged}") if damaged else None
         except UserError as error:  # on this rank alone, perhaps, while the others ask what all have found
             own = error
+            if isinstance(error, UnreadCheckpoint):
+                patience = AT_ONCE  # waited for in vain: for each of many, the wait would pass for a hang
         found = [one for one in (gather or of_all_ranks)(own) if one is not None]
         if not found:
             return checkpoint, list(map(str, reasons))
@@ -223,10 +227,10 @@ def what_stands(config: Config, run_dir: Path, *, is_diverged: bool = False) -> 
     try:
         paths = list_checkpoints(folder)[::-1] if choice == "never" else candidates(config, run_dir)
         newest = newest_committed(paths, check_sizes=False)
+    except (PassingError, OSError) as error:
+        return f"Its checkpoints cannot be read now ({error})"
     except UserError as error:
         return f"The same command would be refused: {error}"
-    except OSError as error:
-        return f"Its checkpoints cannot be read now ({error})"
     if newest is None:
         return f"Nothing was saved: {f'begin again {rate}' if is_diverged else 'the same command begins anew'}"
     is_own, to_continue = newest.path.parent == folder, " and checkpoint.resume=auto" * (choice == "never")
@@ -263,9 +267,9 @@ def find_start(config: Config, sources: Sources, run_dir: Path, rollback: Rollba
     """The checkpoint to continue from, if any, or to go back to: also for a rollback that an earlier start decided and
     did not live to make. Collective; rank 0's listing of the folder counts. Raises UserError or PeerFailed on every
     rank."""
-    paths = from_first_rank(lambda: paths_to_try(config, run_dir, rollback))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     patience = Patience(patient_seconds(config.resilience), rank=rank)
+    paths = from_first_rank(lambda: paths_to_try(config, run_dir, rollback, patience=patience))
     resumed, damaged = agreed(lambda: newest_valid(paths, rank=rank, world_size=world_size, patience=patience))
     changes = agreed(lambda: _checked_changes(config, sources, resumed) if resumed else {})
     branch = branch_start(config, resumed)
@@ -289,13 +293,15 @@ def _checked_changes(config: Config, sources: Sources, resumed: Checkpoint) -> d
     return changed_settings(config, resumed, sources.digest)
 
 
-def paths_to_try(config: Config, run_dir: Path, rollback: Rollback | None) -> list[Path]:
-    """Checkpoints to continue from, best first, or for a rollback to go back to. Raises UserError."""
+def paths_to_try(
+    config: Config, run_dir: Path, rollback: Rollback | None, *, patience: Patience = AT_ONCE
+) -> list[Path]:
+    """Checkpoints to continue from, best first, or for a rollback to go back to; as `candidates`."""
     if rollback is None:
-        return candidates(config, run_dir)
+        return candidates(config, run_dir, patience=patience)
     if config.checkpoint.resume == "never":  # what this run saved itself
         return serving(list_checkpoints(run_dir / "checkpoints")[::-1], rollback)
-    return serving(candidates(config, run_dir), rollback)
+    return serving(candidates(config, run_dir, patience=patience), rollback)
 
 
 def is_other_course(folder: RunFolder, resumed: Checkpoint) -> bool:

@@ -116,7 +116,7 @@ def picture(title: str, height: float, boxes: Sequence[Box], arrows: Sequence[st
 Cell = tuple[str, str]
 PRETRAIN: list[list[Cell]] = [
     [("smoke", "a trial on these nodes"), ("cli", "command lines")],
-    [("loop", ""), ("segment", ""), ("preflight", "what can be wrong with a run")],
+    [("loop", ""), ("segment_start", ""), ("segment", ""), ("preflight", "what can be wrong")],
     [("resume", ""), ("resumed_stages", ""), ("evaluate", ""), ("together", ""), ("saving", "")],
     [
         ("trainer", ""),

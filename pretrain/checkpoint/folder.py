@@ -168,10 +168,13 @@ def _check_size(path: Path, name: str, expected: int, patience: Patience) -> Non
         raise DamagedCheckpoint(f"checkpoint {path}: {name} is {found}")
 
 
+def damaged_by(error: Exception) -> type[DamagedCheckpoint]:
+    """What to raise where a checkpoint's file was not read for `error`, or makes no sense."""
+    return UnreadCheckpoint if kind_of(error) is PassingError else DamagedCheckpoint
+
+
 def _unread(path: Path, error: Exception) -> DamagedCheckpoint:
-    """What is raised where a checkpoint's file was not read for `error`."""
-    kind = UnreadCheckpoint if kind_of(error) is PassingError else DamagedCheckpoint
-    return kind(f"checkpoint {path}: {_unreadable(error)}")
+    return damaged_by(error)(f"checkpoint {path}: {_unreadable(error)}")
 
 
 def _unreadable(error: Exception) -> str:

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 import pretrain.checkpoint.folder
+import pretrain.data.patience
 from common.errors import PassingError, UserError
+from pretrain.data.patience import Patience
 from pretrain.data.sources import Sources
 from pretrain.loop import report_end
 from pretrain.report.exit_codes import MEANING
@@ -132,6 +134,34 @@ def test_the_only_checkpoint_that_cannot_be_read_now_refuses_no_start(
         with pytest.raises(UserError, match=rf"no checkpoint is whole .*{file}\S* cannot be read") as found:
             newest([path])
         assert type(found.value) is kind
+
+
+def test_a_branch_that_cannot_be_read_now_does_not_begin_anew(
+    prepared: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own checkpoints would be set aside, with all of its steps."""
+    start = save(tmp_path / "trunk" / "checkpoints" / "step-00000003")
+    own = [save(run / "checkpoints" / f"step-{step:08d}", branch=str(start)) for step in (4, 6)]
+    config, read_bytes, left = (
+        small_config(prepared, f"checkpoint.resume={start}"),
+        Path.read_bytes,
+        dict.fromkeys(own, 1),
+    )
+
+    def failing(path: Path) -> bytes:
+        if left.get(path.parent, 0):
+            left[path.parent] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(pretrain.data.patience, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    assert candidates(config, run, patience=Patience(60.0)) == [*own[::-1], start]
+    left = dict.fromkeys(own, 2)
+    with pytest.raises(PassingError, match=r"state\.json cannot be read"):
+        candidates(config, run)
+    assert what_stands(config, run).startswith("Its checkpoints cannot be read now (")
+    assert candidates(config, run) == [*own[::-1], start]
 
 
 def test_no_meaning_of_an_exit_code_speaks_of_a_checkpoint_that_may_not_be_there() -> None:
