@@ -42,10 +42,11 @@ PASSING = frozenset(
 """Errors of a file system or network that another attempt may not meet."""
 
 
-def kind_of(error: BaseException) -> type[UserError]:
-    """What a run raises where it met this error of a file: a PassingError where another attempt may not meet it."""
+def kind_of(error: BaseException, lasting: type[UserError] = UserError) -> type[UserError]:
+    """What a run raises where it met this error of a file: a PassingError where another attempt may not meet it, else
+    `lasting`."""
     may_pass = isinstance(error, PassingError) or (isinstance(error, OSError) and error.errno in PASSING)
-    return PassingError if may_pass else UserError
+    return PassingError if may_pass else lasting
 
 
 TO_UTF8 = "convert it from its encoding, for example: iconv -f ISO-8859-1 -t UTF-8"

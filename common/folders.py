@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import DataError, PassingError, kind_of
+from common.errors import DataError, kind_of
 
 KINDS = {
     stat.S_IFREG: "a file",
@@ -57,8 +57,7 @@ def check_folder(folder: Path, key: str) -> None:
                 reason = f"is out of reach: no permission to look into {place.parent}; name another folder"
             else:
                 reason = f"cannot be used: {error.strerror}; name another folder"
-            raised = PassingError if kind_of(error) is PassingError else DataError
-            raise raised(f"{key}: {place} {reason}") from None
+            raise kind_of(error, DataError)(f"{key}: {place} {reason}") from None
         if not stat.S_ISDIR(mode):
             kind = KINDS.get(stat.S_IFMT(mode), "no folder")
             below = "" if place == folder else f", so there can be no {folder}"

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from common.arguments import MOST_DIGITS
-from common.errors import ConfigError, PassingError, kind_of
+from common.errors import ConfigError, kind_of
 
 Model = TypeVar("Model", bound=BaseModel)
 HELP_WIDTH = 96
@@ -69,8 +69,7 @@ def read_tree(path: Path, option: str = "--config") -> dict[str, Any]:
     except IsADirectoryError:
         raise ConfigError(f"{option}: {path} is a folder; name one configuration file, e.g. one in it") from None
     except OSError as error:
-        kind = PassingError if kind_of(error) is PassingError else ConfigError
-        raise kind(f"{option}: {path} cannot be read: {error.strerror}") from None
+        raise kind_of(error, ConfigError)(f"{option}: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{option}: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except json.JSONDecodeError as error:

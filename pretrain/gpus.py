@@ -89,6 +89,13 @@ def device_type(wanted: str = "auto") -> str:
     return "cpu"
 
 
+def usable_gpus() -> int:
+    """How many GPUs this process can compute on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def usable_device(name: str) -> torch.device:
     """cpu, cuda or cuda:1 of a program that asks a trained model. Raises UserError for another one, and for a GPU that
     cannot be used."""
@@ -98,10 +105,7 @@ def usable_device(name: str) -> torch.device:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device: is {name!r}; give cpu, cuda, or one of several GPUs as cuda:1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as above
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= found:
+    if device.type == "cuda" and (device.index or 0) >= (found := usable_gpus()):
         has = f"this process has {counted(found, 'GPU')}" if found else "torch finds no usable GPU here"
         raise UserError(
             f"device: is {name}, but {has} (python launch/doctor.py says why); leave it out to compute on the CPU"

@@ -25,7 +25,8 @@ from pretrain.resilience.guard import early_end_noted, guarded
 from pretrain.resilience.rollback import Rollback
 from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resume import StartPoint, find_start, what_stands
-from pretrain.segment import Segment, SegmentEnd, build_segment
+from pretrain.segment import Segment, SegmentEnd
+from pretrain.segment_start import build_segment
 from pretrain.together import check_data, remember_data
 from pretrain.trainer import RunSetup
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from common.errors import PassingError, UserError
 from common.tables import counted
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
-from pretrain.checkpoint.folder import AT_ONCE, STATE_FILE, newest_of
+from pretrain.checkpoint.folder import AT_ONCE, STATE_FILE, UnreadCheckpoint, newest_of
 from pretrain.config.loading import to_json
 from pretrain.config.resume_rules import SavedRun, changes_since
 from pretrain.config.schema import Config
@@ -28,8 +28,8 @@ from pretrain.resilience.rollback import Rollback, pending, read_rollbacks, reco
 from pretrain.resumed_stages import progress_now, stages_of
 
 
-def candidates(config: Config, run_dir: Path) -> list[Path]:
-    """Checkpoints to try, best first, following checkpoint.resume. Raises UserError."""
+def candidates(config: Config, run_dir: Path, *, patience: Patience = AT_ONCE) -> list[Path]:
+    """Checkpoints to try, best first, following checkpoint.resume. `patience` makes every read. Raises UserError."""
     choice = config.checkpoint.resume
     existing = list_checkpoints(run_dir / "checkpoints")
     if choice == "auto":
@@ -43,9 +43,18 @@ def candidates(config: Config, run_dir: Path) -> list[Path]:
         return []
     # A path is where a branch starts. The same command, started again, continues that branch.
     start = named_checkpoint(choice)
-    begun = {path: _starts_at(path) for path in existing[::-1]}
+    begun, unread = dict[Path, str | None](), None
+    for path in existing[::-1]:
+        try:
+            begun[path] = Checkpoint.open(path, world_size=0, patience=patience).state["branch_start"]
+        except UnreadCheckpoint as error:
+            unread, patience = error, AT_ONCE  # as in `newest_valid`
+        except DamagedCheckpoint:
+            continue
     of_branch = [path for path, where in begun.items() if where == str(start)]
     if not of_branch:
+        if unread is not None:  # it may be of this branch: a start from its beginning would set it aside
+            raise unread
         _refuse_moved_start(begun, start)
     return [*of_branch, start]
 
@@ -95,13 +104,6 @@ def branch_start(config: Config, resumed: Checkpoint | None) -> str | None:
     return resumed.state["branch_start"] if resumed else None
 
 
-def _starts_at(path: Path) -> str | None:
-    try:
-        return Checkpoint.open(path).state["branch_start"]
-    except DamagedCheckpoint:
-        return None
-
-
 def changed_settings(config: Config, checkpoint: Checkpoint, manifest_digest: str) -> dict[str, tuple[Any, Any]]:
     """{dotted key: (then, now)} of every setting that differs from the checkpoint's. Raises UserError if one of them
     may not change, or if the checkpoint holds weights alone."""
@@ -142,19 +144,19 @@ def newest_committed(paths: list[Path], *, check_sizes: bool = True, patience: P
     """The first of `paths` that is committed and, with `check_sizes`, whose files have their sizes; not collective,
     reads no tensor. `patience` makes every read. Raises UserError as `newest_valid`, a PassingError where one of them
     may be whole and could not be read."""
-    reasons, passes = list[str](), False
+    reasons: list[UserError] = []
     for path in paths:
         try:
             return Checkpoint.open(path, world_size=1 if check_sizes else 0, patience=patience)
         except DamagedCheckpoint as error:
-            reasons.append(str(error))
-            passes = passes or error.passes
-    _refuse_without(reasons, PassingError if passes else UserError)
+            reasons.append(error)
+    _refuse_without(reasons)
     return None
 
 
-Found = tuple[bool, str] | None
-"""What one rank says against a checkpoint: whether no other one may be taken for it, and why; None: it is whole."""
+Found = UserError | None
+"""What one rank says against a checkpoint: a DamagedCheckpoint where another one may be taken for it; None: it is
+whole."""
 
 
 def newest_valid(
@@ -170,34 +172,38 @@ def newest_valid(
     server that fails over damages no checkpoint.
 
     Raises UserError, on every rank, if there are checkpoints but none is whole: a run folder with checkpoints never
-    asks for a new start from step 0."""
-    reasons: list[str] = []
+    asks for a new start from step 0. It is a PassingError where one of them may be whole and could not be read."""
+    reasons: list[UserError] = []
     for path in paths:
         checkpoint: Checkpoint | None = None
         own: Found = None
         try:
             checkpoint = Checkpoint.open(path, rank=rank, world_size=world_size, patience=patience)
             damaged = checkpoint.damaged_file(rank=rank, world_size=world_size, patience=patience)
-            own = (False, f"checkpoint {path}: {damaged}") if damaged else None
+            own = DamagedCheckpoint(f"checkpoint {path}: {damaged}") if damaged else None
         except UserError as error:  # on this rank alone, perhaps, while the others ask what all have found
-            own = (not isinstance(error, DamagedCheckpoint), str(error))
-        found = next((one for one in (gather or of_all_ranks)(own) if one), None)
-        if found is None:
-            return checkpoint, reasons
-        is_refusal, reason = found
-        if is_refusal:
-            raise UserError(reason)
-        reasons.append(reason)
+            own = error
+            if isinstance(error, UnreadCheckpoint):
+                patience = AT_ONCE  # waited for in vain: for each of many, the wait would pass for a hang
+        found = [one for one in (gather or of_all_ranks)(own) if one is not None]
+        if not found:
+            return checkpoint, list(map(str, reasons))
+        # A refusal goes before damage, and damage before what another attempt may read.
+        worst = min(found, key=lambda error: (isinstance(error, DamagedCheckpoint), isinstance(error, PassingError)))
+        if not isinstance(worst, DamagedCheckpoint):
+            raise worst
+        reasons.append(worst)
     _refuse_without(reasons)
-    return None, reasons
+    return None, []
 
 
-def _refuse_without(reasons: list[str], kind: type[UserError] = UserError) -> None:
-    """Raises a `kind` with `reasons` if checkpoints were found, but all of them were passed over."""
+def _refuse_without(reasons: list[UserError]) -> None:
+    """Raises UserError with `reasons` if checkpoints were found, but all of them were passed over."""
     if reasons:
+        kind = PassingError if any(isinstance(reason, PassingError) for reason in reasons) else UserError
         raise kind(
-            f"no checkpoint is whole ({'; '.join(reasons)}); move them away, choose another --run-dir, or name another "
-            f"checkpoint in checkpoint.resume"
+            f"no checkpoint is whole ({'; '.join(map(str, reasons))}); move them away, choose another --run-dir, or "
+            f"name another checkpoint in checkpoint.resume"
         )
 
 
@@ -221,10 +227,10 @@ def what_stands(config: Config, run_dir: Path, *, is_diverged: bool = False) -> 
     try:
         paths = list_checkpoints(folder)[::-1] if choice == "never" else candidates(config, run_dir)
         newest = newest_committed(paths, check_sizes=False)
+    except (PassingError, OSError) as error:
+        return f"Its checkpoints cannot be read now ({error})"
     except UserError as error:
         return f"The same command would be refused: {error}"
-    except OSError as error:
-        return f"Its checkpoints cannot be read now ({error})"
     if newest is None:
         return f"Nothing was saved: {f'begin again {rate}' if is_diverged else 'the same command begins anew'}"
     is_own, to_continue = newest.path.parent == folder, " and checkpoint.resume=auto" * (choice == "never")
@@ -261,9 +267,9 @@ def find_start(config: Config, sources: Sources, run_dir: Path, rollback: Rollba
     """The checkpoint to continue from, if any, or to go back to: also for a rollback that an earlier start decided and
     did not live to make. Collective; rank 0's listing of the folder counts. Raises UserError or PeerFailed on every
     rank."""
-    paths = from_first_rank(lambda: paths_to_try(config, run_dir, rollback))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     patience = Patience(patient_seconds(config.resilience), rank=rank)
+    paths = from_first_rank(lambda: paths_to_try(config, run_dir, rollback, patience=patience))
     resumed, damaged = agreed(lambda: newest_valid(paths, rank=rank, world_size=world_size, patience=patience))
     changes = agreed(lambda: _checked_changes(config, sources, resumed) if resumed else {})
     branch = branch_start(config, resumed)
@@ -287,13 +293,15 @@ def _checked_changes(config: Config, sources: Sources, resumed: Checkpoint) -> d
     return changed_settings(config, resumed, sources.digest)
 
 
-def paths_to_try(config: Config, run_dir: Path, rollback: Rollback | None) -> list[Path]:
-    """Checkpoints to continue from, best first, or for a rollback to go back to. Raises UserError."""
+def paths_to_try(
+    config: Config, run_dir: Path, rollback: Rollback | None, *, patience: Patience = AT_ONCE
+) -> list[Path]:
+    """Checkpoints to continue from, best first, or for a rollback to go back to; as `candidates`."""
     if rollback is None:
-        return candidates(config, run_dir)
+        return candidates(config, run_dir, patience=patience)
     if config.checkpoint.resume == "never":  # what this run saved itself
         return serving(list_checkpoints(run_dir / "checkpoints")[::-1], rollback)
-    return serving(candidates(config, run_dir), rollback)
+    return serving(candidates(config, run_dir, patience=patience), rollback)
 
 
 def is_other_course(folder: RunFolder, resumed: Checkpoint) -> bool:

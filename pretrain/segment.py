@@ -7,21 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch.distributed as dist
-
 from common.strict_json import finite
-from pretrain.checkpoint.state import layout
 from pretrain.data.progress import Progress
-from pretrain.device import memory_before, memory_bytes
+from pretrain.device import memory_bytes
 from pretrain.evaluate import validate
 from pretrain.evaluation.likelihood import Place
-from pretrain.parallel.agreement import agreed, from_first_rank, raise_agreed
+from pretrain.parallel.agreement import from_first_rank, raise_agreed
 from pretrain.report.estimate import COMPARED_AFTER
 from pretrain.report.metrics import step_values
-from pretrain.report.monitor import Monitor, Origin
+from pretrain.report.monitor import Monitor
 from pretrain.report.profile import StepProfiler
-from pretrain.report.run_folder import RunFolder, refusal
-from pretrain.report.start_facts import start_facts
+from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.control import Control
 from pretrain.resilience.guard import Diverged, ReplicasDiffer
 from pretrain.resilience.replicas import ReplicaCheck, suspect_node, what_to_do
@@ -29,10 +25,9 @@ from pretrain.resilience.rollback import Rollback, record
 from pretrain.resilience.slow_ranks import RankComparison
 from pretrain.resilience.spikes import SpikeDetector
 from pretrain.resilience.step_limit import StepLimit
-from pretrain.resume import StartPoint, branch_start, record_start, what_stands
-from pretrain.routing.tape import open_tape
+from pretrain.resume import StartPoint, branch_start, what_stands
 from pretrain.saving import SaveTimer, save
-from pretrain.trainer import LaunchedStep, RunSetup, Trainer, build_trainer
+from pretrain.trainer import LaunchedStep, RunSetup, Trainer
 
 MOST_WAITS = 100
 """Ranks whose waits for data are written down after one step: a fault of the file system is everybody's."""
@@ -49,46 +44,6 @@ class SegmentEnd:
     """What stopped it, after a checkpoint was saved."""
     has_begun: bool = True
     """Whether it came to train: if not, no checkpoint was saved."""
-
-
-def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: StartPoint) -> Segment:
-    """Builds everything for the steps after `start`. Collective."""
-    config, parallel, before = setup.config, setup.parallel, memory_before(setup.device)
-    trainer = build_trainer(setup, start.checkpoint, progress=start.progress)
-    last = config.train.last_step
-    settings, step = config.resilience, start.progress.step
-    steps = range(step + 1, last + 1)
-    trainer.tape = open_tape(config, trainer.data, trainer.engine.module, parallel, folder.path, steps)
-
-    def prepare() -> tuple[Monitor | None, list[float]]:
-        if not parallel.is_first:
-            return None, []
-        tokens, extra = start.progress.tokens(config.model.sequence_length), start.progress.extra_flops
-        origin = Origin(step, tokens, last, setup.device, dist.get_world_size(), extra_flops=extra)
-        sizes = layout(trainer.engine, parallel)
-        try:
-            branch = record_start(folder, start, config, sizes, data_digest=setup.sources.digest, last_step=last)
-            origin = replace(origin, hides_all=branch)
-            facts = start_facts(config, sizes, setup.device)
-            monitor = Monitor(config, folder, origin, facts=facts, side_by_side=setup.side_by_side)
-            return monitor, folder.losses(step, settings.spike_window_steps)
-        except OSError as error:
-            raise refusal(folder.path, error) from None
-
-    monitor, losses = agreed(prepare)
-    replicas = None
-    if settings.replica_check_every_steps and dist.get_world_size() > 1:
-        replicas = ReplicaCheck(trainer.engine, parallel, control.group)
-    # Rank 0 decides: it has the losses before this start, and floats of other ranks could differ in the last bit.
-    spikes = SpikeDetector(settings.spike_threshold, settings.spike_window_steps, losses)
-    profiler = StepProfiler(config.monitor.profile_steps, folder.path, parallel, setup.device, ahead=steps)
-    timer = SaveTimer(config.checkpoint.every_minutes, trainer.saver)
-    ranks = RankComparison(config, parallel, control, setup.phases, folder)
-    limit = StepLimit(settings, setup.phases, reads_files=trainer.tape is not None)
-    return Segment(
-        trainer, folder, monitor, control, replicas, ranks, limit, spikes, timer, start, start.progress, last,
-        profiler, before, _saved_step=step,
-    )  # fmt: skip
 
 
 @dataclass

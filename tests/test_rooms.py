@@ -76,6 +76,7 @@ ROOMS = {
         "resume",
         "preflight",
         "segment",
+        "segment_start",
         "loop",
         "cli",
         "smoke",

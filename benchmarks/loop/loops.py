@@ -32,7 +32,8 @@ from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.guard import guarded
 from pretrain.resilience.signals import Stop
 from pretrain.resume import find_start
-from pretrain.segment import Segment, build_segment
+from pretrain.segment import Segment
+from pretrain.segment_start import build_segment
 from pretrain.trainer import RunSetup
 
 

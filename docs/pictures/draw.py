@@ -116,9 +116,15 @@ def picture(title: str, height: float, boxes: Sequence[Box], arrows: Sequence[st
 Cell = tuple[str, str]
 PRETRAIN: list[list[Cell]] = [
     [("smoke", "a trial on these nodes"), ("cli", "command lines")],
-    [("loop", ""), ("segment", ""), ("preflight", "what can be wrong with a run")],
-    [("resume", ""), ("evaluate", ""), ("together", ""), ("saving", ""), ("trainer", "")],
-    [("api", ""), ("export", "transformers"), ("evaluation", "published tasks"), ("resilience", "signals, hangs")],
+    [("loop", ""), ("segment_start", ""), ("segment", ""), ("preflight", "what can be wrong")],
+    [("resume", ""), ("resumed_stages", ""), ("evaluate", ""), ("together", ""), ("saving", "")],
+    [
+        ("trainer", ""),
+        ("api", ""),
+        ("export", "transformers"),
+        ("evaluation", "published tasks"),
+        ("resilience", "signals, hangs"),
+    ],
     [
         ("generation", "texts"),
         ("analysis", "maps, experts"),
@@ -159,7 +165,7 @@ MODEL: list[list[Cell]] = [
 IMPORTS = {
     "pretrain": (
         "smoke loop, cli preflight, segment resume, segment evaluate, segment saving, "
-        "trainer evaluation, api generation, evaluation report, resilience report, "
+        "evaluate trainer, api generation, evaluation report, resilience report, "
         "generation saved_model, analysis saved_model, report checkpoint, report planning, checkpoint engine, "
         "planning engine, engine parallel, engine data, parallel device, device config"
     ),

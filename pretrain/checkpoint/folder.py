@@ -45,8 +45,9 @@ AT_ONCE = Patience()
 class DamagedCheckpoint(UserError):
     """The folder does not hold a whole checkpoint; another checkpoint may be whole."""
 
-    passes = False
-    """It could not be read, and another attempt may not meet that."""
+
+class UnreadCheckpoint(DamagedCheckpoint, PassingError):
+    """It could not be read, which may pass: it may be whole itself."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,7 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError) and not isinstance(error, PassingError):
                 raise
-            damaged = DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}")
-            damaged.passes = kind_of(error) is PassingError
-            raise damaged from None
+            raise _unread(path, error) from None
         if version != FORMAT_VERSION:
             raise UserError(
                 f"checkpoint {path}: has format {version}, but this version reads {FORMAT_VERSION}; continue with the "
@@ -116,11 +115,14 @@ class Checkpoint:
         patience: Patience = AT_ONCE,
     ) -> str | None:
         """Checks this rank's share of the sha256 sums. Returns the first file that does not match, with the reason, or
-        None. Calls `read` with the number of bytes after each read. `patience` reads each file."""
+        None. Calls `read` with the number of bytes after each read. `patience` reads each file. Raises UnreadCheckpoint
+        where one cannot be read now."""
         for name in sorted(self.state["files"])[rank::world_size]:
             try:
                 found = patience(functools.partial(sha256_file, self.path / name, read))
             except (OSError, PassingError) as error:
+                if kind_of(error) is PassingError:
+                    raise _unread(self.path, error) from None
                 return _unreadable(error)
             if found != self.state["files"][name]["sha256"]:
                 return f"{name} does not match its sha256"
@@ -160,10 +162,19 @@ def _check_size(path: Path, name: str, expected: int, patience: Patience) -> Non
     except FileNotFoundError:
         pass
     except (OSError, PassingError) as error:
-        raise DamagedCheckpoint(f"checkpoint {path}: {_unreadable(error)}") from None
+        raise _unread(path, error) from None
     if size != expected:
         found = "missing" if size is None else f"{size} bytes, not {expected} bytes"
         raise DamagedCheckpoint(f"checkpoint {path}: {name} is {found}")
+
+
+def damaged_by(error: Exception) -> type[DamagedCheckpoint]:
+    """What to raise where a checkpoint's file was not read for `error`, or makes no sense."""
+    return UnreadCheckpoint if kind_of(error) is PassingError else DamagedCheckpoint
+
+
+def _unread(path: Path, error: Exception) -> DamagedCheckpoint:
+    return damaged_by(error)(f"checkpoint {path}: {_unreadable(error)}")
 
 
 def _unreadable(error: Exception) -> str:

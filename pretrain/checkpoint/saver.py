@@ -206,6 +206,7 @@ class Saver:
             if dist.get_rank() == 0:
                 _clear(writer.partial.parent)
             self._saved = None
+            self._plan = None  # the first rank may have agreed on one that the others have not heard of
             stands = _stands(writer.partial.parent)
             kind = PassingError if may_pass else UserError
             return kind(f"checkpoint.every_steps: rank {rank} could not save {error}; {stands}")

@@ -38,7 +38,7 @@ from pretrain.checkpoint.folder import (
     STATE_FILE,
     TENSORS_FILE,
     Checkpoint,
-    DamagedCheckpoint,
+    damaged_by,
     digest_entry,
     remove_partials,
     set_aside,
@@ -248,7 +248,7 @@ class Reader(StorageReader):
             try:
                 self._metadata = self._parse()
             except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-                raise DamagedCheckpoint(f"{self.what}: {TENSORS_FILE} cannot be read ({error})") from None
+                raise damaged_by(error)(f"{self.what}: {TENSORS_FILE} cannot be read ({error})") from None
         return self._metadata
 
     def _parse(self) -> Metadata:
@@ -289,7 +289,7 @@ class Reader(StorageReader):
                     for item in items:
                         _read(file, item, planner)
             except (OSError, safetensors.SafetensorError) as error:
-                raise DamagedCheckpoint(f"{self.what}: {name} cannot be read ({error})") from None
+                raise damaged_by(error)(f"{self.what}: {name} cannot be read ({error})") from None
         result: Future[None] = Future()
         result.set_result(None)
         return result

@@ -37,12 +37,11 @@ class MovingAverage:
     @contextlib.contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
         """The model computes with the average inside the block, and with the weights again after it, bit by bit. No
-        step may be taken inside. Collective."""
+        step may be taken inside. Collective, so an error inside, of one rank alone perhaps, ends the run as it is:
+        putting the weights back would wait for the other ranks, and nobody would hear of the error."""
         self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
+        yield
+        self._exchange()
 
     @torch.no_grad()
     def _exchange(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError
-from pretrain.gpus import usable_device
+from pretrain.gpus import usable_device, usable_gpus
 
 BATCH = 16
 """Texts of one forward pass where nothing is said, and of --batch_size auto."""
@@ -58,7 +58,7 @@ class ModelArgs:
     def usable_device(self) -> torch.device:
         """Where the model is computed. The command `lm_eval` says cuda:0 where nobody has said anything; without a GPU
         that is the CPU, as for the library's own models, with a line on stderr. Raises UserError for another name."""
-        if self.device == "cuda:0" and not torch.cuda.is_available():
+        if self.device == "cuda:0" and not usable_gpus():
             print("note: there is no usable GPU; switchall computes on the CPU", file=sys.stderr, flush=True)
             return torch.device("cpu")
         return usable_device(self.device)

@@ -41,6 +41,8 @@ def task_specs(text: str, shots: int | None = None) -> list[str | dict[str, Any]
         name, equals, given = part.strip().partition("=")
         if not name or (equals and not given):
             raise UserError(f"--harness: {part.strip()!r} is no task; write NAME or NAME=FILE, with commas between")
+        if shots and name.startswith(OURS):  # the library would take other questions, and the same one, for examples
+            raise UserError(f"--shots: {name} has questions alone, and no examples before them; leave --shots out")
         path = find_input(given) if equals else None
         if path is not None and not path.exists():
             raise UserError(f"--harness: {name}: there is no {path}; name a file of JSON lines")

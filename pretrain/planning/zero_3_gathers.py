@@ -57,8 +57,7 @@ def _gathered(model: ModelConfig, tensor: int, again: bool, limits: Limits) -> G
     sizes = _modules(model, tensor)
     visits = [sizes.get(name, {}) for name in _visits(model, again=again)]
     numbers = {name: size for of_module in sizes.values() for name, size in of_module.items()}
-    whole: set[str] = set()
-    left = limits.model_persistence_threshold
+    whole, left = set[str](), limits.model_persistence_threshold
     for name, size in numbers.items():
         if size <= min(limits.param_persistence_threshold, left):
             whole.add(name)
@@ -130,25 +129,24 @@ def _modules(model: ModelConfig, tensor: int) -> dict[str, dict[str, int]]:
     context = ParallelContext(tensor_size=tensor, tensor_group=nobody if tensor > 1 else None)
     found: dict[str, dict[str, int]] = {}
     for name, spec in parameter_specs(model).items():
-        module = ".".join(name.split(".")[:3]) if _is_layer(name) else _module_of(name)
-        found.setdefault(module, {})[owner_of(name, model)] = math.prod(local_shape(spec, context))
+        found.setdefault(_module_of(name), {})[owner_of(name, model)] = math.prod(local_shape(spec, context))
     return found
 
 
-def _is_layer(name: str) -> bool:
-    """Whether it is a parameter of a block's attention or feed-forward layer, and not of the block itself."""
-    return name.split(".")[0] == "blocks" and name.split(".")[2] in ("attention", "feedforward")
-
-
-def _module_of(name: str) -> str:
-    """Of any other parameter: a block, which has its norms, or embedding, final norm or output layer."""
-    return ".".join(name.split(".")[: 2 if name.startswith("blocks.") else 1])
+def _module_of(parameter: str) -> str:
+    """A block's attention or feed-forward layer, the block, which has its norms, or embedding, final norm or output
+    layer."""
+    first, *inner = parameter.split(".")
+    if first != "blocks":
+        return first
+    return ".".join([first, *inner[: 2 if inner[1] in ("attention", "feedforward") else 1]])
 
 
 def _visits(model: ModelConfig, *, again: bool) -> Iterator[str]:
     """The modules of a micro-step in the order in which DeepSpeed's hooks see them. Empty names are of modules without
     parameters, at whose visit something is fetched ahead all the same. A module with an auxiliary loss is seen twice in
-    the backward pass, once for each of its outputs. `again`: whether blocks are recomputed."""
+    the backward pass, once for each of its outputs. `again`: whether blocks are recomputed, which begins when the
+    backward pass asks for the feed-forward layer: until that is over it stays."""
     blocks = range(model.num_layers)
     yield from ("", "embedding", "")
     for block in blocks:
@@ -159,8 +157,8 @@ def _visits(model: ModelConfig, *, again: bool) -> Iterator[str]:
     yield from ["head"] * of_any + [""] + ["final_norm"] * of_any
     for block in reversed(blocks):
         attention, feedforward = f"blocks.{block}.attention", f"blocks.{block}.feedforward"
-        yield from [f"blocks.{block}"] * of_any + [feedforward] * of_feedforward
-        yield from [attention, feedforward] * again + [attention] * of_attention
+        yield from [f"blocks.{block}"] * of_any + [attention] * again
+        yield from [feedforward] * (of_feedforward + again) + [attention] * of_attention
     yield from ("embedding", "")
 
 

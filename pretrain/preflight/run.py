@@ -201,15 +201,17 @@ class PlannedRun:
             raise Blocked("no checkpoint is named")
         if self.run_dir is None and resume in ("auto", "never"):
             raise Blocked("there can be no run folder")
-        paths = candidates(self.config, self.run_dir) if self.run_dir is not None else [named_checkpoint(resume)]
-        newest = newest_committed(paths, check_sizes=self.alone, patience=self.patience or AT_ONCE)
+        patience, paths = self.patience or AT_ONCE, [named_checkpoint(resume)] if self.run_dir is None else []
+        if self.run_dir is not None:
+            paths = candidates(self.config, self.run_dir, patience=patience)
+        newest = newest_committed(paths, check_sizes=self.alone, patience=patience)
         undone = ""
         if self.run_dir is not None and (
             rollback := pending(read_rollbacks(self.run_dir, branch_start(self.config, newest)))
         ):
             undone = f", for the last start decided to go back to before step {rollback.first_step:,}"
-            paths = paths_to_try(self.config, self.run_dir, rollback)
-            newest = newest_committed(paths, check_sizes=self.alone, patience=self.patience or AT_ONCE)
+            paths = paths_to_try(self.config, self.run_dir, rollback, patience=patience)
+            newest = newest_committed(paths, check_sizes=self.alone, patience=patience)
         self.newest = newest
         self.has_checkpoint = newest is not None
         if newest is None:

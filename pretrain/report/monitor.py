@@ -70,8 +70,7 @@ class Monitor:
         self._peak: Peak | None = None
         self._at = self._position(origin.step, origin.tokens)
         self._curves: Curves | None = None
-        hidden_from = Position(0, 0, 0.0) if origin.hides_all else self._at
-        writers = make_writers(config.monitor, folder.path, hidden_from)
+        writers = make_writers(config.monitor, folder.path, self._at, origin.hides_all)
         if writers:
             self._curves = Curves(writers, config, self._at, facts or {})
             folder.listen(self._curves.event)
@@ -202,14 +201,14 @@ class Monitor:
         return "  ".join(part for part in parts if part)
 
 
-def make_writers(config: MonitorConfig, run_dir: Path, start: Position) -> list[Writer]:
+def make_writers(config: MonitorConfig, run_dir: Path, start: Position, hides_all: bool) -> list[Writer]:
     """The boards that a run writes to; another one is one more line here. What they have of steps after `start` counts
-    no more. Raises UserError."""
+    no more; with `hides_all` nothing that they have. Raises UserError."""
     writers: list[Writer] = []
     if config.tensorboard:
-        writers.append(TensorBoard(run_dir / "tensorboard", start))
+        writers.append(TensorBoard(run_dir / "tensorboard", Position(0, 0, 0.0) if hides_all else start))
     if config.wandb != "off":
-        writers.append(WeightsAndBiases(run_dir, config, {"software": versions()}))
+        writers.append(WeightsAndBiases(run_dir, config, {"software": versions()}, anew=hides_all))
     return writers
 
 

@@ -1,4 +1,5 @@
-"""Curves, pictures and texts for Weights & Biases: one run there for all starts of a run folder.
+"""Curves, pictures and texts for Weights & Biases: one run there for all starts of a run folder, but for a branch of
+another run, which has its own.
 
 A thread of its own does everything, so that training never waits for a network. W&B takes no step twice and none after
 a later one, and another start nothing for the steps that it has. How far it has come, with points or texts, stands in
@@ -53,12 +54,12 @@ def check_installed(config: MonitorConfig) -> None:
 class WeightsAndBiases:
     """A `Writer`."""
 
-    def __init__(self, run_dir: Path, config: MonitorConfig, facts: Mapping[str, Any]) -> None:
-        """facts: shown among the settings, e.g. versions. Raises UserError if the package is missing or
-        RUN_DIR/wandb cannot be written."""
+    def __init__(self, run_dir: Path, config: MonitorConfig, facts: Mapping[str, Any], *, anew: bool = False) -> None:
+        """facts: shown among the settings, e.g. versions. `anew`: what W&B has of the folder is another branch's, so
+        this one begins a run there. Raises UserError if the package is missing or RUN_DIR/wandb cannot be written."""
         check_installed(config)
         self._run_dir, self._config, self._facts = run_dir, config, dict(facts)
-        self._mark = Mark(run_dir / "wandb")
+        self._mark = Mark(run_dir / "wandb", anew=anew)
         self._sent = self._newest = self._mark.step
         self._tasks: queue.Queue[Task | None] = queue.Queue(MOST_WAITING)
         self._told: dict[str, tuple[int, str]] = {}
@@ -204,12 +205,14 @@ class WeightsAndBiases:
 class Mark:
     """Which run of W&B a run folder belongs to, and the newest step that it has: two small files."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises UserError if they cannot be written."""
+    def __init__(self, folder: Path, *, anew: bool = False) -> None:
+        """`anew`: of another run than before. Raises UserError if they cannot be written."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             name = folder / "run-id"
-            if not name.exists():
+            if anew:
+                (folder / "newest-step").unlink(missing_ok=True)
+            if anew or not name.exists():
                 write_file(name, secrets.token_hex(8).encode())
             self.identity = name.read_text().strip()
             self._file = os.open(folder / "newest-step", os.O_RDWR | os.O_CREAT, 0o644)

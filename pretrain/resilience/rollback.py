@@ -10,7 +10,8 @@ from typing import Any
 from common.errors import UserError, kind_of
 from common.files import write_json
 from common.presence import exists
-from pretrain.checkpoint import Checkpoint, DamagedCheckpoint
+from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, step_of
+from pretrain.checkpoint.folder import CHECKPOINT_NAME
 from pretrain.data.progress import Progress, Range, merged
 from pretrain.data.stages import Stage
 
@@ -105,9 +106,9 @@ def serving(paths: list[Path], rollback: Rollback) -> list[Path]:
 
 def _step(path: Path) -> int:
     try:
-        return Checkpoint.open(path).progress.step
-    except DamagedCheckpoint:
-        return 2**62
+        return Checkpoint.open(path, world_size=0).progress.step
+    except DamagedCheckpoint:  # whoever opens it says so, and may be able to
+        return step_of(path) if CHECKPOINT_NAME.fullmatch(path.name) else 2**62
 
 
 def with_skips(progress: Progress, stage: Stage, manifest_digest: str, rollbacks: list[Rollback]) -> Progress:

@@ -108,12 +108,15 @@ class Record:
 
     def check_steps(self, steps: Iterable[int]) -> None:
         """Raises UserError unless the record holds them."""
-        missing = [step for step in steps if not step_folder(self.folder, step).is_dir()]
-        if missing:
-            held = [int(p.name[5:]) for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        try:  # one listing: a look at each step would be as many calls of every rank
+            held = {int(path.name[5:]) for path in self.folder.iterdir() if re.fullmatch(r"step-\d+", path.name)}
+        except OSError as error:
+            raise kind_of(error)(f"{KEY}: {self.folder} cannot be read: {error.strerror}") from None
+        missing = next((step for step in steps if step not in held), None)
+        if missing is not None:
             range_held = f"steps {min(held)} to {max(held)}" if held else "no step"
             raise UserError(
-                f"{KEY}: {self.folder} holds {range_held}, but this run takes step {missing[0]} too; record "
+                f"{KEY}: {self.folder} holds {range_held}, but this run takes step {missing} too; record "
                 f"more steps, or end it earlier with train.stop_after_steps"
             )
 
@@ -129,7 +132,7 @@ class Record:
                         parts[name].append((file.get_tensor(f"{name}/index"), file.get_tensor(f"{name}/place")))
             return {name: self._assemble(name, found, lengths) for name, found in parts.items()}
         except (OSError, safetensors.SafetensorError, ValueError, IndexError, RuntimeError) as error:
-            raise UserError(f"{KEY}: {folder} cannot be replayed: {error}") from None
+            raise kind_of(error)(f"{KEY}: {folder} cannot be replayed: {error}") from None
 
     def _assemble(self, name: str, parts: list[tuple[Tensor, Tensor]], lengths: set[int]) -> Replay:
         heads, num_experts, k = self.content["routers"][name]
@@ -179,14 +182,15 @@ def begin_record(folder: Path, content: dict[str, Any], step: int) -> None:
     computed again. Raises UserError if it holds another run's."""
     try:
         if check_recording(folder, content):
-            _remove_after(folder, step)
+            remove_after(folder, step)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "record.json", {"format": FORMAT, **content})
     except OSError as error:
         raise kind_of(error)(f"train.record_routing: {folder} cannot be written: {error.strerror}") from None
 
 
-def _remove_after(folder: Path, step: int) -> None:
+def remove_after(folder: Path, step: int) -> None:
+    """The choices of later steps."""
     for path in folder.glob("step-*"):
         if re.fullmatch(r"step-\d{8,}", path.name) and int(path.name[5:]) > step:
             for file in path.iterdir():

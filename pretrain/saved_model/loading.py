@@ -118,7 +118,7 @@ def find_checkpoint(place: Path) -> Checkpoint:
         try:
             return Checkpoint.open(place)
         except DamagedCheckpoint as error:
-            raise DamagedCheckpoint(f"{error}; copy the whole folder again, or name another checkpoint") from None
+            raise type(error)(f"{error}; copy the whole folder again, or name another checkpoint") from None
     folder = place / "checkpoints" if is_run else place
     found = list_checkpoints(folder)
     if not found:
@@ -141,7 +141,7 @@ def find_checkpoint(place: Path) -> Checkpoint:
         if not isinstance(error, DamagedCheckpoint):
             raise
         earlier = f"; name an earlier one, such as {found[-2]}" if len(found) > 1 else ""
-        raise DamagedCheckpoint(f"{error}{earlier}") from None
+        raise type(error)(f"{error}{earlier}") from None
 
 
 def backends_of(config: Config, device: torch.device) -> Backends:

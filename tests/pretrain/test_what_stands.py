@@ -6,18 +6,22 @@ import contextlib
 import errno
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import pretrain.checkpoint.folder
+import pretrain.data.patience
 from common.errors import PassingError, UserError
+from pretrain.data.patience import Patience
 from pretrain.data.sources import Sources
 from pretrain.loop import report_end
 from pretrain.report.exit_codes import MEANING
 from pretrain.report.run_folder import RunFolder
-from pretrain.resume import candidates, check_tokenizer, newest_committed, what_stands
+from pretrain.resume import candidates, check_tokenizer, newest_committed, newest_valid, what_stands
 from pretrain.segment import SegmentEnd
 from tests.pretrain.runs import small_config
 from tests.pretrain.saved import rewrite_state
@@ -109,19 +113,55 @@ def test_checkpoints_that_are_damaged_or_cannot_be_read_change_nothing_of_how_a_
 
 
 @pytest.mark.parametrize("number, kind", [(errno.ESTALE, PassingError), (errno.EACCES, UserError)])
+@pytest.mark.parametrize("what", ["read_bytes", "stat", "sha256_file"])
 def test_the_only_checkpoint_that_cannot_be_read_now_refuses_no_start(
-    run: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[UserError]
+    run: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[UserError], what: str
 ) -> None:
-    """Before the ranks meet: that exit code would end a job that is started again."""
-    path = save(run / "checkpoints" / "step-00000004")
+    """Before the ranks meet, and when they hash it: that exit code would end a job that is started again."""
+    path, file = save(run / "checkpoints" / "step-00000004"), "state.json" if what == "read_bytes" else "rank-00000"
+    (path / "rank-00000.safetensors").touch()
+    rewrite_state(path, lambda tree: tree.update(files={"rank-00000.safetensors": {"bytes": 0, "sha256": ""}}))
+    read = getattr(pretrain.checkpoint.folder if what == "sha256_file" else Path, what)
 
-    def refused(path: Path) -> bytes:
-        raise OSError(number, os.strerror(number), str(path))
+    def refused(place: Path, *args: Any, **options: Any) -> Any:
+        if place.name.startswith(file):
+            raise OSError(number, os.strerror(number), str(place))
+        return read(place, *args, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", refused)
-    with pytest.raises(UserError, match=r"no checkpoint is whole .*state\.json cannot be read") as found:
-        newest_committed([path])
-    assert type(found.value) is kind
+    monkeypatch.setattr(pretrain.checkpoint.folder if what == "sha256_file" else Path, what, refused)
+    every = partial(newest_valid, rank=0, world_size=1, gather=lambda own: [None, own])
+    for newest in (every,) if what == "sha256_file" else (every, newest_committed):
+        with pytest.raises(UserError, match=rf"no checkpoint is whole .*{file}\S* cannot be read") as found:
+            newest([path])
+        assert type(found.value) is kind
+
+
+def test_a_branch_that_cannot_be_read_now_does_not_begin_anew(
+    prepared: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own checkpoints would be set aside, with all of its steps."""
+    start = save(tmp_path / "trunk" / "checkpoints" / "step-00000003")
+    own = [save(run / "checkpoints" / f"step-{step:08d}", branch=str(start)) for step in (4, 6)]
+    config, read_bytes, left = (
+        small_config(prepared, f"checkpoint.resume={start}"),
+        Path.read_bytes,
+        dict.fromkeys(own, 1),
+    )
+
+    def failing(path: Path) -> bytes:
+        if left.get(path.parent, 0):
+            left[path.parent] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(pretrain.data.patience, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    assert candidates(config, run, patience=Patience(60.0)) == [*own[::-1], start]
+    left = dict.fromkeys(own, 2)
+    with pytest.raises(PassingError, match=r"state\.json cannot be read"):
+        candidates(config, run)
+    assert what_stands(config, run).startswith("Its checkpoints cannot be read now (")
+    assert candidates(config, run) == [*own[::-1], start]
 
 
 def test_no_meaning_of_an_exit_code_speaks_of_a_checkpoint_that_may_not_be_there() -> None:

@@ -182,10 +182,10 @@ def test_a_path_starts_a_branch_and_newer_steps_are_set_aside(prepared: Path, tm
 def test_a_branch_in_the_folder_of_another_run_has_no_step_loss_or_validation_of_it(
     prepared: Path, tmp_path: Path
 ) -> None:
-    """Its spikes would be found by that run's losses, its first validation passed over, and a rollback would go on from
-    that run's weights."""
+    """Its spikes would be found by that run's losses, its first validation passed over, a rollback would go on from
+    that run's weights, and a replay take that run's choices."""
     keys = ("train.steps=6", "evaluate.sequences=8", "evaluate.every_steps=2", "checkpoint.every_steps=2")
-    board = ("monitor.tensorboard=true", "monitor.tensorboard_every_steps=1")
+    board = ("monitor.tensorboard=true", "monitor.tensorboard_every_steps=1", "train.record_routing=true")
     trunk, own = tmp_path / "trunk", tmp_path / "own"
     first = light_config(prepared, *keys, "optimizer.learning_rate=0.002")
     second = light_config(prepared, *keys, *board)
@@ -203,6 +203,7 @@ def test_a_branch_in_the_folder_of_another_run_has_no_step_loss_or_validation_of
     names = sorted(path.name for path in (own / "checkpoints").iterdir())
     assert names == ["step-00000006", *(f"superseded-1-step-0000000{step}" for step in (2, 4, 6))]
     assert steps_of(read(own / "tensorboard"), "loss/train") == [5, 6]
+    assert sorted(path.name for path in (own / "routing").glob("step-*")) == ["step-00000005", "step-00000006"]
     # A branch of the folder's own course, and of a copy of it, keeps what came before.
     again = light_config(prepared, *keys, allowed, f"checkpoint.resume={trunk}/checkpoints/step-00000002")
     copy = Path(shutil.copytree(trunk, tmp_path / "copy"))

@@ -24,6 +24,8 @@ import pretrain.data.patience
 from common.errors import PassingError, UserError
 from common.hashing import sha256_file
 from pretrain.checkpoint import Checkpoint, list_checkpoints, step_of
+from pretrain.checkpoint.folder import DamagedCheckpoint, UnreadCheckpoint
+from pretrain.checkpoint.loading import whole_parameters
 from pretrain.checkpoint.planners import AgreedPlan
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.storage import Writer
@@ -283,19 +285,66 @@ def test_a_server_that_fails_over_damages_no_checkpoint(
     assert len(reasons) == (newest == "step-00000002") and (failures > 2 or not any(left.values()))
 
 
+def test_a_file_system_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again for each of many checkpoints: that would pass for a hang."""
+    read: list[Path] = []
+
+    def refused(path: Path) -> bytes:
+        read.append(path)
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(pretrain.data.patience, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(pretrain.data.patience, "LONGEST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    paths = [tmp_path / f"step-{step:08d}" for step in (6, 4, 2)]
+    for path in paths:
+        path.mkdir()
+    with pytest.raises(PassingError, match=r"no checkpoint is whole .*state\.json cannot be read"):
+        newest_valid(paths, rank=0, world_size=1, gather=lambda own: [own], patience=Patience(1e-3))
+    assert [path.parent for path in read[-2:]] == paths[1:] and {path.parent for path in read[:-2]} == {paths[0]}
+
+
+def test_files_that_cannot_be_read_now_are_not_called_damaged(prepared: Path, tmp_path: Path) -> None:
+    """Neither while their sizes or sums are looked at, nor when they are loaded."""
+    run_ranks(train_runs, 1, [(light_config(prepared, "train.steps=1", "evaluate.sequences=0"), tmp_path)])
+    checkpoint = Checkpoint.open(list_checkpoints(tmp_path / "checkpoints")[0])
+    for number, kind in ((errno.ESTALE, UnreadCheckpoint), (errno.EACCES, DamagedCheckpoint)):
+
+        def refused(path: Any, *args: Any, number: int = number, **options: Any) -> Any:
+            raise OSError(number, os.strerror(number), os.fspath(path))
+
+        def sizes() -> None:
+            Checkpoint.open(checkpoint.path)
+
+        def loaded() -> None:
+            whole_parameters(checkpoint, "master")(next(iter(checkpoint.state["parameters"])))
+
+        for place, call in (
+            ("pathlib.Path.stat", sizes),
+            ("pretrain.checkpoint.folder.sha256_file", checkpoint.check_files),
+            ("pathlib.Path.read_text", loaded),
+            ("safetensors.safe_open", loaded),
+        ):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(place, refused)
+                with pytest.raises(DamagedCheckpoint) as found:
+                    call()
+            assert type(found.value) is kind, (place, number)
+
+
 def test_what_one_rank_alone_refuses_all_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its node does not see the folder yet. The others, whose files are whole, ask it what it has found."""
     asked: list[Any] = []
 
     def from_all(own: Any) -> list[Any]:
         asked.append(own)
-        return [None, own or (True, "there is no checkpoint folder")]
+        return [None, own or UserError("there is no checkpoint folder")]
 
     for opened in (Checkpoint.open, lambda path, **share: SimpleNamespace(damaged_file=lambda **share: None)):
         monkeypatch.setattr(Checkpoint, "open", opened)
         with pytest.raises(UserError, match="there is no checkpoint folder"):
             newest_valid([tmp_path / "step-00000003"], rank=1, world_size=2, gather=from_all)
-    assert [own and own[0] for own in asked] == [True, None]
+    assert [type(own) for own in asked] == [UserError, type(None)]
 
 
 def kill_after(count: int) -> None:

@@ -114,6 +114,33 @@ def test_a_plan_is_made_once_and_again_where_a_rank_has_more_to_save(prepared: P
         assert checkpoint.damaged_file() is None and len(checkpoint.state["files"]) == 3
 
 
+def save_after_a_plan_that_failed(rank: int, config: Config, folder: Path) -> None:
+    """With a memory of text, say; without it while the disk is full; and with it again."""
+    trainer, owned = trainer_of(config), pretrain.checkpoint.saver.owned_state
+
+    def owned_and_more(*args: Any, **options: Any) -> Any:
+        return owned(*args, **options) | {"more": single_fragment(torch.arange(5.0))}
+
+    def refuse() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step in range(3):
+        pretrain.checkpoint.saver.owned_state = owned if step == 1 else owned_and_more
+        before = refuse if step == 1 else lambda: None
+        kept = Retention(keep_last=9)
+        trainer.saver.save(folder, Progress(step, 8 * step), extra={}, retention=kept, before=before)
+        trainer.saver.wait()
+    trainer.saver.finish()
+    trainer.engine.destroy()
+
+
+def test_a_plan_that_was_agreed_on_in_a_failed_save_is_no_rank_s_plan(prepared: Path, tmp_path: Path) -> None:
+    """The ranks had not heard of it, and what it lacks would be in no index: silently lost."""
+    run_ranks(save_after_a_plan_that_failed, 1, light_config(prepared), tmp_path)
+    states = [whole_tensors(folder) for folder in list_checkpoints(tmp_path)]
+    assert [("more" in state) for state in states] == [True, True]
+
+
 def save_again(rank: int, config: Config, folder: Path) -> tuple[list[tuple[int, bool]], list[bool]]:
     """What each save reports, and whether the numbers that torch draws go on where they were saved."""
     trainer, outcomes = trainer_of(config), list[tuple[int, bool]]()

@@ -18,6 +18,7 @@ from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.cli.evaluate import main as evaluate
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
+from pretrain.engine.moving_average import MovingAverage
 from pretrain.evaluate import evaluation_windows
 from pretrain.export.writing import ExportOptions, export
 from pretrain.report.disk_space import checkpoint_space
@@ -134,6 +135,19 @@ def validated_loss(checkpoint: Path) -> float:
             for _, memory in layer_memories(saved.model):
                 memory.advance()
     return sum(losses) / len(losses)
+
+
+def test_an_error_in_its_place_waits_for_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is full on one of them ended as a hang, nine minutes later."""
+    calls: list[str] = []
+    monkeypatch.setattr(MovingAverage, "_exchange", lambda self: calls.append("collective"))
+    average = object.__new__(MovingAverage)
+    with pytest.raises(torch.OutOfMemoryError), average.in_place_of_weights():
+        raise torch.OutOfMemoryError
+    assert calls == ["collective"]
+    with average.in_place_of_weights():
+        assert len(calls) == 2
+    assert len(calls) == 3
 
 
 def begin_late_and_divide_anew(rank: int, prepared: Path, folder: Path) -> None:

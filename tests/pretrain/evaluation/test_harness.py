@@ -53,6 +53,8 @@ def test_tasks_are_names_or_local_files(tmp_path: Path, monkeypatch: pytest.Monk
     for text, words in ((",a", "'' is no task"), ("a=", "'a=' is no task"), ("a=/gone", "a: there is no /gone")):
         with pytest.raises(UserError, match=f"--harness: {re.escape(words)}"):
             task_specs(text)
+    with pytest.raises(UserError, match="--shots: switchall_lambada has questions alone"):
+        task_specs("gsm8k,switchall_lambada", 2)
     names = {path.stem for path in harness_run.TASK_FILES.glob("*.yaml")}
     assert names == {"switchall_lambada", "switchall_blimp", "switchall_cbt"}
 

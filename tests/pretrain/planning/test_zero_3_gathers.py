@@ -52,14 +52,12 @@ DENSE = 'model.attention={"type": "dense", "num_heads": 2, "head_dim": 6}'
 FEEDFORWARD = 'model.feedforward={"type": "dense", "hidden_size": 32}'
 TIED = ("model.position.type=xl", "model.tied_embedding=true")
 MODELS = [(), ("train.recompute=full",), (MOA,), (DENSE, FEEDFORWARD), (FEEDFORWARD,), TIED]
-ALL = [(model, given) for model in MODELS for given in (SOME_STAYS, NOTHING_AHEAD, NOTHING_STAYS)][:-1]
-"""Without the last: of Transformer-XL where nothing may stay the rules say 8% more than is gathered."""
+AGAIN = (MODELS[1], NOTHING_STAYS)
+"""Blocks are computed again where every module is let go at once."""
+OTHERS = [(m, given) for m in MODELS for given in (SOME_STAYS, NOTHING_AHEAD, NOTHING_STAYS) if (m, given) != AGAIN]
 
 
-@pytest.mark.parametrize(
-    "model, given",
-    [(MODELS[0], SOME_STAYS), *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL[1:])],
-)
+@pytest.mark.parametrize("model, given", [AGAIN, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)])
 def test_a_rehearsed_micro_step_gathers_as_much(prepared: Path, model: tuple[str, ...], given: str) -> None:
     keys = ("parallel.zero=3", "model.num_layers=4", "batch.micro_sequences=2")
     config = small_config(prepared, *keys, given, *model)
@@ -67,5 +65,4 @@ def test_a_rehearsed_micro_step_gathers_as_much(prepared: Path, model: tuple[str
     first = step.calls[step.starts[0] : step.starts[1]]
     elements = sum(call.num_bytes for call in first if call.kind == "all_gather") / 4
     update = sum(call.num_bytes for call in step.calls if call.kind == "all_gather" and call.part == "update") / 4
-    assert gathered(config).update == update
-    assert gathered(config).micro_step == pytest.approx(elements, rel=0.02)
+    assert gathered(config) == (elements, update)

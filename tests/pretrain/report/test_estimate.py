@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import pretrain.segment
+import pretrain.segment_start
 from pretrain import gpus
 from pretrain.cli import forecast as child
 from pretrain.config.loading import to_json
@@ -125,7 +126,7 @@ def test_nothing_is_compared_where_nothing_was_estimated(capsys: pytest.CaptureF
 def run_of(rank: int, config: Config, run_dir: Path) -> None:
     """With the comparison after 3 steps, and memory that is told and not measured."""
     pretrain.segment.COMPARED_AFTER = 3
-    pretrain.segment.memory_before = lambda device: 100 * (rank + 1)
+    pretrain.segment_start.memory_before = lambda device: 100 * (rank + 1)
     pretrain.segment.memory_bytes = lambda device: {"memory_peak_bytes": 1000 * (rank + 2)}
     estimates = [RunEstimate(2500, "cuda", "2,500 bytes"), None]  # the second look finds it
     side_by_side = SideBySide(lambda: estimates.pop() if estimates else None) if rank == 0 else None

@@ -23,7 +23,7 @@ from common.errors import UserError
 from pretrain.config.watching import MonitorConfig
 from pretrain.preflight.run import preflight
 from pretrain.report import weights_and_biases
-from pretrain.report.monitor import Monitor, Origin
+from pretrain.report.monitor import Monitor, Origin, make_writers
 from pretrain.report.run_folder import RunFolder
 from pretrain.report.weights_and_biases import WeightsAndBiases, check_installed
 from pretrain.report.writer import Position, Writer
@@ -142,6 +142,17 @@ def test_a_writer_that_is_closed_keeps_no_file(wandb: StandIn, tmp_path: Path) -
     assert mark in open_files()
     writer.close()
     assert mark not in open_files() and int(mark.read_text()) == 1
+
+
+def test_a_branch_has_a_run_of_its_own(wandb: StandIn, tmp_path: Path) -> None:
+    """In the folder of a run that came further: its first points are of steps that W&B has of that run."""
+    settings = MonitorConfig(tensorboard=False, wandb="offline")
+    for start, end, hides_all in ((0, 5, False), (2, 4, True), (4, 6, False)):
+        (writer,) = make_writers(settings, tmp_path, at(start), hides_all)
+        for step in range(start + 1, end + 1):
+            writer.scalars(at(step), {"loss/train": float(step)})
+        writer.close()
+    assert [sorted(rows) for rows in wandb.rows.values()] == [[1, 2, 3, 4, 5], [3, 4, 5, 6]]
 
 
 def test_two_events_of_one_step_are_both_there(wandb: StandIn, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import pretrain.loop
-import pretrain.segment
+import pretrain.segment_start
 from common.errors import UserError
 from model.layers import Head
 from pretrain.config.schema import Config
@@ -57,14 +57,14 @@ def train_with(
     rank: int, config: Config, run_dir: Path, prepare: Callable[..., None], *arguments: Any, stop: Stop | None = None
 ) -> str:
     """Trains with `prepare(trainer, *arguments)` called on every trainer that is built. How it ended."""
-    build = pretrain.segment.build_trainer
+    build = pretrain.segment_start.build_trainer
 
     def build_and_prepare(*args: Any, **options: Any) -> Trainer:
         trainer = build(*args, **options)
         prepare(trainer, *arguments)
         return trainer
 
-    pretrain.segment.build_trainer = build_and_prepare
+    pretrain.segment_start.build_trainer = build_and_prepare
     try:
         code = pretrain.loop.train(config, Sources.load(config), run_dir, torch.device("cpu"), stop)
         return code.name
@@ -73,7 +73,7 @@ def train_with(
     except UserError as error:
         return f"REFUSED: {error}"
     finally:
-        pretrain.segment.build_trainer = build
+        pretrain.segment_start.build_trainer = build
 
 
 def before_steps(trainer: Trainer, function: Callable[[int], None]) -> None:

@@ -56,7 +56,16 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "beginning a record of choices": lambda folder: begin_record(folder / "routing", {}, 0),
     "writing choices": lambda folder: write_step(folder, 1, 0, {}),
     "reading a record of choices": Record,
+    "looking for the steps of a record": lambda folder: recorded(folder).check_steps(range(1, 2)),
+    "reading recorded choices": lambda folder: recorded(folder).load(1, [], []),
 }
+
+
+def recorded(folder: Path) -> Record:
+    """Whose own file was read."""
+    record = object.__new__(Record)
+    record.folder = folder
+    return record
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -70,7 +79,7 @@ def test_an_error_that_may_pass_refuses_no_run(
     def refused(path: Path, *args: Any, **options: Any) -> Any:
         raise OSError(number, os.strerror(number), os.fspath(path))
 
-    for name in ("mkdir", "touch", "iterdir", "read_text", "stat"):
+    for name in ("mkdir", "touch", "iterdir", "read_text", "stat", "glob"):
         monkeypatch.setattr(Path, name, refused)
     monkeypatch.setattr("pretrain.resilience.rollback.write_json", refused)
     with pytest.raises(UserError, match=rf"{os.strerror(number)}|no permission") as found:

@@ -112,6 +112,14 @@ def test_a_rollback_goes_to_before_its_steps_else_as_far_back_as_it_can(monkeypa
         going_back.serving(newest_first[:2], wanted)
 
 
+def test_a_checkpoint_that_cannot_be_read_now_is_one_to_go_back_to(tmp_path: Path) -> None:
+    """An older one, or none at all, would be taken for it; whoever opens it waits for the file system."""
+    paths = [tmp_path / name for name in ("step-00000008", "step-00000004", "copy")]
+    for path in paths:
+        path.mkdir()
+    assert going_back.serving(paths, Rollback("a", at_step=9, first_step=5)) == [paths[1], paths[0]]
+
+
 def test_rollbacks_are_kept_by_branch_and_a_torn_file_is_refused(tmp_path: Path) -> None:
     assert read_rollbacks(tmp_path, None) == []
     one, two = Rollback("a", 9, 8, (56, 72), stage=STAGE), Rollback("b", 5, 5, None, "/elsewhere/step-00000004")
