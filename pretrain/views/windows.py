@@ -30,8 +30,9 @@ def same_sources(one: Any, other: Any) -> bool:
 
 def reads_by_step(events: Sequence[Row], split: str, config: dict[str, Any]) -> dict[int, Reads]:
     """What the validations on a split have read, by step, those that still count: a start from before a step computes
-    its validation again, and those before a branch are another one's. A start records how its settings differ from those of the checkpoint that it goes on from:
-    the validations before it had the earlier value. config: of the newest start."""
+    its validation again, and those before a branch are another one's. A start records how its settings differ from
+    those of the checkpoint that it goes on from: the validations before it had the earlier value. config: of the newest
+    start."""
     found: dict[int, Reads] = {}
     newest: Reads = {}
     digest, is_other_mixture = None, False
