@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.arguments import Parser, a_path, above_zero
-from common.errors import UserError
+from common.errors import PassingError, UserError
 from common.slurm import jobs_in_queue
 from common.strict_json import dumps
 from common.tables import listed
@@ -70,7 +70,8 @@ def look(args: argparse.Namespace) -> None:
                 lines = shutil.get_terminal_size().lines - below if fit else None
                 show(views, as_json=args.json, clear=clears, lines=lines)
             for error in gone:  # after the screen, which the next one clears
-                print(passed_over(error), file=sys.stderr, flush=True)
+                how = "shown as it was" if isinstance(error, PassingError) else "passed over"
+                print(passed_over(error, how), file=sys.stderr, flush=True)
             queued = queue.jobs_of(views, awaited) if args.watch else {}
             for path, job in queue.ended(awaited).items():
                 log = path / "slurm" / f"{job}.log"
@@ -164,21 +165,24 @@ def _job_text(job: str, why: str) -> str:
 
 def updated(views: list[RunView], *, may_be_none: bool = False) -> tuple[list[RunView], list[UserError]]:
     """The runs as they are now, and why others are no more among them: one that somebody removes keeps nobody from the
-    others. Raises UserError if none is left, unless `may_be_none`."""
-    kept, gone = [], []
+    others; or are as they were: a file system that does not answer for a moment ends no watch. Raises UserError if none
+    is left, unless `may_be_none`."""
+    kept, gone = list[RunView](), list[UserError]()
     for view in views:
         try:
             view.update()
-            kept.append(view)
         except UserError as error:
             gone.append(error)
+            if not isinstance(error, PassingError):
+                continue
+        kept.append(view)
     if gone and not kept and not may_be_none:
         raise gone[0]
     return kept, gone
 
 
-def passed_over(error: UserError | str) -> str:
-    return visible(f"passed over: {str(error).removeprefix('RUN: ')}")
+def passed_over(error: UserError | str, how: str = "passed over") -> str:
+    return visible(f"{how}: {str(error).removeprefix('RUN: ')}")
 
 
 def show(views: list[RunView], *, as_json: bool, clear: bool, lines: int | None = None) -> None:

@@ -19,7 +19,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.errors import UserError
+from common.errors import UserError, kind_of
 from common.line_log import Row, is_event, is_step
 from common.presence import exists
 from common.run_lock import SignOfLife, last_sign_of_life
@@ -191,7 +191,7 @@ class RunView:
             raise UserError(f"RUN: {path} holds the weights of a model, and is no run folder; name runs/NAME")
 
     def update(self) -> None:
-        """Raises UserError if something is there that cannot be read."""
+        """Raises UserError if something is there that cannot be read, and PassingError if another look may read it."""
         try:
             self.sign = last_sign_of_life(self.path)
             self.config = read_object(self.path / "config.json")
@@ -202,7 +202,7 @@ class RunView:
             names = os.listdir(folder) if folder.is_dir() else []
             self.checkpoints = sorted(name for name in names if re.fullmatch(r"step-\d{8,}", name))
         except OSError as error:
-            raise UserError(f"RUN: {error.filename or self.path} cannot be read: {error.strerror}") from None
+            raise kind_of(error)(f"RUN: {error.filename or self.path} cannot be read: {error.strerror}") from None
 
     def update_events(self) -> None:
         """Reads events.jsonl alone. Raises OSError."""

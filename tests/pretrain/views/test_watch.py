@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -13,8 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from common.errors import UserError
 from common.run_lock import FolderLock
-from pretrain.cli.status import fitting, main
+from pretrain.cli.status import fitting, main, updated
+from pretrain.views import reading
 from pretrain.views.jobs import mark_submitted
 from pretrain.views.reading import RunView
 from tests.pretrain.views.status_case import CONFIG, row, shown, write
@@ -108,6 +111,24 @@ def test_a_run_that_is_removed_ends_no_watch_of_the_others(
     first, second = (table.splitlines() for table in said.out.split("run ")[1:])
     assert (len(first), len(second)) == (4, 3) and str(other) in second[2]
     assert said.err == f"passed over: {tmp_path / 'removed'} cannot be read: No such file or directory\n"
+
+
+@pytest.mark.parametrize("number, ends", [(errno.ESTALE, False), (errno.EACCES, True)])
+def test_a_file_system_that_does_not_answer_for_a_moment_ends_no_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, ends: bool
+) -> None:
+    view = RunView.open(write(tmp_path / "run"))
+
+    def failing(folder: Path) -> None:
+        raise OSError(number, os.strerror(number), str(folder))
+
+    monkeypatch.setattr(reading, "last_sign_of_life", failing)
+    if ends:
+        with pytest.raises(UserError, match="cannot be read: Permission denied"):
+            updated([view])
+        return
+    kept, [error] = updated([view])
+    assert kept == [view] and str(error) == f"RUN: {view.path} cannot be read: {os.strerror(number)}"
 
 
 @pytest.mark.parametrize("left", [None, "slurm", ".hidden", "checkpoints", "smoke-1"])
