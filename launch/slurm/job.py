@@ -90,13 +90,13 @@ def script(
     for option in more_options:
         if not option.startswith("--") or option == "--":
             raise UserError(f"--sbatch {option}: write a long option of sbatch, e.g. --sbatch=--gres=gpu:8")
-        key, value = _key_value(option.removeprefix("--"))
-        if options.get(key) is not None:
+        name, given = _key_value(option.removeprefix("--"))
+        if options.get(name) is not None:
             raise UserError(
-                f"--sbatch={option}: --{key} follows from this command's own options, by which the job was checked; "
+                f"--sbatch={option}: --{name} follows from this command's own options, by which the job was checked; "
                 f"give those instead (--help lists them)"
             )
-        merged[key] = value
+        merged[name] = given
     lines = ["#!/bin/bash"]
     for key, value in merged.items():
         if value is not None:

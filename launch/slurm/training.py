@@ -147,8 +147,9 @@ def _submit(args: argparse.Namespace) -> int | None:
     if not args.smoke:
         with contextlib.suppress(OSError):  # it is submitted
             mark_submitted(run_dir, number)
+    size = f"{counted(args.nodes, 'node')} x {counted(_ranks_per_node(args), 'rank')}"
     lines = [
-        f"submitted job {number}: {counted(args.nodes, 'node')} x {counted(_ranks_per_node(args), 'rank')}, script {path}",
+        f"submitted job {number}: {size}, script {path}",
         f"  state      squeue --job {number}",
         f"  watch      tail -F {_quoted(logs / f'{number}.log')} {_quoted(logs / f'{number}.rank0.log')}",
         f"  cancel     scancel {number}",

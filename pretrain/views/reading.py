@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from common.errors import UserError
 from common.line_log import Row, is_event, is_step
+from common.presence import exists
 from common.run_lock import SignOfLife, last_sign_of_life
 from common.splits import SPLITS, SplitName
 from pretrain.config.validated import setting
@@ -164,21 +165,29 @@ class RunView:
     @classmethod
     def open(cls, path: Path) -> RunView:
         """Raises UserError if `path` is no run folder or cannot be read, and NotYet if it may become one."""
+        try:
+            cls._check(path)
+        except OSError as error:
+            raise UserError(f"RUN: {path} cannot be read: {error.strerror}") from None
+        view = cls(path)
+        view.update()
+        return view
+
+    @staticmethod
+    def _check(path: Path) -> None:
+        """Raises UserError, NotYet and OSError, as `open` says."""
         if not os.path.lexists(path):
             raise NotYet(f"RUN: there is no folder {path}; name a run folder (runs/NAME)")
         if not path.is_dir():
             raise UserError(f"RUN: there is no folder {path}; name a run folder (runs/NAME)")
-        if (path / SWEEP_RECORD).exists():
+        if exists(path / SWEEP_RECORD):
             line = f"python launch/sweep.py --sweep-dir {shlex.quote(str(path))} --table"
             raise UserError(f"RUN: {path} is the folder of a sweep; name runs in it, or show all of them: {line}")
-        if not any((path / name).exists() for name in LOGS):
+        if not any(exists(path / name) for name in LOGS):
             kind = NotYet if _may_become_one(path) else UserError
             raise kind(f"RUN: {path} is no run folder: it holds none of {', '.join(LOGS)}")
-        if any((path / name).exists() for name in MODELS) and not any((path / name).exists() for name in LOGS[:2]):
+        if any(exists(path / name) for name in MODELS) and not any(exists(path / name) for name in LOGS[:2]):
             raise UserError(f"RUN: {path} holds the weights of a model, and is no run folder; name runs/NAME")
-        view = cls(path)
-        view.update()
-        return view
 
     def update(self) -> None:
         """Raises UserError if something is there that cannot be read."""

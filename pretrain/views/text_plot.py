@@ -10,12 +10,13 @@ DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 
 def text_plot(x: Sequence[float], y: Sequence[float], *, width: int, height: int, braille: bool = True) -> list[str]:
-    """Lines of text: `y` against `x` (in rising order), both axes labelled at their ends.
+    """Lines of text: `y` against `x`, both axes labelled at their ends.
 
     A column shows the mean of its points. Points that are not finite are left out; without any other the result is
     empty. width, height: characters of the whole and of the curve.
     """
-    points = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    # Sorted, because a run that has lost its folder to another one may have written a last, older step into it.
+    points = sorted((a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b))
     if not points:
         return []
     low, high = min(b for _, b in points), max(b for _, b in points)

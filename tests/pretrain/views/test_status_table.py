@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,3 +52,21 @@ def test_a_table_of_runs_has_the_width_of_the_terminal(
         assert all(f"rate={n}" in line.split()[0] or columns == "40" for n, line in enumerate(lines[1:], 1)), lines
         assert len({line.split()[0] for line in lines[1:]}) == 3, lines
         assert [f"{5 - n / 10:.4f}" in line for n, line in enumerate(lines[1:], 1)] == [True] * 3
+
+
+def test_a_folder_that_may_not_be_read_keeps_nobody_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As that of another user, or of a file system that does not answer."""
+    good, locked = write(tmp_path / "good"), write(tmp_path / "locked")
+    stat = os.stat
+
+    def refusing(path: Any, *args: Any, **more: Any) -> os.stat_result:
+        if str(path).startswith(f"{locked}/"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, *args, **more)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    assert main([str(locked), str(good)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"passed over: {locked} cannot be read: Permission denied\n" and str(good) in printed.out

@@ -31,3 +31,9 @@ def test_braille_has_two_by_four_dots() -> None:
 def test_values_that_are_not_finite_are_left_out() -> None:
     assert text_plot([1, 2], [math.nan, math.inf], width=20, height=3) == []
     assert text_plot([1, 2, 3], [2.0, math.nan, 2.0], width=20, height=3, braille=False)[0].startswith(" 2|*")
+
+
+def test_a_step_that_goes_back_is_drawn_where_it_belongs() -> None:
+    assert text_plot([1, 100, 3], [1.0, 2.0, 3.0], width=20, height=3) == text_plot(
+        [1, 3, 100], [1.0, 3.0, 2.0], width=20, height=3
+    )
