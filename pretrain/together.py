@@ -6,6 +6,8 @@ One rank alone would keep all others waiting; all of them alone would read every
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import sys
 import threading
@@ -15,13 +17,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from common.errors import UserError
 from common.filesystems import filesystem_type, is_shared
 from data_prep.shards.format import WHOLE, Manifest, Part
+from pretrain.config.keys import flatten
+from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.data.verified import FILE, VerifiedShard, as_it_is, recall, remember, stamps_of
 from pretrain.device import on_collective_device
-from pretrain.parallel.agreement import of_all_ranks, said_by_first
+from pretrain.parallel.agreement import agree, of_all_ranks, said_by_first
 from pretrain.ranks import place_on_node
 
 MANY_RANKS = 16
@@ -33,6 +38,11 @@ ROUND_SECONDS = 20.0
 """How often the ranks meet while they hash: collectives give up after a minute at the earliest."""
 
 
+OF_A_NODE = ("data.manifest", "data.sources", "data.cache_dir", "data.cache_bytes", "evaluate.tasks", "train.threads")
+"""Keys and sections that nodes may have their own values of: where copies of the same data lie, and how fast they are.
+"""
+
+
 @dataclasses.dataclass
 class _Hashed:
     """What one rank has done."""
@@ -41,6 +51,29 @@ class _Hashed:
     """Shards."""
     known: int = 0
     verified: list[VerifiedShard] = dataclasses.field(default_factory=list)
+
+
+def check_config(config: Config) -> None:
+    """Collective: raises UserError (agreed), which names a key, unless all ranks have the same configuration. Each has
+    read the file itself, perhaps a copy on its node, and a learning rate of its own would show in no number."""
+    own = {key: value for key, value in flatten(to_json(config)).items() if not _is_of_a_node(key)}
+    digests = of_all_ranks(hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest())
+    different = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if different is None:
+        return
+    configs = of_all_ranks(own)
+    first, other = configs[0], configs[different]
+    key = next(key for key in sorted(first.keys() | other.keys()) if first.get(key) != other.get(key))
+    agree(
+        UserError(
+            f"{key}: is {json.dumps(first.get(key))} on rank 0 and {json.dumps(other.get(key))} on rank {different}; "
+            f"give all nodes the same configuration"
+        )
+    )
+
+
+def _is_of_a_node(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in OF_A_NODE)
 
 
 def check_data(sources: Sources, config: Config, run_dir: Path) -> Sources:

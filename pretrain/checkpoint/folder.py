@@ -19,7 +19,7 @@ from common.errors import PassingError, UserError, kind_of
 from common.files import intended_name
 from common.folders import check_writable_folder
 from common.hashing import sha256_file
-from common.presence import exists, is_dir
+from common.presence import exists, is_dir, is_file
 from pretrain.config.validated import WINDOWS, has_effect, setting
 from pretrain.data.patience import Patience
 from pretrain.data.progress import Progress
@@ -205,8 +205,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_of(checkpoints: Sequence[Path]) -> Path:
-    """The newest that was committed, of one or more, oldest first; the last if none was."""
-    return next((path for path in reversed(checkpoints) if (path / COMMIT_FILE).is_file()), checkpoints[-1])
+    """The newest that was committed, of one or more, oldest first; the last if none was. Raises UserError."""
+    try:
+        return next((path for path in reversed(checkpoints) if is_file(path / COMMIT_FILE)), checkpoints[-1])
+    except OSError as error:
+        raise kind_of(error)(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def check_output_folder(folder: Path, option: str) -> None:

@@ -30,7 +30,7 @@ from pretrain.evaluation.harness_run import Options, evaluate_with_harness, task
 from pretrain.evaluation.likelihood import Limits, learned_context
 from pretrain.evaluation.models import OpenedModel, evaluation_config, open_model
 from pretrain.evaluation.tasks import PreparedTask, TaskResult, find_files
-from pretrain.parallel.agreement import agreed
+from pretrain.parallel.agreement import agreed, from_first_rank
 from pretrain.report.source_losses import source_losses
 from pretrain.saved_model import find_checkpoint
 from pretrain.saved_model.loading import config_of, document_end_of
@@ -59,8 +59,10 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
     """Collective, if there is a process group. Raises UserError: in a group on one rank, and PeerFailed on the
     others."""
     specs = task_specs(choices.harness, choices.shots) if choices.harness is not None else []
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    checkpoint = agreed(lambda: find_checkpoint(run))
+    has_group = dist.is_initialized()
+    world_size = dist.get_world_size() if has_group else 1
+    # A run that goes on has another newest one for who looks later.
+    checkpoint = from_first_rank(lambda: find_checkpoint(run)) if has_group else find_checkpoint(run)
     out = (choices.out or results.results_folder(checkpoint, ema=choices.ema)).absolute()
     with while_they_are_there([checkpoint.path], "RUN"):
         config, tokenizer = agreed(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import pretrain.checkpoint.initial
 from common.errors import UserError
 from data_prep.shards.format import Manifest
 from model.language_model import build_model
@@ -22,11 +23,12 @@ from pretrain.checkpoint.shapes import check_shapes, full_shapes
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin, write_weights
 from pretrain.cli.checkpoint import main
+from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.resume import changed_settings
 from pretrain.saved_model import load_model
 from tests.harness import run_ranks
-from tests.pretrain.runs import events, small_config, train_runs
+from tests.pretrain.runs import events, small_config, train_runs, trainer_of
 from tests.pretrain.saved import rewrite_state, whole_tensors
 
 TIED = "model.tied_embedding=true"
@@ -115,6 +117,26 @@ def test_parameters_that_are_missing_or_of_another_shape_are_counted_and_the_fir
         with pytest.raises(UserError) as refused:
             check_shapes(Checkpoint(Path("x"), {"parameters": shapes | saved}), config, "key")
         assert f"key: x is of another model: {first} is {shapes[first]} here and {words}" in str(refused.value)
+
+
+def begun(rank: int, config: Config) -> dict[str, Tensor]:
+    """The weights that a rank begins with, where the second one looks before the newest checkpoint is there."""
+    if rank == 1:
+        pretrain.checkpoint.initial.newest_of = lambda checkpoints: checkpoints[0]
+    trainer = trainer_of(config)
+    weights = {name: p.detach().clone() for name, p in trainer.engine.module.named_parameters()}
+    trainer.engine.destroy()
+    return weights
+
+
+def test_all_ranks_begin_with_one_checkpoint_of_a_run_that_goes_on(prepared: Path, tmp_path: Path) -> None:
+    """Each reads a part of it for the others: no message would tell of a model of two."""
+    newest = parameters(prepared, seed=4)
+    written(tmp_path / "run" / "step-00000001", prepared, parameters(prepared))
+    written(tmp_path / "run" / "step-00000002", prepared, newest)
+    config = small_config(prepared, f"train.init_from={tmp_path / 'run'}", "parallel.zero=0", TIED)
+    for weights in run_ranks(begun, 2, config):
+        assert all(torch.equal(weights[name], value) for name, value in newest.items())
 
 
 def test_a_run_begins_with_them_and_continues_from_its_own(prepared: Path, tmp_path: Path) -> None:

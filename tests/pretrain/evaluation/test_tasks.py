@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common.errors import UserError
 from model.language_model import build_model
 from pretrain.checkpoint import Checkpoint
+from pretrain.cli import evaluate_checkpoint as command
 from pretrain.cli.evaluate import main
 from pretrain.cli.evaluate_checkpoint import Choices, evaluate_checkpoint
 from pretrain.data.sources import Sources
@@ -302,6 +303,26 @@ def test_results_that_the_disk_does_not_take_are_printed_and_no_rank_waits(runs:
     assert "--out: " in refusal and "validation.json cannot be written: No space left on device" in refusal
     assert "PeerFailed" in other and not nothing
     assert re.search(r"validation +perplexity +\d", table) and "a JSON file for each task" not in table
+
+
+def opened_on_ranks(rank: int, run: Path) -> list[str]:
+    """Which checkpoint a rank opens, where each finds another one the newest."""
+    opened: list[str] = []
+
+    def config_of(checkpoint: Checkpoint) -> Any:
+        opened.append(checkpoint.path.name)
+        raise UserError("enough")
+
+    command.find_checkpoint = lambda place: Checkpoint(place / f"step-0000000{rank + 1}", {})
+    command.config_of = config_of
+    with contextlib.suppress(UserError, PeerFailed):
+        evaluate_checkpoint(run, Choices(wanted={}, out=run), torch.device("cpu"))
+    return opened
+
+
+def test_all_ranks_evaluate_one_checkpoint_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    """Each reads a part of it for the others."""
+    assert run_ranks(opened_on_ranks, 2, tmp_path) == [["step-00000001"]] * 2
 
 
 def test_refusals(runs: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.parallel.agreement import PeerFailed, agreed, check_same, check_shared, raise_agreed, said_by_first
 from tests.harness import run_ranks
-from tests.pretrain.runs import small_config, train_runs
+from tests.pretrain.runs import light_config, small_config, train_runs
 
 
 def _outcome_of_training(rank: int, config: Config, run_dir: Path) -> str:
@@ -28,6 +28,26 @@ def _outcome_of_training(rank: int, config: Config, run_dir: Path) -> str:
     except (UserError, DataError, PeerFailed) as error:
         return f"{type(error).__name__}: {error}"
     return "trained"
+
+
+def _outcomes_of_own_settings(rank: int, prepared: Path, folder: Path, settings: list[tuple[str, str]]) -> list[str]:
+    """Of runs to each of which the two ranks give another setting."""
+    keys = ("train.steps=1", "evaluate.sequences=0")
+    runs = [
+        (light_config(prepared, *keys, own[rank], ranks=2), folder / str(number)) for number, own in enumerate(settings)
+    ]
+    return [_outcome_of_training(rank, *run) for run in runs]
+
+
+def test_ranks_of_other_settings_are_refused_but_for_those_of_their_nodes(prepared: Path, tmp_path: Path) -> None:
+    """Each reads the file itself, which a node may have a copy of; nothing would show another learning rate."""
+    settings = [
+        ("optimizer.learning_rate=1e-3", "optimizer.learning_rate=2e-3"),
+        ("train.threads=1", "train.threads=2"),
+    ]
+    first, second = run_ranks(_outcomes_of_own_settings, 2, prepared, tmp_path, settings)
+    said = "optimizer.learning_rate: is 0.001 on rank 0 and 0.002 on rank 1; give all nodes the same configuration"
+    assert first == [f"UserError: {said}", "trained"] and second == ["PeerFailed: ", "trained"]
 
 
 def test_an_altered_shard_is_one_ranks_message_and_stops_all(prepared: Path, tmp_path: Path) -> None:

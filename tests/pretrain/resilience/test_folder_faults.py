@@ -18,6 +18,8 @@ from common.errors import PassingError, UserError
 from common.folders import check_folder
 from common.json_config import read_tree
 from pretrain.checkpoint import list_checkpoints
+from pretrain.checkpoint.folder import newest_of
+from pretrain.checkpoint.initial import _named
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.loop import train
@@ -48,6 +50,8 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "reading the configuration": lambda folder: read_tree(folder / "config.json"),
     "looking at the run folder": lambda folder: check_folder(folder, "--run-dir"),
     "listing the checkpoints": list_checkpoints,
+    "looking for the newest checkpoint": lambda folder: newest_of([folder / "step-00000001"]),
+    "looking for initial weights": lambda folder: _named(str(folder)),
     "looking whether all ranks see the folder": _seen_file,
     "reading the rollbacks": lambda folder: read_rollbacks(folder, None),
     "writing a rollback": lambda folder: record(folder, Rollback("a spike", at_step=2, first_step=1)),
@@ -81,6 +85,7 @@ def test_an_error_that_may_pass_refuses_no_run(
 
     for name in ("mkdir", "touch", "iterdir", "read_text", "stat", "glob"):
         monkeypatch.setattr(Path, name, refused)
+    monkeypatch.setattr(os, "stat", refused)
     monkeypatch.setattr("pretrain.resilience.rollback.write_json", refused)
     with pytest.raises(UserError, match=rf"{os.strerror(number)}|no permission") as found:
         PLACES[place](tmp_path)
