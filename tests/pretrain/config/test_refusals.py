@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     "initial weights have a long name": (
         None,
         [*CONFIG, "--set", f"train.init_from={'x' * 300}"],
-        "init_from: there is no",
+        "cannot be read: File name too long",
     ),
     "choices are somebody's": (None, [*CONFIG, "--set", "train.replay_routing=~nobody-here/x"], "holds no record.json"),
     "choices have a long name": (
