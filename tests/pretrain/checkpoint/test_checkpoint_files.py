@@ -72,6 +72,33 @@ def test_a_checkpoint_takes_the_place_of_one_of_its_step_and_files_outside_are_r
         Checkpoint.open(path)
 
 
+def test_ranks_look_for_all_files_together_each_for_its_share(tmp_path: Path) -> None:
+    unfinished, path = tmp_path / "step-00000007.partial", tmp_path / "step-00000007"
+    unfinished.mkdir()
+    names = [f"rank-0000{rank}.safetensors" for rank in range(4)]
+    for name in names:
+        (unfinished / name).write_bytes(b"123")
+    files = {name: {"bytes": 3, "sha256": ""} for name in names}
+    commit(unfinished, path, state={"format_version": 2}, tensors={"files": [], "tensors": {}}, files=files)
+
+    def who_misses(size: int) -> list[int]:
+        found = []
+        for rank in range(size):
+            try:
+                Checkpoint.open(path, rank=rank, world_size=size)
+            except DamagedCheckpoint:
+                found.append(rank)
+        return found
+
+    for number, name in enumerate([*names, "tensors.json"]):
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(content[:-1])
+        assert [who_misses(size) for size in (1, 2, 3, 7)] == [[0], [number % 2], [number % 3], [number]]
+        Checkpoint.open(path, world_size=0)  # looks for none
+        (path / name).write_bytes(content)
+    assert who_misses(2) == []
+
+
 def test_tensors_of_a_file_are_aligned(tmp_path: Path) -> None:
     """Whatever the lengths of the names: the header ends at a multiple of 8 bytes, and wide numbers come first."""
     values = {
