@@ -108,7 +108,7 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     too_deep = "[" * 100_000  # for Python's reader of JSON
     (tmp_path / "empty" / "config.json").write_text(too_deep)
     refused(tmp_path / "empty", "has no checkpoint yet")
-    with pytest.raises(UserError, match="config.json is not JSON"):
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
         model_config(too_deep, "config.json")
     (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "switchall"}))
     (tmp_path / "empty" / "model.safetensors").write_text("")
