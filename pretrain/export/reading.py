@@ -147,7 +147,8 @@ def _tensors(folder: Path, model: ModelConfig) -> dict[str, Callable[[], Tensor]
 
 
 def _files(folder: Path) -> list[Path]:
-    if not (folder / INDEX).is_file():
+    """As transformers chooses: one file goes before an index, which its save_pretrained leaves behind."""
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return [folder / WEIGHTS]
     tree = _json(folder / INDEX)
     try:
