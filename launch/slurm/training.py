@@ -92,8 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="after two starts in a row that failed on the same node and no other, or when its weights differ from "
-        "those of most replicas, the requeued job excludes it, if enough others are up; up to N nodes (default: %(default)s; 0: "
-        "never)",
+        "those of most replicas, the requeued job excludes it, if enough others are up; up to N nodes (default: "
+        "%(default)s; 0: never)",
     )
     job.add_site_arguments(parser)
     return parser
