@@ -67,9 +67,9 @@ def check_config(config: Config) -> None:
 
 
 def check_code() -> None:
-    """Collective: raises UserError (agreed), which names a library or a file, unless all nodes have the same code. Other
-    code than that of rank 0 trains along without a word. The first rank of each node reads it, about 450 files in 10 to
-    20 ms; where all are on one node, none does."""
+    """Collective: raises UserError (agreed), which names a library or a file, unless all nodes have the same code:
+    other code would train along without a word. The first rank of each node reads it, about 400 files in 10 to 20 ms;
+    where all ranks are on one node, none does."""
     number, size = place_on_node(os.environ)
     reads = number == 0 and size < dist.get_world_size()
     _check_alike(agreed(lambda: code_here(REPOSITORY) if reads else None), "give all nodes the same code")
