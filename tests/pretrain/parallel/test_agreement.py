@@ -77,14 +77,14 @@ def test_nodes_of_other_code_are_refused_with_the_file(prepared: Path, tmp_path:
         (same / name).parent.mkdir(parents=True, exist_ok=True)
         (same / name).touch()
     (changed / "model/kernels/b.cu").write_text("other")
-    (more / "pretrain/c/f.py").touch()
+    (more / "pretrain/c/f.json").touch()
     digests = [hashlib.sha256(text).hexdigest()[:16] for text in (b"of model/kernels/b.cu", b"other", b"")]
     config = light_config(prepared, "train.steps=1", "evaluate.sequences=0", ranks=2)
     places = [(first, other) for other in (changed, more, same)]
     found = run_ranks(_outcomes_of_own_code, 2, config, tmp_path / "runs", places)
     refused = [
         f"model/kernels/b.cu: is {digests[0]} on rank 0 and {digests[1]} on rank 1; give all nodes the same code",
-        f"pretrain/c/f.py: is not there on rank 0 and {digests[2]} on rank 1; give all nodes the same code",
+        f"pretrain/c/f.json: is not there on rank 0 and {digests[2]} on rank 1; give all nodes the same code",
     ]
     assert found[0] == [*(f"UserError: {said}" for said in refused), "trained"]
     assert found[1] == ["PeerFailed: ", "PeerFailed: ", "trained"]
