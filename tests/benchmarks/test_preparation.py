@@ -126,7 +126,7 @@ def test_an_input_may_have_its_documents_more_than_ten_times(tmp_path: Path) -> 
     raw = write_raw(tmp_path / "raw.json.gz")
     size = sum(len(text.encode()) for text in TEXTS)
     found = memory._inputs_of_size([raw], tmp_path / "input", 25 * size)
-    texts = [json.loads(line)["text"] for path in found for line in gzip.open(path, "rt", encoding="utf-8")]
+    texts = [json.loads(line)["text"] for path in found for line in gzip.decompress(path.read_bytes()).splitlines()]
     first = [text.split(" ")[0] for text in texts[::3]]
     assert len(first) > 20 and len(set(first)) == len(first)
     assert first[:2] == ["One", "Onea"] and "Oneaj" in first and "Onebb" in first
