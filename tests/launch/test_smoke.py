@@ -117,7 +117,7 @@ def test_right_results_are_whole_numbers_that_fp32_holds(size: int) -> None:
     """Else the order of a sum would decide whether thousands of ranks pass."""
     rank, base = size - 1, torch.arange(size).double() % 251
     found = {name: right for name, _, right in collectives._cases(rank, size, size, torch.device("cpu"))}
-    total = sum(base + other % 1021 for other in range(size))
+    total = size * base + sum(other % 1021 for other in range(size))  # fp64
     assert torch.equal(found["all_reduce"].double(), total) and float(total.max()) < 2**24
     assert found["reduce_scatter"].tolist() == [total[rank]]
     assert found["all_gather"].tolist() == [base[0] + other % 1021 for other in range(size)]
