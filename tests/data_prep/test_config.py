@@ -75,6 +75,18 @@ def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
         ({"treshold": 0.7}, [], "treshold: unknown key; the nearest known key is dedup.threshold"),
         ({"format": "wikitext", "validation_input": "v", "dedup": {}}, [], 'format "wikitext" is used whole'),
         ({"shard": {"tokens_per_shard": 9}}, [], "tokens_per_member 131072 is more than tokens_per_shard 9"),
+        ({"format": "enwik8"}, [], 'tokenizer.type: format "enwik8" is bytes; set tokenizer to {"type": "bytes"}'),
+        ({"format": "enwik8", "validation_input": "b"}, [], 'validation_input: has no effect with format "enwik8"'),
+        ({"format": "enwik8", "test_input": "b"}, [], 'test_input: has no effect with format "enwik8"'),
+        ({"format": "enwik8", "validation_fraction": 0.1}, [], 'validation_fraction: has no effect with format "enw'),
+        ({"split_bytes": [1, 1, 1]}, [], 'split_bytes: has no effect without format "enwik8"; drop it'),
+        ({"format": "enwik8", "split_bytes": [1, 1]}, [], "split_bytes.2"),
+        ({"format": "enwik8", "split_bytes": [0, 1, 1]}, [], "split_bytes.0: input should be greater than"),
+        ({"format": "wikitext"}, [], "set validation_input to its wiki.valid.raw"),
+        ({"tokenizer": {"type": "bytes"}}, [], 'which the documents of format "auto" need; use bpe or unigram'),
+        ({"tokenizer": {"type": "bytes", "seed": 1}}, [], "tokenizer: seed has no effect with type bytes"),
+        ({"tokenizer": {"type": "bytes", "vocab_size": 300}}, [], "vocab_size is 256 with type bytes"),
+        ({"test_input": "b"}, [], "test_input: needs validation_input; set it too"),
     ],
 )
 def test_every_mistake_is_one_message(tmp_path: Path, body: dict[str, Any], overrides: list[str], message: str) -> None:

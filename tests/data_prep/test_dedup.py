@@ -377,12 +377,10 @@ def test_the_words_of_an_ngram_are_those_of_the_key(tmp_path: Path) -> None:
     assert run_dedup(tmp_path / "one", [[text, other]], shingle_words=1) == [text]
 
 
-@pytest.mark.parametrize(
-    "texts", [["Hello world"], ["Hello world wide"], ["Hello"], ["one", "two"], ["?", "Hello you"]]
-)
-def test_a_raw_file_of_a_few_words_goes_through(tmp_path: Path, texts: list[str]) -> None:
-    assert run_dedup(tmp_path, [texts, [originals(1)[0], "Hello world"]]) == [
-        *texts,
+def test_a_raw_file_of_a_few_words_goes_through(tmp_path: Path) -> None:
+    """Other numbers of words: test_shingles_are_those_of_the_definition_however_few_words_there_are."""
+    assert run_dedup(tmp_path, [["?", "Hello you"], [originals(1)[0], "Hello you"]]) == [
+        "?",
+        "Hello you",
         originals(1)[0],
-        *["Hello world"][: "Hello world" not in texts],
     ]

@@ -4,13 +4,11 @@ import bz2
 import codecs
 import contextlib
 import gzip
-import io
 import itertools
 import json
 import lzma
 import random
 import re
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +81,6 @@ def test_a_byte_order_mark_is_no_part_of_a_text_or_an_article(tmp_path: Path) ->
 def test_every_valid_zstd_file_is_read(tmp_path: Path, stored: bytes) -> None:
     for name in ("a.jsonl.zst", "A.JSONL.ZST", "no-ending"):
         assert read(write(tmp_path / name, stored)) == (TEXTS, [])
-
-
-def tar_of(members: dict[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return stream.getvalue()
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"

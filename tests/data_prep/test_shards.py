@@ -115,15 +115,6 @@ def test_a_small_shard_byte_for_byte(tmp_path: Path) -> None:
     assert entry.sha256 == "1c16714ff1f74e755bc85bee2dd558f1188456af6b8857a4b4373adfe46b8503"
 
 
-def test_tar_members_carry_nothing_of_the_host(prepared: Path) -> None:
-    with tarfile.open(prepared / "train-00000.tar") as tar:
-        members = tar.getmembers()
-    assert [m.name for m in members[:2]] == ["train-00000-000000.tok.bin", "train-00000-000001.tok.bin"]
-    assert {(m.mtime, m.uid, m.gid, m.mode, m.uname, m.gname) for m in members} == {(0, 0, 0, 0o644, "", "")}
-    assert all(not m.pax_headers for m in members)
-    assert {m.size for m in members[:-1]} == {1024 * 2}
-
-
 @pytest.mark.parametrize("vocab_size, stored", [(8000, "<u2"), (65536, "<u2"), (70000, "<u4")])
 def test_webdataset_reads_the_same_tokens(tmp_path: Path, vocab_size: int, stored: str) -> None:
     documents = random_documents(np.random.default_rng(1), 40, vocab_size)
