@@ -64,14 +64,18 @@ def build_parser() -> argparse.ArgumentParser:
         "tokens per second, and a verdict (launch/smoke.py); never requeued",
     )
     parser.add_argument(
-        "--requeues", type=at_least(0), default=100, metavar="N", help="restarts of the job, whatever the reason"
+        "--requeues",
+        type=at_least(0),
+        default=100,
+        metavar="N",
+        help="most restarts of the job, whatever the reason (default: %(default)s)",
     )
     parser.add_argument(
         "--faults",
         type=at_least(1),
         default=3,
         metavar="N",
-        help="give up after this many starts in a row that left no newer checkpoint",
+        help="give up after this many starts in a row that left no newer checkpoint (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats",
@@ -79,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="after a failure of the ranks start them again at once on the same nodes, unless more than N starts in a "
-        "row have left no newer checkpoint; then the nodes are given back and the job waits in the queue (0: always)",
+        "row have left no newer checkpoint; then the nodes are given back and the job waits in the queue (default: "
+        "%(default)s; 0: the nodes are given back at once)",
     )
     parser.add_argument(
         "--excludes",
@@ -87,7 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="after two starts in a row that failed on the same node and no other, or when its weights differ from "
-        "those of most replicas, the requeued job excludes it, if enough others are up; up to N nodes (0: never)",
+        "those of most replicas, the requeued job excludes it, if enough others are up; up to N nodes (default: "
+        "%(default)s; 0: never)",
     )
     job.add_site_arguments(parser)
     return parser

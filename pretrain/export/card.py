@@ -23,7 +23,7 @@ class CardFacts:
     """What a card says beside the model's configuration."""
 
     name: str
-    """Of the run."""
+    """Of the folder of the export."""
     license: str
     """Of the weights: an identifier that the Hugging Face hub knows, or `unknown`."""
     dtype: str

@@ -80,7 +80,7 @@ def model_config(text: str, name: str, initial: Mapping[str, Any] | None = None)
     decides what config.json does not hold, the distributions of initial weights. Raises UserError."""
     try:
         tree = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is not JSON ({error}); export the model again") from None
     kind = tree.get("model_type") if isinstance(tree, dict) else None
     if kind != MODEL_TYPE:

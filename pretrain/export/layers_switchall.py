@@ -160,27 +160,18 @@ def relative_shift(x: Tensor) -> Tensor:
     return padded[..., T:].view(x.shape)
 
 
-class PositionKeys(nn.Linear):
-    """Transformer-XL's keys of distances: W_pos r(distance), r sinusoids of width d. Without gradients, as in
-    generation, they are computed once for all steps."""
+class PositionKeys(nn.Module):
+    """Transformer-XL's keys of distances: W_pos r(distance), r sinusoids of width d. No nn.Linear, for it takes no
+    tensor: what adapts or quantizes every nn.Linear must leave it alone."""
 
     def __init__(self, d: int, width: int, h: int) -> None:
-        super().__init__(d, width, bias=False)
-        self._h = h
-        self._kept: tuple[Any, Tensor] | None = None
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, d))
+        self._d, self._h = d, h
 
-    def forward(self, L: int) -> Tensor:  # type: ignore[override]
+    def forward(self, L: int) -> Tensor:
         """[H or 1, L, h] of the distances L - 1 down to 0."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._compute(L)
-        now = (self.weight.data_ptr(), self.weight._version, self.weight.dtype, self.weight.device)
-        if self._kept is None or self._kept[0] != now or self._kept[1].shape[1] < L:
-            self._kept = now, self._compute(1 << (L - 1).bit_length())
-        kept = self._kept[1]
-        return kept[:, kept.shape[1] - L :]
-
-    def _compute(self, L: int) -> Tensor:
-        device, d = self.weight.device, self.in_features
+        device, d = self.weight.device, self._d
         wide = torch.float32 if device.type == "mps" else torch.float64
         exponent = torch.arange(0, d, 2, dtype=wide, device=device) / d
         angles = torch.arange(L - 1, -1, -1, device=device).to(wide)[:, None] * XL_BASE**-exponent
@@ -231,9 +222,20 @@ class Attention(nn.Module):
             content, position = getattr(self, "content_bias", None), getattr(self, "position_bias", None)
             for_content = (q if content is None else q + content[:, None]) * self.scale
             for_position = (q if position is None else q + position[:, None]) * self.scale
-            bias = relative_shift(for_position @ self.position(L).transpose(1, 2))
+            bias = relative_shift(for_position @ self._position_keys(L, cache).transpose(1, 2))
             mixed, weights = attend(for_content, k, v, places, scale=1.0, bias=bias, eager=eager)
         return mixed.transpose(1, 2), weights
+
+    def _position_keys(self, L: int, cache: Any) -> Tensor:
+        """Of `position`. In generation they are computed once for all steps, and kept with the cache: as its keys they
+        are those of the weights of now."""
+        if cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.position(L)
+        kept: dict[int, Tensor] = vars(cache).setdefault("_position_keys", {})
+        if self.layer not in kept or kept[self.layer].shape[1] < L:
+            kept[self.layer] = self.position(1 << (L - 1).bit_length())
+        keys = kept[self.layer]
+        return keys[:, keys.shape[1] - L :]
 
 
 class DenseAttention(Attention):

@@ -110,10 +110,12 @@ class SwitchAllPreTrainedModel(PreTrainedModel):
             wanted["use_cache"] = False
         if wanted["use_cache"] and cache is None:
             cache = DynamicCache(config=config)
-        seen = 0 if cache is None else cache.get_seq_length()
-        if not isinstance(seen, int):
-            raise ValueError("this model needs a cache that grows: leave out cache_implementation")
-        T = x.shape[1]
+        seen, T = 0 if cache is None else cache.get_seq_length(), x.shape[1]
+        if not isinstance(seen, int) or (attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2):
+            raise ValueError(
+                "this model makes its masks itself, of an attention_mask of a number for each token, and needs a cache "
+                "that grows: leave out cache_implementation"
+            )
         if attention_mask is not None and attention_mask.shape != (x.shape[0], seen + T):
             raise ValueError(
                 f"attention_mask has shape {list(attention_mask.shape)}; {[x.shape[0], seen + T]} is needed: a number "

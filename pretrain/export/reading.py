@@ -155,7 +155,8 @@ def _tensors(folder: Path, model: ModelConfig) -> dict[str, Callable[[], Tensor]
 
 
 def _files(folder: Path) -> list[Path]:
-    if not (folder / INDEX).is_file():
+    """As transformers chooses: one file goes before an index, which its save_pretrained leaves behind."""
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return [folder / WEIGHTS]
     tree = _json(folder / INDEX)
     try:
@@ -193,5 +194,5 @@ def _text(path: Path) -> str:
 def _json(path: Path) -> Any:
     try:
         return json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); export the model again") from None

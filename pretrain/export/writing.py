@@ -19,7 +19,7 @@ from pretrain.config.schema import Config
 from pretrain.export import folder as names
 from pretrain.export.card import NO_LICENSE, CardFacts, card
 from pretrain.export.data_sets import DataSet, data_sets_of, provenance_of
-from pretrain.export.folder import check_output, new_folder
+from pretrain.export.folder import checked_output, new_folder
 from pretrain.export.hf_config import check_layers, hf_config
 from pretrain.export.origin import origin_of
 from pretrain.export.tokenizer_config import check_tokenizer, special_ids, tokenizer_config
@@ -83,8 +83,7 @@ def export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
 
     The checkpoint's files are compared with their sha256 first.
     """
-    out = out.absolute()
-    check_output(out, OPTION)
+    out = checked_output(out, OPTION)
     check_layers(config_of(checkpoint).model)
     with while_they_are_there([checkpoint.path], "RUN"):
         _export(checkpoint, out, options)

@@ -1,5 +1,5 @@
-"""docs/operations.md against the code: options, files, keys and targets exist, exit codes are explained. Its commands
-are parsed by tests/test_commands.py."""
+"""docs/operations.md and docs/planning.md against the code: options, files, keys and targets exist, exit codes are
+explained. Their commands are parsed by tests/test_commands.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretrain.smoke import cli as smoke_cli
 
 checkpoint_cli = pytest.importorskip("pretrain.cli.checkpoint")
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+TEXT = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("operations.md", "planning.md"))
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "launch/pretrain.py": cli.build_parser,
     "launch/plan.py": plan_cli.build_parser,
@@ -43,7 +43,7 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def test_every_option_key_file_and_target_exists() -> None:
-    assert all(f" {script} " in TEXT for script in PARSERS), "the page shows each of them"
+    assert all(f" {script} " in TEXT for script in PARSERS), "the pages show each of them"
     options = {option for build in PARSERS.values() for option in options_of(build())}
     sbatch = {"--signal", "--kill-on-bad-exit", "--gres", "--exclusive", "--mail-type", "--constraint"}
     deepspeed = {"--log_level"}
