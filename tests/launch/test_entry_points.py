@@ -203,9 +203,6 @@ def test_the_1b_config_never_trains_on_a_cpu_unasked(
     "arguments, words",
     [
         (["--set", "train.stepz=3"], "train.stepz: unknown key; the nearest known key is train.steps"),
-        (["--set", "model.attention.active_experts=5"], "num_experts = 4"),
-        (["--set", "batch.global_sequences=30"], "batch.global_sequences: 30 is not divisible"),
-        (["--set", "data.manifest=nowhere"], "data.manifest: there is no"),
         (["--set", "train.precision=fp16"], "train.precision: fp16 needs CUDA"),
         (
             [*DRY, "--ranks", "3"],
@@ -224,6 +221,7 @@ def test_refusals_are_one_message_without_traceback(
     arguments: list[str],
     words: str,
 ) -> None:
+    """More of them: tests/pretrain/config/test_refusals.py."""
     monkeypatch.chdir(tmp_path)
     assert main(arguments_for("switchall_tiny.json", prepared, *arguments)) == 2
     printed = capsys.readouterr()
