@@ -267,7 +267,9 @@ def test_a_run_without_the_launcher_and_its_refusal_to_change(prepared: Path, tm
     done = start(script, *arguments, "--set", "train.stop_after_steps=2", cwd=tmp_path, stdout=nobody_reads)
     os.close(nobody_reads)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("warning: stdout cannot be written (Broken pipe)") and done.stderr.count("\n") == 1
+    # torch warns where the machine's name cannot be resolved, as without a network.
+    said = [line for line in done.stderr.splitlines() if "[c10d] The hostname" not in line]
+    assert len(said) == 1 and said[0].startswith("warning: stdout cannot be written (Broken pipe)"), done.stderr
     run_dir = tmp_path / "run"
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     (lost,) = [event for event in events if event["event"] == "output_lost"]
