@@ -14,7 +14,7 @@ import torch.distributed as dist
 from common.paths import REPOSITORY as ROOT
 from pretrain.checkpoint.folder import digest_entry
 from pretrain.config.loading import to_json
-from pretrain.smoke import cli
+from pretrain.smoke import cli, collectives
 from pretrain.smoke.collectives import check_collectives, distances
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
@@ -115,6 +115,19 @@ def test_a_collective_that_lies_is_named() -> None:
     assert run_ranks(lies, 2, list(wanted)) == [[[words] for words in (*wanted.values(), of_a_pair)]] * 2
 
 
+@pytest.mark.parametrize("size", [2, 1021, 20_000])
+def test_right_results_are_whole_numbers_that_fp32_holds(size: int) -> None:
+    """Else the order of a sum would decide whether thousands of ranks pass."""
+    rank, base = size - 1, torch.arange(size).double() % 251
+    found = {name: right for name, _, right in collectives._cases(rank, size, size, torch.device("cpu"))}
+    total = size * base + sum(other % 1021 for other in range(size))  # fp64
+    assert torch.equal(found["all_reduce"].double(), total) and float(total.max()) < 2**24
+    assert found["reduce_scatter"].tolist() == [total[rank]]
+    assert found["all_gather"].tolist() == [base[0] + other % 1021 for other in range(size)]
+    assert found["all_to_all"].tolist() == [base[rank] + other % 1021 for other in range(size)]
+    assert torch.equal(found["broadcast"].double(), base + rank % 1021)
+
+
 def test_every_pair_of_few_ranks_exchanges_and_some_of_many() -> None:
     assert distances(5) == [1, 2, 3, 4] and len(distances(64)) == 63
     assert distances(65) == [1, 2, 4, 8, 16, 32, 64] and distances(16384)[-1] == 8192
@@ -147,6 +160,13 @@ def test_refusals(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert cli.main(["--config", str(config), "--run-dir", str(tmp_path / "run"), *arguments]) == 2
         assert capsys.readouterr().err.startswith(words)
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_sent_to_boards_or_people(prepared: Path, tmp_path: Path) -> None:
+    """Of a run that does."""
+    config = ("monitor.wandb=online", "monitor.tensorboard=true", "monitor.alert_command=date")
+    found = cli.smoke_config(small_file(prepared, tmp_path), config, 2).monitor
+    assert (found.wandb, found.tensorboard, found.alert_command) == ("off", False, None)
 
 
 def test_help_says_what_a_pass_prints() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from common.errors import ConfigError, UserError
 from common.json_config import keys
 from model.config import SigmaMoEConfig, SwitchHeadConfig
+from model.kernels.backend import MOST_EXPERTS_IN_SETS
 from pretrain.cli.train import keys_help
 from pretrain.config.compile_rules import compile_decision
 from pretrain.config.graph_rules import graph_decision
@@ -18,7 +20,7 @@ from pretrain.config.keys import flatten
 from pretrain.config.loading import apply_override, inspect_config, load_config, parse_config, to_json
 from pretrain.config.resume_rules import SavedRun, changes_since, free_keys
 from pretrain.config.rules import check_device, check_ranks
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, KernelsConfig
 from pretrain.engine.deepspeed_json import deepspeed_json
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,6 +32,13 @@ def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path) -> None:
     config = load_config(path)
     assert config.description
     assert parse_config(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_the_help_says_what_each_backend_of_the_kernels_is() -> None:
+    said = " ".join(str(KernelsConfig.model_fields["backend"].description).split())
+    for backend in get_args(KernelsConfig.model_fields["backend"].annotation):
+        assert f"{backend}:" in said, backend
+    assert f"at most {MOST_EXPERTS_IN_SETS} experts a head" in said  # `sets` had been F.grouped_mm, with other limits
 
 
 def test_tiny_is_even_enough_for_every_later_layout() -> None:
