@@ -18,7 +18,7 @@ from data_prep.raw.documents import RawFile, Rejected, documents, is_article_hea
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
 from tests.data_prep.conftest import WORDS
-from tests.data_prep.test_prepare import decoded, one_error, outputs, run
+from tests.data_prep.outcome import decoded, one_error, outputs, run
 
 SPLIT_BYTES = [30_011, 5_003, 5_000]
 SHARD = {"tokens_per_shard": 8000, "tokens_per_member": 1024}

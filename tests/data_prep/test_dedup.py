@@ -25,8 +25,8 @@ from data_prep.stages.selection import Selection
 from data_prep.stages.signatures import band_shape, shingle_hashes, signatures, similarity
 from data_prep.work.parts import Part
 from tests.data_prep.conftest import c4_line, write_dump
+from tests.data_prep.outcome import decoded
 from tests.data_prep.raw_corpus import SAMPLE
-from tests.data_prep.test_prepare import decoded
 
 WORDS_5 = 5
 BINS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)

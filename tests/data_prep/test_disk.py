@@ -21,8 +21,8 @@ from data_prep.run import disk_estimate
 from data_prep.run.disk_estimate import needed_bytes, used_bytes
 from launch.slurm import preparation
 from tests.data_prep.conftest import Corpus
+from tests.data_prep.outcome import one_error, outputs
 from tests.data_prep.raw_corpus import SAMPLE
-from tests.data_prep.test_prepare import one_error, outputs
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -18,22 +18,12 @@ import zstandard
 from data_prep.cli import main
 from data_prep.raw.documents import Document, RawFile, Rejected
 from data_prep.raw.unpack import BLOCK_BYTES, NoDocumentError
-from tests.data_prep.test_prepare import one_error
+from tests.data_prep.outcome import one_error
+from tests.data_prep.raw_files import read, write
 
 LINES = [json.dumps({"text": f"document {number}", "id": number}).encode() for number in range(5)]
 TEXTS = [f"document {number}" for number in range(5)]
 SKIPPABLE = b"\x5a\x2a\x4d\x18" + (6).to_bytes(4, "little") + b"hidden"
-
-
-def write(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
-
-
-def read(path: Path, format: Any = "auto", **settings: Any) -> tuple[list[str], list[Rejected]]:
-    records = list(RawFile(path, format=format, **settings).read())
-    texts = [record.data.decode() for record in records if isinstance(record, Document)]
-    return texts, [record for record in records if isinstance(record, Rejected)]
 
 
 def long_window(data: bytes) -> bytes:

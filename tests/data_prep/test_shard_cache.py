@@ -20,7 +20,7 @@ from data_prep.shards.cache_folder import NAME
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
 from pretrain.data.sources import open_sources
-from tests.data_prep.test_shards import joined, random_documents, write_data
+from tests.data_prep.split_writer import joined, random_documents, write_data
 from tests.pretrain.runs import small_config
 
 DOCUMENTS = random_documents(np.random.default_rng(4), 100, 400)

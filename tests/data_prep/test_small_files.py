@@ -13,8 +13,8 @@ from data_prep.cli import main
 from data_prep.shards.format import Manifest
 from data_prep.stages.ingest import BATCH_FILES, cut_batches
 from tests.data_prep.kills import run_with_kills
+from tests.data_prep.outcome import outputs
 from tests.data_prep.raw_corpus import sample_texts, write_config
-from tests.data_prep.test_prepare import outputs
 
 FILES = 80
 
