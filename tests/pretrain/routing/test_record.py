@@ -12,9 +12,11 @@ from torch import Tensor
 
 from common.errors import UserError
 from model.choices import Piece
+from model.parallel.context import ParallelContext
 from model.routing import Place
 from pretrain.data.stages import StageSource, first_stage
 from pretrain.routing.record import Record, begin_record, description, remove_after, step_folder, write_step
+from pretrain.routing.tape import Replaying
 from tests.pretrain.runs import small_config
 
 SEQUENCES, TOKENS, HEADS, EXPERTS, K = 4, 6, 2, 5, 2
@@ -85,6 +87,24 @@ def test_what_is_not_whole_or_cannot_be_is_refused(folder: Path) -> None:
     write_step(folder, 2, 0, {"router": [piece(twice, [0, 1, 2, 3])]})
     refused(f"names experts that are not {K} different ones of {EXPERTS}", 2)
     refused("step-00000003 cannot be replayed: router is incomplete", 3)
+
+
+def test_choices_for_other_sequences_are_refused(folder: Path) -> None:
+    """A run that a rollback made leave data out reads others in the same step."""
+    write_step(folder, 1, 0, {"router": [piece(choices(), [4, 5, 6, 7])]})
+    replaying = Replaying.__new__(Replaying)
+    vars(replaying).update(
+        _record=Record(folder),
+        _memories=[],
+        _sequence_length=TOKENS,
+        _replayers=["router"],
+        _parallel=ParallelContext(),
+    )
+    found = replaying._load(1, torch.tensor([6, 5]))
+    assert torch.equal(found["router"], choices())
+    for others in ([6, 8], [2, 1], [6, 9]):
+        with pytest.raises(UserError, match=r"step 1 of \S+ read other sequences \(router router\)"):
+            replaying._load(1, torch.tensor(others))
 
 
 def test_a_start_removes_the_choices_of_later_steps_alone(folder: Path) -> None:
