@@ -25,7 +25,6 @@ from pretrain.report.monitor import Monitor
 from pretrain.saved_model.tokenizer import Tokenizer
 from pretrain.trainer import HeldOutText, Trainer
 
-
 READ_AT_ONCE = 1 << 22
 """Tokens of a rank that are read, and agreed on, before they are computed: 64 MiB, and most validations in one go."""
 
