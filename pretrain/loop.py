@@ -27,7 +27,7 @@ from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resume import StartPoint, find_start, what_stands
 from pretrain.segment import Segment, SegmentEnd
 from pretrain.segment_start import build_segment
-from pretrain.together import check_config, check_data, remember_data
+from pretrain.together import check_code, check_config, check_data, remember_data
 from pretrain.trainer import RunSetup
 
 
@@ -49,6 +49,7 @@ def train(
     stop.enter(ProcessState.STARTING)
     with early_end_noted(run_dir, config.monitor, stop) as early_end:
         check_config(config)
+        check_code()
         check_same(f"{sources.key} (digest)", sources.digest)
         sources = check_data(sources, config, run_dir)
         parallel, tasks = parallel_context(config), agreed(lambda: RunTasks.open(config, sources))

@@ -206,6 +206,36 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     check_config(parsed[0])
 
 
+def options_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Those of its subcommands too."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subcommand in action.choices.values():
+                yield from options_of(subcommand)
+        elif action.option_strings:
+            yield action
+
+
+@pytest.mark.parametrize("program", [*SCRIPTS, "data_prep"])
+def test_an_option_with_a_default_says_it(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    main = SCRIPTS.get(program, data_prep.cli.main)
+    parsers: list[argparse.ArgumentParser] = []
+
+    def stop(parser: argparse.ArgumentParser, *given: Any) -> None:
+        parsers.append(parser)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Parsed):
+        main([]) if main.__code__.co_argcount else main()
+    silent = {
+        action.option_strings[0]
+        for action in options_of(parsers[0])
+        if action.default not in (None, False, [], argparse.SUPPRESS) and "default" not in (action.help or "")
+    }
+    assert silent == set()
+
+
 def test_a_command_of_pip_asks_no_finder_that_setuptools_put_there(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
