@@ -67,8 +67,8 @@ def _usage(model: ModelConfig, facts: CardFacts) -> str:
     tokenizer = (
         ", and the tokenizer sentencepiece."
         if facts.has_text
-        else ". It has no tokenizer: training read token ids that another program had made. Put the files of the tokenizer "
-        "that made them here, such as `tokenizer.json` and `tokenizer_config.json`."
+        else ". It has no tokenizer: training read token ids that another program had made. Put the files of the "
+        "tokenizer that made them here, such as `tokenizer.json` and `tokenizer_config.json`."
     )
     notes = [
         "The folder holds the code of the model, so that `trust_remote_code=True` is needed; it imports torch and "
