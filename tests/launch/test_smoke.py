@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common.paths import REPOSITORY as ROOT
 from pretrain.checkpoint.folder import digest_entry
 from pretrain.config.loading import to_json
 from pretrain.smoke import cli, collectives
 from pretrain.smoke.collectives import check_collectives, distances
 from tests.harness import run_ranks
-from tests.launch.test_entry_points import ROOT
 from tests.pretrain.runs import small_config
 
 
@@ -64,6 +64,10 @@ def test_one_rank_tries_no_collective_and_says_so(prepared: Path, tmp_path: Path
     assert "resume equal in every bit" in verdict and "GB/s" not in verdict
 
 
+def lies(rank: int, names: list[str]) -> list[list[str]]:
+    return [*(lying(rank, name) for name in names), lying_pair(rank)]
+
+
 def lying(rank: int, name: str) -> list[str]:
     """One collective of rank 1 is off by one element."""
     call = getattr(dist, name)
@@ -107,9 +111,8 @@ def test_a_collective_that_lies_is_named() -> None:
         "all_to_all_single": "all_to_all: rank 1 has 18.0 at 7, 17.0 is right",  # rank 0's 519 mod 251
         "broadcast": "broadcast: rank 1 has 9.0 at 7, 8.0 is right",  # rank 1's 7 + 1
     }
-    for name, words in wanted.items():
-        assert run_ranks(lying, 2, name) == [[words]] * 2
-    assert run_ranks(lying_pair, 2) == [["point to point from rank 0: rank 1 has -5.0 at 3, 3.0 is right"]] * 2
+    of_a_pair = "point to point from rank 0: rank 1 has -5.0 at 3, 3.0 is right"
+    assert run_ranks(lies, 2, list(wanted)) == [[[words] for words in (*wanted.values(), of_a_pair)]] * 2
 
 
 @pytest.mark.parametrize("size", [2, 1021, 20_000])
