@@ -31,7 +31,7 @@ from pretrain.resumed_stages import progress_now, stages_of
 def candidates(config: Config, run_dir: Path, *, patience: Patience = AT_ONCE) -> list[Path]:
     """Checkpoints to try, best first, following checkpoint.resume. `patience` makes every read. Raises UserError."""
     choice = config.checkpoint.resume
-    existing = list_checkpoints(run_dir / "checkpoints")
+    existing = list_checkpoints(run_dir / "checkpoints", patience=patience)
     if choice == "auto":
         return existing[::-1]
     if choice == "never":
@@ -256,6 +256,8 @@ class StartPoint:
     """Why newer checkpoints were passed over, one reason for each."""
     changes: dict[str, tuple[Any, Any]]
     """Settings that differ from the checkpoint's: key -> (then, now)."""
+    initial: Path | None = None
+    """Without a checkpoint: the one that train.init_from names."""
 
     @property
     def begins_stage(self) -> bool:
@@ -284,7 +286,12 @@ def find_start(config: Config, sources: Sources, run_dir: Path, rollback: Rollba
     stages = stages_of(resumed, sources, config)
     progress = progress_now(config, resumed)
     progress = replace(with_skips(progress, stages[-1], sources.digest, rollbacks), stages=stages)
-    return StartPoint(resumed, progress, rollbacks, damaged, changes)
+    initial = None
+    if resumed is None and (named := config.train.init_from) is not None:
+        from pretrain.checkpoint.initial import initial_place  # see environment_changes
+
+        initial = from_first_rank(lambda: initial_place(named, run_dir, patience=patience))
+    return StartPoint(resumed, progress, rollbacks, damaged, changes, initial)
 
 
 def _checked_changes(config: Config, sources: Sources, resumed: Checkpoint) -> dict[str, tuple[Any, Any]]:
@@ -300,7 +307,7 @@ def paths_to_try(
     if rollback is None:
         return candidates(config, run_dir, patience=patience)
     if config.checkpoint.resume == "never":  # what this run saved itself
-        return serving(list_checkpoints(run_dir / "checkpoints")[::-1], rollback)
+        return serving(list_checkpoints(run_dir / "checkpoints", patience=patience)[::-1], rollback)
     return serving(candidates(config, run_dir, patience=patience), rollback)
 
 
@@ -355,7 +362,9 @@ def record_start(
     folder.event("started", step=step, ranks=dist.get_world_size(), **about)
     if resumed is None:
         if config.train.init_from is not None:
-            folder.event("initial_weights", path=config.train.init_from)
+            from pretrain.checkpoint.initial import INITIAL_WEIGHTS
+
+            folder.event(INITIAL_WEIGHTS, path=config.train.init_from, checkpoint=str(start.initial))
         return begins_branch
     print(f"resuming from {resumed.path} at step {step}", flush=True)
     folder.event("resumed", step=step, path=str(resumed.path))

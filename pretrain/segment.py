@@ -319,21 +319,24 @@ class Segment:
         return what_stands(self.setup.config, self.folder.path, is_diverged=failure is Diverged)
 
     def _validation_is_missing(self) -> bool:
-        """Whether a stop prevented the validation that was due after the step that this segment starts from."""
+        """Whether a stop prevented the validation that was due after the step that this segment starts from, or its
+        settings differ from the checkpoint's."""
+        others = ("evaluate.tasks", "evaluate.every_steps")
+        changed = any(key.startswith("evaluate.") and not key.startswith(others) for key in self.start.changes)
         due = self.progress.step > 0 and self._is_due(self.setup.config.evaluate.every_steps)
-        changes = [key for key in self.start.changes if key.startswith("evaluate.")]
-        if any(key != "evaluate.every_steps" and not key.startswith("evaluate.tasks") for key in changes):
-            return due  # because settings differ from the checkpoint's
-        return due and not from_first_rank(lambda: self.folder.was_validated(self.progress.step))
+        return due and self._is_missing("validation", changed)
 
     def _tasks_are_missing(self) -> bool:
-        """As `_validation_is_missing`."""
-        step = self.progress.step
-        if step == 0 or not self._tasks_are_due():
-            return False
-        if any(key.startswith("evaluate.tasks") and key != "evaluate.tasks_every_steps" for key in self.start.changes):
-            return True  # other tasks (evaluate.tasks.NAME), or another limit
-        return not from_first_rank(lambda: self.folder.was_validated(step, "evaluation"))
+        """As `_validation_is_missing`: other tasks (evaluate.tasks.NAME), or another limit."""
+        every = "evaluate.tasks_every_steps"
+        changed = any(key.startswith("evaluate.tasks") and key != every for key in self.start.changes)
+        due = self.progress.step > 0 and self._tasks_are_due()
+        return due and self._is_missing("evaluation", changed)
+
+    def _is_missing(self, event: str, changed: bool) -> bool:
+        """Rank 0 says what has changed: where a node has its own place of a task's files, that is a change to its ranks
+        alone. Collective."""
+        return from_first_rank(lambda: changed or not self.folder.was_validated(self.progress.step, event))
 
     def _evaluate_tasks(self) -> None:
         def goes_on(done: int) -> bool:

@@ -23,7 +23,7 @@ class CardFacts:
     """What a card says beside the model's configuration."""
 
     name: str
-    """Of the run."""
+    """Of the folder of the export."""
     license: str
     """Of the weights: an identifier that the Hugging Face hub knows, or `unknown`."""
     dtype: str
@@ -37,6 +37,8 @@ class CardFacts:
     has_eos: bool
     has_text: bool
     """False: the folder has no tokenizer, because nobody knows the one of the data's ids."""
+    sees_one_document: bool = False
+    """Whether nothing before an EOS is seen behind it."""
 
 
 def card(model: ModelConfig, facts: CardFacts) -> str:
@@ -81,6 +83,11 @@ def _usage(model: ModelConfig, facts: CardFacts) -> str:
         notes.append(
             f"It was trained on windows of {model.sequence_length} tokens; with more it works outside of what it has "
             f"seen."
+        )
+    if facts.sees_one_document:
+        notes.append(
+            "It was trained on one document at a time, and its code sees to that: behind the token that ends a "
+            "document (`document_end` in `config.json`) nothing before is seen."
         )
     if not facts.has_eos:
         notes.append("No token ends a text: limit what is generated with `max_new_tokens`.")

@@ -218,7 +218,10 @@ class PlannedRun:
             if self.config.train.init_from is None:
                 return f"{'none' if undone else 'none yet'}; the run begins at step 0{undone}"
             known = self._opened().tokenizer.sha256
-            initial = initial_checkpoint(self.config, known, world_size=1 if self.alone else 0)
+            world_size = 1 if self.alone else 0
+            initial = initial_checkpoint(
+                self.config, known, world_size=world_size, run_dir=self.run_dir, patience=patience
+            )
             assert initial is not None
             return f"none yet; the run begins with the weights of {initial.path} ({KEY})"
         # Of data sets that could not be opened, nothing is said here.
