@@ -216,9 +216,18 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
             yield action
 
 
-@pytest.mark.parametrize("program", [*SCRIPTS, "data_prep"])
-def test_an_option_with_a_default_says_it(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    main = SCRIPTS.get(program, data_prep.cli.main)
+def modules() -> set[str]:
+    """The benchmarks that pages show."""
+    return {words[2] for _, command in COMMANDS if (words := words_of(command))[1:2] == ["-m"] and "bench" in words[2]}
+
+
+@pytest.mark.parametrize("program", [*SCRIPTS, "data_prep", *sorted(modules())])
+def test_help_names_the_command_and_every_default(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if program.startswith("benchmarks."):
+        file = program if (ROOT / f"{program.replace('.', '/')}.py").is_file() else f"{program}.__main__"
+        main = importlib.import_module(file).main
+    else:
+        main = SCRIPTS.get(program, data_prep.cli.main)
     parsers: list[argparse.ArgumentParser] = []
 
     def stop(parser: argparse.ArgumentParser, *given: Any) -> None:
@@ -228,10 +237,14 @@ def test_an_option_with_a_default_says_it(program: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     with pytest.raises(Parsed):
         main([]) if main.__code__.co_argcount else main()
+    assert parsers[0].prog.endswith(program)
     silent = {
         action.option_strings[0]
         for action in options_of(parsers[0])
-        if action.default not in (None, False, [], argparse.SUPPRESS) and "default" not in (action.help or "")
+        if action.default not in (None, False, "", [])
+        and action.help != argparse.SUPPRESS
+        and action.default != argparse.SUPPRESS
+        and "default" not in (action.help or "")
     }
     assert silent == set()
 
