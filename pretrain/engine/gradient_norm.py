@@ -64,8 +64,8 @@ def sum_as_we_do(optimizer: Any, *, in_stages: bool = False) -> None:
     An offloaded optimizer, whose gradients are in CPU memory, asks another function.
 
     `in_stages`: of a pipeline. DeepSpeed asks the other stages for each group of parameters; stages with other numbers
-    of groups would wait for each other for ever. So they are asked once. (Experts that are divided keep DeepSpeed's
-    way, which averages the norm of theirs in between.)"""
+    of groups would wait for each other for ever. So they are asked once. (Of experts that are divided DeepSpeed also
+    averages the norm over the ranks that share them, all of which have it already.)"""
     from deepspeed.runtime.zero import stage_1_and_2  # here: device.start prepares its import
 
     def squares_of(gradients: Iterable[Tensor], parameters: Iterable[Any]) -> Tensor:
@@ -100,7 +100,7 @@ def sum_as_we_do(optimizer: Any, *, in_stages: bool = False) -> None:
 
     assert callable(optimizer.get_grad_norm_direct) and callable(optimizer.scaled_global_norm)
     optimizer.get_grad_norm_direct = norm_of
-    if in_stages and not optimizer.has_moe_layers:
+    if in_stages:
         optimizer.scaled_global_norm = norm_of_all
 
 

@@ -98,7 +98,7 @@ def test_dense_baseline_trains_the_same_in_every_layout(prepared: Path) -> None:
 )
 def test_moa_trains_the_same_in_every_layout(prepared: Path, scope: str, position: str) -> None:
     """With its three losses; of scope micro_batch in a layout with the same 4 sequences per micro-step."""
-    moa = (MOA, f"model.attention.loss_scope={scope}", f"model.position.type={position}", "train.seed=5")
+    moa = (MOA, f"model.attention.loss_scope={scope}", f"model.position.type={position}", "train.seed=2")
     moa = (*moa, "model.attention.expert_dropout=0.1")
     reference = plain_trace(small_config(prepared, *moa, "batch.micro_sequences=4"), STEPS, GRADIENT_STEPS)
     zero, micro = {"global_batch": (3, 2), "micro_batch": (1, 2)}[scope]
@@ -159,6 +159,13 @@ def test_stages_of_a_pipeline_may_have_groups_of_their_own(prepared: Path) -> No
     configs = [small_config(prepared, *keys, *stages), small_config(prepared, *keys, *stages, "train.precision=bf16")]
     exact, half = run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0]
     assert_same(exact, reference, "2 stages, groups of their own")
+    # Without biases in the blocks that of the head is alone in its group, whatever its rate, where norms have another.
+    norms = ("model.feedforward.num_experts=4", "optimizer.groups.norms.learning_rate_ratio=2", "train.seed=2")
+    experts = ("parallel.expert=2", *norms)
+    whole = plain_trace(small_config(prepared, *keys, *norms, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
+    divided = small_config(prepared, *keys, *stages, *experts, "batch.micro_sequences=2")
+    (trace,) = run_ranks(engine_trace, 4, [divided], STEPS, GRADIENT_STEPS)[0]
+    assert_same(trace, whole, "2 stages, groups of their own, divided experts")
     assert half.losses == pytest.approx(reference.losses, rel=0.01) and len(half.losses) == STEPS
     other = plain_trace(small_config(prepared, *keys[:1], "batch.micro_sequences=8"), STEPS, ())
     assert abs(other.losses[-1] / reference.losses[-1] - 1) > TOLERANCE, "the groups have no effect"
