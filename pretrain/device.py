@@ -103,6 +103,8 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
 
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates: a line per rank that no user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # It is this rank's own: own_gpu.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     import deepspeed
 
     if device.type == "cpu":
@@ -146,9 +148,12 @@ def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:
         reminder.start()
     try:
         with refusing_a_shared_gpu():
+            # Not by DeepSpeed 0.19.8, which binds this rank's GPU to the group. Bound, torch 2.13 makes each further group
+            # at once, for which all ranks wait, and sends to the stages before and after this one in one queue.
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
             if backend == "nccl" and ranks.world_size > 1:
-                dist.barrier()  # NCCL connects ranks in their first collective (since 2.22, NCCL_RUNTIME_CONNECT)
+                dist.barrier()  # NCCL connects ranks in their first collective
     except dist.DistError as error:
         if (said := what_nccl_says(error)) is not None:
             raise Unreachable(

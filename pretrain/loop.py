@@ -53,6 +53,7 @@ def train(
         check_same(f"{sources.key} (digest)", sources.digest)
         sources = check_data(sources, config, run_dir)
         parallel, tasks = parallel_context(config), agreed(lambda: RunTasks.open(config, sources))
+        check_same("evaluate.tasks", tasks.digests)
         if config.monitor.memory_history:
             record_memory_history(device)  # before a model is built: only what is allocated later has a stack
         alerts = Alerts(config.monitor, run_dir) if parallel.is_first else None

@@ -115,7 +115,8 @@ def check_data(sources: Sources, config: Config, run_dir: Path) -> Sources:
     opens it is hashed then. Collective; raises UserError on the first rank, PeerFailed on the others. A process alone
     has looked at sizes before it came here."""
     rank, size, done = dist.get_rank(), dist.get_world_size(), _Hashed()
-    hashes = config.data.verify == "full" or hashes_at_start(sources, size)
+    # All ranks or none: nodes may have other disks, and other numbers of ranks.
+    hashes = config.data.verify == "full" or all(of_all_ranks(hashes_at_start(sources, size)))
 
     def check() -> None:
         sources.check("size", part_of=part_of)

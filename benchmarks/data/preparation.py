@@ -160,8 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = [Path(path).resolve() for path in sorted(glob.glob(args.input))]
     if not paths:
         parser.error(f"{args.input} matches no file")
-    if args.repeats < 1:
-        parser.error("--repeats must be at least 1")
+    if min(args.repeats, args.workers, *args.sizes) < 1:
+        parser.error("--repeats, --sizes and --workers must be at least 1")
     about = records.machine()
     pythons = {package: python for package in PEERS if (python := getattr(args, package)) is not None}
     with tempfile.TemporaryDirectory() as folder:

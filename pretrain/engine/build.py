@@ -73,7 +73,8 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
     for _, statistics in routing_statistics(model):
         statistics.to(device)
     if hasattr(engine.optimizer, "check_grad_overflow"):
-        # ZeRO 1 and 2. For fp32 and bf16 DeepSpeed checks only the norm, which it averages over the experts' ranks.
+        # ZeRO 1 and 2. For fp32 DeepSpeed would look at the norm alone, in which what all tensor-parallel ranks hold
+        # counts on the first of them.
         engine.optimizer.check_grad_overflow = True
         ask_once(engine.optimizer)
         sum_as_we_do(engine.optimizer, in_stages=config.parallel.pipeline > 1)

@@ -28,7 +28,7 @@ from common.files import write_file, write_json
 from common.run_lock import BEAT_SECONDS, FolderLock, LockLost, is_alive, is_same_machine, process_state
 from common.strict_json import dumps
 from pretrain.phases import Phases, Record, read
-from pretrain.ranks import ranges
+from pretrain.ranks import ranks_text
 from pretrain.report.exit_codes import ExitCode
 from pretrain.resilience import collectives
 from pretrain.resilience.signals import Stop
@@ -346,7 +346,7 @@ def describe(
     waiting = [rank for rank in sorted(reports) if rank not in behind]
     told = f"Collectives: {'; '.join(calls)}. " if calls else ""
     return (
-        f"hang: {furthest.record} does not end. Did not arrive: {'; '.join(absent)}. Waiting: ranks "
-        f"{ranges(waiting)}, for {furthest.waited_seconds:.0f} s ({limit}). "
+        f"hang: {furthest.record} does not end. Did not arrive: {'; '.join(absent)}. Waiting: "
+        f"{ranks_text(waiting)}, for {furthest.waited_seconds:.0f} s ({limit}). "
         f"{told}Stacks of every rank that could write them: {folder}"
     )

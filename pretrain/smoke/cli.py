@@ -104,6 +104,7 @@ def smoke_config(path: Path, overrides: Sequence[str], steps: int, resume: Path 
         "evaluate.tasks_every_steps": 0,
         "evaluate.tasks_limit": 0,
         "monitor.tensorboard": False,
+        "monitor.wandb": "off",  # its two runs are none of the project's
         "monitor.print_every_steps": 1,
         "monitor.alert_command": None,
     }

@@ -16,7 +16,7 @@ from data_prep.cli import main
 from data_prep.shards.format import Manifest
 from launch.slurm import preparation
 from tests.data_prep.conftest import Corpus
-from tests.data_prep.test_prepare import one_error
+from tests.data_prep.outcome import one_error
 
 
 def make_bad(tmp_path: Path) -> dict[str, tuple[Path, str]]:

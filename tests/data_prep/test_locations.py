@@ -33,8 +33,8 @@ from data_prep.raw.locations import (
 )
 from data_prep.shards.format import Manifest
 from tests.data_prep.conftest import make_texts
-from tests.data_prep.test_inputs import write
-from tests.data_prep.test_prepare import one_error
+from tests.data_prep.outcome import one_error
+from tests.data_prep.raw_files import write
 
 SECRET = "s3cr3tSignature"
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(60, seed=9) if text).encode()

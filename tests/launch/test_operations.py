@@ -61,6 +61,21 @@ def test_every_option_key_file_and_target_exists() -> None:
         assert f"\n{target}: " in (ROOT / "Makefile").read_text(), target
 
 
+def test_the_log_of_a_night_has_the_words_of_the_jobs_script() -> None:
+    script = (ROOT / "launch" / "slurm" / "pretrain.sbatch").read_text(encoding="utf-8")
+    lines = re.findall(r"(?m)^    20[-0-9]+ [0-9:]+ job 4711: (.+)$", TEXT)
+    assert "exit code 137" in lines[1] and "; again on the same nodes, newest checkpoint: " in lines[1], lines[1]
+    for words in (
+        "a rank failed (exit code $code; 128 + N: signal N); again on the same nodes, newest checkpoint: $newest",
+        "start $start: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, newest checkpoint: $first_checkpoint,",
+        "stopped by a signal (exit code 85)",
+        "; requeued, newest checkpoint: $newest",
+        "finished",
+    ):
+        shown = re.sub(r"\\\$\w+", ".+", re.escape(words))
+        assert words in script and any(re.search(shown, line) for line in lines), words
+
+
 @pytest.mark.parametrize("code", sorted(MEANING))
 def test_every_exit_code_is_in_the_table(code: int) -> None:
     rows = re.findall(r"^\| ([\d, +N]+) \|", TEXT, re.MULTILINE)

@@ -320,15 +320,15 @@ def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.Mo
         "external library call failed or device error. \nLast error:\nBootstrap : no socket interface found"
     )
 
-    def fail(**options: Any) -> None:
+    def fail(*_: Any, **options: Any) -> None:
         raise nccl
 
-    def succeed(**options: Any) -> None:
+    def succeed(*_: Any, **options: Any) -> None:
         pass
 
     is_at_once = when == "the group is made"
-    joins = SimpleNamespace(init_distributed=fail if is_at_once else succeed)
-    monkeypatch.setitem(sys.modules, "deepspeed", joins)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(init_distributed=succeed))
+    monkeypatch.setattr(dist, "init_process_group", fail if is_at_once else succeed)
     monkeypatch.setattr(dist, "barrier", succeed if is_at_once else fail)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
@@ -337,6 +337,35 @@ def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.Mo
         device._meet(Ranks(0, 0, 2, 1), "nccl", 5.0)
     if not is_at_once:
         device._meet(Ranks(0, 0, 1, 1), "nccl", 5.0)  # alone
+
+
+def test_no_gpu_is_bound_to_the_group_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch 2.13 all ranks would wait in each new_group, whoever is in it, and messages between two pairs of stages
+    would wait for each other. Asked of DeepSpeed's own code, with an accelerator that says it is a GPU."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    given: list[dict[str, Any]] = []
+
+    def join(*_: Any, **options: Any) -> None:
+        given.append(options)
+
+    accelerator = get_accelerator()
+    monkeypatch.setattr(accelerator, "device_name", lambda index=None: "cuda")
+    monkeypatch.setattr(accelerator, "device", lambda index=None: torch.device("cuda", index or 0))
+    monkeypatch.setitem(vars(deepspeed.ops), "__compatible_ops__", {"deepspeed_shm_comm": False})
+    monkeypatch.setattr(deepspeed.comm.comm, "cdb", None)
+    monkeypatch.setattr(dist, "init_process_group", join)
+    monkeypatch.setattr(dist, "is_initialized", lambda: bool(given))
+    monkeypatch.setattr(dist, "get_backend", lambda group=None: "nccl")
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    device._meet(Ranks(0, 0, 2, 2), "nccl", 5.0)
+    assert given == [{"timeout": timedelta(seconds=5.0)}]
+    assert deepspeed.comm.comm.cdb is not None
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
-"""Pipeline parallelism: division into stages, auxiliary losses on every stage, tied weights, evaluation, Transformer-XL
-memory and checkpoints. (That all numbers are those of one process: test_matrix.py.)"""
+"""Pipeline parallelism: division into stages, auxiliary losses on every stage, what a step and a second build leave.
+(That all numbers are those of one process: test_matrix.py. Checkpoints: test_checkpoint_resharding.py.)"""
 
 from __future__ import annotations
 
-import json
+import math
 import re
-import shutil
 from itertools import combinations, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,21 +21,17 @@ from model.language_model import routing_statistics
 from model.parameters import DeclarationError
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
-from pretrain.engine.pipeline import PipelineStage
+from pretrain.engine.pipeline import PipelineExecutor, PipelineStage, _AttachLoss
 from pretrain.parallel.context import parallel_context
 from pretrain.parallel.stages import layer_costs, stage_bounds
 from tests.harness import run_ranks
 from tests.pretrain.matrix import GRADIENT_STEPS, MODELS, STEPS, Layout, config_of
 from tests.pretrain.runs import (
-    COMPARED,
-    assert_bit_identical,
     assert_same,
     engine_trace,
-    metrics,
     one_step,
     plain_trace,
     small_config,
-    train_runs,
     trainer_of,
 )
 
@@ -75,6 +71,34 @@ def test_layers_weigh_three_forward_passes_and_blocks_four_if_they_are_computed_
     for recompute, passes in (("none", 3), ("full", 4)):
         config = Config.model_validate({"model": model, "train": {"recompute": recompute}})
         assert layer_costs(config) == [0, *[passes * block] * 3, 0, 3 * T * d * V]
+
+
+@pytest.mark.parametrize("value, gradient", [(3.0, 0.25), (math.inf, math.nan), (math.nan, math.nan)])
+def test_an_auxiliary_loss_of_an_early_stage_that_is_no_number_shows_in_its_gradient(
+    value: float, gradient: float
+) -> None:
+    """The last stage's objective does not have it. A number has the scale alone, bit by bit."""
+    hidden, loss = torch.ones(2, requires_grad=True), torch.tensor(value, requires_grad=True)
+    _AttachLoss.apply(hidden, loss, lambda: 0.25).sum().backward()
+    assert hidden.grad is not None and hidden.grad.tolist() == [1.0, 1.0]
+    assert loss.grad is not None and loss.grad.item() == pytest.approx(gradient, abs=0.0, rel=0.0, nan_ok=True)
+
+
+def test_an_auxiliary_loss_is_scaled_as_the_last_stage_s_objective_is() -> None:
+    """By the loss scale of fp16, whatever it is by now, and by the number of micro-steps."""
+    engine: Any = SimpleNamespace(
+        module=SimpleNamespace(),
+        optimizer=SimpleNamespace(loss_scale=1024.0),
+        fp16_enabled=lambda: True,
+        gradient_accumulation_steps=lambda: 4,
+        _take_model_step=print,
+    )
+    PipelineExecutor(engine)
+    assert engine.module.gradient_scale() == 256.0
+    engine.optimizer.loss_scale = 512.0
+    assert engine.module.gradient_scale() == 128.0
+    engine.fp16_enabled = lambda: False
+    assert engine.module.gradient_scale() == 0.25
 
 
 def kept(rank: int, config: Config) -> tuple[int, list[int]]:
@@ -117,46 +141,6 @@ def test_a_second_build_makes_no_groups(prepared: Path) -> None:
         assert first.count([0, 1]) == 5  # all ranks, the pipeline, the tied weights, the saver, DeepSpeed's
 
 
-def test_resume_is_bit_identical(prepared: Path, tmp_path: Path) -> None:
-    """With XL memory, every dropout, the statistics of routers on every stage and evaluation."""
-    keys = ("train.steps=4", "evaluate.every_steps=2", "evaluate.streams=5", "evaluate.sequences=10")
-    config = config_of(prepared, "switchall xl", Layout(pipeline=2, micro=4), *keys, with_dropouts=True)
-    stopped = config.replaced("train", stop_after_steps=3)
-    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
-    run_ranks(train_runs, 2, [(config, unbroken), (stopped, resumed), (config, resumed)])
-    assert_bit_identical(resumed, unbroken)
-
-
-@pytest.mark.slow  # test_some_dimensions of test_checkpoint_resharding.py goes from stages to ranks without, and back
-@pytest.mark.parametrize("model", ["switchall xl", "moa"])
-def test_resume_is_bit_identical_and_moves_between_numbers_of_stages(
-    prepared: Path, tmp_path: Path, model: str
-) -> None:
-    """As above, and from one process to two stages and back."""
-    keys = ("train.steps=4", "evaluate.every_steps=2", "evaluate.streams=5", "evaluate.sequences=24")
-
-    def config(layout: Layout, *more: str):  # type: ignore[no-untyped-def]
-        return config_of(prepared, model, layout, *keys, *more, with_dropouts=True)
-
-    one, two = Layout(zero=0), Layout(pipeline=2)
-    stop = "train.stop_after_steps=3"
-    run_ranks(train_runs, 1, [(config(one), tmp_path / "one"), (config(one, stop), tmp_path / "to-two")])
-    runs = [(config(two), tmp_path / "unbroken"), (config(two, stop), tmp_path / "resumed")]
-    run_ranks(train_runs, 2, [*runs, (config(two), tmp_path / "to-two")])
-    shutil.copytree(tmp_path / "resumed", tmp_path / "to-one")
-    run_ranks(train_runs, 2, [(config(two), tmp_path / "resumed")])
-    run_ranks(train_runs, 1, [(config(one), tmp_path / "to-one")])
-    assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
-    loads = ("attention_load_max", "feedforward_load_max", "routing_negative_entropy")
-    for name in ("unbroken", "to-one", "to-two"):
-        for ours, theirs in zip(metrics(tmp_path / name), metrics(tmp_path / "one"), strict=True):
-            for key in (*COMPARED, *loads):
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{name}: {key} of step {ours['step']}"
-        ours, theirs = (validations(tmp_path / run) for run in (name, "one"))
-        assert len(ours) == 2
-        assert ours == pytest.approx(theirs, rel=1e-5)
-
-
 def test_every_stage_refuses_a_parameter_that_is_not_declared(prepared: Path) -> None:
     config = config_of(prepared, "dense", Layout(pipeline=2), 'model.feedforward={"type": "swiglu", "hidden_size": 22}')
     where = "is not declared; declare it in SwiGLU.parameter_specs (model/feedforward/swiglu.py)"
@@ -177,38 +161,6 @@ def build_undeclared(rank: int, config: Config) -> str:
     except DeclarationError as error:
         return str(error)
     return "built"
-
-
-def validations(run_dir: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["event"] == "validation" and line["step"] in (2, 4)]
-
-
-@pytest.mark.slow
-def test_tied_copies_stay_together_and_resume(prepared: Path, tmp_path: Path) -> None:
-    keys = ("train.steps=6", "evaluate.sequences=0")
-    layout = Layout(pipeline=2, data=2, tied=True)
-
-    def config(*more: str):  # type: ignore[no-untyped-def]
-        return config_of(prepared, "switchall", layout, *keys, *more)
-
-    run_ranks(
-        train_runs,
-        4,
-        [
-            (config(), tmp_path / "unbroken"),
-            (config("train.stop_after_steps=3"), tmp_path / "resumed"),
-            (config(), tmp_path / "resumed"),
-        ],
-    )
-    assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
-    run_ranks(
-        train_runs,
-        1,
-        [(config_of(prepared, "switchall", Layout(zero=0, tied=True), *keys), tmp_path / "one")],
-    )
-    for ours, theirs in zip(metrics(tmp_path / "unbroken"), metrics(tmp_path / "one"), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -190,6 +191,17 @@ def test_foreign_files_are_left_alone_and_an_older_export_is_replaced(
     refused(checkpoint.path, out, "holds adapter", capsys)
     (tmp_path / "file").write_text("")
     refused(checkpoint.path, tmp_path / "file", "is a file and not a folder", capsys)
+
+
+def test_a_mounted_disk_is_refused_before_anything_is_written(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As containers have them."""
+    out = tmp_path / "output"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    refused(checkpoint.path, out, f"--to: {out} is where a disk is mounted, which no folder can replace", capsys)
+    assert main([str(checkpoint.path), "--to", str(out / "mine")]) == 0
 
 
 def test_the_folder_that_a_link_leads_to_is_replaced_and_the_link_stays(

@@ -188,9 +188,12 @@ def test_weights_that_change_under_a_model_change_its_positions_too() -> None:
 def test_keys_of_positions_are_computed_once_in_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = theirs(model_of("dense xl"), "sdpa"), some_tokens(1, 9)
     computed, compute = list[int](), layers_switchall.PositionKeys.forward
-    monkeypatch.setattr(
-        layers_switchall.PositionKeys, "forward", lambda self, L: (computed.append(L), compute(self, L))[1]
-    )
+
+    def counted(keys: layers_switchall.PositionKeys, L: int) -> torch.Tensor:
+        computed.append(L)
+        return compute(keys, L)
+
+    monkeypatch.setattr(layers_switchall.PositionKeys, "forward", counted)
     model.generate(tokens, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert computed == [16] * model.config.num_hidden_layers
 

@@ -285,7 +285,7 @@ def test_a_rank_that_waits_in_a_long_phase_for_a_hung_step_reports_too(tmp_path:
         watchdog.close()
     assert codes == [5, 5]
     message = (tmp_path / "hang" / "message.txt").read_text()
-    assert "Did not arrive: rank 0: still in phase 'forward' of step 3 on node-0. Waiting: ranks 1, for " in message
+    assert "Did not arrive: rank 0: still in phase 'forward' of step 3 on node-0. Waiting: rank 1, for " in message
     assert "(a step's limit of 0 s, resilience.step_timeout_factor)" in message
     assert message.endswith(f"write them: {tmp_path / 'hang'}. Step 2 is saved\n")
     for watchdog in watchdogs:  # what the outcome and an alert say, of whichever rank writes them

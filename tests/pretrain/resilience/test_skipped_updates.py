@@ -24,6 +24,7 @@ QUICK = [
     ("train.precision=fp32", "parallel.zero=3"),
     ("train.precision=fp32", "parallel.pipeline=2"),
     ("train.precision=bf16", "parallel.offload_optimizer=true", "parallel.zero=2"),
+    ("train.precision=fp32", "parallel.tensor=2", "parallel.zero=1", "model.feedforward.num_experts=6"),
 ]
 THOROUGH = [
     ("train.precision=bf16", "parallel.zero=1"),
