@@ -7,6 +7,7 @@ compares the two.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -148,8 +149,8 @@ def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:
         reminder.start()
     try:
         with refusing_a_shared_gpu():
-            # Not by DeepSpeed 0.19.8, which binds this rank's GPU to the group. Bound, torch 2.13 makes each further group
-            # at once, for which all ranks wait, and sends to the stages before and after this one in one queue.
+            # Not by DeepSpeed 0.19.8, which binds this rank's GPU to the group. Bound, torch 2.13 makes each further
+            # group at once, for which all ranks wait, and sends to the stages before and after this one in one queue.
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
             if backend == "nccl" and ranks.world_size > 1:
@@ -208,12 +209,28 @@ def on_collective_device(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def control_group(timeout_seconds: float) -> Any:
-    """A group of all ranks for collectives of CPU tensors, which wait for no kernel. Collective; raises PassingError
-    where the ranks reach each other by NCCL alone: the node of one of them may just have died."""
+def gloo_address(env: Mapping[str, str]) -> str | None:
+    """Where gloo listens on this machine, as torch 2.13 chooses (ProcessGroupGloo::createDefaultDevice): at the first
+    address of the machine's name that is its own, else at the loopback. None where GLOO_SOCKET_IFNAME says it."""
+    if env.get("GLOO_SOCKET_IFNAME"):
+        return None
+    with contextlib.suppress(OSError, UnicodeError):
+        for family, kind, protocol, _, place in socket.getaddrinfo(socket.gethostname(), 0, type=socket.SOCK_STREAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as own:
+                own.bind(place)
+                return str(place[0])
+    return "127.0.0.1"
+
+
+def control_group(timeout_seconds: float, first_message: Callable[[Any], object]) -> Any:
+    """A group of all ranks for collectives of CPU tensors, which wait for no kernel. `first_message` is exchanged in
+    it: many ranks connect only then. Collective; raises PassingError where the ranks reach each other by NCCL alone:
+    the node of one of them may just have died."""
     if dist.get_backend() == "nccl":  # GPU-ONLY control-group
         try:
-            return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc="control")
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc="control")
+            first_message(group)
+            return group
         except RuntimeError as error:
             raise PassingError(
                 f"GLOO_SOCKET_IFNAME: NCCL connects the ranks, but gloo, by which they agree on CPUs, does not "
