@@ -61,6 +61,11 @@ EACH_WITH_EACH = 64
 """Up to so many ranks gloo connects each with each when a group is made: 63 connections a group and rank."""
 
 
+NCCL_FILES = 16_384
+"""Files that a rank may have open between GPUs. Where NCCL speaks over sockets it opens up to 64 for a connection
+(NCCL_SOCKET_NTHREADS x NCCL_NSOCKS_PERTHREAD), for some neighbours and channels of each communicator."""
+
+
 class Unreachable(RuntimeError):
     """The ranks cannot reach each other: a fault of a node or of the network, which the next start may not meet."""
 
@@ -114,15 +119,17 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
         # makes it, by a probe of every op, one of which compiles a program.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     if not dist.is_initialized():
-        _prepare_connections(ranks.world_size)
+        _prepare_connections(ranks.world_size, by_nccl=backend == "nccl")
         _meet(ranks, backend, timeout_seconds)
     return device
 
 
-def _prepare_connections(world_size: int) -> None:
+def _prepare_connections(world_size: int, *, by_nccl: bool = False) -> None:
     """For many ranks: lets gloo connect two ranks when they first speak, and this process open enough connections.
     Each with each would take N - 1 connections of every rank for every group, and of the store by which they meet 8 N^3
     bytes: each rank lists a number for each other one, and reads everybody's list. Raises UserError."""
+    if by_nccl and world_size > 1:
+        allow_open_files(NCCL_FILES)  # as far as the machine lets it
     if world_size <= EACH_WITH_EACH:
         return
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")

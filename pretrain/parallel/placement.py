@@ -31,8 +31,8 @@ def placement_warnings(config: Config, hosts: Sequence[str], far: Sequence[bool]
     if any(far):
         who = listed([str(rank) for rank, is_far in enumerate(far) if is_far], LISTED)
         found.append(
-            f"{sum(far)} of {len(far)} ranks ({who}) may run only on cores that are far from their GPUs, at another processor, which each copy "
-            f"between CPU and GPU then crosses; give each rank cores near its own GPU (srun "
+            f"{sum(far)} of {len(far)} ranks ({who}) may run only on cores that are far from their GPUs, at another "
+            f"processor, which each copy between CPU and GPU then crosses; give each rank cores near its own GPU (srun "
             f"--distribution=block:block, or --cpu-bind)"
         )
     return found

@@ -4,6 +4,7 @@ goes to NCCL, in training, in its details and in evaluation. On CPUs neither wou
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,12 +12,9 @@ import torch
 import torch.distributed as dist
 
 from pretrain.config.schema import Config
-from pretrain.engine.details import Survey
-from pretrain.engine.micro_steps import Queries
-from pretrain.planning.fake_world import fake_world
-from pretrain.planning.ledger import Ledger
-from pretrain.planning.rehearsal import _Rank
+from pretrain.engine.step_sums import StepReducer
 from tests.harness import run_ranks
+from tests.pretrain.planning.played import played_calls
 from tests.pretrain.planning.stand_in_gpu import stand_in_gpu
 from tests.pretrain.runs import small_config
 
@@ -48,38 +46,26 @@ MANY = {
 }
 
 
-def refused_calls(rank: int, runs: list[tuple[Config, int]], *, planted: bool = False) -> list[list[str]]:
-    """Of each run, what NCCL would refuse of what the last rank calls. `planted`: megatron-core is told the CPU."""
+def refused_calls(rank: int, runs: list[tuple[Config, int]]) -> list[list[str]]:
+    """Of each run, what NCCL would refuse of what the last rank calls."""
     dist.destroy_process_group()  # of this process alone, which plays others
-    found = []
     with stand_in_gpu() as device:
-        for config, num_ranks in runs:
-            if planted:
-                with mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")):
-                    found.append(_refused(config, num_ranks, device, only_embeds=True))
-            else:
-                found.append(_refused(config, num_ranks, device))
-    return found
+        calls = [played_calls(config, ranks, ranks - 1, device) for config, ranks in runs]
+    return [[f"{call.kind}: {call.refused}" for call in of_run if call.refused] for of_run in calls]
 
 
-def _refused(config: Config, num_ranks: int, device: torch.device, *, only_embeds: bool = False) -> list[str]:
-    sequences = config.batch.global_sequences
-    with fake_world(config, num_ranks - 1, num_ranks, "even"), Ledger(device=device) as ledger:
-        played = _Rank(config, "cuda", ledger, streams=sequences, device=device)
-        executor, engine = played._executor, played._engine
-        if only_embeds:
-            batch = played._batches()[0]
-            engine.module.embedding((batch.tokens, batch.sequence_index))
-        else:
-            survey = Survey(engine, config, played._parallel, device, played._reduce.router_names)
-            executor.before_update = survey.begin()
-            played.step()
-            survey.end(0.1)
-            batches = played._batches()
-            executor.evaluate(batches)
-            places = torch.arange(2, device=device)
-            executor.log_likelihoods([Queries(batch.tokens, batch.targets[0, :2], places) for batch in batches[:2]])
-        return [f"{call.kind} of {call.elements} {call.dtype}: {call.refused}" for call in ledger.calls if call.refused]
+def refused_elsewhere(rank: int, runs: list[tuple[Config, int]]) -> list[list[str]]:
+    """The same with a mistake."""
+    with mock.patch.object(StepReducer, "__call__", _on_the_cpu(StepReducer.__call__)):
+        return refused_calls(rank, runs)
+
+
+def _on_the_cpu(reduce: Any) -> Any:
+    def planted(reducer: StepReducer, *given: Any) -> Any:
+        dist.all_reduce(torch.ones(3), group=reducer._parallel.data_group)
+        return reduce(reducer, *given)
+
+    return planted
 
 
 def runs_of(prepared: Path, layouts: dict[str, tuple[int, tuple[str, ...]]]) -> list[tuple[Config, int]]:
@@ -91,12 +77,8 @@ def test_no_tensor_of_the_cpu_goes_to_nccl(prepared: Path) -> None:
 
 
 def test_one_that_does_is_found(prepared: Path) -> None:
-    ((found,),) = run_ranks(planted_calls, 1, runs_of(prepared, {"TP2 SP": FEW["TP2 SP"]}))
-    assert found and found[0].endswith("a tensor is on cpu")
-
-
-def planted_calls(rank: int, runs: list[tuple[Config, int]]) -> list[list[str]]:
-    return refused_calls(rank, runs, planted=True)
+    (found,) = run_ranks(refused_elsewhere, 1, runs_of(prepared, {"ZeRO 1": MANY["ZeRO 1"]}))
+    assert found == [["all_reduce: a tensor is on cpu"]]
 
 
 @pytest.mark.slow  # the fast one: test_no_tensor_of_the_cpu_goes_to_nccl
