@@ -40,8 +40,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):  # on a full disk closing fails too, for it writes what is left
             stream.close()
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            # With the name that a user knows: that of a failed write is none at all.
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
+            # With the name that a user knows: that of a failed write is none at all. What has no number is none of the
+            # system's errors but a library's, as of a damaged gzip file, and says itself what is wrong.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     sync_directory(path.parent)

@@ -246,7 +246,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """The owner; None if the file is torn or gone."""
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return owner if isinstance(owner, dict) and owner.keys() >= KEYS else None
 

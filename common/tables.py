@@ -77,7 +77,10 @@ def shortened_apart(texts: Sequence[str], *most: int) -> list[str]:
     alike the part in which they differ."""
     limits = list(most) * len(texts) if len(most) == 1 else list(most)
     found = [shortened(text, limit) for text, limit in zip(texts, limits, strict=True)]
-    alike = [n for n, cut in enumerate(found) if len({texts[m] for m, other in enumerate(found) if other == cut}) > 1]
+    of_cut: dict[str, set[str]] = {}
+    for text, cut in zip(texts, found, strict=True):
+        of_cut.setdefault(cut, set()).add(text)
+    alike = [n for n, cut in enumerate(found) if len(of_cut[cut]) > 1]
     if not alike:
         return found
     different, limit = [texts[number] for number in alike], min(limits[number] for number in alike)

@@ -111,11 +111,11 @@ def open_closed_descriptors() -> list[int]:
 
 def prepare_streams() -> None:
     """For a command that prints: what the encoding of stdout lacks, as of a folder's name, is printed as escapes and
-    raises no error, and output that the parent process closed, for which Python has no stream, leads nowhere."""
+    raises no error. What the parent process closed, for which Python has no stream, leads nowhere, or is empty."""
     open_closed_descriptors()
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until the process ends
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # until the process ends
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -12,8 +12,11 @@ URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 PIPE = "pipe:"
 """Stands before a command whose output is read."""
 WEB = ("http://", "https://")
+# A scheme of 40 letters at most: without a limit a long word takes time by the square of its length.
+# The password of https://me:p@ss@host/ holds an @: the host begins behind the last one.
 _ADDRESS = re.compile(
-    r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<login>[^\s/@'\"<>]*@)?(?P<address>[^\s?'\"<>]*)(?P<query>\?[^\s'\"<>]*)?",
+    r"(?P<scheme>[a-z][a-z0-9+.-]{0,39}://)(?P<login>[^\s/?#'\"<>]*@)?"
+    r"(?P<address>[^\s?'\"<>]*)(?P<query>\?[^\s'\"<>]*)?",
     re.IGNORECASE,
 )
 

@@ -13,6 +13,7 @@ from common.arguments import Parser, a_path, add_overrides, at_least
 from common.errors import DataError, PassingError, UserError
 from common.folders import check_folder, is_full, no_room
 from common.splits import SPLITS
+from common.tables import counted
 from common.terminal import prepare_streams, reader_may_leave, spare_stdout, visible
 from common.urls import without_secrets
 from data_prep.config.loading import describe_keys, load_config
@@ -162,7 +163,7 @@ def _verify_command(arguments: argparse.Namespace) -> None:
         changed = difference(resolved, Manifest.load(resolved.output), hash_all=True)
         if changed:
             raise DataError(f"{resolved.output} is not what {arguments.config} makes: {changed}")
-        print(f"raw files and settings of {arguments.config}: ok, {len(resolved.sources)} files")
+        print(f"raw files and settings of {arguments.config}: ok, {counted(len(resolved.sources), 'file')}")
 
 
 def _stats_command(arguments: argparse.Namespace) -> None:

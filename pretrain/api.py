@@ -23,7 +23,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.tables import beginning
-from model.decoding import hidden_states, uncached_logits
+from model.decoding import head_logits, hidden_states, uncached_logits
 from model.layer_section import Ability
 from model.parameters import owner_of
 from pretrain.analysis.trace import Request, RouterTrace, Trace, lacking, trace_text
@@ -133,8 +133,14 @@ class OpenModel:
         ids = self.encode(text)
         if len(ids) < 2:
             raise UserError("text: is a single token; a loss needs one that follows")
-        targets = torch.tensor(ids[1:])[:, None]
-        tokens = -self.logits(ids)[:-1].log_softmax(1).gather(1, targets)[:, 0]
+        parts, first = [], 1
+        # Of one chunk at a time: the logits of a book are gigabytes.
+        for states in hidden_states(self.model, ids, document_end=self.saved.document_end):
+            targets = torch.tensor(ids[first : first + states.shape[1]], dtype=torch.int64)
+            logits = head_logits(self.model, states[-1:])[0, : len(targets)].cpu()
+            parts.append(-logits.log_softmax(1).gather(1, targets[:, None])[:, 0])
+            first += len(targets)
+        tokens = torch.cat(parts)
         total = float(tokens.sum(dtype=torch.float64))
         size = self.tokenizer.bytes_of(np.bincount(ids[1:]))
         mean = total / len(tokens)

@@ -30,7 +30,7 @@ from pretrain.resilience.signals import ProcessState, Stop
 from pretrain.resume import StartPoint, find_start, what_stands
 from pretrain.segment import Segment, SegmentEnd
 from pretrain.segment_start import build_segment
-from pretrain.together import check_config, check_data, remember_data
+from pretrain.together import check_code, check_config, check_data, remember_data
 from pretrain.trainer import RunSetup
 
 
@@ -52,9 +52,11 @@ def train(
     stop.enter(ProcessState.STARTING)
     with early_end_noted(run_dir, config.monitor, stop) as early_end:
         check_config(config)
+        check_code()
         check_same(f"{sources.key} (digest)", sources.digest)
         sources = check_data(sources, config, run_dir)
         parallel, tasks = parallel_context(config), agreed(lambda: RunTasks.open(config, sources))
+        check_same("evaluate.tasks", tasks.digests)
         if config.monitor.memory_history:
             record_memory_history(device)  # before a model is built: only what is allocated later has a stack
         alerts = Alerts(config.monitor, run_dir) if parallel.is_first else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from common.arguments import MOST_DIGITS, quoted
@@ -13,6 +13,9 @@ from common.slurm import launcher_variables
 ON_NODE = "SWITCHALL_RANK_ON_NODE"
 """What LOCAL_RANK was where a rank that sees its own GPU alone has changed it (gpus.own_gpu)."""
 LAUNCHER = "start the ranks through a launcher, which sets it (deepspeed --num_gpus N launch/pretrain.py ..., or srun)"
+
+LISTED = 8
+"""Parts of a list of ranks."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,15 @@ def _below(env: Mapping[str, str], name: str, of: str, size: int) -> int:
     return value
 
 
-def ranges(numbers: list[int]) -> str:
-    """`0-3, 5` of [0, 1, 2, 3, 5]."""
-    parts: list[list[int]] = []
+def ranks_text(ranks: Iterable[int]) -> str:
+    """`ranks 0-3, 5` of [0, 1, 2, 3, 5]: short, however many there are."""
+    numbers, parts = sorted(ranks), list[list[int]]()
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
             parts[-1] = [parts[-1][0], number]
         else:
             parts.append([number])
-    return ", ".join("-".join(str(n) for n in part) for part in parts)
+    texts = ["-".join(map(str, part)) for part in parts]
+    if len(texts) > LISTED:
+        return f"{len(numbers)} ranks {', '.join([*texts[: LISTED - 2], '...', texts[-1]])}"
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(texts)}"

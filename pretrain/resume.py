@@ -31,7 +31,7 @@ from pretrain.resumed_stages import progress_now, stages_of
 def candidates(config: Config, run_dir: Path, *, patience: Patience = AT_ONCE) -> list[Path]:
     """Checkpoints to try, best first, following checkpoint.resume. `patience` makes every read. Raises UserError."""
     choice = config.checkpoint.resume
-    existing = list_checkpoints(run_dir / "checkpoints")
+    existing = list_checkpoints(run_dir / "checkpoints", patience=patience)
     if choice == "auto":
         return existing[::-1]
     if choice == "never":
@@ -256,6 +256,8 @@ class StartPoint:
     """Why newer checkpoints were passed over, one reason for each."""
     changes: dict[str, tuple[Any, Any]]
     """Settings that differ from the checkpoint's: key -> (then, now)."""
+    initial: Path | None = None
+    """Without a checkpoint: the one that train.init_from names."""
 
     @property
     def begins_stage(self) -> bool:
@@ -284,7 +286,12 @@ def find_start(config: Config, sources: Sources, run_dir: Path, rollback: Rollba
     stages = stages_of(resumed, sources, config)
     progress = progress_now(config, resumed)
     progress = replace(with_skips(progress, stages[-1], sources.digest, rollbacks), stages=stages)
-    return StartPoint(resumed, progress, rollbacks, damaged, changes)
+    initial = None
+    if resumed is None and (named := config.train.init_from) is not None:
+        from pretrain.checkpoint.initial import initial_place  # see environment_changes
+
+        initial = from_first_rank(lambda: initial_place(named, run_dir, patience=patience))
+    return StartPoint(resumed, progress, rollbacks, damaged, changes, initial)
 
 
 def _checked_changes(config: Config, sources: Sources, resumed: Checkpoint) -> dict[str, tuple[Any, Any]]:
@@ -300,7 +307,7 @@ def paths_to_try(
     if rollback is None:
         return candidates(config, run_dir, patience=patience)
     if config.checkpoint.resume == "never":  # what this run saved itself
-        return serving(list_checkpoints(run_dir / "checkpoints")[::-1], rollback)
+        return serving(list_checkpoints(run_dir / "checkpoints", patience=patience)[::-1], rollback)
     return serving(candidates(config, run_dir, patience=patience), rollback)
 
 
@@ -325,8 +332,8 @@ def record_start(
     folder: RunFolder, start: StartPoint, config: Config, layout: dict[str, int], *, data_digest: str, last_step: int
 ) -> bool:
     """Rank 0, before the first step: sets aside what this start supersedes, records and prints where it begins.
-    `layout`: see checkpoint.layout. Returns whether it supersedes all steps in the folder, those before it too. Raises
-    OSError."""
+    `layout`: see checkpoint.layout. Returns whether it supersedes all steps in the folder, those before it too, or an
+    earlier start that was killed before its first step has done so: its boards may still show them. Raises OSError."""
     from pretrain.checkpoint.state import versions  # see environment_changes
 
     patch = keep_patch(folder.path)
@@ -338,6 +345,7 @@ def record_start(
         print(f"passed over a damaged checkpoint: {reason}", flush=True)
         folder.event("checkpoint_passed_over", reason=reason)
     begins_branch = resumed is not None and is_other_course(folder, resumed)
+    hides_all = begins_branch or (folder.has_said("branch") and not folder.has_steps())
     # Those before it too, where they are another branch's: a rollback would go back to one of them.
     is_elsewhere = resumed is not None and not _is_own(folder, resumed)
     for path in set_aside_newer(folder.checkpoints, -1 if begins_branch and is_elsewhere else step):
@@ -355,8 +363,10 @@ def record_start(
     folder.event("started", step=step, ranks=dist.get_world_size(), **about)
     if resumed is None:
         if config.train.init_from is not None:
-            folder.event("initial_weights", path=config.train.init_from)
-        return begins_branch
+            from pretrain.checkpoint.initial import INITIAL_WEIGHTS
+
+            folder.event(INITIAL_WEIGHTS, path=config.train.init_from, checkpoint=str(start.initial))
+        return hides_all
     print(f"resuming from {resumed.path} at step {step}", flush=True)
     folder.event("resumed", step=step, path=str(resumed.path))
     for key, (then, now) in {**start.changes, **environment_changes(resumed, layout)}.items():
@@ -368,4 +378,4 @@ def record_start(
         stage = start.progress.stages[-1]
         print(f"a new stage of the data begins: {stage.text()}", flush=True)
         folder.event("data_stage", step=step, text=stage.text(), **stage.to_json())
-    return begins_branch
+    return hides_all

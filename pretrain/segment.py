@@ -10,6 +10,7 @@ from functools import partial
 from common.strict_json import finite
 from pretrain.data.progress import Progress
 from pretrain.device import memory_bytes
+from pretrain.engine.deepspeed_json import SMALLEST_LOSS_SCALE
 from pretrain.evaluate import validate
 from pretrain.evaluation.likelihood import Place
 from pretrain.parallel.agreement import from_first_rank, raise_agreed
@@ -157,8 +158,8 @@ class Segment:
         result, config = self._launched.read(), self.setup.config
         self.setup.phases.may_take_long()  # rank 0 writes
         self.limit.add(result.seconds)
-        # Overflows are how fp16 finds its loss scale, as long as the loss itself is a number.
-        is_overflow = result.loss_scale is not None and math.isfinite(result.sums.loss)
+        # Overflows are how fp16 finds its loss scale, as long as the loss itself is a number and the scale can fall.
+        is_overflow = (result.loss_scale or 0.0) > SMALLEST_LOSS_SCALE and math.isfinite(result.sums.loss)
         self.progress = self._after_step(updated=result.sums.grad_norm is not None or is_overflow)
         self._launched = None
         self._loss, self._validation_loss = finite(result.sums.loss), None
@@ -319,21 +320,24 @@ class Segment:
         return what_stands(self.setup.config, self.folder.path, is_diverged=failure is Diverged)
 
     def _validation_is_missing(self) -> bool:
-        """Whether a stop prevented the validation that was due after the step that this segment starts from."""
+        """Whether a stop prevented the validation that was due after the step that this segment starts from, or its
+        settings differ from the checkpoint's."""
+        others = ("evaluate.tasks", "evaluate.every_steps")
+        changed = any(key.startswith("evaluate.") and not key.startswith(others) for key in self.start.changes)
         due = self.progress.step > 0 and self._is_due(self.setup.config.evaluate.every_steps)
-        changes = [key for key in self.start.changes if key.startswith("evaluate.")]
-        if any(key != "evaluate.every_steps" and not key.startswith("evaluate.tasks") for key in changes):
-            return due  # because settings differ from the checkpoint's
-        return due and not from_first_rank(lambda: self.folder.was_validated(self.progress.step))
+        return due and self._is_missing("validation", changed)
 
     def _tasks_are_missing(self) -> bool:
-        """As `_validation_is_missing`."""
-        step = self.progress.step
-        if step == 0 or not self._tasks_are_due():
-            return False
-        if any(key.startswith("evaluate.tasks") and key != "evaluate.tasks_every_steps" for key in self.start.changes):
-            return True  # other tasks (evaluate.tasks.NAME), or another limit
-        return not from_first_rank(lambda: self.folder.was_validated(step, "evaluation"))
+        """As `_validation_is_missing`: other tasks (evaluate.tasks.NAME), or another limit."""
+        every = "evaluate.tasks_every_steps"
+        changed = any(key.startswith("evaluate.tasks") and key != every for key in self.start.changes)
+        due = self.progress.step > 0 and self._tasks_are_due()
+        return due and self._is_missing("evaluation", changed)
+
+    def _is_missing(self, event: str, changed: bool) -> bool:
+        """Rank 0 says what has changed: where a node has its own place of a task's files, that is a change to its ranks
+        alone. Collective."""
+        return from_first_rank(lambda: changed or not self.folder.was_validated(self.progress.step, event))
 
     def _evaluate_tasks(self) -> None:
         def goes_on(done: int) -> bool:

@@ -29,7 +29,7 @@ from pretrain.trainer import RunSetup, build_trainer
 def build_segment(setup: RunSetup, folder: RunFolder, control: Control, start: StartPoint) -> Segment:
     """Builds everything for the steps after `start`. Collective."""
     config, parallel, before = setup.config, setup.parallel, memory_before(setup.device)
-    trainer = build_trainer(setup, start.checkpoint, progress=start.progress)
+    trainer = build_trainer(setup, start.checkpoint, progress=start.progress, initial=start.initial)
     last = config.train.last_step
     settings, step = config.resilience, start.progress.step
     steps = range(step + 1, last + 1)

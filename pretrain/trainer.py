@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,9 +189,12 @@ class Trainer:
         self.engine.destroy()
 
 
-def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Progress | None = None) -> Trainer:
+def build_trainer(
+    setup: RunSetup, resumed: Checkpoint | None, *, progress: Progress | None = None, initial: Path | None = None
+) -> Trainer:
     """Model, engine and data of this rank, from the initial weights (random, or those of train.init_from) or from a
-    checkpoint. `progress` (default: the checkpoint's) says which data is left out. Collective."""
+    checkpoint. `progress` (default: the checkpoint's) says which data is left out; `initial`, which checkpoint
+    train.init_from names (default: looked up). Collective."""
     config, parallel, device, phases = setup.config, setup.parallel, setup.device, setup.phases
     progress = progress or (resumed.progress if resumed else Progress(0, 0))
     # Nothing in training draws from torch's generator; seeded so that code which a user adds is repeatable.
@@ -208,7 +212,7 @@ def build_trainer(setup: RunSetup, resumed: Checkpoint | None, *, progress: Prog
     elif config.train.init_from is None:
         initialize(model, config.model, parallel, seed=config.train.seed)
     else:
-        load_initial(config, setup.sources.tokenizer.sha256, model, parallel)
+        load_initial(config, setup.sources.tokenizer.sha256, model, parallel, place=initial)
     phases.enter("building the engine")
     engine = build_engine(model, config, parallel, device)
     _compile_blocks(setup, engine)

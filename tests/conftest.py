@@ -11,7 +11,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["TRITON_INTERPRET"] = "1"
 
 import gc
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,24 @@ def own_tiles() -> Iterator[None]:
     with placed([]) as table:
         table.clear()
         yield
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a file system of so many bytes, or makes it so large. Skips where that is not allowed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(size: int) -> Path:
+        options = f"size={size}{',remount' if os.path.ismount(place) else ''}"
+        line = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if shutil.which("mount") is None or subprocess.run(line, capture_output=True).returncode:
+            pytest.skip("NOT TESTED: only root, where it may mount, can have a disk that is full")
+        return place
+
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -206,6 +206,49 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     check_config(parsed[0])
 
 
+def options_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Those of its subcommands too."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subcommand in action.choices.values():
+                yield from options_of(subcommand)
+        elif action.option_strings:
+            yield action
+
+
+def modules() -> set[str]:
+    """The benchmarks that pages show."""
+    return {words[2] for _, command in COMMANDS if (words := words_of(command))[1:2] == ["-m"] and "bench" in words[2]}
+
+
+@pytest.mark.parametrize("program", [*SCRIPTS, "data_prep", *sorted(modules())])
+def test_help_names_the_command_and_every_default(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if program.startswith("benchmarks."):
+        file = program if (ROOT / f"{program.replace('.', '/')}.py").is_file() else f"{program}.__main__"
+        main = importlib.import_module(file).main
+    else:
+        main = SCRIPTS.get(program, data_prep.cli.main)
+    parsers: list[argparse.ArgumentParser] = []
+
+    def stop(parser: argparse.ArgumentParser, *given: Any) -> None:
+        parsers.append(parser)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Parsed):
+        main([]) if main.__code__.co_argcount else main()
+    assert parsers[0].prog.endswith(program)
+    silent = {
+        action.option_strings[0]
+        for action in options_of(parsers[0])
+        if action.default not in (None, False, "", [])
+        and action.help != argparse.SUPPRESS
+        and action.default != argparse.SUPPRESS
+        and "default" not in (action.help or "")
+    }
+    assert silent == set()
+
+
 def test_a_command_of_pip_asks_no_finder_that_setuptools_put_there(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 

@@ -52,7 +52,7 @@ url = "https://pypi.org/simple"
 default = true
 cache-control = { api = "max-age=600", files = "max-age=365000000, immutable" }
 """
-"""All that uv is told. What PyPI allows to keep is said here, because a proxy may hide it: each of 16 resolutions would
+"""All that uv is told. What PyPI allows to keep is said here, because a proxy may hide it: each of 12 resolutions would
 then fetch and parse hundreds of pages again, 5 s of processor time."""
 
 
@@ -64,8 +64,7 @@ def compile_requirements(settings: Path, *arguments: str, cwd: Path = ROOT) -> s
 
 
 CASES = {
-    "no extra": (),
-    "all extras": ("--all-extras",),
+    "all extras": ("--all-extras",),  # of which what fits without extras is a part
     "all extras beside torch 2.11": ("--all-extras", "--constraints", "{torch_2_11}"),
     "the lock": ("--all-extras", "--constraints", str(ROOT / "constraints.txt")),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -19,6 +20,14 @@ def test_the_list_equals_the_code() -> None:
     )
     assert marked == set(table)
     assert len(table) == len(set(table)) > 0
+
+
+def test_the_page_says_how_many_kernels_spill_on_consumer_gpus() -> None:
+    with (ROOT / "benchmarks" / "compiled.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["triton"], row["architecture"]) == ("3.9.0", "120")]
+    stacks = [int(row["stack_bytes"]) for row in rows if int(row["stack_bytes"])]
+    page = " ".join((ROOT / "docs" / "untested-on-gpu.md").read_text(encoding="utf-8").split())
+    assert f"{len(stacks)} of {len(rows)} configurations spill up to {max(stacks)} bytes a thread on sm_120" in page
 
 
 def test_cuda_is_touched_in_the_device_modules_alone() -> None:

@@ -13,6 +13,7 @@ from benchmarks.data.peers import VOCAB_SIZE
 from benchmarks.data.process_cost import prepare
 from benchmarks.marked import markdown
 
+DIGITS = str.maketrans("1234567890", "abcdefghij")
 HEADER = ["text MB", "peak MB", "over the first", "CPU s"]
 
 
@@ -65,7 +66,7 @@ def _inputs_of_size(paths: list[Path], folder: Path, size: int) -> list[Path]:
                     record = json.loads(line)
                     words = record["text"].split(" ")
                     if round_number:
-                        words[::5] = [word + "abcdefghi"[round_number - 1] for word in words[::5]]
+                        words[::5] = [word + str(round_number).translate(DIGITS) for word in words[::5]]
                     record["text"] = " ".join(words)
                     target.write(json.dumps(record) + "\n")
                     written += len(record["text"].encode())

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.scale.figures import Figure
+from common.errors import UserError
 from common.ports import free_port
 from pretrain.parallel import rounds
 from pretrain.parallel.rounds import maximum
@@ -21,16 +22,21 @@ REPEATS = 30
 
 
 def figures(ranks: int) -> list[Figure]:
-    """Medians over messages; the processes share this machine's cores."""
+    """Medians over messages; the processes share this machine's cores. Raises UserError if one of them fails."""
     port = free_port()
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     processes = [context.Process(target=_rank, args=(rank, ranks, port, sender)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    values = receiver.recv()
-    for process in processes:
-        process.join()
+    sender.close()  # else nobody would notice that all ranks have ended without an answer
+    try:
+        values = receiver.recv()
+    except EOFError:
+        raise UserError(f"--sockets: {ranks} processes did not meet, and said why") from None
+    finally:
+        for process in processes:
+            process.join()
     return [
         Figure("to meet and connect", values["meet"], "ms"),
         Figure("sockets of rank 0", values["sockets"], "sockets"),

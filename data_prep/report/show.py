@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from common.errors import DataError
-from common.tables import text_table
+from common.tables import counted, text_table
 from common.terminal import visible
 from data_prep.config.schema import DataConfig
 from data_prep.raw.documents import ID_FORMATS
@@ -37,7 +37,7 @@ def verify(manifest: Manifest) -> None:
     else:
         unit = "symbols" if tokenizer.kind == "symbols" else "pieces"
         print(f"tokenizer {tokenizer.file}: {tokenizer.vocab_size} {unit}, sha256 {tokenizer.sha256[:12]}, ok")
-    print(f"manifest digest {manifest.digest}, ok: {len(rows)} shards in {time.monotonic() - started:.1f} s")
+    print(f"manifest digest {manifest.digest}, ok: {counted(len(rows), 'shard')} in {time.monotonic() - started:.1f} s")
 
 
 def _check_content(manifest: Manifest, split: str) -> None:

@@ -25,6 +25,12 @@ SECRET_NAME = re.compile(r"(?i)(token|secret|passw(or)?d|credentials?|(api|acces
 """Names of variables whose values must not be written to a file."""
 OF_THE_CLUSTER = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT"}
 """Variables by which SLURM's commands find the cluster; the others of SLURM are those of one job."""
+REFUSED = {
+    "array": "each of its tasks would be a job that does the same again, in the same folder; launch/sweep.py --slurm "
+    "submits many runs, and --tasks of launch/slurm/submit_data_prep.py shares out a preparation",
+    "ntasks": "how many processes a node starts follows from this command's own options (--help lists them)",
+}
+"""Options of sbatch that would undo what was checked, although these commands need not set them: why."""
 WITHOUT_VALUE = {"exclusive", "contiguous"}
 OF_SBATCH = {
     *WITHOUT_VALUE,
@@ -96,6 +102,8 @@ def script(
                 f"--sbatch={option}: --{name} follows from this command's own options, by which the job was checked; "
                 f"give those instead (--help lists them)"
             )
+        if name in REFUSED:
+            raise UserError(f"--sbatch={option}: {REFUSED[name]}")
         merged[name] = given
     lines = ["#!/bin/bash"]
     for key, value in merged.items():

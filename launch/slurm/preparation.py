@@ -46,9 +46,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", type=at_least(1), required=True, metavar="N", help="array tasks, at most raw files")
     parser.add_argument("--time", required=True, metavar="LIMIT", help="time limit of each task, e.g. 4:00:00")
     parser.add_argument(
-        "--cpus-per-task", type=at_least(1), default=8, metavar="N", help="CPUs and processes of a task"
+        "--cpus-per-task",
+        type=at_least(1),
+        default=8,
+        metavar="N",
+        help="CPUs and processes of a task (default: %(default)s)",
     )
-    parser.add_argument("--requeues", type=at_least(0), default=5, metavar="N", help="restarts of each task")
+    parser.add_argument(
+        "--requeues", type=at_least(0), default=5, metavar="N", help="most restarts of each task (default: %(default)s)"
+    )
     parser.add_argument(
         "--force",
         action="store_true",

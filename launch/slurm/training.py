@@ -64,14 +64,18 @@ def build_parser() -> argparse.ArgumentParser:
         "tokens per second, and a verdict (launch/smoke.py); never requeued",
     )
     parser.add_argument(
-        "--requeues", type=at_least(0), default=100, metavar="N", help="restarts of the job, whatever the reason"
+        "--requeues",
+        type=at_least(0),
+        default=100,
+        metavar="N",
+        help="most restarts of the job, whatever the reason (default: %(default)s)",
     )
     parser.add_argument(
         "--faults",
         type=at_least(1),
         default=3,
         metavar="N",
-        help="give up after this many starts in a row that left no newer checkpoint",
+        help="give up after this many starts in a row that left no newer checkpoint (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats",
@@ -79,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="after a failure of the ranks start them again at once on the same nodes, unless more than N starts in a "
-        "row have left no newer checkpoint; then the nodes are given back and the job waits in the queue (0: always)",
+        "row have left no newer checkpoint; then the nodes are given back and the job waits in the queue (default: "
+        "%(default)s; 0: the nodes are given back at once)",
     )
     parser.add_argument(
         "--excludes",
@@ -87,7 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="after two starts in a row that failed on the same node and no other, or when its weights differ from "
-        "those of most replicas, the requeued job excludes it, if enough others are up; up to N nodes (0: never)",
+        "those of most replicas, the requeued job excludes it, if enough others are up; up to N nodes (default: "
+        "%(default)s; 0: never)",
     )
     job.add_site_arguments(parser)
     return parser
@@ -170,6 +176,9 @@ def _check(args: argparse.Namespace, run_dir: Path) -> list[UserError]:
     if args.signal_seconds is not None and args.signal_seconds >= limit:
         raise UserError(f"--signal-seconds {args.signal_seconds}: must be below --time ({limit} s)")
     _check_gpus(args)
+    waits = next((option for option in args.sbatch if option.startswith("--dependency=")), None)
+    if waits is not None and args.after is not None:  # of two that sbatch is given, it takes one
+        raise UserError(f"--sbatch={waits}: --after {args.after} is such a condition too; give one of them")
     job.srun_options(args)
     if args.cpus_per_rank is None and not any(CPU_REQUEST.match(option) for option in args.sbatch):
         print(

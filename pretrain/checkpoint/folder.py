@@ -191,12 +191,12 @@ def digest_entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path, *, patience: Patience = AT_ONCE) -> list[Path]:
     """Complete checkpoints of a run, oldest first. Only folders named step-NNNNNNNN count: a copy under another name
-    belongs to the user, and no run resumes from it by itself or removes it. Raises UserError if the folder cannot be
-    read."""
+    belongs to the user, and no run resumes from it by itself or removes it. `patience` lists them. Raises UserError if
+    the folder cannot be read."""
     try:
-        found = [p for p in folder.iterdir() if CHECKPOINT_NAME.fullmatch(p.name) and is_dir(p)]
+        found = patience(lambda: [p for p in folder.iterdir() if CHECKPOINT_NAME.fullmatch(p.name) and is_dir(p)])
     except FileNotFoundError:
         return []
     except OSError as error:

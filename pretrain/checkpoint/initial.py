@@ -10,9 +10,11 @@ from typing import Any
 import torch.distributed as dist
 
 from common.errors import UserError, kind_of
+from common.line_log import LineLog, is_event
 from common.presence import exists, is_dir
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.folder import (
+    AT_ONCE,
     STATE_FILE,
     Checkpoint,
     DamagedCheckpoint,
@@ -24,42 +26,76 @@ from pretrain.checkpoint.shapes import check_shapes
 from pretrain.config.keys import flatten
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
+from pretrain.data.patience import Patience, patient_seconds
 from pretrain.parallel.agreement import agreed, from_first_rank
 
 KEY = "train.init_from"
+INITIAL_WEIGHTS = "initial_weights"
+"""The event of a start with them: `path`, the key's value, and `checkpoint`, which that was."""
 
 
 def initial_checkpoint(
-    config: Config, tokenizer_sha256: str | None, *, rank: int = 0, world_size: int = 1
+    config: Config,
+    tokenizer_sha256: str | None,
+    *,
+    world_size: int = 1,
+    run_dir: Path | None = None,
+    patience: Patience = AT_ONCE,
 ) -> Checkpoint | None:
     """What train.init_from names, opened; None if it is null. `tokenizer_sha256`: of the run's data, None for bytes.
-    `rank`, `world_size`: see `Checkpoint.open`. Raises UserError."""
-    place = config.train.init_from
-    return None if place is None else _opened(_named(place), config, tokenizer_sha256, rank, world_size)
+    `world_size`: see `Checkpoint.open`. `run_dir`, `patience`: see `initial_place`. Raises UserError."""
+    named = config.train.init_from
+    if named is None:
+        return None
+    place = initial_place(named, run_dir, patience=patience)
+    return _opened(place, config, tokenizer_sha256, world_size=world_size, patience=patience)
 
 
-def _named(place: str) -> Path:
-    """The checkpoint that train.init_from names: of a run folder the newest. Raises UserError."""
-    path = Path(os.path.expanduser(place))  # pathlib raises for ~NAME of nobody
+def initial_place(named: str, run_dir: Path | None = None, *, patience: Patience = AT_ONCE) -> Path:
+    """The checkpoint that train.init_from, `named`, means: of a run folder the newest, or the one that an earlier start
+    of the run in `run_dir` has begun with, as long as it is there: the other run may go on, and this one, killed before
+    its first checkpoint, would begin with other weights. `patience` makes every read. Raises UserError."""
+    path = Path(os.path.expanduser(named))  # pathlib raises for ~NAME of nobody
     try:
-        if not is_dir(path):
-            raise UserError(f"{KEY}: there is no folder {path}; name a checkpoint (step-...) or a run folder")
-        if exists(path / STATE_FILE):
-            return path
-        found = list_checkpoints(path / "checkpoints" if is_dir(path / "checkpoints") else path)
-        if not found:
-            check_no_export(path, KEY)
-            raise UserError(
-                f"{KEY}: {path} is no checkpoint and holds none; name a checkpoint (step-...) or a run folder"
-            )
-        return newest_of(found)
+        begun = None if run_dir is None else patience(lambda: _begun_with(run_dir, named))
+        return begun or patience(lambda: _newest(path, patience))
     except OSError as error:
-        raise kind_of(error)(f"{KEY}: {path} cannot be read: {error.strerror}") from None
+        raise kind_of(error)(f"{KEY}: {error.filename or path} cannot be read: {error.strerror}") from None
 
 
-def _opened(path: Path, config: Config, tokenizer_sha256: str | None, rank: int, world_size: int) -> Checkpoint:
+def _begun_with(run_dir: Path, named: str) -> Path | None:
+    """The checkpoint that the newest start of a run without checkpoints has begun with, if it is still there. Raises
+    OSError."""
+    rows = LineLog(run_dir / "events.jsonl", is_event).rows()
+    found = [row.get("checkpoint") for row in rows if row["event"] == INITIAL_WEIGHTS and row.get("path") == named]
+    begun = found[-1] if found else None
+    return Path(begun) if isinstance(begun, str) and exists(Path(begun) / STATE_FILE) else None
+
+
+def _newest(path: Path, patience: Patience) -> Path:
+    """Raises UserError and OSError."""
+    if not is_dir(path):
+        raise UserError(f"{KEY}: there is no folder {path}; name a checkpoint (step-...) or a run folder")
+    if exists(path / STATE_FILE):
+        return path.absolute()
+    found = list_checkpoints(path / "checkpoints" if is_dir(path / "checkpoints") else path, patience=patience)
+    if not found:
+        check_no_export(path, KEY)
+        raise UserError(f"{KEY}: {path} is no checkpoint and holds none; name a checkpoint (step-...) or a run folder")
+    return newest_of(found).absolute()
+
+
+def _opened(
+    path: Path,
+    config: Config,
+    tokenizer_sha256: str | None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    patience: Patience = AT_ONCE,
+) -> Checkpoint:
     """Raises UserError where the run cannot begin with the weights of this checkpoint."""
-    checkpoint = Checkpoint.open(path, rank=rank, world_size=world_size)
+    checkpoint = Checkpoint.open(path, rank=rank, world_size=world_size, patience=patience)
     theirs, weights_only = checkpoint.state["tokenizer_sha256"], checkpoint.state.get("weights_only")
     is_known = theirs is not None or weights_only is None or weights_only["tokenizer"] is not None
     if is_known and theirs != tokenizer_sha256:
@@ -71,18 +107,22 @@ def _opened(path: Path, config: Config, tokenizer_sha256: str | None, rank: int,
     return checkpoint
 
 
-def load_initial(config: Config, tokenizer_sha256: str | None, model: Any, parallel: ParallelContext) -> None:
+def load_initial(
+    config: Config, tokenizer_sha256: str | None, model: Any, parallel: ParallelContext, *, place: Path | None = None
+) -> None:
     """Fills a model that ZeRO has not yet sharded with this rank's part of those weights, after all ranks together have
-    checked the files. The first rank says where the weights come from, and which settings of the model differ.
-    Collective; raises UserError, agreed."""
-    place = config.train.init_from
-    assert place is not None
-    path = from_first_rank(lambda: _named(place))  # a run that goes on has another newest one for who looks later
+    checked the files. `place`: their checkpoint, as `initial_place` gave it, the same on all ranks. The first rank says
+    where the weights come from, and which settings of the model differ. Collective; raises UserError, agreed."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    patience = Patience(patient_seconds(config.resilience), rank=rank)
+    # Looked up by one: a run that goes on has another newest one for who looks later.
+    named = config.train.init_from
+    assert named is not None
+    path = from_first_rank(lambda: initial_place(named, patience=patience)) if place is None else place
 
     def check() -> Checkpoint:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        checkpoint = _opened(path, config, tokenizer_sha256, rank, world_size)
-        if problem := checkpoint.damaged_file(rank=rank, world_size=world_size):
+        checkpoint = _opened(path, config, tokenizer_sha256, rank=rank, world_size=world_size, patience=patience)
+        if problem := checkpoint.damaged_file(rank=rank, world_size=world_size, patience=patience):
             raise DamagedCheckpoint(f"{KEY}: checkpoint {checkpoint.path}: {problem}; name another")
         return checkpoint
 

@@ -180,7 +180,8 @@ def _rows(place: Path, looks: int = 5) -> list[tuple[str, ...]]:
     """If a run that goes on renames or removes one meanwhile, looks again, at most `looks` times; the last time without
     those that are gone."""
     paths = list_checkpoints(place)
-    others = sorted(p for p in place.iterdir() if re.search(r"step-\d{8,}", p.name) and p not in paths and p.is_dir())
+    others = [p for p in place.iterdir() if re.search(r"step-\d{8,}", p.name) and p not in paths and p.is_dir()]
+    others.sort(key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)])
     rows = [_row_if_there(path) for path in [*paths, *others]]
     return _rows(place, looks - 1) if None in rows and looks > 1 else [row for row in rows if row is not None]
 

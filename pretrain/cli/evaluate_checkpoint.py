@@ -30,7 +30,7 @@ from pretrain.evaluation.harness_run import Options, evaluate_with_harness, task
 from pretrain.evaluation.likelihood import Limits, learned_context
 from pretrain.evaluation.models import OpenedModel, evaluation_config, open_model
 from pretrain.evaluation.tasks import PreparedTask, TaskResult, find_files
-from pretrain.parallel.agreement import agreed, from_first_rank
+from pretrain.parallel.agreement import agreed, check_same, from_first_rank
 from pretrain.report.source_losses import source_losses
 from pretrain.saved_model import find_checkpoint
 from pretrain.saved_model.loading import config_of, document_end_of
@@ -194,7 +194,9 @@ def _task(opened: OpenedModel, name: str, place: str | None, choices: Choices, l
                 yield example
                 progress.update(1)
 
-    return agreed(lambda: PreparedTask.of(name, path, encoder, limits, limit=choices.limit, shown=shown))
+    prepared = agreed(lambda: PreparedTask.of(name, path, encoder, limits, limit=choices.limit, shown=shown))
+    check_same(name, f"files of digest {prepared.digest[:12]}")
+    return prepared
 
 
 def _run_task(opened: OpenedModel, prepared: PreparedTask, limits: Limits) -> TaskResult:
@@ -225,6 +227,7 @@ def _held_out(opened: OpenedModel, choices: Choices, folder: str | None) -> Held
     if config.evaluate.sequences == 0:
         raise UserError("validation: evaluate.sequences is 0 in this run; set it, --set evaluate.sequences=256")
     sources = agreed(lambda: _data(opened, config) if folder is None else _other_data(opened, config, folder))
+    check_same(f"validation: {sources.key} (digest)", sources.digest)
     return HeldOut(config, sources)
 
 

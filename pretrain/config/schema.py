@@ -61,7 +61,8 @@ class DataConfig(Section):
 
     document_mask: bool = False
     """Documents in a window do not see each other: attention stays inside a document, whose positions start at 0.
-    Needs model.position.type = rope and parallel.pipeline = 1. The mask of a sequence takes sequence_length^2 bytes."""
+    Needs model.position.type = rope and parallel.pipeline = 1. On a CPU, in fp32 and with heads that
+    are too wide for our GPU kernels the mask of a sequence takes sequence_length^2 bytes; elsewhere there is none."""
     cache_dir: str | None = Field(None, json_schema_extra=FREE)
     """Folder on a disk of each node for the shards of data sets behind URLs: fetched whole when first read, checked
     against their sha256, shared by the processes of the node. Needed for URLs."""
@@ -290,10 +291,11 @@ class KernelsConfig(Section):
     )
     """auto: the fastest that the device has. reference: plain PyTorch, the specification. cpu: sorted rows, for CPUs.
     grouped_mm: F.grouped_mm for sigma-MoE, auto for the other ops. dense: one GEMM over all experts for SwitchHead's
-    projections, two for the gradients of routing, auto for the other ops. sets: F.grouped_mm for SwitchHead's
-    projections, by the set of experts that a token chose (bf16 on CUDA; at most 20 sets), auto for the other ops.
-    triton: our GPU kernels, CUDA only (on the CPU an interpreter for tests, with TRITON_INTERPRET=1). cuda: CUDA C++
-    for routing (needs nvcc), auto for the other ops. The choice per op is printed at start."""
+    projections, two for the gradients of routing, auto for the other ops. sets: GPU kernels for
+    SwitchHead's projections that multiply the chosen experts alone (at most 6 experts a head; no GPU has run them),
+    auto for the other ops. triton: our GPU kernels, CUDA only (on the CPU an interpreter for tests, with
+    TRITON_INTERPRET=1). cuda: CUDA C++ for routing (needs nvcc), auto for the other ops. The choice per op is printed
+    at start."""
 
 
 class EvaluateConfig(Section):

@@ -71,7 +71,7 @@ class MonitorConfig(Section):
     to find slow ones. 0: never."""
     peak_flops: Annotated[float, Field(gt=0.0)] | None = Field(None, json_schema_extra=FREE)
     """FLOP/s of one device at its best, which `flops_utilization` is a share of. null: by the maker's data sheet for a
-    known GPU in bf16 or fp16; on a CPU a matrix product measures it after the first step, in 0.2 s."""
+    known GPU in bf16 or fp16; on a CPU a matrix product measures it after the first step, in 0.15 s."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = Field(None, json_schema_extra=FREE)
     """First and last step whose operators and kernels are recorded in RUN_DIR/profile: a table of the costliest and a
     trace, of the ranks of the first data-parallel slice. Take steps after the first ten, and few: three of a large

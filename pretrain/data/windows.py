@@ -230,13 +230,8 @@ class TrainingStream:
     def windows(self, positions: np.ndarray) -> np.ndarray:
         """Window of each position of the run; both [n] int64, positions rising, none before the stage."""
         assert positions[0] >= self.stage.first
-        first, last = positions[0] // ORDER_POSITIONS, positions[-1] // ORDER_POSITIONS
-        return np.concatenate(
-            [
-                self._order_part(part)[positions[positions // ORDER_POSITIONS == part] - part * ORDER_POSITIONS]
-                for part in range(first, last + 1)
-            ]
-        )
+        parts, places = np.divmod(positions, ORDER_POSITIONS)
+        return np.concatenate([self._order_part(part)[places[parts == part]] for part in np.unique(parts).tolist()])
 
     def _order_part(self, part: int) -> np.ndarray:
         """Windows of ORDER_POSITIONS positions in a row; the last two parts that were asked for are kept."""

@@ -73,7 +73,8 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
     for _, statistics in routing_statistics(model):
         statistics.to(device)
     if hasattr(engine.optimizer, "check_grad_overflow"):
-        # ZeRO 1 and 2. For fp32 and bf16 DeepSpeed checks only the norm, which it averages over the experts' ranks.
+        # ZeRO 1 and 2. For fp32 DeepSpeed would look at the norm alone, in which what all tensor-parallel ranks hold
+        # counts on the first of them.
         engine.optimizer.check_grad_overflow = True
         ask_once(engine.optimizer)
         sum_as_we_do(engine.optimizer, in_stages=config.parallel.pipeline > 1)
@@ -82,6 +83,10 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
             _drop_skipped_gradients(engine.optimizer)
     if zero_1.is_used(config):
         zero_1.add_without_a_copy(engine.optimizer)
+    if engine.fp16_enabled():
+        # At the smallest loss scale DeepSpeed would end the process with a traceback. Such steps count as skipped, and
+        # too many of them end the run (segment.py).
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     _average_only_over_others(engine)
     return engine
 

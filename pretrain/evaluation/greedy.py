@@ -14,6 +14,7 @@ from model.language_model import LanguageModel
 from pretrain.evaluation.examples import Encoder
 from pretrain.evaluation.likelihood import Limits
 from pretrain.generation.ids import Cost, Work, continued
+from pretrain.generation.pieces import TextStream
 from pretrain.generation.sampling import Sampling
 from pretrain.saved_model import Tokenizer
 
@@ -66,10 +67,13 @@ def _write_some(
 ) -> list[str]:
     """The texts of one batch, whose prompts are the ids `rows`."""
     made: list[list[int]] = [[] for _ in rows]
+    streams = [TextStream(tokenizer, after=tokenizer.decode(row)) for row in rows]
+    said = [""] * len(rows)
 
     def is_over(row: int) -> bool:
-        text = _text(tokenizer, rows[row], made[row])
-        return any(stop and stop in text for stop in wanted[row].stops)
+        # First by what was said piece by piece: to decode the whole text for each token takes longer than a GPU's pass.
+        stops = wanted[row].stops
+        return _ends(said[row], stops) and _ends(_text(tokenizer, rows[row], made[row]), stops)
 
     work = Work(
         rows,
@@ -83,6 +87,8 @@ def _write_some(
     )
     for row, token in continued(model, work, Cost(), is_over=is_over):
         made[row].append(token)
+        if token != tokenizer.eos_id:
+            said[row] += streams[row].add(token)
     return [_before(_text(tokenizer, *row), one.stops) for *row, one in zip(rows, made, wanted, strict=True)]
 
 
@@ -90,6 +96,10 @@ def _text(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
     """What the tokens add to the prompt's text; EOS adds nothing."""
     kept = [token for token in tokens if token != tokenizer.eos_id]
     return tokenizer.decode([*prompt, *kept])[len(tokenizer.decode(prompt)) :]
+
+
+def _ends(text: str, stops: Sequence[str]) -> bool:
+    return any(stop and stop in text for stop in stops)
 
 
 def _before(text: str, stops: Sequence[str]) -> str:

@@ -58,7 +58,7 @@ def _digest(path: Path) -> str | None:
     """Of the data that an earlier result is of; None without one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found.get("digest") if isinstance(found, dict) else None
 

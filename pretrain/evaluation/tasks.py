@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -75,6 +76,14 @@ class PreparedTask:
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         return cls(task, examples, queries, found.left_out)
+
+    @property
+    def digest(self) -> str:
+        """Of all ids: ranks with other ones would compute together what does not belong together."""
+        found = hashlib.sha256()
+        for part in (part for query in self.queries for part in query):
+            found.update(len(part).to_bytes(8, "little") + part.tobytes())
+        return found.hexdigest()
 
     def evaluate(
         self,

@@ -71,6 +71,11 @@ class RunTasks(NamedTuple):
                 problem(error)
         return cls(tuple(prepared), settings.tasks_every_steps, limits, first)
 
+    @property
+    def digests(self) -> str:
+        """By name, for ranks to compare: a node may have copies of the files."""
+        return ", ".join(f"{one.task.name} of digest {one.digest[:12]}" for one in self.prepared) or "none"
+
     def evaluate(
         self,
         evaluator: Evaluator,

@@ -23,7 +23,7 @@ class CardFacts:
     """What a card says beside the model's configuration."""
 
     name: str
-    """Of the run."""
+    """Of the folder of the export."""
     license: str
     """Of the weights: an identifier that the Hugging Face hub knows, or `unknown`."""
     dtype: str
@@ -37,6 +37,8 @@ class CardFacts:
     has_eos: bool
     has_text: bool
     """False: the folder has no tokenizer, because nobody knows the one of the data's ids."""
+    sees_one_document: bool = False
+    """Whether nothing before an EOS is seen behind it."""
 
 
 def card(model: ModelConfig, facts: CardFacts) -> str:
@@ -62,13 +64,15 @@ def _header(facts: CardFacts) -> str:
 
 
 def _usage(model: ModelConfig, facts: CardFacts) -> str:
+    tokenizer = (
+        ", and the tokenizer sentencepiece."
+        if facts.has_text
+        else ". It has no tokenizer: training read token ids that another program had made. Put the files of the "
+        "tokenizer that made them here, such as `tokenizer.json` and `tokenizer_config.json`."
+    )
     notes = [
         "The folder holds the code of the model, so that `trust_remote_code=True` is needed; it imports torch and "
-        "transformers (5.0 or newer), and the tokenizer sentencepiece."
-        if facts.has_text
-        else "The folder holds the code of the model, so that `trust_remote_code=True` is needed; it imports torch and "
-        "transformers (5.0 or newer). It has no tokenizer: training read token ids that another program had made. Put "
-        "the files of the tokenizer that made them here, such as `tokenizer.json` and `tokenizer_config.json`."
+        f"transformers (5.0 or newer){tokenizer}"
     ]
     if facts.dtype != "float32":
         notes.append(f"The weights were rounded to {facts.dtype}; training kept them in float32.")
@@ -81,6 +85,11 @@ def _usage(model: ModelConfig, facts: CardFacts) -> str:
         notes.append(
             f"It was trained on windows of {model.sequence_length} tokens; with more it works outside of what it has "
             f"seen."
+        )
+    if facts.sees_one_document:
+        notes.append(
+            "It was trained on one document at a time, and its code sees to that: behind the token that ends a "
+            "document (`document_end` in `config.json`) nothing before is seen."
         )
     if not facts.has_eos:
         notes.append("No token ends a text: limit what is generated with `max_new_tokens`.")

@@ -31,10 +31,12 @@ class SwitchAllConfig(PretrainedConfig):
         layer_norm_eps: float = 1e-5,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
+        document_end: int | None = None,
         **kwargs: Any,
     ) -> None:
         """`sequence_length`: tokens of a chunk in training (T). `dropout` acts while training alone, as the
-        `expert_dropout` of `attention` and `feedforward` does."""
+        `expert_dropout` of `attention` and `feedforward` does. `document_end`: the id behind which nothing before it
+        is seen; None: documents see each other."""
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -45,6 +47,7 @@ class SwitchAllConfig(PretrainedConfig):
         self.dropout = dropout
         self.layer_norm_eps = layer_norm_eps
         self.use_cache = use_cache
+        self.document_end = document_end
         # What other programs look for follows from the sections, whatever a file says.
         for derived in ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"):
             kwargs.pop(derived, None)

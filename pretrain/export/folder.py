@@ -33,13 +33,19 @@ def shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def check_output(out: Path, option: str) -> None:
-    """Raises UserError unless `out`, absolute, can become an export: it is not there yet, or empty, or an export."""
+def checked_output(out: Path, option: str) -> Path:
+    """The folder that `out` is or, being a link, leads to: only a folder is replaced. Raises UserError unless it can
+    become an export: it is not there yet, or empty, or an export."""
+    check_output_folder(out.absolute(), option)
+    out = out.resolve()
     check_output_folder(out, option)
+    if os.path.ismount(out):  # at the end it could not be renamed
+        raise UserError(f"{option}: {out} is where a disk is mounted, which no folder can replace; name one in it")
     for place in (out, out.with_name(out.name + PARTIAL)):
         if place.is_dir() and (foreign := _foreign_file(place)):
             raise UserError(f"{option}: {place} holds {foreign}, which is not of an export; name another folder")
     check_writable_folder(out.parent, option)
+    return out
 
 
 def _foreign_file(folder: Path) -> str | None:
@@ -53,11 +59,12 @@ def _foreign_file(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def new_folder(out: Path, option: str) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends without an error, in the place of an older
-    export. After an error, or if the disk is full, it is gone and `out` is what it was. Raises UserError."""
+    """A folder to write into, which becomes `out` (`checked_output`) when the block ends without an error, in the place
+    of an older export. After an error, or if the disk is full, it is gone and `out` is what it was. Raises UserError.
+    """
     partial = out.with_name(out.name + PARTIAL)
     try:
-        if partial.is_dir():  # of an export that was killed: check_output has seen that nothing else is in it
+        if partial.is_dir():  # of an export that was killed: checked_output has seen that nothing else is in it
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         try:
@@ -67,7 +74,7 @@ def new_folder(out: Path, option: str) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except OSError as error:
-        reason = "the disk is full" if is_full(error) else error.strerror
+        reason = "the disk is full" if is_full(error) else error.strerror or error
         raise UserError(f"{option}: {error.filename or out} cannot be written: {reason}; name another folder") from None
 
 

@@ -28,6 +28,8 @@ NAMES = {
     "tied_embedding": "tie_word_embeddings",
 }
 """Key of our `model` section -> key of config.json. The other keys decide initial weights alone."""
+DOCUMENT_END = "document_end"
+"""Key of config.json: the id behind which nothing before is seen, of a model trained with data.document_mask."""
 LAYER_NORM_EPS = 1e-5
 """torch's default, which the layers of the model have."""
 
@@ -42,9 +44,11 @@ def check_layers(model: ModelConfig) -> None:
             )
 
 
-def hf_config(model: ModelConfig, *, dtype: str, special: Mapping[str, int | None]) -> dict[str, Any]:
+def hf_config(
+    model: ModelConfig, *, dtype: str, special: Mapping[str, int | None], document_end: int | None = None
+) -> dict[str, Any]:
     """The content of config.json. `dtype`: float32, bfloat16 or float16. `special`: token ids by name, such as
-    eos_token_id."""
+    eos_token_id. `document_end`: the id behind which nothing before is seen (`document_end_of`)."""
     tree = model.model_dump(mode="json")
     is_moa = isinstance(model.attention, MoAConfig)
     window: dict[str, Any] = {}
@@ -63,6 +67,7 @@ def hf_config(model: ModelConfig, *, dtype: str, special: Mapping[str, int | Non
         "head_dim": model.attention.head_dim,
         "max_position_embeddings": model.memory_length + model.sequence_length,
         **window,
+        DOCUMENT_END: document_end,
         "layer_norm_eps": LAYER_NORM_EPS,
         "use_cache": True,
         "dtype": dtype,
@@ -75,7 +80,7 @@ def model_config(text: str, name: str, initial: Mapping[str, Any] | None = None)
     decides what config.json does not hold, the distributions of initial weights. Raises UserError."""
     try:
         tree = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is not JSON ({error}); export the model again") from None
     kind = tree.get("model_type") if isinstance(tree, dict) else None
     if kind != MODEL_TYPE:

@@ -28,14 +28,25 @@ class Places:
         device: torch.device,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        ends: Tensor | None = None,
     ) -> None:
         """`attention_mask` [B, seen + T]: 0 where a token is padding. `position_ids` [B, T] replace what rotary
-        positions would count."""
+        positions would count. `ends` [B, seen + T] bool: which tokens end a document. Behind one nothing up to it is
+        seen, and positions begin again."""
         self.num_tokens, self.seen, self.config = num_tokens, seen, config
         every = torch.arange(seen + num_tokens, device=device)[None]  # [1 or B, seen + T]: position among real tokens
         self._real = None if attention_mask is None else attention_mask.to(device) != 0
         self._positions = every if self._real is None else (self._real.long().cumsum(-1) - 1).clamp_min(0)
         self._index = every
+        self._documents: Tensor | None = None
+        self.new_ends: Tensor | None = None
+        """[B, T] bool, kept with the keys of the first layer: all that a cache must know of documents."""
+        if ends is not None:
+            ends = ends if self._real is None else ends & self._real
+            self.new_ends = ends[:, seen:]
+            self._documents = ends.long().cumsum(-1) - ends.long()
+            before = torch.where(ends, self._positions + 1, 0).cummax(-1).values  # tokens of this and former documents
+            self._positions = self._positions - F.pad(before[:, :-1], (1, 0))
         positions = self._positions[:, seen:] if position_ids is None else position_ids
         self.rope = rope_tables(positions, config) if config.position["type"] == "rope" else None
         self._mask: Tensor | None = None
@@ -49,7 +60,8 @@ class Places:
         """[B or 1, 1, T, L] bool: which of the keys, the last L tokens, each query may see. None where a query sees all
         keys up to itself, and T = L or T = 1."""
         T = self.num_tokens
-        if self._real is None and not self.config.memory_length and T in (1, L):
+        is_plain = self._real is None and self._documents is None and not self.config.memory_length
+        if is_plain and T in (1, L):
             return None
         if self._mask is None or self._mask.shape[-1] != L:
             queries, keys = slice(self.seen, None), slice(self.seen + T - L, None)
@@ -57,6 +69,8 @@ class Places:
             seen = index[:, None, keys] <= index[:, queries, None]
             if self._real is not None:
                 seen = seen & self._real[:, None, keys]
+            if self._documents is not None:
+                seen = seen & (self._documents[:, None, keys] == self._documents[:, queries, None])
             if self.config.memory_length:
                 chunk, places = self.config.sequence_length, self._positions
                 first = places[:, queries] // chunk * chunk - self.config.memory_length
@@ -132,6 +146,13 @@ def _causal(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits.masked_fill(~mask, -math.inf)
 
 
+def with_ends(k: Tensor, ends: Tensor) -> Tensor:
+    """Keys [B, H, T, h] -> [B, H, T, h + 1]: the last column is 1 where a token ends a document (`ends` [B, T]). So
+    whatever a cache does to rows and tokens, as for beams, it does to these."""
+    column = ends.to(k)[:, None, :, None].expand(-1, k.shape[1], -1, -1)
+    return torch.cat([k, column], dim=-1)
+
+
 def relative_shift(x: Tensor) -> Tensor:
     """out[..., i, j] = x[..., i, j + T - 1 - i] for `x` [..., T, L]; meaningless for keys after the query."""
     T, L = x.shape[-2:]
@@ -139,27 +160,18 @@ def relative_shift(x: Tensor) -> Tensor:
     return padded[..., T:].view(x.shape)
 
 
-class PositionKeys(nn.Linear):
-    """Transformer-XL's keys of distances: W_pos r(distance), r sinusoids of width d. Without gradients, as in
-    generation, they are computed once for all steps."""
+class PositionKeys(nn.Module):
+    """Transformer-XL's keys of distances: W_pos r(distance), r sinusoids of width d. No nn.Linear, for it takes no
+    tensor: what adapts or quantizes every nn.Linear must leave it alone."""
 
     def __init__(self, d: int, width: int, h: int) -> None:
-        super().__init__(d, width, bias=False)
-        self._h = h
-        self._kept: tuple[Any, Tensor] | None = None
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, d))
+        self._d, self._h = d, h
 
-    def forward(self, L: int) -> Tensor:  # type: ignore[override]
+    def forward(self, L: int) -> Tensor:
         """[H or 1, L, h] of the distances L - 1 down to 0."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._compute(L)
-        now = (self.weight.data_ptr(), self.weight._version, self.weight.dtype, self.weight.device)
-        if self._kept is None or self._kept[0] != now or self._kept[1].shape[1] < L:
-            self._kept = now, self._compute(1 << (L - 1).bit_length())
-        kept = self._kept[1]
-        return kept[:, kept.shape[1] - L :]
-
-    def _compute(self, L: int) -> Tensor:
-        device, d = self.weight.device, self.in_features
+        device, d = self.weight.device, self._d
         wide = torch.float32 if device.type == "mps" else torch.float64
         exponent = torch.arange(0, d, 2, dtype=wide, device=device) / d
         angles = torch.arange(L - 1, -1, -1, device=device).to(wide)[:, None] * XL_BASE**-exponent
@@ -199,7 +211,9 @@ class Attention(nn.Module):
         if places.rope is not None:
             q, k = rotate(q, places.rope), rotate(k, places.rope)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            ends = places.new_ends if self.layer == 0 else None
+            k, v = cache.update(k if ends is None else with_ends(k, ends), v, self.layer)
+            k = k if ends is None else k[..., : self.h].contiguous()
         L = places.visible_keys(k.shape[2])
         k, v = k[:, :, k.shape[2] - L :], v[:, :, v.shape[2] - L :]
         if places.rope is not None:
@@ -208,9 +222,20 @@ class Attention(nn.Module):
             content, position = getattr(self, "content_bias", None), getattr(self, "position_bias", None)
             for_content = (q if content is None else q + content[:, None]) * self.scale
             for_position = (q if position is None else q + position[:, None]) * self.scale
-            bias = relative_shift(for_position @ self.position(L).transpose(1, 2))
+            bias = relative_shift(for_position @ self._position_keys(L, cache).transpose(1, 2))
             mixed, weights = attend(for_content, k, v, places, scale=1.0, bias=bias, eager=eager)
         return mixed.transpose(1, 2), weights
+
+    def _position_keys(self, L: int, cache: Any) -> Tensor:
+        """Of `position`. In generation they are computed once for all steps, and kept with the cache: as its keys they
+        are those of the weights of now."""
+        if cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.position(L)
+        kept: dict[int, Tensor] = vars(cache).setdefault("_position_keys", {})
+        if self.layer not in kept or kept[self.layer].shape[1] < L:
+            kept[self.layer] = self.position(1 << (L - 1).bit_length())
+        keys = kept[self.layer]
+        return keys[:, keys.shape[1] - L :]
 
 
 class DenseAttention(Attention):

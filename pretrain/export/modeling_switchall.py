@@ -7,6 +7,9 @@ A model without memory attends to all tokens before a token, as many as it is gi
 memory_chunks = C - 1 > 0) cuts the text into chunks of sequence_length tokens, counted from its first token; a token
 sees its own chunk up to itself and the C - 1 chunks before. A forward pass of any length equals the trained model's on
 one chunk after the other, and the cache, which keeps the last C chunks, is the memory.
+
+A model that was trained on one document at a time (`document_end` of its configuration is an id) sees nothing of what
+stands before that id behind it.
 """
 
 from __future__ import annotations
@@ -107,16 +110,19 @@ class SwitchAllPreTrainedModel(PreTrainedModel):
             wanted["use_cache"] = False
         if wanted["use_cache"] and cache is None:
             cache = DynamicCache(config=config)
-        seen = 0 if cache is None else cache.get_seq_length()
-        if not isinstance(seen, int):
-            raise ValueError("this model needs a cache that grows: leave out cache_implementation")
-        T = x.shape[1]
+        seen, T = 0 if cache is None else cache.get_seq_length(), x.shape[1]
+        if not isinstance(seen, int) or (attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2):
+            raise ValueError(
+                "this model makes its masks itself, of an attention_mask of a number for each token, and needs a cache "
+                "that grows: leave out cache_implementation"
+            )
         if attention_mask is not None and attention_mask.shape != (x.shape[0], seen + T):
             raise ValueError(
                 f"attention_mask has shape {list(attention_mask.shape)}; {[x.shape[0], seen + T]} is needed: a number "
                 f"for each of the {seen} tokens of the cache and the {T} new ones"
             )
-        places = Places(config, seen, T, x.device, attention_mask, position_ids)
+        ends = self.document_ends(input_ids, cache, seen)
+        places = Places(config, seen, T, x.device, attention_mask, position_ids, ends)
         x = F.dropout(x, config.dropout, self.training)
         states, attentions = [x], []
         eager = bool(wanted["output_attentions"]) or config._attn_implementation == "eager"
@@ -131,6 +137,27 @@ class SwitchAllPreTrainedModel(PreTrainedModel):
             "hidden_states": (*states[:-1], x) if wanted["output_hidden_states"] else None,
             "attentions": tuple(attentions) if wanted["output_attentions"] else None,
         }
+
+    def document_ends(self, input_ids: Tensor | None, cache: Any, seen: int) -> Tensor | None:
+        """[B, seen + T] bool: which of the tokens, those of the cache and the new ones, end a document. None for models
+        that see all documents."""
+        if self.config.document_end is None:
+            return None
+        if input_ids is None:
+            raise ValueError(
+                "this model sees by input_ids where documents end: give them instead of inputs_embeds, or set "
+                "config.document_end to None, with which it sees all documents, as it was not trained"
+            )
+        ends = input_ids == self.config.document_end
+        if not seen:
+            return ends
+        kept = cache.layers[0].keys
+        if kept.shape[2:] != (seen, self.config.head_dim + 1):
+            raise ValueError(
+                "this model keeps in the cache where documents end, and finds it not in this one: leave out "
+                "cache_implementation"
+            )
+        return torch.cat([kept[:, 0, :, -1].to(ends.device) != 0, ends], dim=1)
 
 
 class SwitchAllModel(SwitchAllPreTrainedModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.stages import Stage
 from pretrain.export.folder import CONFIG, INDEX, ORIGIN, WEIGHTS
-from pretrain.export.hf_config import model_config
+from pretrain.export.hf_config import DOCUMENT_END, model_config
 from pretrain.export.tokenizer_config import stored_tokenizer
 
 
@@ -79,10 +80,10 @@ def open_export(folder: Path) -> Exported:
     check_not_converted(folder, "SOURCE")
     origin = _origin(folder)
     text = _text(folder / CONFIG)
-    run = None if origin is None else dict(origin["config"])
-    model = model_config(text, str(folder / CONFIG), None if run is None else run["model"])
+    run = _run_of_none(text) if origin is None else dict(origin["config"])
+    model = model_config(text, str(folder / CONFIG), run.get("model"))
     try:
-        config = parse_config({**(run or {}), "model": model.model_dump(mode="json")})
+        config = parse_config({**run, "model": model.model_dump(mode="json")})
     except ConfigError as error:
         raise UserError(f"{folder / ORIGIN}: another version wrote its configuration ({error})") from None
     tokenizer = stored_tokenizer(folder, None if origin is None else origin["tokenizer"])
@@ -92,6 +93,13 @@ def open_export(folder: Path) -> Exported:
             f"not belong together"
         )
     return Exported(folder=folder, config=config, tensors=_tensors(folder, model), tokenizer=tokenizer, origin=origin)
+
+
+def _run_of_none(text: str) -> dict[str, Any]:
+    """What config.json, with content `text`, says of the run where there is no training.json: how its text is seen."""
+    with contextlib.suppress(ValueError, AttributeError):  # `model_config` says what is wrong with it
+        return {"data": {"document_mask": json.loads(text).get(DOCUMENT_END) is not None}}
+    return {}
 
 
 def _origin(folder: Path) -> dict[str, Any] | None:
@@ -147,7 +155,8 @@ def _tensors(folder: Path, model: ModelConfig) -> dict[str, Callable[[], Tensor]
 
 
 def _files(folder: Path) -> list[Path]:
-    if not (folder / INDEX).is_file():
+    """As transformers chooses: one file goes before an index, which its save_pretrained leaves behind."""
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return [folder / WEIGHTS]
     tree = _json(folder / INDEX)
     try:
@@ -185,5 +194,5 @@ def _text(path: Path) -> str:
 def _json(path: Path) -> Any:
     try:
         return json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); export the model again") from None

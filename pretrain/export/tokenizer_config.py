@@ -107,6 +107,11 @@ def stored_tokenizer(folder: Path, known: dict[str, Any] | None) -> StoredTokeni
         pieces = _pieces(content, str(path))
         size = pieces.vocab_size()
         eos = pieces.piece_to_id(eos_token) if eos_token else None
+        if eos is not None and pieces.id_to_piece(eos) != eos_token:  # SentencePiece gives the unknown piece
+            raise UserError(
+                f"{settings_path}: eos_token is {eos_token}, which is no piece of {TOKENIZER} but was added to them; "
+                f"only pieces can be kept here: set it to one that ends a text, or to null"
+            )
     entry = TokenizerEntry(
         kind="sentencepiece" if is_model else "symbols", file=TOKENIZER, sha256=digest, vocab_size=size, eos_id=eos
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from model.decoding import uncached_logits
+from model.documents import document_index
 from model.language_model import LanguageModel
 from pretrain.checkpoint.folder import Checkpoint
 from pretrain.saved_model.loading import load_model
@@ -56,8 +57,10 @@ def verify(
         found_ids = "the same ids, and "
     length = CHUNKS * saved.config.model.sequence_length
     tokens = torch.tensor([(ids * (1 + length // len(ids)))[:length]])
+    if (end := saved.document_end) is not None:
+        tokens[0, length // 3] = end  # what stands before is not seen behind it
     with torch.no_grad():
-        exact = expected = logits_of(saved.model, tokens)
+        exact = expected = logits_of(saved.model, tokens, end)
         if not bool(exact.isfinite().all()):
             raise UserError(
                 f"checkpoint {checkpoint.path}: its outputs are not finite, so it has diverged or its numbers "
@@ -66,7 +69,7 @@ def verify(
         if dtype != torch.float32:
             for parameter in saved.model.parameters():
                 parameter.copy_(parameter.to(dtype))
-            expected = logits_of(saved.model, tokens)
+            expected = logits_of(saved.model, tokens, end)
         del saved  # one model in memory at a time
         model = SwitchAllForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         found = model(tokens).logits
@@ -83,9 +86,13 @@ def verify(
     return f"{same} from those of the weights rounded alike; rounding itself moves them by up to {moved:.1e}"
 
 
-def logits_of(model: LanguageModel, tokens: Tensor) -> Tensor:
-    """Logits [1, L, vocab_size] of `tokens` [1, L], chunk by chunk if the model has a memory."""
-    return uncached_logits(model, tokens[0].tolist())[None] if model.config.memory_length else model.logits(tokens)[0]
+def logits_of(model: LanguageModel, tokens: Tensor, document_end: int | None = None) -> Tensor:
+    """Logits [1, L, vocab_size] of `tokens` [1, L], chunk by chunk if the model has a memory. Behind the id
+    `document_end` nothing before is seen."""
+    if model.config.memory_length:
+        return uncached_logits(model, tokens[0].tolist())[None]
+    documents = None if document_end is None else document_index(tokens, document_end)
+    return model.logits(tokens, documents=documents)[0]
 
 
 def _any_ids(tokenizer: Tokenizer) -> list[int]:

@@ -19,7 +19,7 @@ from pretrain.config.schema import Config
 from pretrain.export import folder as names
 from pretrain.export.card import NO_LICENSE, CardFacts, card
 from pretrain.export.data_sets import DataSet, data_sets_of, provenance_of
-from pretrain.export.folder import check_output, new_folder
+from pretrain.export.folder import checked_output, new_folder
 from pretrain.export.hf_config import check_layers, hf_config
 from pretrain.export.origin import origin_of
 from pretrain.export.tokenizer_config import check_tokenizer, special_ids, tokenizer_config
@@ -83,8 +83,7 @@ def export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
 
     The checkpoint's files are compared with their sha256 first.
     """
-    out = out.absolute()
-    check_output(out, OPTION)
+    out = checked_output(out, OPTION)
     check_layers(config_of(checkpoint).model)
     with while_they_are_there([checkpoint.path], "RUN"):
         _export(checkpoint, out, options)
@@ -122,7 +121,9 @@ def _write_rest(place: Path, source: _Source, options: ExportOptions, *, name: s
     model, tokenizer, content = source.config.model, source.tokenizer, source.content
     origin = origin_of(source.checkpoint, source.config, tokenizer, ema=options.ema)
     special = special_ids(tokenizer, content)
-    write_json(place / names.CONFIG, hf_config(model, dtype=options.dtype, special=special), indent=2)
+    document_end = tokenizer.entry.eos_id if source.config.data.document_mask else None
+    architecture = hf_config(model, dtype=options.dtype, special=special, document_end=document_end)
+    write_json(place / names.CONFIG, architecture, indent=2)
     write_json(place / names.GENERATION, {key: value for key, value in special.items() if value is not None}, indent=2)
     has_text = tokenizer.entry.has_text
     if has_text:
@@ -142,5 +143,6 @@ def _write_rest(place: Path, source: _Source, options: ExportOptions, *, name: s
         tokens_are_bytes=tokenizer.entry.tokens_are_bytes,
         has_eos=tokenizer.entry.eos_id is not None,
         has_text=has_text,
+        sees_one_document=document_end is not None,
     )
     write_file(place / names.CARD, card(model, facts).encode())

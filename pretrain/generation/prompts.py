@@ -32,7 +32,7 @@ def read_text(option: str) -> str:
 def _prompt_of(line: str, place: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{place} is no JSON ({error}); write {{"prompt": "..."}}') from None
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):

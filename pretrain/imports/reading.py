@@ -25,6 +25,8 @@ class PlainDict:
         return {}
 
 
+WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes of DistributedDataParallel's and of torch.compile's."""
 STAND_INS: list[Any] = [(PlainDict, "framework.data_structures.dotdict.DotDict")]
 """Classes that a file may name, and what is made instead of theirs."""
 
@@ -74,7 +76,7 @@ def _tensors(path: Path, found: Any) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not any(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"SOURCE: {path} holds no state dict and no `model` that is one; save model.state_dict()")
     tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
-    for wrapper in ("module.", "_orig_mod."):  # DistributedDataParallel's and torch.compile's
-        if all(name.startswith(wrapper) for name in tensors):
-            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    # In any order: torch.compile goes around DistributedDataParallel, or inside.
+    while wrapper := next((one for one in WRAPPERS if all(name.startswith(one) for name in tensors)), None):
+        tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
     return tensors

@@ -126,7 +126,9 @@ def raise_agreed(
 
 
 def check_same(what: str, value: str) -> None:
-    """Collective: raises UserError (agreed) unless every rank holds the same value."""
+    """Collective, if there is a process group: raises UserError (agreed) unless every rank holds the same value."""
+    if not dist.is_initialized():
+        return
     values = of_all_ranks(value)
     different = next((rank for rank, other in enumerate(values) if other != values[0]), None)
     agree(

@@ -92,7 +92,7 @@ class PlannedRun:
         micro_steps, rest = divmod(batch.global_sequences, batch.micro_sequences * self.data_size)
         shares = f" = {micro_steps} x {batch.micro_sequences} on each data-parallel rank" if not rest else ""
         return (
-            f"{self.world_size:,} ranks = pipeline {parallel.pipeline} x data {self.data_size:,} x tensor "
+            f"{counted(self.world_size, 'rank')} = pipeline {parallel.pipeline} x data {self.data_size:,} x tensor "
             f"{parallel.tensor}{expert}; ZeRO {parallel.zero}; {batch.global_sequences:,} sequences a step{shares}"
         )
 
@@ -167,7 +167,7 @@ class PlannedRun:
             found.problem(UserError(f"{sources.key}: {more:,} more of its files are wrong; copy the data set again"))
         entries = [e for source in sources.sources for of_split in source.manifest.splits.values() for e in of_split]
         what = "sha256" if is_full else "size (data.verify=full hashes them)"
-        return f"{len(entries):,} shards: each has its {what} and may be read; indices and tokenizer by sha256"
+        return f"{counted(len(entries), 'shard')}: each has its {what} and may be read; indices and tokenizer by sha256"
 
     def _checkpoint(self, found: Outcome, *, thorough: bool) -> str:
         from pretrain.data.warnings import epoch_warnings
@@ -218,7 +218,10 @@ class PlannedRun:
             if self.config.train.init_from is None:
                 return f"{'none' if undone else 'none yet'}; the run begins at step 0{undone}"
             known = self._opened().tokenizer.sha256
-            initial = initial_checkpoint(self.config, known, world_size=1 if self.alone else 0)
+            world_size = 1 if self.alone else 0
+            initial = initial_checkpoint(
+                self.config, known, world_size=world_size, run_dir=self.run_dir, patience=patience
+            )
             assert initial is not None
             return f"none yet; the run begins with the weights of {initial.path} ({KEY})"
         # Of data sets that could not be opened, nothing is said here.

@@ -89,7 +89,7 @@ class Comparison(NamedTuple):
         expected, taken = self.estimate.memory_bytes, self.measured.memory_bytes
         if expected is not None and abs(self._memory_difference()) > TOLERANCE * expected:
             advice = (
-                "leave that much room when the next run is planned (docs/operations.md says what is not counted)"
+                "leave that much room when the next run is planned (docs/planning.md says what is not counted)"
                 if taken > expected
                 else "a larger batch.micro_sequences may fit than it says"
             )
@@ -102,7 +102,7 @@ class Comparison(NamedTuple):
                 advice = (
                     "the time of a step in TensorBoard shows what it waits for"
                     if seconds > nearest
-                    else "what was assumed of this device or its links is too slow (docs/operations.md)"
+                    else "what was assumed of this device or its links is too slow (docs/planning.md)"
                 )
                 found.append(f"a step takes {_percent(seconds, nearest)} the estimate: {advice}")
         return found

@@ -92,7 +92,7 @@ def _compared(event: Row) -> str:
 TEXTS = {
     "started": lambda e: f"started after {_step(e)} on {_ranks(e)}",
     "branch": lambda e: f"a branch begins after {_step(e)}: what stood here of the steps before is another one's",
-    "initial_weights": lambda e: f"began with the weights of {e.get('path', '?')}",
+    "initial_weights": lambda e: f"began with the weights of {e.get('checkpoint') or e.get('path', '?')}",
     "finished": lambda e: f"finished at {_step(e)}",
     "stopped": lambda e: f"stopped{f' after {_step(e)}' if 'step' in e else ''}: {e.get('reason', '?')}",
     "failed": lambda e: f"failed with exit code {e.get('exit_code', '?')}: {e.get('reason', '?')}",

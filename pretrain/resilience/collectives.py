@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 from common.files import write_json
-from pretrain.ranks import ranges
+from pretrain.ranks import ranks_text
 
 DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 """Of NCCL's recorder, which builds with CUDA have, and of gloo's; private, so a torch without them records nothing."""
@@ -27,8 +26,6 @@ SUFFIX = ".collectives"
 NEWEST = 20
 """Calls of each group that a rank writes: ranks that wait for each other are a few calls apart, or many steps of one
 group."""
-LISTED = 8
-"""Parts of a list of ranks."""
 TOLD = 3
 """Collectives that a message tells of."""
 SAME_SIZE = ("all_reduce", "allreduce", "broadcast")
@@ -166,25 +163,16 @@ def _sentence(number: int, about: str, members: list[int], calls: dict[int, list
     ahead = [r for r, of_rank in calls.items() if r not in there and of_rank and of_rank[0].number > number]
     missing = [rank for rank in calls if rank not in there and rank not in ahead]
     first = min(there.values(), key=lambda call: call.time)
-    of = f"the group of {_ranks(members)}" + (f" ({about})" if about else "")
+    of = f"the group of {ranks_text(members)}" + (f" ({about})" if about else "")
     same_size = first.operation in SAME_SIZE
     kinds = {rank: call.what if same_size else call.operation for rank, call in there.items()}
     if len(set(kinds.values())) > 1:
-        each = (f"{kind} on {_ranks(r for r in kinds if kinds[r] == kind)}" for kind in sorted(set(kinds.values())))
+        each = (f"{kind} on {ranks_text(r for r in kinds if kinds[r] == kind)}" for kind in sorted(set(kinds.values())))
         return 0, first.time, f"call {number} of {of} is not the same everywhere: {'; '.join(each)}"
     text = f"{first.what}, call {number} of {of}"
     if missing:
-        return 0, first.time, f"{text}: {_ranks(missing)} did not call it, {_ranks(there)} did"
+        return 0, first.time, f"{text}: {ranks_text(missing)} did not call it, {ranks_text(there)} did"
     unknown = [rank for rank in members if rank not in calls]
     if unknown:
-        return 1, first.time, f"{text}: {_ranks(calls)} called it, of {_ranks(unknown)} there is no record"
+        return 1, first.time, f"{text}: {ranks_text(calls)} called it, of {ranks_text(unknown)} there is no record"
     return 2, first.time, f"{text}: all its ranks called it, and it does not end"
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    numbers = sorted(ranks)
-    parts = ranges(numbers).split(", ")
-    if len(parts) > LISTED:
-        parts = [*parts[: LISTED - 2], "...", parts[-1]]
-        return f"{len(numbers)} ranks {', '.join(parts)}"
-    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(parts)}"

@@ -16,6 +16,7 @@ from model.parallel.sharding import shard_place
 from model.parameters import parameter_specs
 from pretrain.parallel.agreement import of_all_ranks
 from pretrain.parallel.rounds import maximum
+from pretrain.ranks import ranks_text
 
 CHUNK = 2**22
 """Elements that are multiplied at a time: 64 MiB beside the model."""
@@ -37,11 +38,11 @@ class Difference(NamedTuple):
         return wrong if len(most) > len(wrong) else []
 
     def __str__(self) -> str:
-        """`blocks.0.norm.weight: rank 2 differs from ranks 0, 1, 3`. If only two ranks hold it, either may be the wrong
+        """`blocks.0.norm.weight: rank 2 differs from ranks 0-1, 3`. If only two ranks hold it, either may be the wrong
         one."""
         *others, most = self.groups
         wrong = sorted(rank for group in others for rank in group)
-        return f"{self.key}: {_ranks(wrong)} {'differ' if len(wrong) > 1 else 'differs'} from {_ranks(most)}"
+        return f"{self.key}: {ranks_text(wrong)} {'differ' if len(wrong) > 1 else 'differs'} from {ranks_text(most)}"
 
 
 def suspect_node(differences: Sequence[Difference], hosts: Sequence[str]) -> str | None:
@@ -154,7 +155,3 @@ def checksum(value: Tensor) -> Tensor:
         odd = torch.arange(2 * start + 1, 2 * (start + len(part)) + 1, 2, device=value.device)
         total = total + (part * odd).sum()
     return total
-
-
-def _ranks(numbers: list[int]) -> str:
-    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -96,7 +96,7 @@ class Record:
             ) from None
         except OSError as error:
             raise kind_of(error)(f"{KEY}: {path} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{KEY}: {path} is not a record of choices that this version reads") from None
 
     def check(self, expected: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ def check_recording(folder: Path, content: dict[str, Any]) -> bool:
         return False
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"train.record_routing: {path} is not a record of choices; move it away") from None
     if held != {"format": FORMAT, **content}:
         raise UserError(

@@ -84,7 +84,7 @@ def _transformers_type(folder: Path) -> str | None:
     """The model_type of a folder of Hugging Face transformers; None for other folders."""
     try:
         found = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     kind = found.get("model_type") if isinstance(found, dict) else None
     return kind if isinstance(kind, str) else None

@@ -76,6 +76,9 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         path = config_file(args.config)
         config = smoke_config(path, args.overrides, args.steps)
         run_dir = run_folder(path, args.run_dir)
+        from pretrain.report.weights_and_biases import check_installed  # here: numpy, for which --help need not wait
+
+        check_installed(load_config(path, args.overrides).monitor)  # of the run: the test sends nothing
         sources, *_ = preflight(config, ranks.world_size, run_dir / "smoke", alone=ranks.world_size == 1)
     except UserError as error:
         stop.say_refusal(error, ranks)
@@ -104,6 +107,7 @@ def smoke_config(path: Path, overrides: Sequence[str], steps: int, resume: Path 
         "evaluate.tasks_every_steps": 0,
         "evaluate.tasks_limit": 0,
         "monitor.tensorboard": False,
+        "monitor.wandb": "off",  # its two runs are none of the project's
         "monitor.print_every_steps": 1,
         "monitor.alert_command": None,
     }

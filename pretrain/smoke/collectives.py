@@ -1,8 +1,8 @@
 """Every kind of collective between all ranks: is its result right, and how fast is it?
 
-Rank r fills its buffer with base + r, base[i] = i mod 251, so that every element of every result is a whole number that
-fp32 holds exactly, whatever the order of the sum. S is the size of the largest buffer that a call reads or writes on a
-rank, W the number of ranks.
+Rank r fills its buffer with base + r mod 1021, base[i] = i mod 251, so that every element of every result is a whole
+number that fp32 holds exactly, whatever the order of the sum, up to 20,000 ranks. S is the size of the largest buffer
+that a call reads or writes on a rank, W the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pretrain.parallel.agreement import of_all_ranks
 REPEATS = 5
 EVERY_PAIR = 64
 """Up to so many ranks every pair exchanges."""
+APART = 1021
+"""Ranks so far apart, or multiples, have the same numbers: were all different, sums of 6,000 ranks would be rounded."""
 WIDTH = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
 """Bytes over the slowest link are this times S (W - 1) / W, as nccl-tests count them ("bus bandwidth")."""
 
@@ -59,8 +61,8 @@ def check_collectives(num_bytes: int, device: torch.device) -> tuple[list[Measur
 def _cases(rank: int, size: int, elements: int, device: torch.device) -> Iterator[tuple[str, Call, Tensor]]:
     """Name, call and right result of each collective."""
     base = torch.arange(elements, device=device, dtype=torch.float32) % 251
-    own, share = base + rank, elements // size
-    total = size * base + size * (size - 1) / 2
+    own, share = base + rank % APART, elements // size
+    total = size * base + sum(other % APART for other in range(size))
 
     def all_reduce() -> Tensor:
         result = own.clone()
@@ -74,7 +76,7 @@ def _cases(rank: int, size: int, elements: int, device: torch.device) -> Iterato
         dist.all_gather_into_tensor(result, own[:share].contiguous())
         return result
 
-    yield "all_gather", all_gather, torch.cat([base[:share] + other for other in range(size)])
+    yield "all_gather", all_gather, torch.cat([base[:share] + other % APART for other in range(size)])
 
     def reduce_scatter() -> Tensor:
         result = torch.empty_like(base[:share])
@@ -89,14 +91,14 @@ def _cases(rank: int, size: int, elements: int, device: torch.device) -> Iterato
         return result
 
     mine = base[rank * share : (rank + 1) * share]
-    yield "all_to_all", all_to_all, torch.cat([mine + other for other in range(size)])
+    yield "all_to_all", all_to_all, torch.cat([mine + other % APART for other in range(size)])
 
     def broadcast() -> Tensor:
         result = own.clone()
         dist.broadcast(result, src=size - 1)
         return result
 
-    yield "broadcast", broadcast, base + size - 1
+    yield "broadcast", broadcast, base + (size - 1) % APART
 
 
 def distances(size: int) -> list[int]:
@@ -109,7 +111,7 @@ def _pairs(rank: int, size: int, elements: int, device: torch.device, faults: li
     """Point to point: in the round of distance s rank r sends to r + s and receives from r - s (`distances`). Of the
     bandwidths the slowest pair's is given, with its ranks: it tells which link or node is slow."""
     base = torch.arange(elements, device=device, dtype=torch.float32) % 251
-    own = base + rank
+    own = base + rank % APART
     slowest: tuple[float, str] | None = None
     for shift in distances(size):
         target, source = (rank + shift) % size, (rank - shift) % size
@@ -121,7 +123,7 @@ def _pairs(rank: int, size: int, elements: int, device: torch.device, faults: li
                 work.wait()
             return result
 
-        faults += _agreed(_difference(f"point to point from rank {source}", rank, exchange(), base + source))
+        faults += _agreed(_difference(f"point to point from rank {source}", rank, exchange(), base + source % APART))
         seconds = of_all_ranks((_median_seconds(exchange, device), f"{source} to {rank}"))
         slowest = max([max(seconds), *([slowest] if slowest else [])])
     if slowest is None:

@@ -88,12 +88,15 @@ class Run:
         return math.nan if math.isnan(begin) else self.loss_between(axis, begin, place)
 
     def loss_between(self, axis: str, begin: float, place: float) -> float:
-        """Mean loss from `begin` to `place`, of the last point up to there at least; NaN without one."""
+        """Mean of the finite losses from `begin` to `place`, of the last point up to there at least; infinite where
+        none is finite, NaN without one."""
         x, y = self.column(axis), self.column("loss")
         end = int(np.searchsorted(x, place, side="right"))
         near = y[min(int(np.searchsorted(x, begin)), max(0, end - 1)) : end]
-        near = near[np.isfinite(near)]
-        return float(near.mean()) if len(near) else math.nan
+        finite = near[np.isfinite(near)]
+        if not len(finite) and (not len(near) or "loss" not in self.view.metrics.names):
+            return math.nan
+        return float(finite.mean()) if len(finite) else math.inf
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,11 @@ class Difference:
     largest_step: int
     beyond: int | None
     """The first step whose relative difference is more than the tolerance; None: no step's is."""
+
+
+def known(loss: float) -> float:
+    """A loss that was computed: infinite where it is not finite, for NaN says that there is none."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def open_runs(views: Sequence[RunView]) -> list[Run]:
@@ -213,8 +221,8 @@ def splits_of(runs: Sequence[Run]) -> list[SplitName]:
 
 
 def validation_losses(runs: Sequence[Run], split: SplitName = "validation") -> list[tuple[float, list[float]]]:
-    """A step and the loss of every run on a split after it, NaN where a run was not validated on that: some steps,
-    evenly among all, with the first and the last."""
+    """A step and the loss of every run on a split after it, infinite where that was not finite, NaN where a run was not
+    validated on that: some steps, evenly among all, with the first and the last."""
     return _some([dict(run.view.validations(split)) for run in runs])
 
 
@@ -226,19 +234,21 @@ def bits_per_byte(runs: Sequence[Run], split: SplitName = "validation") -> list[
 def _some(found: Sequence[dict[int, float]]) -> list[tuple[float, list[float]]]:
     steps = sorted(set().union(*found))
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), VALIDATIONS)).round().astype(int))
-    return [(steps[n], [of_run.get(steps[n], math.nan) for of_run in found]) for n in chosen]
+    return [
+        (steps[n], [known(of_run[steps[n]]) if steps[n] in of_run else math.nan for of_run in found]) for n in chosen
+    ]
 
 
 def source_losses_at_end(
     runs: Sequence[Run], split: SplitName = "validation"
 ) -> tuple[int, list[tuple[str, list[float]]]]:
     """The last step after which all runs were validated on a split (0: there is none); every source of that validation,
-    and its loss in every run, NaN where a run did not read it."""
+    and its loss in every run, infinite where that was not finite, NaN where a run did not read it."""
     found = [dict(run.view.source_validations(split)) for run in runs]
     step = max(set.intersection(*map(set, found)), default=0)
     at_end = [of_run.get(step, {}) for of_run in found]
     names = dict.fromkeys(name for losses in at_end for name in losses)
-    return step, [(name, [losses.get(name, math.nan) for losses in at_end]) for name in names]
+    return step, [(name, [known(losses[name]) if name in losses else math.nan for losses in at_end]) for name in names]
 
 
 def task_accuracies_at_end(runs: Sequence[Run]) -> list[tuple[str, int, list[float]]]:

@@ -35,6 +35,9 @@ DIFFERS = "What differs"
 LIMIT = "evaluate.tasks_limit"
 LONGEST = 60
 """Characters of a setting."""
+NOT_FINITE = "not finite"
+EVERY_STEP = ("loss", "grad_norm")
+"""Values that every step has, so one that is missing was not finite."""
 CONTEXT = 20
 """Characters that stand before the first one that differs."""
 
@@ -186,8 +189,10 @@ def _differences(first: Run, other: Run, tolerance: float) -> Table:
         (
             d.key if "/" in d.key else d.key.replace("_", " "),  # behind a / stands a user's name
             f"{d.step:,}",
-            *(_number(value) for value in d.values),
-            "one has none" if math.isinf(d.largest) else f"{d.largest:.2g}",
+            *(_number(value, d.key) for value in d.values),
+            f"one {'is' if d.key in EVERY_STEP else 'has'} {_number(math.nan, d.key)}"
+            if math.isinf(d.largest)
+            else f"{d.largest:.2g}",
             f"{d.largest_step:,}",
             "never" if d.beyond is None else f"{d.beyond:,}",
         )
@@ -213,8 +218,10 @@ def _place(value: float) -> str:
     return f"{value:,.0f}" if value < 1e12 else f"{value:.3g}"
 
 
-def _number(value: float) -> str:
-    return "none" if math.isnan(value) else f"{value:.9g}"
+def _number(value: float, key: str) -> str:
+    if math.isnan(value):
+        return NOT_FINITE if key in EVERY_STEP else "none"
+    return f"{value:.9g}"
 
 
 def _accuracies(values: Sequence[float]) -> list[str]:
@@ -228,9 +235,9 @@ def _accuracies(values: Sequence[float]) -> list[str]:
 
 
 def _loss(value: float, reference: float, number: int) -> str:
-    if math.isnan(value):
-        return "-"
-    if number == 0 or math.isnan(reference):
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else NOT_FINITE
+    if number == 0 or not math.isfinite(reference):
         return f"{value:.4f}"
     difference = value - reference
     return f"{value:.4f} ({difference:+.4f})" if abs(difference) >= 5e-4 else f"{value:.4f} ({difference:+.1g})"

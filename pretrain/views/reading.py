@@ -200,7 +200,8 @@ class RunView:
             self.update_events()
             folder = self.path / "checkpoints"
             names = os.listdir(folder) if folder.is_dir() else []
-            self.checkpoints = sorted(name for name in names if re.fullmatch(r"step-\d{8,}", name))
+            found = (name for name in names if re.fullmatch(r"step-\d{8,}", name))
+            self.checkpoints = sorted(found, key=lambda name: (len(name), name))  # from 10^8 on there are more digits
         except OSError as error:
             raise kind_of(error)(f"RUN: {error.filename or self.path} cannot be read: {error.strerror}") from None
 

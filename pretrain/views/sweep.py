@@ -21,7 +21,7 @@ from common.splits import SPLITS
 from common.tables import folded_table, shortened, text_table
 from common.terminal import visible
 from pretrain.report.exit_codes import ExitCode
-from pretrain.views.comparison import Run, data_digest
+from pretrain.views.comparison import Run, data_digest, known
 from pretrain.views.reading import RunView, State
 
 TRAINING = "training"
@@ -103,14 +103,14 @@ class Result:
 
     def loss(self, name: str) -> float:
         """The newest loss on the held-out split of that name, or the mean loss of the newest steps if it is `training`;
-        nats per token, or bits per byte if its name says so. NaN before the first."""
+        nats per token, or bits per byte if its name says so. Infinite where it is not finite, NaN before the first."""
         if self.view is None:
             return math.nan
         if name == TRAINING:
             return Run("", self.view).loss_at("step", self.step)
         split = name.removesuffix(BITS)
         found = self.view.validations(split) if name == split else self.view.bits_per_byte(split)
-        return found[-1][1] if found else math.nan
+        return known(found[-1][1]) if found else math.nan
 
     @property
     def tokens_per_second(self) -> float:
@@ -168,12 +168,16 @@ def table(results: Sequence[Result], keys: Sequence[str]) -> list[list[str]]:
                 *(result.run.values[key] for key in keys),
                 result.state_text,
                 f"{result.step:,}" + (f" of {last:,}" if last else ""),
-                *(f"{loss:.4f}" if math.isfinite(loss) else "-" for loss in map(result.loss, losses)),
+                *(_loss_text(loss) for loss in map(result.loss, losses)),
                 f"{result.tokens_per_second:,.0f}" if math.isfinite(result.tokens_per_second) else "-",
                 result.run.name,
             ]
         )
     return rows
+
+
+def _loss_text(loss: float) -> str:
+    return "-" if math.isnan(loss) else f"{loss:.4f}" if math.isfinite(loss) else "not finite"
 
 
 def table_text(results: Sequence[Result], keys: Sequence[str], *, width: int | None = None) -> str:

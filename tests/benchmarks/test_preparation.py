@@ -121,6 +121,17 @@ def test_ratios_of_preparation_are_medians_of_the_rounds_and_a_missing_tool_is_s
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_input_may_have_its_documents_more_than_ten_times(tmp_path: Path) -> None:
+    """Each time other ones."""
+    raw = write_raw(tmp_path / "raw.json.gz")
+    size = sum(len(text.encode()) for text in TEXTS)
+    found = memory._inputs_of_size([raw], tmp_path / "input", 25 * size)
+    texts = [json.loads(line)["text"] for path in found for line in gzip.decompress(path.read_bytes()).splitlines()]
+    first = [text.split(" ")[0] for text in texts[::3]]
+    assert len(first) > 20 and len(set(first)) == len(first)
+    assert first[:2] == ["One", "Onea"] and "Oneaj" in first and "Onebb" in first
+
+
 def test_memory_is_told_beside_that_of_the_smallest_input() -> None:
     runs = [{"text_mb": mb, **Cost(9.0, 5.0, peak)._asdict()} for mb, peak in ((50, 400_000_000), (500, 500_000_000))]
     assert "| 500 | 500 | 1.25 | 9 |" in memory.page({"workers": 2, "filters": True, "runs": runs})

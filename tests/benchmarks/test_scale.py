@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from benchmarks.scale import sockets
 from benchmarks.scale.__main__ import main, simulate, with_ranks
 from benchmarks.scale.checkpoint import owned_parts
 from pretrain.config.loading import load_config
@@ -57,6 +58,17 @@ def test_a_table_and_numbers_of_a_few_ranks(tmp_path: Path, capsys: pytest.Captu
     assert found[13]["checkpoint: later saves: sent to rank 0 by a rank"] < 200
     assert found[13]["checkpoint: files that all ranks open for the weights"] < 13 * 13
     assert found[1]["checkpoint: files that all ranks open for the weights"] == 1
+
+
+def test_ranks_that_do_not_meet_end_the_measurement(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(rank: int, ranks: int, port: int, sender: Any) -> None:
+        raise SystemExit(1)
+
+    monkeypatch.setattr(sockets, "_rank", fail)
+    assert main(["--sockets", "2"]) == 2
+    assert "error: --sockets: 2 processes did not meet" in capsys.readouterr().err
 
 
 def test_a_wrong_number_and_a_missing_file_are_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

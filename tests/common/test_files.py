@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -108,6 +109,9 @@ def test_what_fails_in_the_block_is_what_its_user_hears(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as missing, replacing(tmp_path / "a") as stream:
         stream.write((tmp_path / "source").read_bytes())
     assert missing.value.filename == str(tmp_path / "source") and list(tmp_path.iterdir()) == []
+    with pytest.raises(gzip.BadGzipFile, match="Not a gzipped file"), replacing(tmp_path / "a") as stream:
+        stream.write(gzip.decompress(b"damaged"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def _fail_without_the_temporary_file(path: Path) -> None:

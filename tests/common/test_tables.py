@@ -81,6 +81,8 @@ def test_names_that_would_look_alike_are_shown_where_they_differ() -> None:
     assert shortened_apart([*names, "other"], 20)[2] == "other"
     assert shortened_apart(["same" * 9] * 2, 20) == [shortened("same" * 9, 20)] * 2
     both = [f"tiny,learning_rate={r},sequence_length={n}" for r in ("1e-3", "2e-3") for n in (64, 128)]
+    many = [f"{n:09}" for n in range(20_000)]  # the square of which would take minutes
+    assert len(set(shortened_apart([f"run {name} of a sweep" for name in many], 16))) == len(many)
     assert len(set(shortened_apart(both, 20))) == 4 and max(map(len, shortened_apart(both, 20))) <= 20
     table = folded_table(("steps", *names), [("1", "9.5", "9.6")], width=40)
     assert "=1..." in table and "=2..." in table

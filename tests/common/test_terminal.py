@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 
+from common.paths import REPOSITORY
 from common.terminal import json_line
 
 
@@ -24,3 +27,14 @@ def test_json_is_readable_in_every_script_and_steers_nothing(text: str, shown: s
     for encoding, expected in (("utf-8", shown), ("ascii", json.dumps(text)), ("latin-1", json.dumps(text))):
         line = json_line(text, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
         assert line == expected and json.loads(line) == text and line.splitlines() == [line]
+
+
+def test_a_closed_stdin_is_an_empty_one() -> None:
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from common.terminal import prepare_streams\n"
+        "prepare_streams()\n"
+        "print(sys.stdin.buffer.read())\n"
+    )
+    line = ["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, "-c", program, str(REPOSITORY)]
+    assert subprocess.run(line, capture_output=True, check=True).stdout == b"b''\n"

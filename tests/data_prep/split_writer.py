@@ -1,14 +1,19 @@
-"""The documents of a split to shards, one document after the other: what tests of the shard format write."""
+"""The documents of a split to shards, one document after the other, and what they must read as: what tests of the shard
+format write."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.shards.format import Manifest, dtype_name
 from data_prep.shards.manifest_records import ShardEntry, SplitTotals
-from data_prep.shards.writer import ShardWriter
+from data_prep.shards.writer import ShardWriter, write_manifest
+
+EOS = 1
 
 
 class SplitWriter:
@@ -65,3 +70,45 @@ class SplitWriter:
             text_bytes=self._text_bytes,
         )
         return self._entries, totals
+
+
+def write_data(
+    folder: Path,
+    documents: list[np.ndarray],
+    *,
+    vocab_size: int,
+    tokens_per_shard: int,
+    tokens_per_member: int,
+) -> Manifest:
+    """Writes documents as the train split of a complete folder, with a file that stands in for the
+    tokenizer."""
+    folder.mkdir(exist_ok=True)
+    dtype = np.dtype(dtype_name(vocab_size))
+    sizes: dict[str, Any] = {"tokens_per_shard": tokens_per_shard, "tokens_per_member": tokens_per_member}
+    writer = SplitWriter(folder, "train", dtype=dtype, eos_id=EOS, **sizes)
+    for document in documents:
+        writer.add_document(document, text_bytes=7)
+    entries, totals = writer.finish()
+    (folder / "tokenizer.model").write_bytes(b"stand-in")
+    sha256 = hashlib.sha256(b"stand-in").hexdigest()
+    body = {
+        "format_version": 1,
+        "dtype": dtype.name,
+        "tokenizer": {"file": "tokenizer.model", "sha256": sha256, "vocab_size": vocab_size, "eos_id": EOS},
+        "splits": {"train": [entry.model_dump() for entry in entries], "validation": []},
+        "totals": {
+            "train": totals.model_dump(),
+            "validation": {"documents": 0, "tokens": 0, "text_bytes": 0},
+        },
+        "provenance": {"inputs": [], "config": {}, "versions": {}},
+    }
+    return write_manifest(folder, body)
+
+
+def random_documents(rng: np.random.Generator, count: int, vocab_size: int) -> list[np.ndarray]:
+    return [rng.integers(2, vocab_size, size=int(rng.integers(0, 400))) for _ in range(count)]
+
+
+def joined(documents: list[np.ndarray]) -> np.ndarray:
+    """The reference: documents one after the other, each followed by EOS."""
+    return np.concatenate([np.append(document, EOS) for document in documents])

@@ -21,8 +21,8 @@ from common.errors import DataError, PassingError
 from data_prep.shards.cache import ShardCache
 from data_prep.shards.cache_folder import MARKER, NAME, CacheFolder
 from data_prep.shards.format import Manifest
+from tests.data_prep.split_writer import write_data
 from tests.data_prep.test_shard_cache import DOCUMENTS, EVERYTHING, reader_of, stored
-from tests.data_prep.test_shards import write_data
 
 Usage = namedtuple("Usage", "total used free")
 

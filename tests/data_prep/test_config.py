@@ -75,6 +75,18 @@ def load(tmp_path: Path, body: dict[str, Any], *overrides: str) -> DataConfig:
         ({"treshold": 0.7}, [], "treshold: unknown key; the nearest known key is dedup.threshold"),
         ({"format": "wikitext", "validation_input": "v", "dedup": {}}, [], 'format "wikitext" is used whole'),
         ({"shard": {"tokens_per_shard": 9}}, [], "tokens_per_member 131072 is more than tokens_per_shard 9"),
+        ({"format": "enwik8"}, [], 'tokenizer.type: format "enwik8" is bytes; set tokenizer to {"type": "bytes"}'),
+        ({"format": "enwik8", "validation_input": "b"}, [], 'validation_input: has no effect with format "enwik8"'),
+        ({"format": "enwik8", "test_input": "b"}, [], 'test_input: has no effect with format "enwik8"'),
+        ({"format": "enwik8", "validation_fraction": 0.1}, [], 'validation_fraction: has no effect with format "enw'),
+        ({"split_bytes": [1, 1, 1]}, [], 'split_bytes: has no effect without format "enwik8"; drop it'),
+        ({"format": "enwik8", "split_bytes": [1, 1]}, [], "split_bytes.2"),
+        ({"format": "enwik8", "split_bytes": [0, 1, 1]}, [], "split_bytes.0: input should be greater than"),
+        ({"format": "wikitext"}, [], "set validation_input to its wiki.valid.raw"),
+        ({"tokenizer": {"type": "bytes"}}, [], 'which the documents of format "auto" need; use bpe or unigram'),
+        ({"tokenizer": {"type": "bytes", "seed": 1}}, [], "tokenizer: seed has no effect with type bytes"),
+        ({"tokenizer": {"type": "bytes", "vocab_size": 300}}, [], "vocab_size is 256 with type bytes"),
+        ({"test_input": "b"}, [], "test_input: needs validation_input; set it too"),
     ],
 )
 def test_every_mistake_is_one_message(tmp_path: Path, body: dict[str, Any], overrides: list[str], message: str) -> None:
@@ -84,22 +96,16 @@ def test_every_mistake_is_one_message(tmp_path: Path, body: dict[str, Any], over
     assert "\n" not in str(error.value)
 
 
-def test_files_that_are_no_config(tmp_path: Path) -> None:
+def test_a_file_without_input_and_one_of_a_run(tmp_path: Path) -> None:
+    """Files that are none of any program's: tests/common/test_json_config.py."""
     path = tmp_path / "config.json"
-    with pytest.raises(ConfigError, match=r"^--config: there is no file .*config\.json"):
-        load_config(path, [])
     for text, message in [
-        ("{", "is not JSON: line 1: Expecting"),
-        ("[]", r"holds a list; a configuration is a JSON object"),
-        ('{"a": 1, "a": 2}', "a: stands twice in the same JSON object; keep one"),
         ('{"model": {}}', "is the configuration of a run"),
+        ('{"output": "x"}', "input: is required and missing"),
     ]:
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_config(path, [])
-    path.write_text('{"output": "x"}')
-    with pytest.raises(ConfigError, match="input: is required and missing"):
-        load_config(path, [])
 
 
 def test_overrides_are_json_or_strings(tmp_path: Path) -> None:

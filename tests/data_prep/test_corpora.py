@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.errors import ConfigError, DataError
+from common.errors import DataError
 from common.paths import REPOSITORY
 from data_prep.cli import main
 from data_prep.config.loading import load_config
@@ -18,7 +18,7 @@ from data_prep.raw.documents import RawFile, Rejected, documents, is_article_hea
 from data_prep.shards.format import Manifest
 from data_prep.shards.reader import SplitReader
 from tests.data_prep.conftest import WORDS
-from tests.data_prep.test_prepare import decoded, one_error, outputs, run
+from tests.data_prep.outcome import decoded, one_error, outputs, run
 
 SPLIT_BYTES = [30_011, 5_003, 5_000]
 SHARD = {"tokens_per_shard": 8000, "tokens_per_member": 1024}
@@ -183,20 +183,6 @@ def test_enwik8_of_another_size_is_refused(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_failing_rebuild_leaves_the_former_data_whole(
-    enwik8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(enwik8) == 0
-    before = outputs(tmp_path / "out")
-    make_enwik8(tmp_path / "raw" / "enwik8", 40_013)
-    assert run(enwik8) == 2
-    assert "enwik8 has changed" in one_error(capsys)
-    for workers in (1, 2):
-        assert run(enwik8, "--force", "--set", f"workers={workers}") == 2
-        assert "holds 40,013 bytes" in one_error(capsys)
-        assert outputs(tmp_path / "out") == before
-
-
 def test_the_standard_split_is_90_5_5_million(enwik8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(enwik8, "--set", "split_bytes=null") == 2
     assert "holds 40,014 bytes, not 100,000,000 (90,000,000 + 5,000,000 + 5,000,000)" in one_error(capsys)
@@ -343,30 +329,6 @@ def test_a_file_without_articles_is_refused(wikitext: Path, tmp_path: Path, caps
         (tmp_path / "raw" / "wiki.valid.raw").write_bytes(content)
         assert run(wikitext) == 2
         assert "wiki.valid.raw has no line ` = Title = ` that opens an article" in one_error(capsys)
-
-
-@pytest.mark.parametrize(
-    "body, message",
-    [
-        ({"format": "enwik8"}, 'tokenizer.type: format "enwik8" is bytes; set tokenizer to {"type": "bytes"}'),
-        ({"format": "enwik8", "validation_input": "b"}, 'validation_input: has no effect with format "enwik8"'),
-        ({"format": "enwik8", "test_input": "b"}, 'test_input: has no effect with format "enwik8"'),
-        ({"format": "enwik8", "validation_fraction": 0.1}, 'validation_fraction: has no effect with format "enwik8"'),
-        ({"split_bytes": [1, 1, 1]}, 'split_bytes: has no effect without format "enwik8"; drop it'),
-        ({"format": "enwik8", "split_bytes": [1, 1]}, "split_bytes.2"),
-        ({"format": "enwik8", "split_bytes": [0, 1, 1]}, "split_bytes.0: input should be greater than"),
-        ({"format": "wikitext"}, "set validation_input to its wiki.valid.raw"),
-        ({"tokenizer": {"type": "bytes"}}, 'which the documents of format "auto" need; use bpe or unigram'),
-        ({"tokenizer": {"type": "bytes", "seed": 1}}, "tokenizer: seed has no effect with type bytes"),
-        ({"tokenizer": {"type": "bytes", "vocab_size": 300}}, "vocab_size is 256 with type bytes"),
-        ({"test_input": "b"}, "test_input: needs validation_input; set it too"),
-    ],
-)
-def test_every_mistake_in_a_config_is_one_message(tmp_path: Path, body: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        load_config(write_config(tmp_path, **{"input": "a", **body}), [])
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["enwik8", "wikitext103"])

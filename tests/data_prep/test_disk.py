@@ -6,8 +6,8 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from data_prep.run import disk_estimate
 from data_prep.run.disk_estimate import needed_bytes, used_bytes
 from launch.slurm import preparation
 from tests.data_prep.conftest import Corpus
+from tests.data_prep.outcome import one_error, outputs
 from tests.data_prep.raw_corpus import SAMPLE
-from tests.data_prep.test_prepare import one_error, outputs
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -139,44 +139,34 @@ def test_with_room_for_everything_nobody_walks_over_the_work_folder(
         assert len(walked) == times
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    """A file system of half a megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("only a super-user who may mount can have a disk that is full")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount command")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_disk_that_fills_is_one_sentence_and_the_same_command_goes_on(
-    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int
+    tmp_path: Path,
+    small_disk: Callable[[int], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    workers: int,
 ) -> None:
+    disk = small_disk(512 << 10)
     with gzip.open(SAMPLE / "c4" / "c4-validation.00000-of-00001.json.gz") as stream:
         lines = stream.read()
     for number in range(3):
         (tmp_path / f"{number}.jsonl").write_bytes(lines)
     body = {"input": str(tmp_path / "*.jsonl"), "workers": workers, "tokenizer": {"vocab_size": 600}}
-    for name, output in (("full", small_disk / "out"), ("roomy", tmp_path / "roomy")):
+    for name, output in (("full", disk / "out"), ("roomy", tmp_path / "roomy")):
         (tmp_path / f"{name}.json").write_text(json.dumps({**body, "output": str(output)}))
     monkeypatch.setattr(cli, "check_room", lambda resolved: None)  # which would refuse it at the start
     assert main(["run", "--config", str(tmp_path / "full.json")]) == 1
     error = one_error(capsys)
-    assert error.startswith(
-        f"error: output: the disk of {small_disk}/out has no room for the work folder and the shards"
-    )
+    assert error.startswith(f"error: output: the disk of {disk}/out has no room for the work folder and the shards")
     assert "bytes are needed" in error and "are free; make room: the same command goes on where it was" in error
-    assert not (small_disk / "out" / "manifest.json").exists()
-    assert not list((small_disk / "out").rglob("*.tmp")), "nothing half-written"
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert not (disk / "out" / "manifest.json").exists()
+    assert not list((disk / "out").rglob("*.tmp")), "nothing half-written"
+    small_disk(64 << 20)
     monkeypatch.undo()
     assert main(["run", "--config", str(tmp_path / "full.json")]) == 0
     assert main(["run", "--config", str(tmp_path / "roomy.json")]) == 0
-    assert outputs(small_disk / "out") == outputs(tmp_path / "roomy")
+    assert outputs(disk / "out") == outputs(tmp_path / "roomy")
 
 
 def test_an_error_of_another_kind_is_left_as_it_is(

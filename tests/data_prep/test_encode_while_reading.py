@@ -18,8 +18,8 @@ from data_prep.shards.format import Manifest
 from data_prep.work import folder as work
 from data_prep.work.parallel import _start_method
 from tests.data_prep.kills import run_with_kills
+from tests.data_prep.outcome import outputs
 from tests.data_prep.raw_corpus import write_config, write_corpus
-from tests.data_prep.test_prepare import outputs
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from data_prep.stages.filters import (
 )
 from data_prep.stages.tokenizer import train_tokenizer
 from tests.data_prep.conftest import c4_line, write_dump
+from tests.data_prep.outcome import decoded
 from tests.data_prep.raw_corpus import GERMAN, SAMPLE, sample_texts
-from tests.data_prep.test_prepare import decoded
 
 GOOD = sample_texts(1)[0]
 SENTENCES = [sentence.strip() + "." for text in sample_texts(8) for sentence in text.replace("\n", " ").split(". ")]

@@ -8,6 +8,8 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from common.errors import DataError
 from data_prep.config.schema import DataConfig
 from data_prep.raw.documents import RawFile
@@ -18,7 +20,9 @@ from data_prep.stages.ingest import IngestTask, RawInput, ingest_batch, quaranti
 from data_prep.work.parts import read_documents, read_index
 from tests.data_prep.conftest import c4_line, make_texts, pes2o_line, write_dump
 
-DUMPS, LINES, PREPARED = 1200, 600, 1200  # 6 s in all
+DUMPS, LINES, PREPARED = 300, 200, 300  # 2 s in all
+MORE = pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.slow)])
+"""The fast ones have every kind of corruption in every kind of file."""
 
 
 def corrupt(data: bytes, rng: random.Random) -> tuple[str, bytes]:
@@ -44,13 +48,14 @@ def corrupt(data: bytes, rng: random.Random) -> tuple[str, bytes]:
             return kind, result
 
 
-def test_corrupt_dumps_are_quarantined_whole_or_unchanged(tmp_path: Path) -> None:
+@MORE
+def test_corrupt_dumps_are_quarantined_whole_or_unchanged(tmp_path: Path, times: int) -> None:
     texts = [text for text in make_texts(12, seed=1) if text]
     whole = write_dump(tmp_path / "raw" / "c4.json.gz", [c4_line(text) for text in texts]).read_bytes()
     folder = tmp_path / "work"
     folder.mkdir()
     outcomes: Counter[str] = Counter()
-    for number in range(DUMPS):
+    for number in range(times * DUMPS):
         kind, data = corrupt(whole, random.Random(number))
         path = tmp_path / "raw" / "c4.json.gz"
         path.write_bytes(data)
@@ -83,11 +88,12 @@ def test_corrupt_dumps_are_quarantined_whole_or_unchanged(tmp_path: Path) -> Non
     assert outcomes["quarantined"] > 0.8 * sum(outcomes.values())
 
 
-def test_a_corrupt_line_is_quarantined_with_its_number_and_costs_no_other(tmp_path: Path) -> None:
+@MORE
+def test_a_corrupt_line_is_quarantined_with_its_number_and_costs_no_other(tmp_path: Path, times: int) -> None:
     texts = [f"{number} " + text for number, text in enumerate(make_texts(12, seed=2))]
     lines = [json.dumps(pes2o_line(text)).encode() for text in texts]
     reasons: Counter[str] = Counter()
-    for number in range(LINES):
+    for number in range(times * LINES):
         rng = random.Random(number)
         position = rng.randrange(len(lines))
         _, bad = corrupt(lines[position], rng)
@@ -117,13 +123,14 @@ def all_documents(folder: Path) -> list[list[int]]:
     return found
 
 
-def test_corrupt_prepared_data_are_refused_with_the_file(prepared_once: Path, tmp_path: Path) -> None:
+@MORE
+def test_corrupt_prepared_data_are_refused_with_the_file(prepared_once: Path, tmp_path: Path, times: int) -> None:
     folder = Path(shutil.copytree(prepared_once, tmp_path / "data"))
     expected = all_documents(folder)
     names = ["train-00000.tar", "train-00001.idx.safetensors", "validation-00000.tar", "manifest.json",
              "tokenizer.model", "quarantine.jsonl"]  # fmt: skip
     refused: Counter[str] = Counter()
-    for number in range(PREPARED):
+    for number in range(times * PREPARED):
         rng = random.Random(number)
         path = folder / names[number % len(names)]
         whole = path.read_bytes()
@@ -138,5 +145,5 @@ def test_corrupt_prepared_data_are_refused_with_the_file(prepared_once: Path, tm
         assert path.name in message or (path.name == "manifest.json" and not message)
         path.write_bytes(whole)
     assert refused.keys() == set(names)
-    assert all(count == PREPARED // len(names) for name, count in refused.items() if name != "manifest.json")
-    assert refused["manifest.json"] > 0.9 * PREPARED / len(names)
+    assert all(count == times * PREPARED // len(names) for name, count in refused.items() if name != "manifest.json")
+    assert refused["manifest.json"] > 0.9 * times * PREPARED / len(names)

@@ -4,13 +4,11 @@ import bz2
 import codecs
 import contextlib
 import gzip
-import io
 import itertools
 import json
 import lzma
 import random
 import re
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +18,12 @@ import zstandard
 from data_prep.cli import main
 from data_prep.raw.documents import Document, RawFile, Rejected
 from data_prep.raw.unpack import BLOCK_BYTES, NoDocumentError
-from tests.data_prep.test_prepare import one_error
+from tests.data_prep.outcome import one_error
+from tests.data_prep.raw_files import read, write
 
 LINES = [json.dumps({"text": f"document {number}", "id": number}).encode() for number in range(5)]
 TEXTS = [f"document {number}" for number in range(5)]
 SKIPPABLE = b"\x5a\x2a\x4d\x18" + (6).to_bytes(4, "little") + b"hidden"
-
-
-def write(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
-
-
-def read(path: Path, format: Any = "auto", **settings: Any) -> tuple[list[str], list[Rejected]]:
-    records = list(RawFile(path, format=format, **settings).read())
-    texts = [record.data.decode() for record in records if isinstance(record, Document)]
-    return texts, [record for record in records if isinstance(record, Rejected)]
 
 
 def long_window(data: bytes) -> bytes:
@@ -83,16 +71,6 @@ def test_a_byte_order_mark_is_no_part_of_a_text_or_an_article(tmp_path: Path) ->
 def test_every_valid_zstd_file_is_read(tmp_path: Path, stored: bytes) -> None:
     for name in ("a.jsonl.zst", "A.JSONL.ZST", "no-ending"):
         assert read(write(tmp_path / name, stored)) == (TEXTS, [])
-
-
-def tar_of(members: dict[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return stream.getvalue()
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"

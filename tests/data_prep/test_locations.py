@@ -33,8 +33,8 @@ from data_prep.raw.locations import (
 )
 from data_prep.shards.format import Manifest
 from tests.data_prep.conftest import make_texts
-from tests.data_prep.test_inputs import write
-from tests.data_prep.test_prepare import one_error
+from tests.data_prep.outcome import one_error
+from tests.data_prep.raw_files import write
 
 SECRET = "s3cr3tSignature"
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(60, seed=9) if text).encode()
@@ -232,7 +232,10 @@ def test_secrets_and_identities_of_addresses(monkeypatch: pytest.MonkeyPatch) ->
     )
     assert may_hold_secret(text) and may_hold_secret("a, http://host/b?c") and may_hold_secret("https://token@host/")
     harmless = "s3://bucket/a?.jsonl sftp://me@host/a https://host/a@b"
-    assert not may_hold_secret(harmless)
+    assert not may_hold_secret(harmless) and without_secrets("https://host/a@b") == "https://host/a@b"
+    assert without_secrets("https://me:p@ss@host/a?mail=a@b, https://host?to=a@b") == "https://host/a https://host"
+    many = "a" * 200_000  # a length that squares of would take minutes
+    assert without_secrets(f"{many} {many}https://me:pass@host/") == f"{many} {many}https://host/"
     with monkeypatch.context() as patch:  # Python's for names on disks: an old locale has no such letter
         patch.setattr(os, "fsencode", lambda name: name.encode("ascii", "surrogateescape"))
         assert list(_names([RemoteFile("s3://b/中.jsonl"), PipeFile("pipe:cat é.gz")]).values()) == ["中.jsonl", "é.gz"]

@@ -11,7 +11,7 @@ import pytest
 from data_prep.cli import main
 from data_prep.shards.format import Manifest
 from tests.data_prep.id_files import Prepare, stored_documents, write_megatron, write_plain
-from tests.data_prep.test_prepare import one_error, outputs
+from tests.data_prep.outcome import one_error, outputs
 
 END = 50256
 DOCUMENTS = [[464, 3290, 318], [0, 50255], [7] * 3000, [11]]

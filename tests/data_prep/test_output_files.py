@@ -20,7 +20,7 @@ from data_prep.work import folder as work
 from launch.slurm import preparation
 from tests.data_prep.conftest import Corpus, c4_line, write_dump
 from tests.data_prep.kills import Killed
-from tests.data_prep.test_prepare import one_error, outputs
+from tests.data_prep.outcome import one_error, outputs
 
 FOREIGN = (
     "train-00000.tar", "train-00099.tar", "validation-00000.idx.safetensors", "tokenizer.model", "tokenizer.json",

@@ -17,24 +17,8 @@ from data_prep.cli import main
 from data_prep.config import versions
 from data_prep.run import output_files, stages
 from data_prep.shards.format import Manifest
-from data_prep.shards.reader import SplitReader
-from data_prep.stages.tokenizer import TextTokenizer
 from tests.data_prep.conftest import Corpus, c4_line, write_dump
-
-
-def outputs(folder: Path) -> dict[str, str]:
-    """sha256 of every file but run.json, which tells time and host."""
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if path.name not in ("run.json", ".lock", ".work", "report")
-    }
-
-
-def decoded(manifest: Manifest, split: str) -> list[str]:
-    tokenizer = TextTokenizer.load(manifest.folder / "tokenizer.model")
-    with SplitReader(manifest, split, verify_on_first_read=True) as reader:
-        return [tokenizer.decode(reader.document(number)) for number in range(reader.num_documents)]
+from tests.data_prep.outcome import decoded, one_error, outputs, run
 
 
 def test_every_document_comes_back_in_order(corpus: Corpus, manifest: Manifest) -> None:
@@ -86,20 +70,10 @@ def test_two_workers_another_folder_and_two_steps_give_the_same_bytes(
     assert outputs(tmp_path / "two") == outputs(prepared_once)
 
 
-def run(config: Path, *extra: str, command: str = "run") -> int:
-    return main([command, "--config", str(config), *extra])
-
-
 @pytest.fixture
 def config(corpus: Corpus, prepared: Path, tmp_path: Path) -> Path:
     """The config that made `prepared`."""
     return corpus.write_config(tmp_path / "config.json", output=str(prepared))
-
-
-def one_error(capsys: pytest.CaptureFixture[str]) -> str:
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_a_second_run_is_up_to_date_whatever_the_workers(

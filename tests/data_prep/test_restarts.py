@@ -24,8 +24,8 @@ from data_prep.run.preparation import Preparation
 from data_prep.run.stages import STAGES, spread
 from data_prep.stages.id_maker import IdRecipe
 from data_prep.work.parallel import Workers
+from tests.data_prep.outcome import one_error, outputs
 from tests.data_prep.raw_corpus import write_config, write_corpus
-from tests.data_prep.test_prepare import one_error, outputs
 
 
 @pytest.fixture(scope="module")

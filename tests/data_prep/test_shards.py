@@ -5,61 +5,16 @@ import hashlib
 import io
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
 
 from common.errors import DataError
-from data_prep.shards.format import Manifest, ShardIndex, dtype_name
+from data_prep.shards.format import Manifest, ShardIndex
 from data_prep.shards.reader import ShardReader, SplitReader
-from data_prep.shards.writer import ShardWriter, write_manifest
-from tests.data_prep.split_writer import SplitWriter
-
-EOS = 1
-
-
-def write_data(
-    folder: Path,
-    documents: list[np.ndarray],
-    *,
-    vocab_size: int,
-    tokens_per_shard: int,
-    tokens_per_member: int,
-) -> Manifest:
-    """Writes documents as the train split of a complete folder, with a file that stands in for the
-    tokenizer."""
-    folder.mkdir(exist_ok=True)
-    dtype = np.dtype(dtype_name(vocab_size))
-    sizes: dict[str, Any] = {"tokens_per_shard": tokens_per_shard, "tokens_per_member": tokens_per_member}
-    writer = SplitWriter(folder, "train", dtype=dtype, eos_id=EOS, **sizes)
-    for document in documents:
-        writer.add_document(document, text_bytes=7)
-    entries, totals = writer.finish()
-    (folder / "tokenizer.model").write_bytes(b"stand-in")
-    sha256 = hashlib.sha256(b"stand-in").hexdigest()
-    body = {
-        "format_version": 1,
-        "dtype": dtype.name,
-        "tokenizer": {"file": "tokenizer.model", "sha256": sha256, "vocab_size": vocab_size, "eos_id": EOS},
-        "splits": {"train": [entry.model_dump() for entry in entries], "validation": []},
-        "totals": {
-            "train": totals.model_dump(),
-            "validation": {"documents": 0, "tokens": 0, "text_bytes": 0},
-        },
-        "provenance": {"inputs": [], "config": {}, "versions": {}},
-    }
-    return write_manifest(folder, body)
-
-
-def random_documents(rng: np.random.Generator, count: int, vocab_size: int) -> list[np.ndarray]:
-    return [rng.integers(2, vocab_size, size=int(rng.integers(0, 400))) for _ in range(count)]
-
-
-def joined(documents: list[np.ndarray]) -> np.ndarray:
-    """The reference: documents one after the other, each followed by EOS."""
-    return np.concatenate([np.append(document, EOS) for document in documents])
+from data_prep.shards.writer import ShardWriter
+from tests.data_prep.split_writer import EOS, joined, random_documents, write_data
 
 
 def test_a_shard_is_what_tarfile_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,15 +68,6 @@ def test_a_small_shard_byte_for_byte(tmp_path: Path) -> None:
     assert raw[1536:1542] == b"\x01\0\x01\0\x08\0"
     assert raw[2560:2564] == b"\x09\0\x01\0"
     assert entry.sha256 == "1c16714ff1f74e755bc85bee2dd558f1188456af6b8857a4b4373adfe46b8503"
-
-
-def test_tar_members_carry_nothing_of_the_host(prepared: Path) -> None:
-    with tarfile.open(prepared / "train-00000.tar") as tar:
-        members = tar.getmembers()
-    assert [m.name for m in members[:2]] == ["train-00000-000000.tok.bin", "train-00000-000001.tok.bin"]
-    assert {(m.mtime, m.uid, m.gid, m.mode, m.uname, m.gname) for m in members} == {(0, 0, 0, 0o644, "", "")}
-    assert all(not m.pax_headers for m in members)
-    assert {m.size for m in members[:-1]} == {1024 * 2}
 
 
 @pytest.mark.parametrize("vocab_size, stored", [(8000, "<u2"), (65536, "<u2"), (70000, "<u4")])

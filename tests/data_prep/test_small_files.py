@@ -13,8 +13,8 @@ from data_prep.cli import main
 from data_prep.shards.format import Manifest
 from data_prep.stages.ingest import BATCH_FILES, cut_batches
 from tests.data_prep.kills import run_with_kills
-from tests.data_prep.raw_corpus import sample_texts
-from tests.data_prep.test_prepare import outputs
+from tests.data_prep.outcome import outputs
+from tests.data_prep.raw_corpus import sample_texts, write_config
 
 FILES = 80
 
@@ -54,13 +54,6 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_prep.raw.unpack.BLOCK_BYTES", 8000)
 
 
-def write_config(raw: tuple[Path, dict[str, Any]], output: str, **changes: Any) -> str:
-    folder, body = raw
-    path = folder / f"{output}.json"
-    path.write_text(json.dumps({**body, "output": str(folder / output), **changes}))
-    return str(path)
-
-
 def test_batches_depend_on_sizes_and_order_alone() -> None:
     small, large, unknown = ("hash", 100), ("hash", 1 << 20), ("hash", None)
     assert cut_batches([]) == []
@@ -75,16 +68,16 @@ def test_files_together_alone_and_on_two_processes_give_the_same_bytes(
     raw: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, on_two: bool
 ) -> None:
     """test_stages.py has a fast one on two processes."""
-    assert main(["run", "--config", write_config(raw, "together", keep_work=True)]) == 0
+    assert main(["run", "--config", str(write_config(raw, "together", keep_work=True))]) == 0
     together = outputs(raw[0] / "together")
     if on_two:
-        assert main(["run", "--config", write_config(raw, "two", workers=2)]) == 0
+        assert main(["run", "--config", str(write_config(raw, "two", workers=2))]) == 0
         assert outputs(raw[0] / "two") == together
     (ingest,) = (raw[0] / "together" / ".work").glob("ingest-*")
     batches = [json.loads(path.read_bytes()) for path in ingest.glob("*.json")]
     assert 5 < len(batches) < 20 and max(len(batch["files"]) for batch in batches) > 10
     monkeypatch.setattr("data_prep.stages.ingest.BATCH_BYTES", 0)
-    assert main(["run", "--config", write_config(raw, "alone")]) == 0
+    assert main(["run", "--config", str(write_config(raw, "alone"))]) == 0
     assert outputs(raw[0] / "alone") == together
     records = {record.name: record for record in Manifest.load(raw[0] / "together").provenance.inputs}
     assert len(records) == FILES + 1
@@ -104,8 +97,8 @@ def test_files_together_alone_and_on_two_processes_give_the_same_bytes(
 
 
 def test_stopped_after_every_few_files_and_continued(raw: tuple[Path, dict[str, Any]]) -> None:
-    assert main(["run", "--config", write_config(raw, "whole")]) == 0
-    finished = run_with_kills(["run", "--config", write_config(raw, "stopped")], files=40, kills=3)
+    assert main(["run", "--config", str(write_config(raw, "whole"))]) == 0
+    finished = run_with_kills(["run", "--config", str(write_config(raw, "stopped"))], files=40, kills=3)
     assert outputs(raw[0] / "stopped") == outputs(raw[0] / "whole")
     assert max(Counter(file.name for file in finished if file.name.endswith(".quarantine.jsonl")).values()) == 1
 

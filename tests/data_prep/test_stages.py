@@ -23,8 +23,8 @@ from data_prep.run import output_files
 from data_prep.shards.format import Manifest, manifest_digest
 from data_prep.shards.reader import ShardReader
 from tests.data_prep.kills import Killed, run_with_kills
+from tests.data_prep.outcome import decoded, one_error, outputs
 from tests.data_prep.raw_corpus import GERMAN, near_copy, sample_texts, write_config, write_corpus
-from tests.data_prep.test_prepare import decoded, one_error, outputs
 
 # Parts of 60 KB and every file alone, as large ones are: it becomes several, so that stages have something to
 # interrupt. Small files together have a test in test_small_files.py.

@@ -25,8 +25,8 @@ from data_prep.raw.documents import Document, RawFile, Rejected
 from data_prep.raw.file_kinds import HEAD_BYTES
 from data_prep.raw.locations import PipeFile, RemoteFile, expand
 from data_prep.raw.unpack import DamagedFileError, NoDocumentError
-from tests.data_prep.test_inputs import read, write
-from tests.data_prep.test_prepare import outputs
+from tests.data_prep.outcome import outputs
+from tests.data_prep.raw_files import read, write
 
 TEXTS = [f"text {number} ü\n" for number in range(9)]
 

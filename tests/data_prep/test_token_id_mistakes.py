@@ -15,7 +15,7 @@ import sentencepiece
 from data_prep.cli import main
 from data_prep.raw import token_ids
 from tests.data_prep.id_files import EOS, write_llm_c, write_megatron, write_plain
-from tests.data_prep.test_prepare import one_error
+from tests.data_prep.outcome import one_error
 
 
 def _cut(path: Path, size: int) -> None:

@@ -35,7 +35,7 @@ from tests.data_prep.id_files import (
     write_plain,
 )
 from tests.data_prep.kills import run_with_kills
-from tests.data_prep.test_prepare import one_error, outputs
+from tests.data_prep.outcome import one_error, outputs
 
 WRITE_AND_READ = """
 import json, sys

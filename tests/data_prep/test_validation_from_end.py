@@ -13,9 +13,9 @@ from data_prep.raw.documents import RawFile
 from data_prep.raw.records import Document
 from data_prep.shards.format import Manifest
 from pretrain.cli.train import main as train
+from tests.data_prep.outcome import one_error
 from tests.data_prep.raw_corpus import sample_texts
-from tests.data_prep.test_inputs import write
-from tests.data_prep.test_prepare import one_error
+from tests.data_prep.raw_files import write
 
 
 def pieces(path: Path, held_out: float) -> list[tuple[int, str, bytes]]:

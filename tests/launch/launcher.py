@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import IO
 
 import psutil
+
+from common.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +26,7 @@ def command(ranks: int, prepared: Path, run_dir: Path, *overrides: str) -> list[
         "--num_gpus",
         str(ranks),
         "--master_port",
-        str(random.randint(20000, 60000)),
+        str(free_port()),
         str(ROOT / "launch" / "pretrain.py"),
         "--config",
         str(ROOT / "configs" / "switchall_tiny.json"),

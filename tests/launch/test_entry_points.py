@@ -203,9 +203,6 @@ def test_the_1b_config_never_trains_on_a_cpu_unasked(
     "arguments, words",
     [
         (["--set", "train.stepz=3"], "train.stepz: unknown key; the nearest known key is train.steps"),
-        (["--set", "model.attention.active_experts=5"], "num_experts = 4"),
-        (["--set", "batch.global_sequences=30"], "batch.global_sequences: 30 is not divisible"),
-        (["--set", "data.manifest=nowhere"], "data.manifest: there is no"),
         (["--set", "train.precision=fp16"], "train.precision: fp16 needs CUDA"),
         (
             [*DRY, "--ranks", "3"],
@@ -224,6 +221,7 @@ def test_refusals_are_one_message_without_traceback(
     arguments: list[str],
     words: str,
 ) -> None:
+    """More of them: tests/pretrain/config/test_refusals.py."""
     monkeypatch.chdir(tmp_path)
     assert main(arguments_for("switchall_tiny.json", prepared, *arguments)) == 2
     printed = capsys.readouterr()
@@ -269,7 +267,9 @@ def test_a_run_without_the_launcher_and_its_refusal_to_change(prepared: Path, tm
     done = start(script, *arguments, "--set", "train.stop_after_steps=2", cwd=tmp_path, stdout=nobody_reads)
     os.close(nobody_reads)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("warning: stdout cannot be written (Broken pipe)") and done.stderr.count("\n") == 1
+    # torch warns where the machine's name cannot be resolved, as without a network.
+    said = [line for line in done.stderr.splitlines() if "[c10d] The hostname" not in line]
+    assert len(said) == 1 and said[0].startswith("warning: stdout cannot be written (Broken pipe)"), done.stderr
     run_dir = tmp_path / "run"
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     (lost,) = [event for event in events if event["event"] == "output_lost"]

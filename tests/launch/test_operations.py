@@ -1,5 +1,5 @@
-"""docs/operations.md against the code: options, files, keys and targets exist, exit codes are explained. Its commands
-are parsed by tests/test_commands.py."""
+"""docs/operations.md and docs/planning.md against the code: options, files, keys and targets exist, exit codes are
+explained. Their commands are parsed by tests/test_commands.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretrain.smoke import cli as smoke_cli
 
 checkpoint_cli = pytest.importorskip("pretrain.cli.checkpoint")
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+TEXT = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("operations.md", "planning.md"))
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "launch/pretrain.py": cli.build_parser,
     "launch/plan.py": plan_cli.build_parser,
@@ -43,7 +43,7 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def test_every_option_key_file_and_target_exists() -> None:
-    assert all(f" {script} " in TEXT for script in PARSERS), "the page shows each of them"
+    assert all(f" {script} " in TEXT for script in PARSERS), "the pages show each of them"
     options = {option for build in PARSERS.values() for option in options_of(build())}
     sbatch = {"--signal", "--kill-on-bad-exit", "--gres", "--exclusive", "--mail-type", "--constraint"}
     deepspeed = {"--log_level"}
@@ -59,6 +59,21 @@ def test_every_option_key_file_and_target_exists() -> None:
         assert (ROOT / path).is_file(), path
     for target in set(re.findall(r"(?:`|    )make ([a-z-]+)", TEXT)):
         assert f"\n{target}: " in (ROOT / "Makefile").read_text(), target
+
+
+def test_the_log_of_a_night_has_the_words_of_the_jobs_script() -> None:
+    script = (ROOT / "launch" / "slurm" / "pretrain.sbatch").read_text(encoding="utf-8")
+    lines = re.findall(r"(?m)^    20[-0-9]+ [0-9:]+ job 4711: (.+)$", TEXT)
+    assert "exit code 137" in lines[1] and "; again on the same nodes, newest checkpoint: " in lines[1], lines[1]
+    for words in (
+        "a rank failed (exit code $code; 128 + N: signal N); again on the same nodes, newest checkpoint: $newest",
+        "start $start: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, newest checkpoint: $first_checkpoint,",
+        "stopped by a signal (exit code 85)",
+        "; requeued, newest checkpoint: $newest",
+        "finished",
+    ):
+        shown = re.sub(r"\\\$\w+", ".+", re.escape(words))
+        assert words in script and any(re.search(shown, line) for line in lines), words
 
 
 @pytest.mark.parametrize("code", sorted(MEANING))

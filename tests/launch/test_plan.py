@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigError
+from common.paths import REPOSITORY as ROOT
 from model.config import DenseFeedForwardConfig
 from pretrain.cli.plan import main
 from pretrain.cli.plan_costs import model_costs, short, table
 from pretrain.cli.plan_match import match_width, with_width
 from pretrain.cli.plan_models import Width, check_width
 from pretrain.config.loading import load_config
-from tests.launch.test_entry_points import ROOT
 from tests.pretrain.refused import refused_without_torch
 
 PLAN = str(ROOT / "launch" / "plan.py")

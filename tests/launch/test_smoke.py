@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common.paths import REPOSITORY as ROOT
 from pretrain.checkpoint.folder import digest_entry
 from pretrain.config.loading import to_json
-from pretrain.smoke import cli
+from pretrain.smoke import cli, collectives
 from pretrain.smoke.collectives import check_collectives, distances
 from tests.harness import run_ranks
-from tests.launch.test_entry_points import ROOT
 from tests.pretrain.runs import small_config
 
 
@@ -64,6 +64,10 @@ def test_one_rank_tries_no_collective_and_says_so(prepared: Path, tmp_path: Path
     assert "resume equal in every bit" in verdict and "GB/s" not in verdict
 
 
+def lies(rank: int, names: list[str]) -> list[list[str]]:
+    return [*(lying(rank, name) for name in names), lying_pair(rank)]
+
+
 def lying(rank: int, name: str) -> list[str]:
     """One collective of rank 1 is off by one element."""
     call = getattr(dist, name)
@@ -107,9 +111,21 @@ def test_a_collective_that_lies_is_named() -> None:
         "all_to_all_single": "all_to_all: rank 1 has 18.0 at 7, 17.0 is right",  # rank 0's 519 mod 251
         "broadcast": "broadcast: rank 1 has 9.0 at 7, 8.0 is right",  # rank 1's 7 + 1
     }
-    for name, words in wanted.items():
-        assert run_ranks(lying, 2, name) == [[words]] * 2
-    assert run_ranks(lying_pair, 2) == [["point to point from rank 0: rank 1 has -5.0 at 3, 3.0 is right"]] * 2
+    of_a_pair = "point to point from rank 0: rank 1 has -5.0 at 3, 3.0 is right"
+    assert run_ranks(lies, 2, list(wanted)) == [[[words] for words in (*wanted.values(), of_a_pair)]] * 2
+
+
+@pytest.mark.parametrize("size", [2, 1021, 20_000])
+def test_right_results_are_whole_numbers_that_fp32_holds(size: int) -> None:
+    """Else the order of a sum would decide whether thousands of ranks pass."""
+    rank, base = size - 1, torch.arange(size).double() % 251
+    found = {name: right for name, _, right in collectives._cases(rank, size, size, torch.device("cpu"))}
+    total = size * base + sum(other % 1021 for other in range(size))  # fp64
+    assert torch.equal(found["all_reduce"].double(), total) and float(total.max()) < 2**24
+    assert found["reduce_scatter"].tolist() == [total[rank]]
+    assert found["all_gather"].tolist() == [base[0] + other % 1021 for other in range(size)]
+    assert found["all_to_all"].tolist() == [base[rank] + other % 1021 for other in range(size)]
+    assert torch.equal(found["broadcast"].double(), base + rank % 1021)
 
 
 def test_every_pair_of_few_ranks_exchanges_and_some_of_many() -> None:
@@ -134,16 +150,27 @@ def test_a_resume_that_differs_is_named(tmp_path: Path) -> None:
     ]
 
 
-def test_refusals(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = small_file(prepared, tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for arguments, words in (
         (["--steps", "1"], "error: --steps: 1 is too small; write 2 or more"),
         (["--set", "train.stepz=1"], "error: train.stepz: unknown key"),
         (["--set", "data.manifest=nowhere"], "error: data.manifest: there is no"),
+        (["--set", "monitor.wandb=online"], "error: monitor.wandb: is online, but the package wandb is not installed"),
     ):
         assert cli.main(["--config", str(config), "--run-dir", str(tmp_path / "run"), *arguments]) == 2
         assert capsys.readouterr().err.startswith(words)
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_sent_to_boards_or_people(prepared: Path, tmp_path: Path) -> None:
+    """Of a run that does."""
+    config = ("monitor.wandb=online", "monitor.tensorboard=true", "monitor.alert_command=date")
+    found = cli.smoke_config(small_file(prepared, tmp_path), config, 2).monitor
+    assert (found.wandb, found.tensorboard, found.alert_command) == ("off", False, None)
 
 
 def test_help_says_what_a_pass_prints() -> None:

@@ -57,6 +57,19 @@ def test_logits_hidden_states_and_losses(opened: OpenModel) -> None:
     assert math.isnan(opened.loss([*ids, 0]).bits_per_byte), "an unknown piece stands for any text"
 
 
+@pytest.mark.parametrize("count", [33, 40])
+def test_the_loss_of_a_long_text_takes_the_logits_of_a_chunk_at_a_time(opened: OpenModel, count: int) -> None:
+    """Chunks of 16 tokens, the last one of a single token, which predicts nothing, or of 8."""
+    ids, seen = [3 + 7 * n % 300 for n in range(count)], list[int]()
+    expected = -opened.logits(ids)[:-1].log_softmax(1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    hook = opened.model.head.register_forward_hook(lambda module, given, made: seen.append(made[0].shape[1]))
+    try:
+        found = opened.loss(ids).tokens
+    finally:
+        hook.remove()
+    assert torch.allclose(found, expected, atol=1e-5) and seen == [16, 16, count - 32]
+
+
 def test_a_model_on_a_cpu_is_ready_for_single_tokens(opened: OpenModel, trained: Path) -> None:
     """Other ops for the same logits."""
     plain = load_model(trained)

@@ -65,34 +65,6 @@ def test_micro_batch_scope_is_the_same_for_every_split_with_the_same_sequences_p
     )
 
 
-@pytest.mark.slow  # test_matrix.py::test_some has SwitchAll and dense with every dropout
-def test_dropout_masks_are_the_same_in_every_layout(prepared: Path) -> None:
-    dropouts = ("model.dropout=0.1", "model.attention.expert_dropout=0.2", "model.feedforward.expert_dropout=0.2")
-    reference = plain_trace(small_config(prepared, *dropouts, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
-    configs = [
-        small_config(prepared, *dropouts, "parallel.zero=2", "batch.micro_sequences=1"),
-        small_config(prepared, *dropouts, "parallel.zero=0", "batch.micro_sequences=4"),
-    ]
-    for trace in run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0]:
-        assert_same(trace, reference, "2 ranks, every dropout on")
-    assert reference.losses[0] != plain_trace(small_config(prepared, "batch.micro_sequences=8"), 1, ()).losses[0]
-
-
-@pytest.mark.slow  # test_matrix.py::test_some has dense with ZeRO 0, 2 and 3
-def test_dense_baseline_trains_the_same_in_every_layout(prepared: Path) -> None:
-    dense = (
-        "model.attention.type=dense",
-        "model.attention.num_heads=3",
-        "model.attention.head_dim=6",
-        "model.feedforward.type=dense",
-        "model.feedforward.hidden_size=20",
-    )
-    reference = plain_trace(small_config(prepared, *dense, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
-    configs = [small_config(prepared, *dense, f"parallel.zero={zero}", "batch.micro_sequences=2") for zero in (0, 1, 3)]
-    for trace in run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0]:
-        assert_same(trace, reference, "2 ranks, dense")
-
-
 @pytest.mark.parametrize(
     "scope, position", [("global_batch", "xl"), pytest.param("micro_batch", "rope", marks=pytest.mark.slow)]
 )
@@ -110,21 +82,17 @@ def test_moa_trains_the_same_in_every_layout(prepared: Path, scope: str, positio
     assert abs(other.grad_norms[2] / reference.grad_norms[2] - 1) > TOLERANCE, "the cv loss has no effect"
 
 
-# test_matrix.py::test_some has SwitchHead with XL memory.
-@pytest.mark.parametrize("attention", [pytest.param("switchhead", marks=pytest.mark.slow), "dense"])
-def test_transformer_xl_memory_is_the_same_in_every_layout(prepared: Path, attention: str) -> None:
-    # Memory is routed as well, so a step makes more choices: fewer steps, and a seed of its own, for a clear margin.
-    xl = ["model.position.type=xl", f"model.attention.type={attention}", "model.dropout=0.1", "train.seed=10"]
+def test_transformer_xl_memory_is_the_same_in_every_layout(prepared: Path) -> None:
+    """Of dense attention; test_matrix.py has SwitchHead's."""
+    xl = ["model.position.type=xl", "model.attention.type=dense", "model.dropout=0.1", "train.seed=10"]
     xl += ["model.attention.head_dim=6", "model.attention.num_heads=2"]
-    if attention == "switchhead":
-        xl += ["model.attention.num_experts=3", "model.attention.active_experts=2"]
     reference = plain_trace(small_config(prepared, *xl, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
     layouts = ((0, 2), (1, 1), (3, 4))
     configs = [small_config(prepared, *xl, f"parallel.zero={z}", f"batch.micro_sequences={m}") for z, m in layouts]
     for (zero, micro), trace in zip(
         layouts, run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0], strict=True
     ):
-        assert_same(trace, reference, f"2 ranks, ZeRO {zero}, micro {micro}, XL {attention}")
+        assert_same(trace, reference, f"2 ranks, ZeRO {zero}, micro {micro}, XL")
     forgetful = plain_trace(
         small_config(prepared, *xl, "model.position.memory_chunks=0", "batch.micro_sequences=8"), 1, ()
     )
@@ -160,6 +128,10 @@ def test_stages_of_a_pipeline_may_have_groups_of_their_own(prepared: Path) -> No
     exact, half = run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0]
     assert_same(exact, reference, "2 stages, groups of their own")
     assert half.losses == pytest.approx(reference.losses, rel=0.01) and len(half.losses) == STEPS
+    experts = (*keys, "model.feedforward.num_experts=6", "train.seed=3")
+    config = small_config(prepared, *experts, *stages, "parallel.expert=2", "batch.micro_sequences=2")
+    few = plain_trace(small_config(prepared, *experts, "batch.micro_sequences=8"), 3, (0, 2))
+    assert_same(run_ranks(engine_trace, 4, [config], 3, (0, 2))[0][0], few, "2 stages, experts divided")
     other = plain_trace(small_config(prepared, *keys[:1], "batch.micro_sequences=8"), STEPS, ())
     assert abs(other.losses[-1] / reference.losses[-1] - 1) > TOLERANCE, "the groups have no effect"
 

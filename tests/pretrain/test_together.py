@@ -134,6 +134,24 @@ def test_ranks_share_the_files_of_a_shared_disk_and_the_first_says_what_is_wrong
     assert told[1] == "PeerFailed: " and str(found[1]).startswith("UserError:") and shard in str(found[1])
 
 
+def _hashed_on_uneven_nodes(rank: int, config: Config) -> tuple[bool, int]:
+    """Whether this rank alone would hash, the first one of a node of two, the other of a node of its own; and how many
+    shards the ranks did hash."""
+    sources = open_sources(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain.together, "filesystem_type", lambda path: "ext4")
+        patch.setattr(pretrain.together, "MANY_RANKS", 2)
+        patch.setattr(pretrain.together, "SHARE_BYTES", sources.sources[0].manifest.num_bytes - 1)
+        patch.setenv("LOCAL_RANK", "0")
+        patch.setenv("LOCAL_SIZE", str(2 - rank))
+        checked = check_data(sources, config, Path("nowhere"))
+        return hashes_at_start(sources, 2), sum(map(len, checked.hashed.values()))
+
+
+def test_nodes_of_other_sizes_agree_on_whether_to_hash(prepared: Path) -> None:
+    assert run_ranks(_hashed_on_uneven_nodes, 2, light_config(prepared, ranks=2)) == [(True, 0), (False, 0)]
+
+
 def _starts(rank: int, folder: Path) -> list[tuple[str, int]]:
     """What this rank says, and how many shards it hashed, at starts of a run before which something happened to the
     data or to what the run remembers."""

@@ -49,7 +49,7 @@ from tests.pretrain.report.test_bits_per_byte import train_and_keep_output
 from tests.pretrain.runs import events, small_config, train_runs
 from tests.pretrain.saved import rewrite_state
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 SEQUENCES = 21
 """Divides evenly over neither ranks nor micro-batches."""
 

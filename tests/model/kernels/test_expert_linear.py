@@ -7,12 +7,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels import backend as kernel_backend
 from model.kernels.cpu import workers
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
 from model.kernels.ops.route import Choice
+from tests.model.kernels.checks import assert_compiles, assert_repeats, error, flops, stored_in_reverse
 from tests.model.kernels.chosen import chosen_experts
 from tests.tensors import sum_of
 
@@ -116,10 +116,15 @@ def run(case: Case, backend: str) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, case.leaves, case.grad)]
 
 
+def stored_strided(case: Case) -> Case:
+    """Axes stored in reverse order, and a gradient expanded from a scalar."""
+    leaves = tuple(map(stored_in_reverse, case.leaves))
+    return case._replace(leaves=leaves, grad=torch.tensor(0.3).expand_as(case.grad))
+
+
 def assert_equal(case: Case, actual: list[Tensor], tolerance: float) -> None:
     for what, value, expected in zip(("y", *NAMES[case.op]), actual, loop(case), strict=True):
-        difference, norm = (value.double() - expected).norm().item(), expected.norm().item()
-        assert (difference / norm if norm > 1e-8 else difference) <= tolerance, what
+        assert error(value, expected) <= tolerance, what
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -142,15 +147,7 @@ def test_gates_may_be_fp32_beside_bf16(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPS)
 def test_strides(op: str, backend: str) -> None:
-    """Inputs whose axes are stored in reverse order, and a gradient expanded from a scalar."""
-    case = make_case(op, SHAPES["plain"], torch.float32)
-    strided = case._replace(
-        leaves=tuple(
-            t.detach().permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1]).requires_grad_()
-            for t in case.leaves
-        ),
-        grad=torch.tensor(0.3).expand_as(case.grad),
-    )
+    strided = stored_strided(make_case(op, SHAPES["plain"], torch.float32))
     assert_equal(strided, run(strided, backend), 1e-5)
 
 
@@ -162,13 +159,11 @@ def test_repeats_bit_for_bit(op: str, backend: str, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        first = run(case, backend)
-        for _ in range(3):
-            assert all(torch.equal(a, b) for a, b in zip(first, run(case, backend), strict=True))
+        assert_repeats(lambda: run(case, backend), times=4)
         assert torch.get_num_threads() == threads
+        assert_equal(case, run(case, backend), 1e-5)
     finally:
         torch.set_num_threads(before)
-    assert_equal(case, first, 1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -181,13 +176,17 @@ def test_gradcheck(op: str, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str, dtype: torch.dtype) -> None:
-    case = make_case(op, SHAPES["plain"], dtype)
+    check_op(op, SHAPES["plain"], dtype, "cpu")
+
+
+def check_op(op: str, shape: Shape, dtype: torch.dtype, backend: str) -> None:
+    case = make_case(op, shape, dtype)
     *rows, experts = case.leaves
-    k = [SHAPES["plain"].k] if op == "expert_linear" else []
+    k = [shape.k] if op == "expert_linear" else []
     forward, backward = (getattr(torch.ops.switchall, name).default for name in (op, f"{op}_backward"))
-    torch.library.opcheck(forward, (*rows, case.order, case.load, experts, *k, "cpu"))
+    torch.library.opcheck(forward, (*rows, case.order, case.load, experts, *k, backend))
     detached = [t.detach() for t in (case.grad, *rows, case.order, case.load, experts)]
-    torch.library.opcheck(backward, (*detached, "cpu"))
+    torch.library.opcheck(backward, (*detached, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -198,11 +197,7 @@ def test_compiles_without_graph_breaks(op: str, backend: str) -> None:
     def function(rows: Tensor, *rest: Tensor) -> Tensor:
         return torch.tanh(case(rows * 2, *rest, backend=backend))
 
-    expected = function(*case.leaves)
-    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(*case.leaves)
-    torch.testing.assert_close(actual, expected)
-    for a, b in zip(*(torch.autograd.grad(y, case.leaves, case.grad) for y in (actual, expected)), strict=True):
-        torch.testing.assert_close(a, b)
+    assert_compiles(function, case.leaves, case.grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -225,9 +220,4 @@ def test_flop_counter(op: str, backend: str) -> None:
     shape = SHAPES["plain"]
     macs = shape.N * (shape.E if backend == "reference" else shape.k) * shape.d * shape.h
     case = make_case(op, shape, torch.float32)
-    with FlopCounterMode(display=False) as counter:
-        y = case(*case.leaves, backend=backend)
-    assert counter.get_total_flops() == 2 * macs
-    with FlopCounterMode(display=False) as counter:
-        y.backward(case.grad)
-    assert counter.get_total_flops() == 4 * macs
+    assert flops(lambda: case(*case.leaves, backend=backend)) == (2 * macs, 4 * macs)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels import backend as kernel_backend
 from model.kernels.cpu import workers
@@ -18,6 +17,7 @@ from model.kernels.cpu.route import counting_sort, top_k
 from model.kernels.dense import route as dense_route
 from model.kernels.ops.route import Routing, route
 from tests.model import oracles
+from tests.model.kernels.checks import assert_compiles, assert_repeats, error, flops, stored_in_reverse
 
 
 class Shape(NamedTuple):
@@ -81,6 +81,10 @@ def run(case: Case, k: int, backend: str) -> tuple[Routing, list[Tensor]]:
     return routing, list(grads)
 
 
+def flat(results: tuple[Routing, list[Tensor]]) -> list[Tensor]:
+    return [*results[0], *results[1]]
+
+
 Choices = tuple[tuple[int, ...], ...]
 
 
@@ -121,11 +125,6 @@ def loop_of_choices(case: Case, k: int, choices: Choices) -> tuple[Tensor, Tenso
         upstream = (case.grad_logits.double(), case.grad_scores.double())
         grads = list(torch.autograd.grad((logits, scores), (x, weight), upstream))
     return logits.detach(), scores.detach(), grads
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    difference, norm = (actual.double() - expected).norm().item(), expected.norm().item()
-    return difference / norm if norm > 1e-8 else difference
 
 
 @functools.cache
@@ -224,17 +223,20 @@ def test_one_of_two_gradients(backend: str) -> None:
         torch.testing.assert_close(a, b + c)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strides(backend: str) -> None:
-    case = make_case(SHAPES["heads"], "attention", torch.float32)
+def stored_strided(case: Case) -> Case:
     assert case.keep is not None
-    strided = case._replace(
-        x=case.x.detach().t().contiguous().t().requires_grad_(),
-        weight=case.weight.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_(),
+    return case._replace(
+        x=stored_in_reverse(case.x),
+        weight=stored_in_reverse(case.weight),
         keep=case.keep.transpose(0, 1).contiguous().transpose(0, 1),
         grad_logits=torch.tensor(0.3).expand_as(case.grad_logits),
         grad_scores=torch.tensor(0.7).expand_as(case.grad_scores),
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend: str) -> None:
+    strided = stored_strided(make_case(SHAPES["heads"], "attention", torch.float32))
     r, grads = run(strided, 3, backend)
     _, scores, expected = loop(strided, 3, r.logits.detach())
     assert error(r.scores.detach(), scores) <= 1e-5
@@ -245,10 +247,7 @@ def test_strides(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeats_bit_for_bit(backend: str) -> None:
     case = make_case(Shape(N=500, d=32, R=2, E=16, k=4), "feed-forward", torch.float32)
-    first, first_grads = run(case, 4, backend)
-    for _ in range(3):
-        again, again_grads = run(case, 4, backend)
-        assert all(torch.equal(a, b) for a, b in zip([*first, *first_grads], [*again, *again_grads], strict=True))
+    assert_repeats(lambda: flat(run(case, 4, backend)), times=4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -279,12 +278,7 @@ def test_compiles_without_graph_breaks(backend: str) -> None:
         r = route(x * 2, weight, 4, backend=backend)
         return r.scores.square().sum() + r.logits.logsumexp(-1).sum() + r.load.sum() + r.order.sum()
 
-    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(case.x, case.weight)
-    expected = function(case.x, case.weight)
-    torch.testing.assert_close(actual, expected)
-    grads = [torch.autograd.grad(y, (case.x, case.weight)) for y in (actual, expected)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_compiles(function, (case.x, case.weight))
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
@@ -303,12 +297,8 @@ def test_meta_tensors(backend: str) -> None:
 def test_flop_counter(backend: str) -> None:
     N, d, R, E, _ = SHAPES["heads"]
     case = make_case(SHAPES["heads"], "none", torch.float32)
-    with FlopCounterMode(display=False) as counter:
-        r = route(case.x, case.weight, 3, backend=backend)
-    assert counter.get_total_flops() == 2 * N * R * E * d
-    with FlopCounterMode(display=False) as counter:
-        r.scores.sum().backward()
-    assert counter.get_total_flops() == 4 * N * R * E * d
+    product = 2 * N * R * E * d
+    assert flops(lambda: route(case.x, case.weight, 3, backend=backend).scores) == (product, 2 * product)
 
 
 def test_impossible_k_is_refused() -> None:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from model.kernels import backend as kernel_backend
 from model.kernels.cpu import workers
 from model.kernels.ops.route import Choice, group_choices
 from model.kernels.ops.sigma_moe import FUSES_ADDITION, HeldExperts, sigma_moe
+from tests.model.kernels.checks import assert_compiles, assert_repeats, error, flops, stored_in_reverse
 from tests.model.kernels.chosen import chosen_experts
 
 
@@ -133,11 +133,6 @@ def run(case: Case, backend: str) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, case.grad)]
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
-    difference, norm = (actual.double() - expected).norm().item(), expected.norm().item()
-    return difference / norm if norm > 1e-8 else difference
-
-
 def possible(backend: str, shape: Shape, dtype: torch.dtype) -> bool:
     return backend != "grouped_mm" or kernel_backend.grouped_mm_limit("cpu", dtype, (shape.d, shape.G)) is None
 
@@ -191,10 +186,10 @@ def test_strides(backend: str) -> None:
     """Non-contiguous x, scores and experts, and a gradient expanded from a scalar."""
     case = make_case(SHAPES["plain"], torch.float32)
     strided = case._replace(
-        x=case.x.detach().t().contiguous().t().requires_grad_(),
-        scores=case.scores.detach().t().contiguous().t().requires_grad_(),
+        x=stored_in_reverse(case.x),
+        scores=stored_in_reverse(case.scores),
         up_experts=case.up_experts.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
-        down_experts=case.down_experts.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_(),
+        down_experts=stored_in_reverse(case.down_experts),
         grad=torch.tensor(0.3).expand_as(case.grad),
     )
     if backend == "grouped_mm":  # F.grouped_mm itself refuses these strides of the experts
@@ -248,10 +243,9 @@ def test_repeats_bit_for_bit(backend: str, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        first = run(case, backend)
-        for _ in range(3):
-            assert all(torch.equal(a, b) for a, b in zip(first, run(case, backend), strict=True))
+        assert_repeats(lambda: run(case, backend), times=4)
         assert torch.get_num_threads() == threads
+        first = run(case, backend)
     finally:
         torch.set_num_threads(before)
     for what, actual, expected in zip(("y", *NAMES), first, expectation(shape, torch.float32), strict=True):
@@ -293,14 +287,7 @@ def test_compiles_without_graph_breaks(backend: str) -> None:
         choice = case.choice._replace(scores=scores)
         return torch.tanh(sigma_moe(x * 2, choice, HeldExperts(up, down), backend=backend))
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    inputs = (case.x, case.scores, case.up_experts, case.down_experts)
-    expected = function(*inputs)
-    actual = compiled(*inputs)
-    torch.testing.assert_close(actual, expected)
-    grads = [torch.autograd.grad(y, inputs, case.grad) for y in (actual, expected)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
+    assert_compiles(function, (case.x, case.scores, case.up_experts, case.down_experts), case.grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -324,12 +311,7 @@ def test_flop_counter(backend: str, name: str) -> None:
     experts = shape.E if backend == "reference" else shape.k
     macs = (3 if shape.swiglu else 2) * shape.N * experts * shape.d * shape.G
     case = make_case(shape, torch.float32)
-    with FlopCounterMode(display=False) as counter:
-        y = case(backend=backend)
-    assert counter.get_total_flops() == 2 * macs
-    with FlopCounterMode(display=False) as counter:
-        y.backward(case.grad)
-    assert counter.get_total_flops() == 4 * macs
+    assert flops(lambda: case(backend=backend)) == (2 * macs, 4 * macs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,8 +8,7 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,24 +36,6 @@ from tests.harness import RankFailed, run_ranks
 from tests.pretrain.checkpoint.test_checkpoint import DROPOUTS
 from tests.pretrain.resilience.faults import outcome
 from tests.pretrain.runs import assert_bit_identical, curve, events, light_config, train_runs
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a file system of so many bytes, or makes it so large. Skips where that is not allowed."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(size: int) -> Path:
-        options = f"size={size}{',remount' if os.path.ismount(place) else ''}"
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
-        if done.returncode:
-            pytest.skip(f"mounting needs root: {done.stderr.decode().strip()}")
-        return place
-
-    yield mount
-    if os.path.ismount(place):
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def train_to_the_message(rank: int, config: Config, run_dir: Path) -> str:

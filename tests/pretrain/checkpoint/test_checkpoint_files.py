@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from common.errors import UserError
 from model.config import ModelConfig
 from model.memory import LayerMemory
 from model.parallel.context import ParallelContext
 from pretrain.checkpoint.folder import Checkpoint, DamagedCheckpoint, list_checkpoints, newest_of, set_aside_newer
 from pretrain.checkpoint.fragments import Chunk, Fragments
-from pretrain.checkpoint.loading import _saved_as
+from pretrain.checkpoint.loading import _empty_memory, _saved_as
 from pretrain.checkpoint.saver import ALIGNMENT, _layout_in_buffer
 from pretrain.checkpoint.state import memory_fragments
-from pretrain.checkpoint.storage import Entry, _write_all, commit, write_safetensors
+from pretrain.checkpoint.storage import Entry, Reader, _write_all, commit, write_safetensors
 from pretrain.engine.zero_state import _stage_0
 
 CONFIG = ModelConfig(d_model=4, num_layers=1, vocab_size=9, sequence_length=3)
@@ -70,6 +71,33 @@ def test_a_checkpoint_takes_the_place_of_one_of_its_step_and_files_outside_are_r
     (path / "state.json").write_text(json.dumps({**state, "loss": 5.0}))
     with pytest.raises(DamagedCheckpoint, match=r"state\.json does not match commit\.json"):
         Checkpoint.open(path)
+
+
+def test_ranks_look_for_all_files_together_each_for_its_share(tmp_path: Path) -> None:
+    unfinished, path = tmp_path / "step-00000007.partial", tmp_path / "step-00000007"
+    unfinished.mkdir()
+    names = [f"rank-0000{rank}.safetensors" for rank in range(4)]
+    for name in names:
+        (unfinished / name).write_bytes(b"123")
+    files = {name: {"bytes": 3, "sha256": ""} for name in names}
+    commit(unfinished, path, state={"format_version": 2}, tensors={"files": [], "tensors": {}}, files=files)
+
+    def who_misses(size: int) -> list[int]:
+        found = []
+        for rank in range(size):
+            try:
+                Checkpoint.open(path, rank=rank, world_size=size)
+            except DamagedCheckpoint:
+                found.append(rank)
+        return found
+
+    for number, name in enumerate([*names, "tensors.json"]):
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(content[:-1])
+        assert [who_misses(size) for size in (1, 2, 3, 7)] == [[0], [number % 2], [number % 3], [number]]
+        Checkpoint.open(path, world_size=0)  # looks for none
+        (path / name).write_bytes(content)
+    assert who_misses(2) == []
 
 
 def test_tensors_of_a_file_are_aligned(tmp_path: Path) -> None:
@@ -145,6 +173,24 @@ def test_a_memory_has_a_chunk_for_each_run_of_neighbouring_streams() -> None:
     assert len(found.chunks) == 4
 
 
+def test_an_index_names_no_file_that_is_not_verified(tmp_path: Path) -> None:
+    (tmp_path / "tensors.json").write_text(json.dumps({"files": ["a", "b"], "tensors": {}}))
+    Reader(Checkpoint(tmp_path, {"files": {"a": {}, "b": {}, "tensors.json": {}}})).read_metadata()
+    with pytest.raises(DamagedCheckpoint, match=r"it names files that state\.json does not"):
+        Reader(Checkpoint(tmp_path, {"files": {"a": {}, "tensors.json": {}}})).read_metadata()
+
+
+def test_the_memory_of_other_streams_is_refused() -> None:
+    """checkpoint.allow_changes may name batch: the memory decides for itself."""
+    memory = LayerMemory(2)
+    memory.assign(torch.arange(1), 2)
+    saved = {n: SimpleNamespace(size=(n, 2, 4), properties=SimpleNamespace(dtype=torch.bfloat16)) for n in (2, 4)}
+    kept = _empty_memory(saved[2], memory, CONFIG, ParallelContext())
+    assert kept.shape == (1, 2, 4) and kept.dtype == torch.bfloat16
+    with pytest.raises(UserError, match=r"holds the memory of 4 streams .* reads 2; set batch\.global_sequences to 4"):
+        _empty_memory(saved[4], memory, CONFIG, ParallelContext())
+
+
 def test_a_tied_copy_of_the_last_stage_is_read_where_it_was_saved() -> None:
     tied = CONFIG.model_copy(update={"tied_embedding": True})
 
@@ -175,6 +221,7 @@ def test_the_name_of_a_checkpoint_is_on_the_disk_when_it_is_committed(
     monkeypatch.setattr(os, "fsync", flushing)
     partial, final = tmp_path / "step-00000001.partial", tmp_path / "step-00000001"
     partial.mkdir()
+    write_safetensors(partial / "tensors", [])
     commit(partial, final, state={}, tensors={"files": [], "tensors": {}}, files={})
     names = {path.name: path.stat().st_ino for path in final.iterdir()}
     place = done.index(("rename", final.stat().st_ino))

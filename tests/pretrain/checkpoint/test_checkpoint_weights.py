@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,20 +15,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pretrain.checkpoint.initial
+import pretrain.data.patience
 from common.errors import UserError
 from data_prep.shards.format import Manifest
 from model.language_model import build_model
-from pretrain.checkpoint import Checkpoint
+from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.checkpoint.initial import initial_checkpoint
 from pretrain.checkpoint.shapes import check_shapes, full_shapes
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.checkpoint.weights import WeightsOrigin, write_weights
 from pretrain.cli.checkpoint import main
 from pretrain.config.schema import Config
+from pretrain.data.patience import Patience
 from pretrain.data.sources import Sources
 from pretrain.resume import changed_settings
 from pretrain.saved_model import load_model
-from tests.harness import run_ranks
+from tests.harness import RankFailed, run_ranks
 from tests.pretrain.runs import events, small_config, train_runs, trainer_of
 from tests.pretrain.saved import rewrite_state, whole_tensors
 
@@ -80,6 +83,12 @@ def test_what_does_not_fit_leaves_nothing(prepared: Path, tmp_path: Path, monkey
             written(place, prepared, change())
         assert "\n" not in str(error.value)
 
+    other = tmp_path / "other"
+    shutil.copytree(prepared, other)
+    (other / "tokenizer.model").write_bytes(b"another")
+    with pytest.raises(UserError, match=r"other/tokenizer\.model is not the tokenizer that its data set names"):
+        written(place, other, weights)
+    shutil.rmtree(other)
     lacking = {name: value for name, value in weights.items() if name != "head.bias"}
     refused(lambda: lacking, "head.bias: the model has this parameter, a test has not")
     refused(lambda: weights | {"head.weight": torch.zeros(1)}, "head.weight: a test has this parameter, the model has")
@@ -137,6 +146,79 @@ def test_all_ranks_begin_with_one_checkpoint_of_a_run_that_goes_on(prepared: Pat
     config = small_config(prepared, f"train.init_from={tmp_path / 'run'}", "parallel.zero=0", TIED)
     for weights in run_ranks(begun, 2, config):
         assert all(torch.equal(weights[name], value) for name, value in newest.items())
+    file = tmp_path / "run" / "step-00000002" / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 4
+    file.write_bytes(content)
+    words = r"init_from: checkpoint \S+step-00000002: rank-00000\.safetensors does not match its sha256; name another"
+    with pytest.raises(RankFailed, match=words):
+        run_ranks(begun, 2, config)
+
+
+def first_lines(config: Config, run: Path) -> list[str]:
+    """What the first steps of a start print of its initial weights; no checkpoint outlives it."""
+    run_ranks(train_runs, 1, [(config, run)])
+    for path in list_checkpoints(run / "checkpoints"):
+        shutil.rmtree(path)
+    return [event["checkpoint"] for event in events(run, "initial_weights")]
+
+
+def test_a_second_first_start_begins_with_the_same_weights_of_a_run_that_goes_on(
+    prepared: Path, tmp_path: Path
+) -> None:
+    """One that was killed before its first checkpoint. Where they are gone, or others are named, with the newest."""
+    live, run, other = tmp_path / "live", tmp_path / "run", tmp_path / "other"
+    weights = written(tmp_path / "weights", prepared, parameters(prepared)).path
+    for folder in (live, other):  # copies: no checkpoint of weights alone is written into a run
+        shutil.copytree(weights, folder / "checkpoints" / "step-00000001")
+    keys = ("train.steps=1", "evaluate.sequences=0", "parallel.zero=0", TIED)
+    config = small_config(prepared, f"train.init_from={live}", *keys)
+    first, second = (live / "checkpoints" / f"step-0000000{number}" for number in (1, 2))
+    assert first_lines(config, run) == [str(first)]
+    shutil.copytree(weights, second)
+    assert first_lines(config, run) == [str(first)] * 2
+    known = Sources.load(config).tokenizer.sha256
+    checked = initial_checkpoint(config, known, run_dir=run)
+    assert checked is not None and checked.path == first
+    elsewhere = small_config(prepared, f"train.init_from={other}", *keys)
+    assert first_lines(elsewhere, run)[2:] == [str(other / "checkpoints" / "step-00000001")]
+    shutil.rmtree(first)
+    assert first_lines(config, run)[3:] == [str(second)]
+
+
+def begun_late(rank: int, config: Config, folder: Path) -> dict[str, int]:
+    """How often each kind of read of what lies in `folder` may still fail, after a start."""
+    pretrain.data.patience.FIRST_PAUSE_SECONDS = 0.0  # this process ends with the test
+    left = dict.fromkeys(("iterdir", "read_bytes", "stat", "open"), 2)
+
+    def failing(name: str) -> Callable[..., Any]:
+        function = getattr(Path, name)
+
+        def call(path: Path, *arguments: Any, **named: Any) -> Any:
+            if folder in (path, *path.parents) and left[name]:
+                left[name] -= 1
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return function(path, *arguments, **named)
+
+        return call
+
+    for name in left:
+        setattr(Path, name, failing(name))
+    known = Sources.load(config).tokenizer.sha256
+    initial_checkpoint(config, known, patience=Patience(60.0))  # as a check before the start
+    assert not left["iterdir"] and not left["stat"]
+    left.update(dict.fromkeys(left, 2))
+    trainer_of(config).engine.destroy()
+    return left
+
+
+def test_initial_weights_are_waited_for(prepared: Path, tmp_path: Path) -> None:
+    """As what a run goes on from: a server that fails over for some seconds ends no start."""
+    written(tmp_path / "run" / "step-00000001", prepared, parameters(prepared))
+    config = small_config(prepared, f"train.init_from={tmp_path / 'run'}", "parallel.zero=0", TIED)
+    assert run_ranks(begun_late, 1, config, tmp_path / "run") == [
+        dict.fromkeys(("iterdir", "read_bytes", "stat", "open"), 0)
+    ]
 
 
 def test_a_run_begins_with_them_and_continues_from_its_own(prepared: Path, tmp_path: Path) -> None:
@@ -155,7 +237,8 @@ def test_a_run_begins_with_them_and_continues_from_its_own(prepared: Path, tmp_p
     assert any(bool(tensors[f"exp_avg/{name}"].any()) for name in weights)
     state = json.loads((end / "state.json").read_text())
     assert (state["progress"]["step"], state["optimizer_steps"]) == (2, 2)
-    assert [event["path"] for event in events(run, "initial_weights")] == [str(place)]
+    begun = [(event["path"], event["checkpoint"]) for event in events(run, "initial_weights")]
+    assert begun == [(str(place), str(place))]
 
     def refused(words: str, where: str, digest: str | None, *more: str) -> None:
         with pytest.raises(UserError, match=words):
@@ -177,3 +260,6 @@ def test_a_run_begins_with_them_and_continues_from_its_own(prepared: Path, tmp_p
     unknown = {"weights_only": {"source": "a test", "tokenizer": None}, "tokenizer_sha256": None}
     rewrite_state(tmp_path / "unknown", lambda s: s.update(unknown))
     assert initial_checkpoint(small_config(prepared, f"train.init_from={tmp_path / 'unknown'}", TIED), "0" * 64)
+    shutil.copytree(end, tmp_path / "bytes")
+    rewrite_state(tmp_path / "bytes", lambda s: s.update(tokenizer_sha256=None))  # a run's, whose ids were bytes
+    refused("train.init_from: .* trained with another tokenizer", str(tmp_path / "bytes"), own, TIED)

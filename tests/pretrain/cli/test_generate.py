@@ -156,13 +156,15 @@ def test_ctrl_c_ends_a_text_early(
         (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt cannot be read: No such file"),
         (["--prompts", "EMPTY"], "--prompts: .*empty has no line with a prompt"),
         (["--prompts", "BAD.jsonl"], "--prompts: line 1 of .*bad.jsonl has no text under the key prompt"),
+        (["--prompts", "DEEP.jsonl"], "--prompts: line 1 of .*deep.jsonl is no JSON"),
         (["--prompts", "BINARY"], "--prompts: .*binary is no text in UTF-8 .byte 1.; convert it .* iconv -f"),
     ],
 )
 def test_what_is_refused(
     arguments: list[str], words: str, trained: Path, generate: Callable[..., Printed], tmp_path: Path
 ) -> None:
-    for name, content in (("empty", b"\n \n"), ("bad.jsonl", b'{"text": 1}\n'), ("binary", b"a\xff")):
+    files = {"empty": b"\n \n", "bad.jsonl": b'{"text": 1}\n', "deep.jsonl": b"[" * 100_000, "binary": b"a\xff"}
+    for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         arguments = [str(tmp_path / name) if a.lower() == name else a for a in arguments]
     code, out, said = generate(trained, *arguments)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from common.errors import ConfigError, UserError
 from common.json_config import keys
 from model.config import SigmaMoEConfig, SwitchHeadConfig
+from model.kernels.backend import MOST_EXPERTS_IN_SETS
 from pretrain.cli.train import keys_help
 from pretrain.config.compile_rules import compile_decision
 from pretrain.config.graph_rules import graph_decision
@@ -18,7 +20,7 @@ from pretrain.config.keys import flatten
 from pretrain.config.loading import apply_override, inspect_config, load_config, parse_config, to_json
 from pretrain.config.resume_rules import SavedRun, changes_since, free_keys
 from pretrain.config.rules import check_device, check_ranks
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, KernelsConfig
 from pretrain.engine.deepspeed_json import deepspeed_json
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,6 +32,13 @@ def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path) -> None:
     config = load_config(path)
     assert config.description
     assert parse_config(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_the_help_says_what_each_backend_of_the_kernels_is() -> None:
+    said = " ".join(str(KernelsConfig.model_fields["backend"].description).split())
+    for backend in get_args(KernelsConfig.model_fields["backend"].annotation):
+        assert f"{backend}:" in said, backend
+    assert f"at most {MOST_EXPERTS_IN_SETS} experts a head" in said  # `sets` had been F.grouped_mm, with other limits
 
 
 def test_tiny_is_even_enough_for_every_later_layout() -> None:
@@ -255,19 +264,9 @@ def test_when_micro_steps_are_recorded() -> None:
     assert not compiled and "compiled blocks" in words and decided("on", "cuda", "train.compile=on")[0]
 
 
-def test_broken_files(tmp_path: Path) -> None:
+def test_a_file_of_no_model_and_one_that_prepares_data(tmp_path: Path) -> None:
+    """Files that are none of any program's: tests/common/test_json_config.py."""
     path = tmp_path / "run.json"
-    with pytest.raises(ConfigError, match="there is no file"):
-        load_config(path)
-    path.write_text("{\n 'a': 1}")
-    with pytest.raises(ConfigError, match="not JSON: line 2"):
-        load_config(path)
-    path.write_text('{"train": {"steps": 1, "steps": 2}}')
-    with pytest.raises(ConfigError, match="steps: stands twice"):
-        load_config(path)
-    path.write_text("[]")
-    with pytest.raises(ConfigError, match="JSON object"):
-        load_config(path)
     path.write_text("{}")
     with pytest.raises(ConfigError, match="model: is required"):
         load_config(path)

@@ -105,6 +105,17 @@ def test_micro_step_and_rank_take_the_documented_block(prepared: Path) -> None:
     assert stream.own_positions(consumed=41, micro_step=0).tolist() == [43, 44]
 
 
+def test_positions_that_are_left_out_cost_nothing(prepared: Path) -> None:
+    """As many as here would take years, were the order of each block of them computed."""
+    config, end = small_config(prepared), 10**12
+    reader = WindowReader(Manifest.load(prepared), "train", 16)
+    stream = TrainingStream(reader, config, data_rank=0, data_size=1, skipped=((2, end),))
+    positions = stream.own_positions(0, 0)
+    assert positions.tolist() == [0, 1, end, end + 1]
+    expected = window_order(positions, reader.num_windows, seed=config.train.seed)
+    assert stream.windows(positions).tolist() == expected.tolist()
+
+
 def test_windows_are_the_tokens_of_the_split_and_targets_are_shifted(prepared: Path) -> None:
     manifest = Manifest.load(prepared)
     with SplitReader(manifest, "train", verify_on_first_read=True) as split:

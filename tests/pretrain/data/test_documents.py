@@ -17,7 +17,7 @@ from model.language_model import build_model
 from pretrain.config.rules import choose_backends
 from pretrain.data.sources import Sources
 from pretrain.data.windows import TrainingStream
-from tests.data_prep.test_shards import joined, random_documents, write_data
+from tests.data_prep.split_writer import joined, random_documents, write_data
 from tests.harness import run_ranks
 from tests.model.options import ATTENTIONS, check_kinds, kinds
 from tests.pretrain.runs import MOA, engine_trace, gradient_error, plain_trace, small_config

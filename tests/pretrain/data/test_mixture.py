@@ -20,7 +20,7 @@ from pretrain.data.order import permute_in_blocks, window_order
 from pretrain.data.sources import Sources, open_sources
 from pretrain.data.windows import TrainingStream, Windows
 from pretrain.resume import changed_settings
-from tests.data_prep.test_shards import random_documents, write_data
+from tests.data_prep.split_writer import random_documents, write_data
 from tests.pretrain.runs import small_config, train_runs
 
 G = 8

@@ -19,9 +19,12 @@ import pretrain.together
 from common.errors import PASSING, DataError, PassingError, UnreadableError
 from data_prep.shards import cache as shard_cache
 from data_prep.shards.format import Manifest
+from model.parallel.context import ParallelContext
 from pretrain.config.watching import ResilienceConfig
 from pretrain.data.patience import Patience, patient_seconds
+from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
+from pretrain.data.training_data import open_training_data
 from pretrain.report.exit_codes import ExitCode, code_of
 from tests.pretrain.data.faulty_files import Faults
 from tests.pretrain.runs import small_config
@@ -95,6 +98,21 @@ def test_a_folder_that_does_not_answer_is_not_called_missing(prepared: Path, mon
         Faults(prepared.name, errno.EIO, 10**6).install(patch, "Path.stat")
         with pytest.raises(UnreadableError, match=rf"^{prepared} cannot be read: .*\(errno 5, EIO\)$"):
             Sources.load(small_config(prepared))
+
+
+def test_a_segment_after_a_rollback_waits_again(prepared: Path, quick: None) -> None:
+    """The one before has ended all waiting, or its reading thread would keep the process."""
+    config = small_config(prepared)
+    sources, left = Sources.load(config, patience=Patience(60.0)), [OSError(errno.EIO, "")]
+
+    def read() -> str:
+        if left:
+            raise left.pop()
+        return "read"
+
+    sources.patience.end()
+    open_training_data(config, sources, ParallelContext(), torch.device("cpu"), Progress(0, 0)).prefetcher.close()
+    assert sources.patience(read) == "read"
 
 
 class Clock:

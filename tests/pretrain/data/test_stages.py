@@ -26,7 +26,7 @@ from pretrain.data.windows import TrainingStream
 from pretrain.resumed_stages import reads_by_end, reads_so_far, stages_of
 from pretrain.routing.record import Record, begin_record, description
 from pretrain.trainer import LaunchedStep, StepInput, Trainer
-from tests.data_prep.test_shards import random_documents, write_data
+from tests.data_prep.split_writer import random_documents, write_data
 from tests.harness import run_ranks
 from tests.pretrain.resilience.faults import train_with
 from tests.pretrain.runs import assert_bit_identical, events, light_config, metrics, small_config

@@ -1,11 +1,9 @@
-"""Pipeline parallelism: division into stages, auxiliary losses on every stage, tied weights, evaluation, Transformer-XL
-memory and checkpoints. (That all numbers are those of one process: test_matrix.py.)"""
+"""Pipeline parallelism: division into stages, auxiliary losses on every stage, what a step and a second build leave.
+(That all numbers are those of one process: test_matrix.py. Checkpoints: test_checkpoint_resharding.py.)"""
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -27,15 +25,11 @@ from pretrain.parallel.stages import layer_costs, stage_bounds
 from tests.harness import run_ranks
 from tests.pretrain.matrix import GRADIENT_STEPS, MODELS, STEPS, Layout, config_of
 from tests.pretrain.runs import (
-    COMPARED,
-    assert_bit_identical,
     assert_same,
     engine_trace,
-    metrics,
     one_step,
     plain_trace,
     small_config,
-    train_runs,
     trainer_of,
 )
 
@@ -117,46 +111,6 @@ def test_a_second_build_makes_no_groups(prepared: Path) -> None:
         assert first.count([0, 1]) == 5  # all ranks, the pipeline, the tied weights, the saver, DeepSpeed's
 
 
-def test_resume_is_bit_identical(prepared: Path, tmp_path: Path) -> None:
-    """With XL memory, every dropout, the statistics of routers on every stage and evaluation."""
-    keys = ("train.steps=4", "evaluate.every_steps=2", "evaluate.streams=5", "evaluate.sequences=10")
-    config = config_of(prepared, "switchall xl", Layout(pipeline=2, micro=4), *keys, with_dropouts=True)
-    stopped = config.replaced("train", stop_after_steps=3)
-    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
-    run_ranks(train_runs, 2, [(config, unbroken), (stopped, resumed), (config, resumed)])
-    assert_bit_identical(resumed, unbroken)
-
-
-@pytest.mark.slow  # test_some_dimensions of test_checkpoint_resharding.py goes from stages to ranks without, and back
-@pytest.mark.parametrize("model", ["switchall xl", "moa"])
-def test_resume_is_bit_identical_and_moves_between_numbers_of_stages(
-    prepared: Path, tmp_path: Path, model: str
-) -> None:
-    """As above, and from one process to two stages and back."""
-    keys = ("train.steps=4", "evaluate.every_steps=2", "evaluate.streams=5", "evaluate.sequences=24")
-
-    def config(layout: Layout, *more: str):  # type: ignore[no-untyped-def]
-        return config_of(prepared, model, layout, *keys, *more, with_dropouts=True)
-
-    one, two = Layout(zero=0), Layout(pipeline=2)
-    stop = "train.stop_after_steps=3"
-    run_ranks(train_runs, 1, [(config(one), tmp_path / "one"), (config(one, stop), tmp_path / "to-two")])
-    runs = [(config(two), tmp_path / "unbroken"), (config(two, stop), tmp_path / "resumed")]
-    run_ranks(train_runs, 2, [*runs, (config(two), tmp_path / "to-two")])
-    shutil.copytree(tmp_path / "resumed", tmp_path / "to-one")
-    run_ranks(train_runs, 2, [(config(two), tmp_path / "resumed")])
-    run_ranks(train_runs, 1, [(config(one), tmp_path / "to-one")])
-    assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
-    loads = ("attention_load_max", "feedforward_load_max", "routing_negative_entropy")
-    for name in ("unbroken", "to-one", "to-two"):
-        for ours, theirs in zip(metrics(tmp_path / name), metrics(tmp_path / "one"), strict=True):
-            for key in (*COMPARED, *loads):
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), f"{name}: {key} of step {ours['step']}"
-        ours, theirs = (validations(tmp_path / run) for run in (name, "one"))
-        assert len(ours) == 2
-        assert ours == pytest.approx(theirs, rel=1e-5)
-
-
 def test_every_stage_refuses_a_parameter_that_is_not_declared(prepared: Path) -> None:
     config = config_of(prepared, "dense", Layout(pipeline=2), 'model.feedforward={"type": "swiglu", "hidden_size": 22}')
     where = "is not declared; declare it in SwiGLU.parameter_specs (model/feedforward/swiglu.py)"
@@ -177,38 +131,6 @@ def build_undeclared(rank: int, config: Config) -> str:
     except DeclarationError as error:
         return str(error)
     return "built"
-
-
-def validations(run_dir: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["event"] == "validation" and line["step"] in (2, 4)]
-
-
-@pytest.mark.slow
-def test_tied_copies_stay_together_and_resume(prepared: Path, tmp_path: Path) -> None:
-    keys = ("train.steps=6", "evaluate.sequences=0")
-    layout = Layout(pipeline=2, data=2, tied=True)
-
-    def config(*more: str):  # type: ignore[no-untyped-def]
-        return config_of(prepared, "switchall", layout, *keys, *more)
-
-    run_ranks(
-        train_runs,
-        4,
-        [
-            (config(), tmp_path / "unbroken"),
-            (config("train.stop_after_steps=3"), tmp_path / "resumed"),
-            (config(), tmp_path / "resumed"),
-        ],
-    )
-    assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
-    run_ranks(
-        train_runs,
-        1,
-        [(config_of(prepared, "switchall", Layout(zero=0, tied=True), *keys), tmp_path / "one")],
-    )
-    for ours, theirs in zip(metrics(tmp_path / "unbroken"), metrics(tmp_path / "one"), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from model.language_model import build_model
+from model.parallel.sharding import local_part
+from model.parameters import parameter_specs
 from pretrain.config.deepspeed_keys import EXTRA
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
@@ -34,9 +37,10 @@ def misplaced(rank: int, configs: list[Config]) -> list[tuple[list[str], int]]:
     the model has got its weights from the pieces after a step; and the elements of all pieces."""
     found = []
     for config in configs:
-        expected = dict(build_model(config.model, seed=config.train.seed).named_parameters())
-        trainer = trainer_of(config)
-        own = list(pieces(trainer.engine, rank=rank, world_size=2, for_saving=True))
+        trainer, specs = trainer_of(config), parameter_specs(config.model)
+        parallel, whole = trainer.setup.parallel, build_model(config.model, seed=config.train.seed)
+        expected = {name: local_part(p.detach(), specs[name], parallel) for name, p in whole.named_parameters()}
+        own = list(pieces(trainer.engine, rank=parallel.data_rank, world_size=parallel.data_size, for_saving=True))
         wrong = [
             piece.name
             for piece in own
@@ -62,8 +66,15 @@ def test_every_element_is_where_it_is_said_to_be(prepared: Path) -> None:
         for zero in (1, 2, 3)
     ]
     assert all(len(switches(zero)) > 4 for zero in (1, 2, 3))
-    total = sum(p.numel() for p in build_model(configs[0].model, seed=0).parameters())
+    # Each of two tensor-parallel ranks is alone in the group over which ZeRO 3 divides.
+    configs.append(
+        small_config(prepared, odd, "parallel.zero=3", "parallel.tensor=2", "model.feedforward.num_experts=6")
+    )
+    specs = parameter_specs(configs[-1].model).values()
+    replicated = sum(math.prod(spec.shape) for spec in specs if spec.divided is None)
     ranks = run_ranks(misplaced, 2, configs)
-    for (wrong, elements), (others, more) in zip(*ranks, strict=True):
+    for config, (wrong, elements), (others, more) in zip(configs, *ranks, strict=True):
         assert not wrong and not others
-        assert elements + more == total and elements == pytest.approx(more, rel=0.1)
+        total = sum(p.numel() for p in build_model(config.model, seed=0).parameters())
+        twice = replicated if config.parallel.tensor > 1 else 0
+        assert elements + more == total + twice and elements == pytest.approx(more, rel=0.1)

@@ -22,16 +22,21 @@ class Characters:
     """A tokenizer."""
 
     has_text = True
+    has_blanks_before_lines = False
     vocab_size = 48
     """The last two ids have no meaning."""
 
     def __init__(self, eos_id: int | None) -> None:
-        self.eos_id = eos_id
+        self.eos_id, self.decoded = eos_id, 0
+
+    def content(self, number: int) -> bytes:
+        return SYMBOLS[number].encode()
 
     def encode(self, text: str) -> list[int]:
         return [SYMBOLS.index(character) for character in text]
 
     def decode(self, ids: Sequence[int]) -> str:
+        self.decoded += len(ids)
         return "".join(SYMBOLS[number] for number in ids if number != self.eos_id)
 
 
@@ -73,7 +78,7 @@ def test_they_are_those_of_a_loop(case: str) -> None:
     assert written(model, eos, asked, Limits(1, context)).texts == ended, "each alone"
 
 
-def test_no_token_is_computed_twice() -> None:
+def test_no_token_is_computed_twice_nor_decoded_for_each_that_follows() -> None:
     model, seen = tiny("switchhead xl"), 0
 
     def count(module: nn.Module, inputs: tuple[tuple[Tensor, ...]], output: object) -> None:
@@ -83,6 +88,8 @@ def test_no_token_is_computed_twice() -> None:
     model.get_submodule("embedding").register_forward_hook(count)
     prompts = [Characters(None).decode(some_tokens(9, seed=seed)) for seed in (1, 2)]
     heard: list[int] = []
-    wanted = [Wanted(prompt, 10, ()) for prompt in prompts]
-    write(model, Characters(None), wanted, Limits(2, 21), after_batch=heard.append)  # type: ignore[arg-type]
+    wanted = [Wanted(prompt, 10, ("..",)) for prompt in prompts]
+    tokenizer = Characters(None)
+    write(model, tokenizer, wanted, Limits(2, 21), after_batch=heard.append)  # type: ignore[arg-type]
     assert seen == 2 * (9 + 10 - 1) and heard == [2]
+    assert tokenizer.decoded == 2 * (9 + 9 + 19), "twice the prompt, and once the whole"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -109,6 +110,21 @@ def test_the_round_trip_is_bit_equal(
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_one_file_that_transformers_wrote_goes_before_an_index_that_it_left_behind(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    from pretrain.export.modeling_switchall import SwitchAllForCausalLM
+
+    out = tmp_path / "mine"
+    assert main([str(checkpoint.path), "--to", str(out), "--max-shard-size", "30000"]) == 0
+    model = SwitchAllForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        model.head.bias.fill_(0.5)
+    model.save_pretrained(out)
+    assert (out / "model.safetensors.index.json").exists() and not list(out.glob("model-*.safetensors"))
+    assert open_export(out).tensors["head.bias"]().eq(0.5).all()
+
+
 def test_transformers_loads_it_before_it_gets_its_name(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +191,33 @@ def test_foreign_files_are_left_alone_and_an_older_export_is_replaced(
     refused(checkpoint.path, out, "holds adapter", capsys)
     (tmp_path / "file").write_text("")
     refused(checkpoint.path, tmp_path / "file", "is a file and not a folder", capsys)
+
+
+def test_a_mounted_disk_is_refused_before_anything_is_written(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As containers have them."""
+    out = tmp_path / "output"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    refused(checkpoint.path, out, f"--to: {out} is where a disk is mounted, which no folder can replace", capsys)
+    assert main([str(checkpoint.path), "--to", str(out / "mine")]) == 0
+
+
+def test_the_folder_that_a_link_leads_to_is_replaced_and_the_link_stays(
+    checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as one on a larger disk."""
+    place, link = tmp_path / "disk" / "mine", tmp_path / "here" / "mine"
+    for folder in (place, link.parent):
+        folder.mkdir(parents=True)
+    link.symlink_to(place)
+    for _ in range(2):
+        assert main([str(checkpoint.path), "--to", str(link)]) == 0
+        assert link.is_symlink() and {path.name for path in place.iterdir()} == FILES
+        assert list(link.parent.iterdir()) == [link] and list(place.parent.iterdir()) == [place]
+    shutil.rmtree(place)
+    refused(checkpoint.path, link, f"{link} is a link to {place}, which is not there; make that folder", capsys)
 
 
 @pytest.mark.parametrize("is_there", [False, True])
@@ -325,8 +368,12 @@ def test_what_cannot_be_read_back(checkpoint: Checkpoint, tmp_path: Path) -> Non
         unreadable(with_values("training.json", **values), "training.json is not of an export")
     for values in ({"kind": {}}, {"kind": "bytes"}, {"sentences": []}, {"eos_token": 1}):
         unreadable(with_values("tokenizer_config.json", **values), "tokenizer_config.json is not of an export")
-    escape = {"weight_map": {"a": "../a"}}
-    unreadable(lambda f: (f / "model.safetensors.index.json").write_text(json.dumps(escape)), "is no index of weights")
+
+    def with_an_index_that_escapes(folder: Path) -> None:
+        index = (folder / "model.safetensors").rename(folder / "model.safetensors.index.json")
+        index.write_text(json.dumps({"weight_map": {"a": "../a"}}))
+
+    unreadable(with_an_index_that_escapes, "is no index of weights")
     (out / "training.json").unlink()  # as after transformers' save_pretrained
     assert open_export(out).weights_origin().progress.step == 0
 

@@ -142,6 +142,62 @@ def test_what_is_refused() -> None:
         model(tokens, cache=cache)
 
 
+@pytest.mark.parametrize("mask", ["of a cache of fixed size", "of layers by name"])
+def test_masks_that_are_made_already_are_refused_in_words(mask: str) -> None:
+    """transformers makes them where `cache_implementation` is static, of models with memory one for each kind."""
+    model, tokens = theirs(model_of("dense xl"), "sdpa"), some_tokens(1, 5)
+    made: Any = torch.ones(1, 1, 5, 9, dtype=torch.bool)
+    with pytest.raises(ValueError, match="leave out cache_implementation"):
+        model(tokens, attention_mask=made if mask == "of a cache of fixed size" else {"sliding_attention": made})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_linear_layer_takes_tensors(name: str) -> None:
+    """LoRA's all-linear, and what quantizes a model, puts another layer in the place of each."""
+
+    class Other(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Linear) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x.to(self.layer.weight.dtype))
+
+    model, tokens = theirs(model_of(name), "sdpa"), some_tokens(2, 9)
+    expected = model(tokens).logits
+    layers = [place for place, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
+    for place in layers:
+        parent, _, child = place.rpartition(".")
+        setattr(model.get_submodule(parent), child, Other(model.get_submodule(place)))
+    assert layers and torch.equal(model(tokens).logits, expected)
+
+
+@torch.no_grad()
+def test_weights_that_change_under_a_model_change_its_positions_too() -> None:
+    """As DeepSpeed's optimizers and averages of weights write them: torch counts no change."""
+    ours, tokens = model_of("switchall xl"), some_tokens(2, 9)
+    model = theirs(ours, "sdpa")
+    model(tokens)
+    for part in (ours, model):
+        for parameter in part.parameters():
+            parameter.data.mul_(1.5)
+    assert torch.allclose(model(tokens).logits, our_logits(ours, tokens), atol=TOLERANCE, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_keys_of_positions_are_computed_once_in_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = theirs(model_of("dense xl"), "sdpa"), some_tokens(1, 9)
+    computed, compute = list[int](), layers_switchall.PositionKeys.forward
+
+    def counted(keys: layers_switchall.PositionKeys, L: int) -> torch.Tensor:
+        computed.append(L)
+        return compute(keys, L)
+
+    monkeypatch.setattr(layers_switchall.PositionKeys, "forward", counted)
+    model.generate(tokens, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert computed == [16] * model.config.num_hidden_layers
+
+
 def test_only_the_logits_that_are_asked_for() -> None:
     model, tokens = theirs(model_of("switchall xl"), "sdpa"), some_tokens(2, 9)
     logits = model(tokens).logits

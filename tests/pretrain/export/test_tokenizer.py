@@ -69,6 +69,18 @@ def test_ids_of_the_data_and_the_text_back(prepared: Path, tmp_path: Path) -> No
         stored_tokenizer(tmp_path, {"sha256": "0" * 64})
 
 
+def test_an_end_that_was_added_to_the_pieces_is_refused(prepared: Path, tmp_path: Path) -> None:
+    """As for conversations. It passed for the unknown piece, at which texts then ended."""
+    tokenizer = tokenizer_of(StoredTokenizer(entry=sentencepiece_entry(prepared), folder=prepared), tmp_path)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"eos_token is <\|end\|>, which is no piece of tokenizer\.model"):
+        stored_tokenizer(tmp_path, None)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+    assert stored_tokenizer(tmp_path, None).entry.eos_id is None
+
+
 def test_line_by_line(prepared: Path, tmp_path: Path) -> None:
     stored = StoredTokenizer(entry=sentencepiece_entry(prepared), folder=prepared, by_line=True)
     reference = TextTokenizer.load(prepared / "tokenizer.model")

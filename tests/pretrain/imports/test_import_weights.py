@@ -20,6 +20,7 @@ from pretrain.config.schema import Config
 from pretrain.export.writing import ExportOptions, export
 from pretrain.imports.layers import attention
 from pretrain.imports.names import AUTHORS, State, renamed
+from pretrain.imports.reading import read_state
 from pretrain.saved_model import find_checkpoint, load_model
 from tests.pretrain.imports.authors_layers import dense, logits, moa, random_state, switchhead
 from tests.pretrain.runs import small_config
@@ -282,6 +283,13 @@ def test_a_model_of_public_modules_under_names_of_its_own(prepared: Path, tmp_pa
     assert main([str(tmp_path / "exported"), "--to", str(tmp_path / "again")]) == 0
     first, again = (whole_tensors(tmp_path / name) for name in ("out", "again"))
     assert first.keys() == again.keys() and all(torch.equal(again[name], value) for name, value in first.items())
+
+
+@pytest.mark.parametrize("wrappers", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrappers_of_a_saved_model_are_no_part_of_its_names(wrappers: str, tmp_path: Path) -> None:
+    state = {"layers.0.module.weight": torch.randn(3), "out.bias": torch.randn(2)}
+    torch.save({f"{wrappers}{name}": value for name, value in state.items()}, tmp_path / "w.pth")
+    assert read_state(tmp_path / "w.pth").keys() == state.keys()
 
 
 class Executes:

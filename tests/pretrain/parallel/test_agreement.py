@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
 
 import pretrain.evaluate
 import pretrain.report.tensorboard
+import pretrain.together
 from common.errors import DataError, PassingError, UserError
 from data_prep.shards.format import Manifest
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.parallel.agreement import PeerFailed, agreed, check_same, check_shared, raise_agreed, said_by_first
+from pretrain.together import check_code
 from tests.harness import run_ranks
 from tests.pretrain.runs import light_config, small_config, train_runs
 
@@ -48,6 +53,41 @@ def test_ranks_of_other_settings_are_refused_but_for_those_of_their_nodes(prepar
     first, second = run_ranks(_outcomes_of_own_settings, 2, prepared, tmp_path, settings)
     said = "optimizer.learning_rate: is 0.001 on rank 0 and 0.002 on rank 1; give all nodes the same configuration"
     assert first == [f"UserError: {said}", "trained"] and second == ["PeerFailed: ", "trained"]
+
+
+def _outcomes_of_own_code(rank: int, config: Config, folder: Path, places: list[tuple[Path, Path]]) -> list[str]:
+    """Each rank as the only one of its node, which has the checkout `places[n][rank]`; then both on one node."""
+    found = []
+    for number, own in enumerate(places):
+        pretrain.together.REPOSITORY = own[rank]  # this process ends with the test
+        with patch.dict(os.environ, LOCAL_RANK="0", LOCAL_SIZE="1"):
+            found.append(_outcome_of_training(rank, config, folder / str(number)))
+    check_code()
+    return found
+
+
+def test_nodes_of_other_code_are_refused_with_the_file(prepared: Path, tmp_path: Path) -> None:
+    """A change on one node alone would train along. Bytecode, tests and what is no code may differ."""
+    first, same, changed, more = (tmp_path / name for name in ("first", "same", "changed", "more"))
+    for root in (first, same, changed, more):
+        for name in ("common/a.py", "model/kernels/b.cu", "pretrain/c/d.json", "data_prep/shards/e.py"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(f"of {name}")
+    for name in ("common/__pycache__/a.py", "tests/test_a.py", "data_prep/cli.py", "model/notes.md"):
+        (same / name).parent.mkdir(parents=True, exist_ok=True)
+        (same / name).touch()
+    (changed / "model/kernels/b.cu").write_text("other")
+    (more / "pretrain/c/f.json").touch()
+    digests = [hashlib.sha256(text).hexdigest()[:16] for text in (b"of model/kernels/b.cu", b"other", b"")]
+    config = light_config(prepared, "train.steps=1", "evaluate.sequences=0", ranks=2)
+    places = [(first, other) for other in (changed, more, same)]
+    found = run_ranks(_outcomes_of_own_code, 2, config, tmp_path / "runs", places)
+    refused = [
+        f"model/kernels/b.cu: is {digests[0]} on rank 0 and {digests[1]} on rank 1; give all nodes the same code",
+        f"pretrain/c/f.json: is not there on rank 0 and {digests[2]} on rank 1; give all nodes the same code",
+    ]
+    assert found[0] == [*(f"UserError: {said}" for said in refused), "trained"]
+    assert found[1] == ["PeerFailed: ", "PeerFailed: ", "trained"]
 
 
 def test_an_altered_shard_is_one_ranks_message_and_stops_all(prepared: Path, tmp_path: Path) -> None:

@@ -1,11 +1,9 @@
 """Expert parallelism over data-parallel ranks: the numbers of plain PyTorch in one process, alone and with tensor and
-sequence parallelism, ZeRO 1 and 2; checkpoints move between layouts; what cannot be is refused."""
+sequence parallelism, ZeRO 1 and 2; what cannot be is refused. (Checkpoints: test_checkpoint_resharding.py.)"""
 
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,14 +21,11 @@ from pretrain.parallel.groups import process_groups
 from tests.harness import run_ranks
 from tests.pretrain.family import EXPERT_DROPOUT, MODELS, SEEDS
 from tests.pretrain.runs import (
-    assert_bit_identical,
     assert_near,
     assert_same,
-    assert_same_metrics,
     engine_trace,
     plain_trace,
     small_config,
-    train_runs,
 )
 
 STEPS, GRADIENT_STEPS = 6, (0, 3, 5)
@@ -115,56 +110,6 @@ def test_bf16_stays_near_fp32_under_expert_parallelism(prepared: Path) -> None:
         configs = [config_of(prepared, "switchall", *keys, f"parallel.zero={zero}") for zero in (1, 2)]
         for trace in run_ranks(engine_trace, ranks, configs, STEPS, ())[0]:
             assert_near(trace, reference, f"{ranks} ranks")
-
-
-STOP = "train.stop_after_steps=3"
-Runs = tuple[Callable[..., Config], Path]
-
-
-@pytest.fixture
-def runs(prepared: Path, tmp_path: Path) -> Runs:
-    """How runs are configured, and a folder with one of a single process; with memory, and validation over streams of
-    uneven length."""
-    keys = ("train.steps=5", "evaluate.every_steps=0", "evaluate.sequences=12", "evaluate.streams=5")
-
-    def config(*layout: str) -> Config:
-        return config_of(prepared, "switchall xl", *keys, "batch.micro_sequences=2", *layout)
-
-    run_ranks(train_runs, 1, [(config("parallel.zero=0"), tmp_path / "one")])
-    return config, tmp_path
-
-
-@pytest.mark.slow  # test_checkpoint_resharding.py has the fast one
-def test_resume_is_bit_identical_and_moves_to_one_process(runs: Runs) -> None:
-    """In TP 2 with SP and EP 2, where every rank holds other pieces of the experts."""
-    config, folder = runs
-    keys = ("parallel.expert=2", *SEQUENCE)
-    divided = config(*keys)
-    run_ranks(train_runs, 4, [(divided, folder / "unbroken"), (config(*keys, STOP), folder / "resumed")])
-    shutil.copytree(folder / "resumed", folder / "to-one")
-    run_ranks(train_runs, 4, [(divided, folder / "resumed")])
-    run_ranks(train_runs, 1, [(config("parallel.zero=0"), folder / "to-one")])
-    assert_bit_identical(folder / "resumed", folder / "unbroken")
-    for name in ("unbroken", "to-one"):
-        assert_same_metrics(folder / name, folder / "one")
-
-
-@pytest.mark.slow
-def test_checkpoints_move_between_layouts(runs: Runs) -> None:
-    """From experts over expert-parallel ranks to experts over tensor-parallel ranks and back, and without either."""
-    config, folder = runs
-    divided = ("parallel.expert=2", *SEQUENCE)
-    run_ranks(train_runs, 4, [(config(*divided, STOP), folder / "to-tensor")])
-    shutil.copytree(folder / "to-tensor", folder / "to-expert")
-    tensor = config(*SEQUENCE, "parallel.zero=3", "train.stop_after_steps=4")
-    back = config(*divided, "parallel.zero=2")
-    run_ranks(train_runs, 1, [(config("parallel.zero=0", STOP), folder / "from-one")])
-    run_ranks(
-        train_runs, 4, [(tensor, folder / "to-tensor"), (back, folder / "to-tensor"), (back, folder / "from-one")]
-    )
-    run_ranks(train_runs, 2, [(config("parallel.expert=2", "parallel.zero=2"), folder / "to-expert")])
-    for name in ("to-tensor", "to-expert", "from-one"):
-        assert_same_metrics(folder / name, folder / "one")
 
 
 def mesh_groups(rank: int) -> None:

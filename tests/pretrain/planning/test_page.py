@@ -1,4 +1,4 @@
-"""docs/operations.md shows what plan.py prints: `fit` for GPUs that hold the model and that do not, and `search`.
+"""docs/planning.md shows what plan.py prints: `fit` for GPUs that hold the model and that do not, and `search`.
 
 Slow, for a rehearsal of a billion parameters takes seconds. The times of `fit` on 64 GPUs, which stand on other pages
 too, have a fast test in test_step_time.py, the sums of its memory one in test_memory.py.
@@ -14,7 +14,7 @@ import pytest
 from common.paths import REPOSITORY
 from pretrain.cli.plan import main
 
-TEXT = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8")
+TEXT = (REPOSITORY / "docs" / "planning.md").read_text(encoding="utf-8")
 CONTINUED = re.compile(r"\n {8,17}(?=\S)")
 """Where the page breaks a line; heads of tables stand farther to the right."""
 

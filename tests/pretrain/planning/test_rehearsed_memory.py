@@ -78,7 +78,7 @@ def test_it_is_what_the_allocator_counts(
     rests = [resting / found.resting for (resting, _), found in zip(told, real, strict=True)]
     peaks = [peak / found.peak for (_, peak), found in zip(told, real, strict=True)]
     worst = max(range(ranks), key=lambda rank: abs(peaks[rank] - 1))
-    with capsys.disabled():  # the rows of a table of docs/operations.md
+    with capsys.disabled():  # the rows of a table of docs/planning.md
         found = real[worst]
         print(
             f"\n| {name} | {ranks} | {found.resting / 1e6:.2f} | {min(rests):.3f} to {max(rests):.3f} "

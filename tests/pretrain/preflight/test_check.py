@@ -61,6 +61,7 @@ def test_a_good_run_passes_and_nothing_is_written(place: Path, capsys: pytest.Ca
     assert main(["check", "c.json", "--ranks", "4", "--json", "--no-step"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["passed"], report["ranks"], report["device"]) == (True, 4, "cpu")
+    assert "1 rank = pipeline 1" in checked(capsys)[1]
     assert all(check["passed"] is True for check in report["checks"])
 
 

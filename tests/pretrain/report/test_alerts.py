@@ -24,8 +24,10 @@ from pretrain.config.watching import MonitorConfig
 from pretrain.preflight.whole import Examination, Wanted
 from pretrain.report import alerts as alerts_module
 from pretrain.report.alerts import LONGEST, Alert, Alerts, check_command
+from pretrain.report.event_text import describe
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_folder import RunFolder
+from pretrain.resilience.spikes import SpikeDetector
 from pretrain.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pretrain.report.alert_case import WRITES, calls, command
@@ -352,3 +354,12 @@ def test_the_page_has_every_kind_and_says_which_are_told_by_default() -> None:
     rows = [line.split("|") for line in section.splitlines() if line.startswith("| `")]
     shown = {kind: default.strip() for _, kinds, *_, default, _ in rows for kind in re.findall("`([a-z_]+)`", kinds)}
     assert shown == {kind: "yes" if kind in DEFAULT_ALERTS else "" for kind in get_args(AlertKind)}
+
+
+def test_the_page_shows_the_sentence_of_a_spike() -> None:
+    spikes = SpikeDetector(threshold=10.0, window=128)
+    for step in range(128):
+        assert spikes.see(2.6107 + (-1) ** step * 0.14871) is None
+    text = describe({"event": "loss_spike", "step": 41200, "reason": spikes.see(5.1021)})
+    page = (Path(__file__).resolve().parents[3] / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    assert f" run night: {text} " in " ".join(page.split())

@@ -212,8 +212,8 @@ def test_every_key_of_a_line_has_words(finished: tuple[Config, Path]) -> None:
 
 
 def test_every_documented_key_has_words() -> None:
-    """Those too that only some runs have: of docs/operations.md's table of metrics.jsonl."""
-    page = (Path(__file__).resolve().parents[3] / "docs" / "operations.md").read_text()
+    """Those too that only some runs have: of docs/metrics.md's table of metrics.jsonl."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "metrics.md").read_text()
     table = page.partition("## What a run writes")[2].partition("MoA's routers are")[0]
     keys = [
         key

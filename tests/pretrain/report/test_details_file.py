@@ -31,7 +31,7 @@ def test_a_run_that_goes_back_has_each_line_once(prepared: Path, tmp_path: Path)
     assert [line["step"] for line in whole] == [1, 2, 4, 6] == [line["step"] for line in again]
     assert [line["load_from_step"] for line in whole] == [1, 2, 3, 5]
     assert [line["load_from_step"] for line in again] == [1, 2, 4, 5], "a start counts its own steps"
-    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     table = page.partition("## What the details have")[2].partition("\n## ")[0]
     keys = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert whole[0].keys() == set(re.findall(r"`(\w+)`", "".join(keys)))

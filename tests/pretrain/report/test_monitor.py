@@ -20,7 +20,7 @@ from pretrain.report.monitor import clock, perplexity
 from tests.harness import run_ranks
 from tests.pretrain.runs import events, light_config, metrics, train_runs
 
-PAGE = (Path(__file__).resolve().parents[3] / "docs" / "operations.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "metrics.md").read_text(encoding="utf-8")
 METRICS_TABLE = "\n".join(
     row.split("|")[1]
     for row in PAGE.partition("## What a run writes")[2].partition("\n## ")[0].splitlines()

@@ -19,7 +19,7 @@ from common.folders import check_folder
 from common.json_config import read_tree
 from pretrain.checkpoint import list_checkpoints
 from pretrain.checkpoint.folder import newest_of
-from pretrain.checkpoint.initial import _named
+from pretrain.checkpoint.initial import initial_place
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.loop import train
@@ -51,7 +51,7 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "looking at the run folder": lambda folder: check_folder(folder, "--run-dir"),
     "listing the checkpoints": list_checkpoints,
     "looking for the newest checkpoint": lambda folder: newest_of([folder / "step-00000001"]),
-    "looking for initial weights": lambda folder: _named(str(folder)),
+    "looking for initial weights": lambda folder: initial_place(str(folder)),
     "looking whether all ranks see the folder": _seen_file,
     "reading the rollbacks": lambda folder: read_rollbacks(folder, None),
     "writing a rollback": lambda folder: record(folder, Rollback("a spike", at_step=2, first_step=1)),

@@ -208,6 +208,10 @@ def test_a_record_that_does_not_fit_is_refused(prepared: Path, tmp_path: Path) -
         ),
         ([damaged("half", half)], "blocks.0.attention.value_statistics is incomplete, so a rank did not write"),
         ([damaged("json", lambda c: (c / "record.json").write_text("[1]"))], "is not a record of choices"),
+        (
+            [damaged("deep", lambda c: (c / "record.json").write_text("[" * 100_000))],
+            "is not a record of choices",
+        ),
         ([damaged("format", lambda c: (c / "record.json").write_text('{"format": 9}'))], "is not a record of choices"),
     ]
     runs = [

@@ -20,6 +20,7 @@ from pretrain.checkpoint import Checkpoint
 from pretrain.checkpoint import loading as checkpoint_loading
 from pretrain.checkpoint.convert import convert
 from pretrain.checkpoint.folder import while_they_are_there
+from pretrain.export.hf_config import model_config
 from pretrain.export.loading import load_any
 from pretrain.export.reading import open_export
 from pretrain.generation.pieces import TextStream
@@ -104,6 +105,12 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
         refused(tmp_path / "empty", words)
         with pytest.raises(UserError, match=words):
             load_any(tmp_path / "empty")
+    too_deep = "[" * 100_000  # for Python's reader of JSON
+    (tmp_path / "empty" / "config.json").write_text(too_deep)
+    refused(tmp_path / "empty", "has no checkpoint yet")
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        model_config(too_deep, "config.json")
+    (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "switchall"}))
     (tmp_path / "empty" / "model.safetensors").write_text("")
     converted = tmp_path / "converted"
     convert(run / "checkpoints" / "step-00000002", converted, data=str(prepared))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.strict_json import finite
 from pretrain.views.sweep import Result, SweepRun
 from tests.pretrain.views.compared import row, write
 
@@ -29,10 +30,11 @@ def result(
     `code`: of its outcome."""
     run = SweepRun(name=f"{config},{value}", config=config, values={key: value})
     if losses is not None:
-        path = write(folder / run.name, [row(n, x) for n, x in enumerate(losses, 1)], {"train": {"steps": 3}})
+        rows = [row(n, finite(x)) for n, x in enumerate(losses, 1)]
+        path = write(folder / run.name, rows, {"train": {"steps": 3}})
         event: dict[str, Any] = {"event": "validation", "split": split, "step": len(losses)}
-        event["loss"] = losses[-1] + 0.1
-        (path / "events.jsonl").write_text(json.dumps(event) + "\n" if validated else "")
+        event["loss"] = finite(losses[-1] + 0.1) if losses else None
+        (path / "events.jsonl").write_text(json.dumps(event) + "\n" if validated and losses else "")
         if code is not None:
             (path / "outcome.json").write_text(json.dumps({"exit_code": code}))
     return Result.read(run, folder, unrecorded, job)

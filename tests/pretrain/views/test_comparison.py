@@ -108,6 +108,29 @@ def test_the_first_step_that_differs(tmp_path: Path) -> None:
     assert differences(a, a, 0.0) == (8, [])
 
 
+def test_losses_that_are_not_finite_are_said_to_be(tmp_path: Path) -> None:
+    """A run writes them as null. `-` says that a run has not been there, or was not validated then."""
+    well = [row(n, 5.0) for n in range(1, 31)]
+    paths = [
+        write(tmp_path / "well", well),
+        write(tmp_path / "bad", [*well[:9], *(row(n, None) for n in range(10, 31))]),
+    ]
+    for path, steps, loss in ((paths[0], (10, 20, 30), 4.0), (paths[1], (20, 30), None)):
+        rows = [{"event": "validation", "step": n, "loss": loss, "loss/a": loss, "bits_per_byte": loss} for n in steps]
+        (path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in rows))
+    runs = runs_of(*paths)
+    said = text(runs, 1e-5)
+    lines = {line.split()[0]: line.split()[1:] for line in said.partition("Loss at equal steps")[2].splitlines()[2:8]}
+    assert lines["30"] == ["5.0000", "not", "finite"] and lines["1"] == ["5.0000", "5.0000", "(+0)"]
+    table = said.partition("Validation loss at equal steps\n")[2].splitlines()[1:4]
+    assert [line.split()[1:] for line in table] == [["4.0000", "-"], *[["4.0000", "not", "finite"]] * 2]
+    assert re.search(r"by source after step 30\n.*\na +4\.0000 +not finite\n", said)
+    (line,) = (line for line in said.splitlines() if line.startswith("loss "))
+    assert re.split(r"  +", line) == ["loss", "10", "5", "not finite", "one is not finite", "10", "10"]
+    (bad,) = runs_of(paths[1])
+    assert bad.loss_at("step", 30.0) == math.inf
+
+
 def test_values_that_both_lack_or_that_are_both_infinite_are_no_difference(tmp_path: Path) -> None:
     ours = [row(1, None, odd=math.inf), row(2, 0.0, odd=1.0), row(3, 2.0, odd=2.0)]
     theirs = [row(1, None, odd=math.inf), row(2, 0.0, odd=1.0), row(3, 2.5, odd=4.0)]

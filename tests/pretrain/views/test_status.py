@@ -379,6 +379,15 @@ def test_the_heads_of_moa_are_its_experts(tmp_path: Path) -> None:
     assert "attention 1.50 of 4;" in balance_text(row(1), {"model": {"attention": attention}})
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    """From 10^8 steps on their names have more digits."""
+    folder = write(tmp_path / "run")
+    for name in ("step-100000000", "step-99999999"):
+        (folder / "checkpoints" / name).mkdir()
+    assert RunView.open(folder).checkpoints == ["step-00000008", "step-99999999", "step-100000000"]
+    assert "3 checkpoints, newest step-100000000" in shown(folder)
+
+
 def test_one_checkpoint_is_not_several(tmp_path: Path) -> None:
     assert "saved      1 checkpoint, newest step-00000008\n" in shown(write(tmp_path / "run"))
 

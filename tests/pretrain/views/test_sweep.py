@@ -115,6 +115,15 @@ def test_without_validations_the_training_loss_ranks(tmp_path: Path) -> None:
     assert [found.run.values[RATE] for found in ranked(results)] == ["2", "1"]
 
 
+def test_losses_that_are_not_finite_are_said_to_be_and_rank_last(tmp_path: Path) -> None:
+    """A run writes them as null. `-` is for a loss that was not computed."""
+    results = [result(tmp_path, "1", [math.nan]), result(tmp_path, "2", [4.0]), result(tmp_path, "3", [])]
+    header, *rows = table(results, [RATE])
+    assert [row[1] for row in rows] == ["2", "1", "3"] and header[4:6] == ["validation", "training"]
+    assert [row[4:6] for row in rows] == [["4.1000", "4.0000"], ["not finite"] * 2, ["-"] * 2]
+    assert [row["training_loss"] for row in csv.DictReader(io.StringIO(table_csv(results, [RATE])))] == ["4.0", "", ""]
+
+
 def test_runs_that_were_validated_on_the_test_split_are_ranked_by_that(tmp_path: Path) -> None:
     """Not by their training losses, nor together with one that was validated on another split."""
     results = [

@@ -27,16 +27,15 @@ ROOT = Path(__file__).resolve().parents[4]
 GATE_KERNELS = "tests.model.kernels.triton.gate_kernels"
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def compiling(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.compiled", *arguments],
-        cwd=ROOT,
-        env=without | environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, *arguments], cwd=ROOT, env=without, capture_output=True, text=True, check=False
     )
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return compiling(["-m", "benchmarks.compiled", *arguments])
 
 
 SEVERAL = """
@@ -54,9 +53,7 @@ for arguments in json.loads(sys.argv[1]):
 def run_several(calls: list[tuple[str, ...]]) -> list[subprocess.CompletedProcess[str]]:
     """What `run` of each gives, in one process: torch and Triton are imported once. Entries of the table of measured
     tiles are compiled by a slow test."""
-    without = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    line = [sys.executable, "-c", SEVERAL, json.dumps(calls)]
-    done = subprocess.run(line, cwd=ROOT, env=without, capture_output=True, text=True, check=False)
+    done = compiling(["-c", SEVERAL, json.dumps(calls)])
     assert done.returncode == 0, done.stdout + done.stderr
     return [
         subprocess.CompletedProcess(call, *json.loads(said))
@@ -212,9 +209,10 @@ def test_records(gate_kernels: tuple[Path, subprocess.CompletedProcess[str]]) ->
     assert "compiled.csv says otherwise of good sm_90: --update it" in result.stderr
 
 
-def test_refuses_the_interpreter() -> None:
-    result = run("--check", TRITON_INTERPRET="1")
-    assert result.returncode == 2 and "TRITON_INTERPRET=1 turns the compiler off: unset it" in result.stderr
+def test_refuses_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which the process of the tests has chosen (conftest.py)."""
+    assert compiled.main(["--check"]) == 2
+    assert "TRITON_INTERPRET=1 turns the compiler off: unset it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from benchmarks.kernel_cases.recording import recording
-from tests.model.kernels.test_expert_linear import OPS, SHAPES, TOLERANCE, Case, Shape, assert_equal, make_case, run
+from tests.model.kernels.test_expert_linear import (
+    OPS,
+    SHAPES,
+    TOLERANCE,
+    Case,
+    Shape,
+    assert_equal,
+    check_op,
+    make_case,
+    run,
+    stored_strided,
+)
 from tests.model.kernels.triton.small_tiles import use_tiles
 
 TOLERANCE = TOLERANCE | {torch.float16: 2**-11}
@@ -70,15 +81,7 @@ def test_gates_may_be_fp32_beside_bf16() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_strides(op: str) -> None:
-    """Inputs whose axes are stored in reverse order, and a gradient expanded from a scalar."""
-    case = make_case(op, SMALL, torch.float32)
-    strided = case._replace(
-        leaves=tuple(
-            t.detach().permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1]).requires_grad_()
-            for t in case.leaves
-        ),
-        grad=torch.tensor(0.3).expand_as(case.grad),
-    )
+    strided = stored_strided(make_case(op, SMALL, torch.float32))
     with recording():
         assert_equal(strided, run(strided, "triton"), 1e-5)
 
@@ -102,13 +105,7 @@ def test_repeats_bit_for_bit_on_grids_of_the_shape(op: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str) -> None:
-    case = make_case(op, Shape(N=7, d=6, h=5, E=3, k=2), torch.float32)
-    *rows, experts = case.leaves
-    k = [2] if op == "expert_linear" else []
-    forward, backward = (getattr(torch.ops.switchall, name).default for name in (op, f"{op}_backward"))
-    torch.library.opcheck(forward, (*rows, case.order, case.load, experts, *k, "triton"))
-    detached = [t.detach() for t in (case.grad, *rows, case.order, case.load, experts)]
-    torch.library.opcheck(backward, (*detached, "triton"))
+    check_op(op, Shape(N=7, d=6, h=5, E=3, k=2), torch.float32, "triton")
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -15,7 +15,8 @@ from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from model.kernels.triton import linear_cross_entropy as kernels
 from model.parallel.context import ParallelContext
 from tests.harness import run_ranks
-from tests.model.kernels.test_linear_cross_entropy import UPSTREAM, Case, Shape, error, leaves, make_case, oracle
+from tests.model.kernels.checks import error, stored_in_reverse
+from tests.model.kernels.test_linear_cross_entropy import UPSTREAM, Case, Shape, leaves, make_case, oracle
 
 SHAPES = {
     "odd sizes, no bias": Shape(N=13, d=7, V=31, bias=False),
@@ -105,8 +106,8 @@ def test_strides_and_views() -> None:
     """Nothing is contiguous, and only the weight needs a gradient."""
     case = make_case(Shape(N=9, d=6, V=20), torch.float32)
     strided = Case(
-        case.hidden.detach().t().contiguous().t(),
-        case.weight.detach().t().contiguous().t().requires_grad_(),
+        stored_in_reverse(case.hidden.detach()),
+        stored_in_reverse(case.weight),
         torch.stack([case.bias.detach()] * 2, 1)[:, 0] if case.bias is not None else None,
         case.targets.repeat_interleave(2)[::2],
     )

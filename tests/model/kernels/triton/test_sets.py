@@ -1,5 +1,5 @@
-"""SwitchHead's tokens grouped by the set of their chosen experts (backend `sets`), interpreted: launches, flops, tiles
-and limits. That its results are those of the fp64 loops is in test_dense.py."""
+"""SwitchHead's tokens grouped by the set of their chosen experts (backend `sets`), interpreted: FLOPs, tiles, limits.
+That its results are those of the fp64 loops is in test_switchhead.py."""
 
 from __future__ import annotations
 
@@ -13,41 +13,16 @@ import triton.language as tl
 from benchmarks.kernel_cases.recording import recording
 from model.kernels.backend import resolve
 from model.kernels.triton import set_gemm
-from tests.model.kernels.test_switchhead import (
-    OUTPUT,
-    VALUE,
-    Op,
-    Shape,
-    both_ops,
-    computed,
-    gradient,
-    inputs,
-    run,
-)
+from tests.model.kernels.test_switchhead import OUTPUT, VALUE, Shape, computed, gradient, inputs, run
 from tests.model.kernels.triton.small_tiles import use_tiles
+from tests.model.kernels.triton.test_switchhead import SETS
 
-SETS = ("sets", "fused")
 SMALL = Shape(20, 17, 2, 19, 4, 2)
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     use_tiles(monkeypatch, 16)
-
-
-@both_ops
-def test_launches_do_not_depend_on_the_routing(op: Op) -> None:
-    seen = []
-    for routing in ("random", "first"):
-        with recording(check=False) as launches:
-            case = inputs(op, SMALL._replace(routing=routing), torch.float32)
-            run(computed(op, SETS), case, torch.ones(()))
-        seen.append([(launch.kernel, launch.grid) for launch in launches])
-    assert seen[0] == seen[1]
-    kernels = [kernel.removesuffix("_kernel") for kernel, _ in seen[0]]
-    grouping = ["count_slots", "place_slots", "set_project"]
-    expected = [*grouping, "gated_spread", "set_gradient"]
-    assert kernels == (expected if op is VALUE else ["gated_spread", *expected])
 
 
 def test_only_the_chosen_experts_are_multiplied() -> None:
