@@ -253,7 +253,7 @@ def test_a_hang_ends_whatever_its_report_meets(
     elif fault == "does not give a report back":
         monkeypatch.setattr("pretrain.resilience.watchdog.read_reports", lambda hang: {})
     else:
-        monkeypatch.setattr("pretrain.resilience.watchdog.describe", lambda *args: {}["of nobody"])
+        monkeypatch.setattr("pretrain.resilience.watchdog.describe", lambda *args: dict[str, str]()["of nobody"])
     identity = {"host": "a", "boot": "", "namespace": "", "pid": 1, "start": 1}
     phases, stop = Phases(), leaving(codes)
     phases.enter("patient", patient=True)
