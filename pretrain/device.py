@@ -161,7 +161,9 @@ def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
             if backend == "nccl" and ranks.world_size > 1:
-                dist.barrier()  # NCCL connects ranks in their first collective
+                # NCCL connects ranks in their first collective. Of a barrier torch would guess the GPU by the rank, and
+                # later barriers take that of the first: LOCAL_RANK is its number here (own_gpu).
+                dist.barrier(device_ids=[int(os.environ["LOCAL_RANK"])])
     except dist.DistError as error:
         if (said := what_nccl_says(error)) is not None:
             raise Unreachable(

@@ -353,6 +353,7 @@ def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.Mo
     monkeypatch.setattr(dist, "barrier", succeed if is_at_once else fail)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     said = r"NCCL cannot connect the ranks \(unhandled system error: Bootstrap : no socket interface found\); name"
     with pytest.raises(device.Unreachable, match=said):
         device._meet(Ranks(0, 0, 2, 1), "nccl", 5.0)
@@ -379,13 +380,13 @@ def test_no_gpu_is_bound_to_the_group_of_all_ranks(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dist, "init_process_group", join)
     monkeypatch.setattr(dist, "is_initialized", lambda: bool(given))
     monkeypatch.setattr(dist, "get_backend", lambda group=None: "nccl")
-    monkeypatch.setattr(dist, "barrier", lambda: None)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+    monkeypatch.setattr(dist, "barrier", join)
+    for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    device._meet(Ranks(0, 0, 2, 2), "nccl", 5.0)
-    assert given == [{"timeout": timedelta(seconds=5.0)}]
+    device._meet(Ranks(2, 1, 4, 2), "nccl", 5.0)
+    assert given == [{"timeout": timedelta(seconds=5.0)}, {"device_ids": [1]}], "not GPU 2, as torch would guess"
     assert deepspeed.comm.comm.cdb is not None
 
 
