@@ -332,8 +332,8 @@ def record_start(
     folder: RunFolder, start: StartPoint, config: Config, layout: dict[str, int], *, data_digest: str, last_step: int
 ) -> bool:
     """Rank 0, before the first step: sets aside what this start supersedes, records and prints where it begins.
-    `layout`: see checkpoint.layout. Returns whether it supersedes all steps in the folder, those before it too. Raises
-    OSError."""
+    `layout`: see checkpoint.layout. Returns whether it supersedes all steps in the folder, those before it too, or an
+    earlier start that was killed before its first step has done so: its boards may still show them. Raises OSError."""
     from pretrain.checkpoint.state import versions  # see environment_changes
 
     patch = keep_patch(folder.path)
@@ -345,6 +345,7 @@ def record_start(
         print(f"passed over a damaged checkpoint: {reason}", flush=True)
         folder.event("checkpoint_passed_over", reason=reason)
     begins_branch = resumed is not None and is_other_course(folder, resumed)
+    hides_all = begins_branch or (folder.has_said("branch") and not folder.has_steps())
     # Those before it too, where they are another branch's: a rollback would go back to one of them.
     is_elsewhere = resumed is not None and not _is_own(folder, resumed)
     for path in set_aside_newer(folder.checkpoints, -1 if begins_branch and is_elsewhere else step):
@@ -365,7 +366,7 @@ def record_start(
             from pretrain.checkpoint.initial import INITIAL_WEIGHTS
 
             folder.event(INITIAL_WEIGHTS, path=config.train.init_from, checkpoint=str(start.initial))
-        return begins_branch
+        return hides_all
     print(f"resuming from {resumed.path} at step {step}", flush=True)
     folder.event("resumed", step=step, path=str(resumed.path))
     for key, (then, now) in {**start.changes, **environment_changes(resumed, layout)}.items():
@@ -377,4 +378,4 @@ def record_start(
         stage = start.progress.stages[-1]
         print(f"a new stage of the data begins: {stage.text()}", flush=True)
         folder.event("data_stage", step=step, text=stage.text(), **stage.to_json())
-    return begins_branch
+    return hides_all

@@ -64,8 +64,7 @@ def sum_as_we_do(optimizer: Any, *, in_stages: bool = False) -> None:
     An offloaded optimizer, whose gradients are in CPU memory, asks another function.
 
     `in_stages`: of a pipeline. DeepSpeed asks the other stages for each group of parameters; stages with other numbers
-    of groups would wait for each other for ever. So they are asked once. (Experts that are divided keep DeepSpeed's
-    way, which averages the norm of theirs in between.)"""
+    of groups would wait for each other for ever. So they are asked once."""
     from deepspeed.runtime.zero import stage_1_and_2  # here: device.start prepares its import
 
     def squares_of(gradients: Iterable[Tensor], parameters: Iterable[Any]) -> Tensor:
@@ -92,7 +91,7 @@ def sum_as_we_do(optimizer: Any, *, in_stages: bool = False) -> None:
         return over_ranks(squares_of(gradients, parameters))
 
     def norm_of_all(norm_type: int = 2) -> Tensor:
-        """Of all groups together."""
+        """Of all groups together. Of experts that are divided each data-parallel rank has a part that no other has."""
         assert norm_type == 2
         places = range(len(optimizer.bit16_groups))
         own = [squares_of(optimizer.averaged_gradients[n], optimizer.params_in_partition[n]) for n in places]
@@ -100,7 +99,7 @@ def sum_as_we_do(optimizer: Any, *, in_stages: bool = False) -> None:
 
     assert callable(optimizer.get_grad_norm_direct) and callable(optimizer.scaled_global_norm)
     optimizer.get_grad_norm_direct = norm_of
-    if in_stages and not optimizer.has_moe_layers:
+    if in_stages:
         optimizer.scaled_global_norm = norm_of_all
 
 

@@ -59,26 +59,6 @@ def group_problems(config: Config) -> Iterator[ConfigError]:
                 yield ConfigError(f"optimizer.groups.{group}.{key}: this model has no such parameters; remove the key")
         elif not has_decayed and "weight_decay" in changed:
             yield ConfigError(f"optimizer.groups.{group}.weight_decay: nothing of it is decayed; remove the key")
-    yield from _of_stages(config)
-
-
-def _of_stages(config: Config) -> Iterator[ConfigError]:
-    """Where experts are divided, DeepSpeed adds up a gradient norm over the stages of a pipeline once for each group of
-    its optimizer, so stages with other numbers of groups wait for each other for ever; elsewhere they ask each other
-    once (gradient_norm.sum_as_we_do). Every stage has blocks, which are all alike."""
-    if config.parallel.pipeline == 1 or config.parallel.expert == 1:
-        return
-    model = config.model
-    specs = {name: spec for name, spec in parameter_specs(model).items() if owner_of(name, model) == name}
-    rates = {name: rates_of(name, spec, config.optimizer) for name, spec in specs.items()}
-    of_blocks = {rates[name] for name in specs if name.startswith("blocks.")}
-    alone = sorted({_key(name, specs[name]) for name in specs if rates[name] not in of_blocks})
-    if alone:
-        yield ConfigError(
-            f"optimizer.groups: {' and '.join(alone)} would have a weight decay and a learning rate that no parameter "
-            f"of a block has, which pipeline stages with divided experts cannot do; give it those of a group in the "
-            f"blocks, or set parallel.expert or parallel.pipeline to 1"
-        )
 
 
 def grouped(names: Iterable[str], config: Config) -> dict[Rates, list[str]]:

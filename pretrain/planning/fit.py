@@ -75,7 +75,7 @@ def check_on(config: Config, machine: Machine) -> None:
     """Raises ConfigError if the run would be refused on so many GPUs."""
     check_ranks(config, machine.num_gpus)
     check_device(config, machine.device.device_type)
-    for error in group_problems(config):  # of a pipeline, perhaps, that is only one of many layouts
+    for error in group_problems(config):
         raise error
 
 

@@ -61,7 +61,7 @@ def _texts(records: bytes) -> Iterator[tuple[str, int, str]]:
 
 
 class Board:
-    """Appends to an event file of its own, which begins with the first point."""
+    """Appends to an event file of its own, which begins with the first point, or by `begin`."""
 
     def __init__(self, folder: Path, *, first_step: int, supersedes: bool = True) -> None:
         """`first_step`: if this file `supersedes` them, points of later steps that an earlier start wrote are hidden;
@@ -91,12 +91,20 @@ class Board:
 
     def add(self, step: int, summary: Summary) -> None:
         """Anything else of one step."""
-        event = Event(wall_time=time.time(), step=step, summary=summary)
-        for part in (*self._head, event):
-            self._records.write(part.SerializeToString())
-        self._head = []
+        self._write_head()
+        self._records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
+
+    def begin(self) -> None:
+        """Begins the file now: points that it supersedes are hidden although it has none."""
+        self._write_head()
+        self.flush()
+
+    def _write_head(self) -> None:
+        for part in self._head:
+            self._records.write(part.SerializeToString())
+        self._head = []
 
     def write(self, data: bytes) -> None:
         """Called by RecordWriter."""

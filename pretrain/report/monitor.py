@@ -206,7 +206,10 @@ def make_writers(config: MonitorConfig, run_dir: Path, start: Position, hides_al
     no more; with `hides_all` nothing that they have. Raises UserError."""
     writers: list[Writer] = []
     if config.tensorboard:
-        writers.append(TensorBoard(run_dir / "tensorboard", Position(0, 0, 0.0) if hides_all else start))
+        board = TensorBoard(run_dir / "tensorboard", Position(0, 0, 0.0) if hides_all else start)
+        if hides_all:
+            board.begin()
+        writers.append(board)
     if config.wandb != "off":
         writers.append(WeightsAndBiases(run_dir, config, {"software": versions()}, anew=hides_all))
     return writers

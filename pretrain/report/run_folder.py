@@ -167,6 +167,14 @@ class RunFolder:
                     found = False
         return found
 
+    def has_steps(self) -> bool:
+        """Whether metrics.jsonl holds a line. Raises UserError."""
+        return next(self._rows(self._metrics), None) is not None
+
+    def has_said(self, kind: str) -> bool:
+        """Whether events.jsonl holds an event of `kind`. Raises UserError."""
+        return any(row["event"] == kind for row in self._rows(self._events))
+
     def has_said_since_start(self, kind: str) -> bool:
         """Whether events.jsonl holds an event of `kind` after the newest start. Raises UserError."""
         found = False

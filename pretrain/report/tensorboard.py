@@ -44,6 +44,12 @@ class TensorBoard:
         self._tokens = Board(folder / "against tokens", first_step=start.tokens)
         self._flops = Board(folder / "against MFLOP", first_step=int(start.flops / MEGA))
 
+    def begin(self) -> None:
+        """Hides what earlier starts wrote now, not with the first point: a start that is killed before that has lost
+        none of its own, and the next one begins behind what is to be hidden."""
+        for board in (self._main, self._tokens, self._flops):
+            board.begin()
+
     def scalars(self, at: Position, values: Mapping[str, float]) -> None:
         self._main.scalars(at.step, values)
         for axis, board, place in (("tokens", self._tokens, at.tokens), ("MFLOP", self._flops, int(at.flops / MEGA))):

@@ -128,6 +128,10 @@ def test_stages_of_a_pipeline_may_have_groups_of_their_own(prepared: Path) -> No
     exact, half = run_ranks(engine_trace, 2, configs, STEPS, GRADIENT_STEPS)[0]
     assert_same(exact, reference, "2 stages, groups of their own")
     assert half.losses == pytest.approx(reference.losses, rel=0.01) and len(half.losses) == STEPS
+    experts = (*keys, "model.feedforward.num_experts=6", "train.seed=3")
+    config = small_config(prepared, *experts, *stages, "parallel.expert=2", "batch.micro_sequences=2")
+    few = plain_trace(small_config(prepared, *experts, "batch.micro_sequences=8"), 3, (0, 2))
+    assert_same(run_ranks(engine_trace, 4, [config], 3, (0, 2))[0][0], few, "2 stages, experts divided")
     other = plain_trace(small_config(prepared, *keys[:1], "batch.micro_sequences=8"), STEPS, ())
     assert abs(other.losses[-1] / reference.losses[-1] - 1) > TOLERANCE, "the groups have no effect"
 

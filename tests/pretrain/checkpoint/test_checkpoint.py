@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+import pretrain.segment_start
+from common.errors import PassingError
 from data_prep.shards.format import Manifest
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.data.sources import Sources
+from pretrain.report.board import Board
 from pretrain.views.reading import RunView
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.family import EXPERT_DROPOUT
@@ -192,6 +197,36 @@ def test_a_branch_in_the_folder_of_another_run_has_no_step_loss_or_validation_of
     run_ranks(train_runs, 1, [(again, trunk), (again, copy)])
     for folder in (trunk, copy):
         assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6] and not events(folder, "branch")
+
+
+def _killed(rank: int, config: Config, run_dir: Path, moment: str) -> None:
+    """A start that dies when it has moved the lines of another branch, or with its first points not yet written."""
+    if moment == "before the boards":
+        dead = patch.object(pretrain.segment_start, "Monitor", side_effect=OSError(errno.EIO, "dead"))
+        with dead, pytest.raises(PassingError, match="dead"):
+            train_runs(rank, [(config, run_dir)])
+        return
+    with patch.object(Board, "add"):
+        train_runs(rank, [(config, run_dir)])
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000003")
+
+
+@pytest.mark.parametrize("moment", ["before the boards", "before the first points are written"])
+def test_curves_of_another_branch_are_hidden_whenever_the_start_of_one_is_killed(
+    prepared: Path, tmp_path: Path, moment: str
+) -> None:
+    keys = ("train.steps=4", "evaluate.sequences=0", "checkpoint.every_steps=2", "monitor.tensorboard_every_steps=1")
+    trunk, own = tmp_path / "trunk", tmp_path / "own"
+    board = (*keys, "monitor.tensorboard=true")
+    first = light_config(prepared, *keys, "optimizer.learning_rate=0.002", "train.stop_after_steps=2")
+    named = ('checkpoint.allow_changes=["optimizer"]', f"checkpoint.resume={trunk}/checkpoints/step-00000002")
+    branch = light_config(prepared, *board, *named)
+    run_ranks(train_runs, 1, [(first, trunk), (light_config(prepared, *board), own)])
+    run_ranks(_killed, 1, branch.replaced("train", stop_after_steps=3), own, moment)
+    run_ranks(train_runs, 1, [(branch, own)])
+    assert [event["step"] for event in events(own, "branch")] == [2]
+    for folder, tag in (("", "loss/train"), ("against tokens", "loss against tokens/train")):
+        assert len(steps_of(read(own / "tensorboard" / folder), tag)) == 2, "steps 3 and 4 alone"
 
 
 def test_checkpoints_that_cannot_be_used_never_mean_starting_over(prepared: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pretrain.checkpoint.fragments import Chunk, Fragments
 from pretrain.checkpoint.loading import _empty_memory, _saved_as
 from pretrain.checkpoint.saver import ALIGNMENT, _layout_in_buffer
 from pretrain.checkpoint.state import memory_fragments
-from pretrain.checkpoint.storage import Entry, _write_all, commit, write_safetensors
+from pretrain.checkpoint.storage import Entry, Reader, _write_all, commit, write_safetensors
 from pretrain.engine.zero_state import _stage_0
 
 CONFIG = ModelConfig(d_model=4, num_layers=1, vocab_size=9, sequence_length=3)
@@ -173,6 +173,13 @@ def test_a_memory_has_a_chunk_for_each_run_of_neighbouring_streams() -> None:
     assert len(found.chunks) == 4
 
 
+def test_an_index_names_no_file_that_is_not_verified(tmp_path: Path) -> None:
+    (tmp_path / "tensors.json").write_text(json.dumps({"files": ["a", "b"], "tensors": {}}))
+    Reader(Checkpoint(tmp_path, {"files": {"a": {}, "b": {}, "tensors.json": {}}})).read_metadata()
+    with pytest.raises(DamagedCheckpoint, match=r"it names files that state\.json does not"):
+        Reader(Checkpoint(tmp_path, {"files": {"a": {}, "tensors.json": {}}})).read_metadata()
+
+
 def test_the_memory_of_other_streams_is_refused() -> None:
     """checkpoint.allow_changes may name batch: the memory decides for itself."""
     memory = LayerMemory(2)
@@ -214,6 +221,7 @@ def test_the_name_of_a_checkpoint_is_on_the_disk_when_it_is_committed(
     monkeypatch.setattr(os, "fsync", flushing)
     partial, final = tmp_path / "step-00000001.partial", tmp_path / "step-00000001"
     partial.mkdir()
+    write_safetensors(partial / "tensors", [])
     commit(partial, final, state={}, tensors={"files": [], "tensors": {}}, files={})
     names = {path.name: path.stat().st_ino for path in final.iterdir()}
     place = done.index(("rename", final.stat().st_ino))

@@ -30,7 +30,7 @@ from pretrain.data.patience import Patience
 from pretrain.data.sources import Sources
 from pretrain.resume import changed_settings
 from pretrain.saved_model import load_model
-from tests.harness import run_ranks
+from tests.harness import RankFailed, run_ranks
 from tests.pretrain.runs import events, small_config, train_runs, trainer_of
 from tests.pretrain.saved import rewrite_state, whole_tensors
 
@@ -83,6 +83,12 @@ def test_what_does_not_fit_leaves_nothing(prepared: Path, tmp_path: Path, monkey
             written(place, prepared, change())
         assert "\n" not in str(error.value)
 
+    other = tmp_path / "other"
+    shutil.copytree(prepared, other)
+    (other / "tokenizer.model").write_bytes(b"another")
+    with pytest.raises(UserError, match=r"other/tokenizer\.model is not the tokenizer that its data set names"):
+        written(place, other, weights)
+    shutil.rmtree(other)
     lacking = {name: value for name, value in weights.items() if name != "head.bias"}
     refused(lambda: lacking, "head.bias: the model has this parameter, a test has not")
     refused(lambda: weights | {"head.weight": torch.zeros(1)}, "head.weight: a test has this parameter, the model has")
@@ -140,6 +146,13 @@ def test_all_ranks_begin_with_one_checkpoint_of_a_run_that_goes_on(prepared: Pat
     config = small_config(prepared, f"train.init_from={tmp_path / 'run'}", "parallel.zero=0", TIED)
     for weights in run_ranks(begun, 2, config):
         assert all(torch.equal(weights[name], value) for name, value in newest.items())
+    file = tmp_path / "run" / "step-00000002" / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 4
+    file.write_bytes(content)
+    words = r"init_from: checkpoint \S+step-00000002: rank-00000\.safetensors does not match its sha256; name another"
+    with pytest.raises(RankFailed, match=words):
+        run_ranks(begun, 2, config)
 
 
 def first_lines(config: Config, run: Path) -> list[str]:
@@ -247,3 +260,6 @@ def test_a_run_begins_with_them_and_continues_from_its_own(prepared: Path, tmp_p
     unknown = {"weights_only": {"source": "a test", "tokenizer": None}, "tokenizer_sha256": None}
     rewrite_state(tmp_path / "unknown", lambda s: s.update(unknown))
     assert initial_checkpoint(small_config(prepared, f"train.init_from={tmp_path / 'unknown'}", TIED), "0" * 64)
+    shutil.copytree(end, tmp_path / "bytes")
+    rewrite_state(tmp_path / "bytes", lambda s: s.update(tokenizer_sha256=None))  # a run's, whose ids were bytes
+    refused("train.init_from: .* trained with another tokenizer", str(tmp_path / "bytes"), own, TIED)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pretrain.checkpoint.state import LOSS_SCALER_FIELDS
 from pretrain.engine import build
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,7 +41,7 @@ DEEPSPEED = {
     "runtime.zero.stage3": "grad_position get_param_id fp32_partitioned_groups_flat overflow "
     "_reassign_or_swap_out_partitioned_parameters checkpoint_event_prologue checkpoint_event_epilogue",
     "runtime.zero.partition_parameters": "ds_process_group ds_tensor ds_numel ds_shape",
-    "runtime.fp16.loss_scaler": "cur_scale cur_iter last_overflow_iter cur_hysteresis",
+    "runtime.fp16.loss_scaler": "cur_scale cur_iter last_overflow_iter cur_hysteresis raise_error_at_min_scale",
     "runtime.bf16_optimizer": "overflow update_lp_params",
     "moe.layer": "set_deepspeed_parallelism num_experts num_local_experts ep_size expert_group_name",
     "ops": "__compatible_ops__",
@@ -127,3 +128,16 @@ def test_muon_is_imported_without_a_compiler(monkeypatch: pytest.MonkeyPatch) ->
 
     assert isinstance(MuonWithAuxAdam, type) and not compiled
     assert deepspeed.runtime.compiler.compile() is torch.compile
+
+
+def test_a_checkpoint_has_all_that_changes_in_the_search_for_a_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of steps that overflow and of others; what it left out would begin anew on a resume."""
+    from deepspeed.runtime.fp16 import loss_scaler
+
+    monkeypatch.setattr(loss_scaler, "dist", SimpleNamespace(get_rank=lambda: 1))
+    scaler = loss_scaler.DynamicLossScaler(2.0**16, 2, 1.0, delayed_shift=2, consecutive_hysteresis=False)
+    before, changed = dict(vars(scaler)), set[str]()
+    for overflow in (True, True, False, False, False, True):
+        scaler.update_scale(overflow)
+        changed |= {key for key, value in vars(scaler).items() if value != before[key]}
+    assert changed == set(LOSS_SCALER_FIELDS)

@@ -16,7 +16,7 @@ import pretrain.engine.build
 from common.errors import ConfigError
 from model.language_model import build_on_meta
 from pretrain.config.schema import Config
-from pretrain.engine.optimizer import AdamW, Rates, build_optimizer, group_problems, grouped
+from pretrain.engine.optimizer import AdamW, Rates, build_optimizer, grouped
 from pretrain.engine.zero_state import _adam_state, optimizer_steps, set_optimizer_steps
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, state_tensors, train_runs
@@ -163,23 +163,3 @@ def test_a_group_that_a_model_does_not_have_is_refused(prepared: Path) -> None:
         build_optimizer(build_on_meta(config.model), config)
     with pytest.raises(ConfigError, match=r"optimizer\.groups\.norms\.weight_decay: unknown key"):
         small_config(prepared, "optimizer.groups.norms.weight_decay=0.1")
-
-
-def test_groups_that_not_every_stage_of_a_pipeline_has_are_refused_where_experts_are_divided(prepared: Path) -> None:
-    """Two ranks with one would hang in the first gradient norm: DeepSpeed reduces it group by group."""
-    experts = ("parallel.expert=2", "model.feedforward.num_experts=4", "batch.micro_sequences=2")
-    pipeline = ("parallel.pipeline=2", "optimizer.weight_decay=0.1", *experts)
-    for key in ("head.learning_rate_ratio=2", "embedding.learning_rate_ratio=0.5", "head.weight_decay=0.3"):
-        config = small_config(prepared, *pipeline, f"optimizer.groups.{key}")
-        (error,) = group_problems(config)
-        assert str(error).startswith(f"optimizer.groups: {key.partition('.')[0]} would have a weight decay"), error
-        assert not list(group_problems(config.replaced("parallel", pipeline=1)))
-        assert not list(group_problems(config.replaced("parallel", expert=1)))
-    tied = small_config(
-        prepared, *pipeline, "model.tied_embedding=true", "optimizer.groups.embedding.learning_rate_ratio=2"
-    )
-    (error,) = group_problems(tied)
-    assert str(error).startswith("optimizer.groups: embedding would have a weight decay"), "not the head, a copy"
-    for key in ("experts.learning_rate_ratio=3", "embedding.weight_decay=0", "routers.weight_decay=0"):
-        assert not list(group_problems(small_config(prepared, *pipeline, f"optimizer.groups.{key}"))), key
-    assert not list(group_problems(small_config(prepared, "parallel.pipeline=2", *experts)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -192,6 +193,17 @@ def test_foreign_files_are_left_alone_and_an_older_export_is_replaced(
     refused(checkpoint.path, tmp_path / "file", "is a file and not a folder", capsys)
 
 
+def test_a_mounted_disk_is_refused_before_anything_is_written(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As containers have them."""
+    out = tmp_path / "output"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    refused(checkpoint.path, out, f"--to: {out} is where a disk is mounted, which no folder can replace", capsys)
+    assert main([str(checkpoint.path), "--to", str(out / "mine")]) == 0
+
+
 def test_the_folder_that_a_link_leads_to_is_replaced_and_the_link_stays(
     checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,6 +339,7 @@ def test_what_cannot_be_read_back(checkpoint: Checkpoint, tmp_path: Path) -> Non
     def with_config(**values: Any) -> Callable[[Path], None]:
         return with_values("config.json", **values)
 
+    unreadable(lambda f: (f / "config.json").write_bytes(b'{"a": "\xe9"}'), "config.json is no text in UTF-8")
     unreadable(with_config(model_type="llama"), "model_type is 'llama', not 'switchall'")
     unreadable(with_config(attention={"type": "dense", "num_heads": 0}), "config.json: .*num_heads")
     unreadable(with_config(hidden_size=24), r"is F32 \[.*\], the model's is \[.*\]; config.json and weights differ")
