@@ -12,7 +12,6 @@ from pretrain.config.schema import Config
 from tests.corpus import prepare_corpus
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.family import EXPERT_DROPOUT
-from tests.pretrain.report.test_bits_per_byte import train_and_keep_output
 from tests.pretrain.runs import (
     assert_bit_identical,
     assert_same,
@@ -23,6 +22,7 @@ from tests.pretrain.runs import (
     metrics,
     plain_trace,
     small_config,
+    train_and_keep_output,
     train_runs,
 )
 
