@@ -33,7 +33,7 @@ from pretrain.data.patience import Patience
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.resume import newest_valid
 from tests.harness import RankFailed, run_ranks
-from tests.pretrain.checkpoint.test_checkpoint import DROPOUTS
+from tests.pretrain.family import EXPERT_DROPOUT
 from tests.pretrain.resilience.faults import outcome
 from tests.pretrain.runs import assert_bit_identical, curve, events, light_config, train_runs
 
@@ -53,7 +53,7 @@ def train_to_the_message(rank: int, config: Config, run_dir: Path) -> str:
 def test_a_full_disk(prepared: Path, tmp_path: Path, small_disk: Callable[[int], Path], asynchronous: str) -> None:
     """Room for one checkpoint: the second fails and training goes on; after the third it stops. With more room the run
     continues from the first."""
-    keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=2", *DROPOUTS)
+    keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=2", *EXPERT_DROPOUT)
     config = light_config(prepared, *keys, f"checkpoint.asynchronous={asynchronous}", ranks=2)
     run_ranks(train_runs, 2, [(config, tmp_path / "unbroken")])
     one = sum(f.stat().st_size for f in list_checkpoints(tmp_path / "unbroken" / "checkpoints")[-1].iterdir())
@@ -392,7 +392,7 @@ def dies(config: Config, run_dir: Path, victim: int, count: int) -> bool:
 def check_kills(prepared: Path, tmp_path: Path, steps: int, kills: list[tuple[int, int]]) -> int:
     """Starts a run again and again; each time a rank dies before its n-th operation. Returns how many died."""
     keys = (f"train.steps={steps}", "evaluate.sequences=0", "checkpoint.every_steps=1", "checkpoint.keep_last=2")
-    config = light_config(prepared, *keys, *DROPOUTS, ranks=2)
+    config = light_config(prepared, *keys, *EXPERT_DROPOUT, ranks=2)
     run_ranks(train_runs, 2, [(config, tmp_path / "unbroken")])
     run_dir, died, newest = tmp_path / "killed", 0, 0
     for victim, count in kills:
