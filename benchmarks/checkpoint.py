@@ -128,10 +128,16 @@ def draw(found: Any, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 and 2")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="saves of each kind (default: %(default)s)")
-    parser.add_argument("--every", type=int, default=100, metavar="N", help="steps from save to save, for the share")
+    parser.add_argument(
+        "--every", type=int, default=100, metavar="N", help="steps from save to save (default: %(default)s)"
+    )
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     records.add_option(parser)
     args = parser.parse_args(arguments)

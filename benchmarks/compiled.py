@@ -168,17 +168,17 @@ def representative(all_jobs: Sequence[Job]) -> list[Job]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.compiled", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit status 1 unless every case passes")
     parser.add_argument("--update", action="store_true", help=f"write {RECORDS.name} and the table in the docs")
-    parser.add_argument("--recompile", choices=("none", "sample", "all"), default="none")
-    parser.add_argument("--arch", default="80,90,100,120", help="compute capabilities times ten, comma-separated")
+    parser.add_argument("--recompile", choices=("none", "sample", "all"), default="none", help="default: none")
+    parser.add_argument("--arch", default="80,90,100,120", help="compute capabilities times ten (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
     parser.add_argument(
         "--representative", action="store_true", help="sm_90 alone: every kernel, at the shapes of 262M and 1B models"
     )
     parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--modules", default="", help=f"comma-separated, instead of all of {PACKAGE}")
     parser.add_argument("--records", type=Path, default=RECORDS, help=argparse.SUPPRESS)  # for the tests
     options = parser.parse_args(arguments)

@@ -224,7 +224,9 @@ PART_HEADER = ["shape", "family", *ALL_PARTS]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.families", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, action="append", help="repeatable (default: all)")
     parser.add_argument(
         "--layers", type=int, default=4, metavar="N", help="blocks of each model (default: %(default)s)"

@@ -144,12 +144,14 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--op", choices=SUITES, help="one op; default: all")
     parser.add_argument("--dtype", choices=DTYPES, help="default: all")
     parser.add_argument("--quick", action="store_true", help="small shapes: checks that everything runs")
     parser.add_argument("--threads", type=int, help="default: 1 with --keep, else 2")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--peak-of", metavar="NAME", help=argparse.SUPPRESS)
     records.add_option(parser)
     options = parser.parse_args(arguments)

@@ -160,9 +160,13 @@ def draw(found: Any, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels_switchhead",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--threads", type=int, help="default: 1 with --keep, else 2")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="3 rounds, target shape only")
     parser.add_argument("--only", choices=("ops", "layer"), help="one half of the benchmark")
     records.add_option(parser)

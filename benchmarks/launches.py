@@ -216,9 +216,16 @@ def update_docs() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.launches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--config", dest="configs", type=Path, nargs="+", default=DEFAULT, help="configurations of runs"
+        "--config",
+        dest="configs",
+        type=Path,
+        nargs="+",
+        default=DEFAULT,
+        help="of runs (default: those of docs/kernels.md)",
     )
     parser.add_argument("--markdown", action="store_true", help="writes the tables of docs/kernels.md")
     parser.add_argument("--operators", action="store_true", help="also which operator is launched how often")

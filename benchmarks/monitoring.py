@@ -81,7 +81,11 @@ def watched(kind: str, config: Config, folder: Path, device: torch.device) -> Wa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.monitoring",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", type=Path, default=Path("configs/switchall_tiny.json"), help="default: %(default)s")
     add_overrides(parser)
     parser.add_argument("--block", type=int, default=10, metavar="N", help="steps of a block (default: 10)")

@@ -203,9 +203,15 @@ def table(rows: list[tuple[Layer, int, int, Count]], *, markdown: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="T, 256 to 1024 take a minute each")
-    parser.add_argument("--d-model", type=int, default=512, help="1024 is the 262M model's; 512 takes half the time")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[256, 1024], help="T (default: 256 1024, a minute each)"
+    )
+    parser.add_argument(
+        "--d-model", type=int, default=512, help="default: 512; 1024, the 262M model's, takes twice the time"
+    )
     parser.add_argument("--layers", default="", help="only layers whose name contains this")
     parser.add_argument("--markdown", action="store_true", help="a table for docs/kernels.md")
     parser.add_argument("--per-tensor", action="store_true", help="requested bytes of every kernel's tensors too")

@@ -40,7 +40,9 @@ T = TypeVar("T")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.two_steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, required=True, help="run configuration")
     add_overrides(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to this file")

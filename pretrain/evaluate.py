@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +24,9 @@ from pretrain.parallel.agreement import agreed
 from pretrain.report.monitor import Monitor
 from pretrain.saved_model.tokenizer import Tokenizer
 from pretrain.trainer import HeldOutText, Trainer
+
+READ_AT_ONCE = 1 << 22
+"""Tokens of a rank that are read, and agreed on, before they are computed: 64 MiB, and most validations in one go."""
 
 
 def evaluation_windows(reader: Windows, config: Config) -> np.ndarray:
@@ -57,6 +62,25 @@ def _deal(windows: np.ndarray, micro: int, parallel: ParallelContext) -> tuple[n
     return np.pad(windows, ((0, 0), (0, num_streams - total)), constant_values=-1), blocks
 
 
+def _batches(reader: Windows, config: Config, windows: np.ndarray, blocks: list[np.ndarray]) -> Iterator[Batch]:
+    """This rank's micro-batches of `_deal`, of every step in turn. Collective: they are read before a forward pass,
+    which is collective too, so that a damaged shard is one rank's message, not everybody's hang."""
+
+    wanted = [(np.maximum(row[block], 0), block) for row in windows for block in blocks]
+    at_once = max(1, READ_AT_ONCE // (config.batch.micro_sequences * reader.sequence_length))
+
+    def read(first: int) -> list[Batch]:
+        found = []
+        for own, block in wanted[first : first + at_once]:
+            documents = reader.documents(own) if config.data.document_mask else None
+            # The index names the stream; dropout, which it also seeds, is off.
+            found.append(Batch(*reader.read(own), torch.from_numpy(block), documents))
+        return found
+
+    for first in range(0, len(wanted), at_once):
+        yield from agreed(partial(read, first))
+
+
 @torch.no_grad()
 def evaluate(
     executor: Evaluator,
@@ -72,14 +96,7 @@ def evaluate(
     computes a window that does not count, because under ZeRO 3 every forward pass is collective. `before_batch`, which
     is collective too, says whether to go on; if not, the result is None."""
     windows, blocks = _deal(evaluation_windows(reader, config), config.batch.micro_sequences, parallel)
-
-    def read(windows: np.ndarray, block: np.ndarray) -> Batch:
-        documents = reader.documents(windows) if config.data.document_mask else None
-        # The index names the stream; dropout, which it also seeds, is off.
-        return Batch(*reader.read(windows), torch.from_numpy(block), documents)
-
-    # Read before the first collective forward: a damaged shard is then one rank's message, not everybody's hang.
-    batches = agreed(lambda: [[read(np.maximum(row[block], 0), block) for block in blocks] for row in windows])
+    batches = _batches(reader, config, windows, blocks)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     names = source_names(config) if len(reader.sizes) > 1 else []
     # Sums of their own: the total adds up as that of one data set does, bit for bit.
@@ -88,12 +105,13 @@ def evaluate(
     at_once = 4 * parallel.pipeline_size  # few enough to stop soon, many enough to fill the pipeline
     streams = torch.from_numpy(np.concatenate(blocks)).to(device)
     with separate_streams(executor.module, streams, windows.shape[1]):
-        for row, row_sources, step_batches in zip(windows, sources, batches, strict=True):
+        for row, row_sources in zip(windows, sources, strict=True):
             losses: list[torch.Tensor] = []
-            for first in range(0, len(step_batches), at_once):
+            for first in range(0, len(blocks), at_once):
                 if not before_batch():
                     return None
-                losses += executor.evaluate([batch.to(device) for batch in step_batches[first : first + at_once]])
+                some = itertools.islice(batches, len(blocks[first : first + at_once]))
+                losses += executor.evaluate([batch.to(device) for batch in some])
             for block, sequence_loss in zip(blocks, losses, strict=True):
                 counted = torch.from_numpy(row[block] >= 0).to(device) & parallel.is_last_stage
                 sums += torch.stack([(sequence_loss * counted).sum().double(), counted.sum().double()])

@@ -10,6 +10,7 @@ from functools import partial
 from common.strict_json import finite
 from pretrain.data.progress import Progress
 from pretrain.device import memory_bytes
+from pretrain.engine.deepspeed_json import SMALLEST_LOSS_SCALE
 from pretrain.evaluate import validate
 from pretrain.evaluation.likelihood import Place
 from pretrain.parallel.agreement import from_first_rank, raise_agreed
@@ -157,8 +158,8 @@ class Segment:
         result, config = self._launched.read(), self.setup.config
         self.setup.phases.may_take_long()  # rank 0 writes
         self.limit.add(result.seconds)
-        # Overflows are how fp16 finds its loss scale, as long as the loss itself is a number.
-        is_overflow = result.loss_scale is not None and math.isfinite(result.sums.loss)
+        # Overflows are how fp16 finds its loss scale, as long as the loss itself is a number and the scale can fall.
+        is_overflow = (result.loss_scale or 0.0) > SMALLEST_LOSS_SCALE and math.isfinite(result.sums.loss)
         self.progress = self._after_step(updated=result.sums.grad_norm is not None or is_overflow)
         self._launched = None
         self._loss, self._validation_loss = finite(result.sums.loss), None

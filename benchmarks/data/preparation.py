@@ -146,14 +146,18 @@ def draw(found: Any, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data.preparation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", choices=("throughput", "memory"))
     parser.add_argument("input", help="glob of raw C4 files")
     parser.add_argument("--datatrove", metavar="PYTHON", help="interpreter of an environment with datatrove")
     parser.add_argument("--dolma", metavar="PYTHON", help="interpreter of an environment with dolma")
     parser.add_argument("--repeats", type=int, default=1, help="rounds (throughput; default: %(default)s)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[50, 500], help="MB of text (memory)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (memory)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[50, 500], help="MB of text (memory; default: 50 500)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (memory; default: 2)")
     parser.add_argument("--no-filters", action="store_true", help="deduplication alone (memory)")
     records.add_option(parser)
     args = parser.parse_args(arguments)

@@ -289,11 +289,15 @@ def draw(found: Any, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data.reading",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--tokens", type=int, default=40_000_000, help="of the corpus (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=200, help="of a run (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
-    parser.add_argument("--readers", nargs="+", choices=list(READERS), default=list(READERS))
+    parser.add_argument("--readers", nargs="+", choices=list(READERS), default=list(READERS), help="default: all")
     records.add_option(parser)
     args = parser.parse_args(arguments)
     if min(args.tokens // (100 * (T + 1)), args.batches, args.repeats) < 1:

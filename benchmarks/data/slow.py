@@ -17,7 +17,9 @@ from pretrain.data.windows import Batch
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data.slow", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("seconds", type=float, help="for which reading the batches of a step takes longer")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="those of launch/pretrain.py")
     args = parser.parse_args()

@@ -20,7 +20,9 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks.gpu import candidates, carry, command, tables, visit, winners
 
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description="What a GPU has to show (docs/gpu.md).")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description="What a GPU has to show (docs/gpu.md)."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():
         command.add_options(commands.add_parser(name, help=what, description=what))

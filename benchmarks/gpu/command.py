@@ -73,7 +73,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="PART", action="append", help="parts of this name or beginning; repeatable")
     parser.add_argument("--list", action="store_true", help="the parts in their order, and which are recorded")
     parser.add_argument("--again", action="store_true", help="parts that are recorded too")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tests the command, no GPU")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda; cpu tests the command"
+    )
     parser.add_argument("--tiny", action="store_true", help="shapes for an interpreter: --device cpu needs it")
     parser.add_argument(
         "--shared", action="store_true", help="others use the GPU too: no speed of training is recorded"

@@ -41,7 +41,9 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("visit", help=what, description=what)
     parser.add_argument("--seconds", type=float, default=540.0, help="in which the call ends (default 540)")
     parser.add_argument("--list", action="store_true", help="the list, and what is recorded")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tests the command, no GPU")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda; cpu tests the command"
+    )
     parser.add_argument("--tiny", action="store_true", help="shapes for an interpreter: --device cpu needs it")
     parser.add_argument("--results", type=Path, help="folder of the records, as of the other commands")
     parser.set_defaults(act=act)

@@ -68,7 +68,7 @@ def of_here(context: Context) -> list[Entry]:
 def add_command(commands: Any) -> None:
     what = "write what tune found into the table of measured tiles"
     parser = commands.add_parser("apply", help=what, description=what)
-    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the records")
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the records (default: ours)")
     parser.add_argument("--least-gain", type=float, default=LEAST_GAIN, metavar="PERCENT", help="default 1")
     parser.set_defaults(act=act)
 

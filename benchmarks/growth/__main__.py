@@ -71,7 +71,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     of_ranks = parser.add_argument_group("of the axis `ranks`")
     of_ranks.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="default: 1 2 4")
     of_ranks.add_argument("--steps", type=int, default=4, metavar="N", help="of a turn (default: %(default)s)")
-    of_ranks.add_argument("--config", type=Path, default=Path("configs/switchall_tiny.json"), metavar="FILE")
+    of_ranks.add_argument(
+        "--config",
+        type=Path,
+        default=Path("configs/switchall_tiny.json"),
+        metavar="FILE",
+        help="of a step (default: %(default)s)",
+    )
     of_ranks.add_argument("--data", type=Path, metavar="FILE", help="manifest.json (default: the configuration's)")
     add_overrides(of_ranks)
     records.add_option(parser)

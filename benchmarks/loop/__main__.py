@@ -46,10 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     speed_part.add_argument("--config", type=Path, help="in the place of each comparison's own")
     speed_part.add_argument("--pairs", type=int, default=9, metavar="N", help="of pieces (default: %(default)s)")
     speed_part.add_argument("--steps", type=int, default=3, metavar="N", help="of a piece (default: %(default)s)")
-    speed_part.add_argument("--against", nargs="+", choices=PEERS, default=PEERS)
-    start_part.add_argument("--config", type=Path, default=Path("configs/switchall_tiny.json"))
+    speed_part.add_argument("--against", nargs="+", choices=PEERS, default=PEERS, help="other loops (default: all)")
+    start_part.add_argument(
+        "--config", type=Path, default=Path("configs/switchall_tiny.json"), help="of the run (default: %(default)s)"
+    )
     start_part.add_argument("--starts", type=int, default=5, metavar="N", help="of each kind (default: %(default)s)")
-    start_part.add_argument("--with", nargs="+", dest="kinds", choices=("python", "deepspeed"))
+    start_part.add_argument("--with", nargs="+", dest="kinds", choices=("python", "deepspeed"), help="default: both")
     for part in (speed_part, start_part):
         part.add_argument("--data", type=Path, metavar="FILE", help="manifest.json (default: the configuration's)")
         add_overrides(part)

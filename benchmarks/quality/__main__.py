@@ -41,8 +41,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="metrics of finished runs (default: ours)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the runs (default: %(default)s)")
     add_overrides(parser, "run: of every run; repeatable")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="run: so many at a time; each writes RUN.log")
-    parser.add_argument("--most", type=int, default=sys.maxsize, metavar="N", help="run: stop after N runs")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="run: so many at a time (default: 1)")
+    parser.add_argument(
+        "--most", type=int, default=sys.maxsize, metavar="N", help="run: stop after N runs (default: none)"
+    )
     parser.add_argument(
         "--picture",
         type=Path,

@@ -136,8 +136,14 @@ def read_records(results: Path) -> list[Record]:
     for path in sorted(results.glob("*.json")):
         try:
             tree: dict[str, Any] = json.loads(path.read_text())
-            tree["validations"] = [(int(step), float(loss)) for step, loss in tree["validations"]]
+            tree["losses"] = [_loss(loss) for loss in tree["losses"]]
+            tree["validations"] = [(int(step), _loss(loss)) for step, loss in tree["validations"]]
             found.append(Record(**tree))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"--results: {path} is no record of a run ({error}); remove it") from error
     return found
+
+
+def _loss(kept: float | None) -> float:
+    """JSON has no NaN, which the losses of a run that diverged are."""
+    return math.nan if kept is None else float(kept)

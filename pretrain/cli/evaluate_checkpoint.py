@@ -256,6 +256,10 @@ def _validate(opened: OpenedModel, found: HeldOut, *, is_other: bool) -> dict[st
     """The held-out split. `is_other`: of other data than the run's."""
     (config, sources), place = found, opened.place
     reader = sources.reader(config.evaluate.split, config)
+    windows = evaluation_windows(reader, config)
+    # What a batch lacks is computed too, and not counted.
+    share = -(-windows.shape[1] // place.parallel.data_size)
+    config = config.replaced("batch", micro_sequences=min(config.batch.micro_sequences, share))
     with _bar(opened, "validation", " batches") as bar:
 
         def before_batch() -> bool:
@@ -264,7 +268,7 @@ def _validate(opened: OpenedModel, found: HeldOut, *, is_other: bool) -> dict[st
 
         values = validation(opened.evaluator, reader, config, place.parallel, place.device, before_batch=before_batch)
     assert values is not None
-    counts = target_counts(reader, evaluation_windows(reader, config))
+    counts = target_counts(reader, windows)
     if size := opened.tokenizer.bytes_of(counts):
         values["bits_per_byte"] = bits_per_byte(values["loss"], values["tokens"], size)
     unigram = unigram_perplexity(counts)

@@ -83,6 +83,10 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
             _drop_skipped_gradients(engine.optimizer)
     if zero_1.is_used(config):
         zero_1.add_without_a_copy(engine.optimizer)
+    if engine.fp16_enabled():
+        # At the smallest loss scale DeepSpeed would end the process with a traceback. Such steps count as skipped, and
+        # too many of them end the run (segment.py).
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     _average_only_over_others(engine)
     return engine
 

@@ -12,6 +12,9 @@ BUCKET_ELEMENTS = 50_000_000
 model: of its own 500 million they take 1 to 2 GB, and most of a model of a billion parameters waits for the end of the
 backward pass."""
 
+SMALLEST_LOSS_SCALE = 1.0
+"""Of fp16: DeepSpeed's own, below which its search does not go."""
+
 
 def deepspeed_json(config: Config, data_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration: ours, plus the keys of the `deepspeed` section (checked not to contradict)."""

@@ -64,13 +64,15 @@ def _header(facts: CardFacts) -> str:
 
 
 def _usage(model: ModelConfig, facts: CardFacts) -> str:
+    tokenizer = (
+        ", and the tokenizer sentencepiece."
+        if facts.has_text
+        else ". It has no tokenizer: training read token ids that another program had made. Put the files of the "
+        "tokenizer that made them here, such as `tokenizer.json` and `tokenizer_config.json`."
+    )
     notes = [
         "The folder holds the code of the model, so that `trust_remote_code=True` is needed; it imports torch and "
-        "transformers (5.0 or newer), and the tokenizer sentencepiece."
-        if facts.has_text
-        else "The folder holds the code of the model, so that `trust_remote_code=True` is needed; it imports torch and "
-        "transformers (5.0 or newer). It has no tokenizer: training read token ids that another program had made. Put "
-        "the files of the tokenizer that made them here, such as `tokenizer.json` and `tokenizer_config.json`."
+        f"transformers (5.0 or newer){tokenizer}"
     ]
     if facts.dtype != "float32":
         notes.append(f"The weights were rounded to {facts.dtype}; training kept them in float32.")

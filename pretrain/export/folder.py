@@ -40,7 +40,7 @@ def checked_output(out: Path, option: str) -> Path:
     out = out.resolve()
     check_output_folder(out, option)
     if os.path.ismount(out):  # at the end it could not be renamed
-        raise UserError(f"{option}: {out} is where a disk is mounted, which no folder can replace; name one inside of it")
+        raise UserError(f"{option}: {out} is where a disk is mounted, which no folder can replace; name one in it")
     for place in (out, out.with_name(out.name + PARTIAL)):
         if place.is_dir() and (foreign := _foreign_file(place)):
             raise UserError(f"{option}: {place} holds {foreign}, which is not of an export; name another folder")

@@ -143,9 +143,11 @@ class Watchdog:
             if self._timeout and (self._has_hung(now) or self._is_called(now)):
                 try:
                     self._report()
-                except OSError as error:  # a full disk: the hang must end all the same
-                    where = f"{error.filename or self._hang} cannot be written: {error.strerror}"
-                    self._stop.leave(ExitCode.HUNG, f"error: rank {self._rank}: hang in {self._phases.record}; {where}")
+                except Exception as error:  # a full disk, or a fault of the report: the hang must end all the same
+                    what = f"{type(error).__name__}: {error}"
+                    if isinstance(error, OSError):
+                        what = f"{error.filename or self._hang} cannot be written: {error.strerror}"
+                    self._stop.leave(ExitCode.HUNG, f"error: rank {self._rank}: hang in {self._phases.record}; {what}")
 
     def _limit(self) -> tuple[float, str]:
         """Seconds that the phase may take, and what says so."""
@@ -181,7 +183,8 @@ class Watchdog:
             collectives.record(self._hang, self._rank)
         except Exception as error:  # torch's recorder is private, and a report without it is one as well
             self._say(f"rank {self._rank}: no record of its collectives: {type(error).__name__}: {error}")
-        Report(self._rank, self._identities[self._rank], waited, record).write(self._hang)
+        own = Report(self._rank, self._identities[self._rank], waited, record)
+        own.write(self._hang)
         # One that was called reads for nobody: if the rank that called it goes on, so must this one.
         is_reader = self._has_hung(time.monotonic()) and self._becomes_reader()
         deadline = time.monotonic() + self._grace
@@ -201,7 +204,8 @@ class Watchdog:
             has_hung = self._has_hung(time.monotonic())
             is_reader = is_reader or (has_hung and self._becomes_reader())
             if is_reader:
-                self._describe_for_all(message)
+                self._describe_for_all(message, own)
+                break
             elif has_hung or exists(self._hang / READER) or exists(message):
                 time.sleep(self._pause)
             else:  # the rank that called this one has just gone on
@@ -238,8 +242,8 @@ class Watchdog:
     def _all_have_reported(self) -> bool:
         return sum(name.endswith(".json") for name in os.listdir(self._hang)) >= len(self._identities)
 
-    def _describe_for_all(self, message: Path) -> None:
-        reports = read_reports(self._hang)
+    def _describe_for_all(self, message: Path, own: Report) -> None:
+        reports = {**read_reports(self._hang), self._rank: own}  # which the file system may not give back
         silent = [rank for rank in range(len(self._identities)) if rank not in reports]
         words = self._last_words(silent[:LISTED])
         try:
@@ -280,7 +284,8 @@ class Watchdog:
         """Once per machine: makes its silent ranks write their stacks, if they can. Returns those ranks, nothing on the
         other ranks of the machine."""
         here = [rank for rank in range(len(self._identities)) if self._is_here(rank)]
-        silent = [rank for rank in here if not exists(self._hang / f"rank-{rank:05d}.json")]
+        reported = [rank for rank in here if exists(self._hang / f"rank-{rank:05d}.json")]
+        silent = [rank for rank in here if rank not in (*reported, self._rank)]
         if self._rank != min(set(here) - set(silent)):
             return []
         stacks = {}

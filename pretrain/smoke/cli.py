@@ -76,6 +76,9 @@ def main(arguments: Sequence[str] | None = None, stop: Stop | None = None) -> in
         path = config_file(args.config)
         config = smoke_config(path, args.overrides, args.steps)
         run_dir = run_folder(path, args.run_dir)
+        from pretrain.report.weights_and_biases import check_installed  # here: numpy, for which --help need not wait
+
+        check_installed(load_config(path, args.overrides).monitor)  # of the run: the test sends nothing
         sources, *_ = preflight(config, ranks.world_size, run_dir / "smoke", alone=ranks.world_size == 1)
     except UserError as error:
         stop.say_refusal(error, ranks)

@@ -108,6 +108,13 @@ def test_a_run_that_diverged_is_not_chosen() -> None:
     assert rates("dense", {names[0]: 3.0, names[1]: 2.0}) == list(RATES)
 
 
+def test_a_run_that_diverged_is_read_again(tmp_path: Path) -> None:
+    """Its last losses are no numbers; that ended the comparison after hours."""
+    keep(record(Training("dense", RATES[0], 0, TUNED_STEPS), math.nan, diverged=True), tmp_path)
+    (found,) = read_records(tmp_path)
+    assert math.isnan(found.last_loss) and found.diverged and math.isnan(found.losses[-1])
+
+
 def test_records_become_a_table_and_a_picture(tmp_path: Path) -> None:
     for training in tuning({}):
         keep(record(training, 4.0 + abs(training.rate - RATES[1])), tmp_path / "results")

@@ -150,12 +150,16 @@ def test_a_resume_that_differs_is_named(tmp_path: Path) -> None:
     ]
 
 
-def test_refusals(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = small_file(prepared, tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for arguments, words in (
         (["--steps", "1"], "error: --steps: 1 is too small; write 2 or more"),
         (["--set", "train.stepz=1"], "error: train.stepz: unknown key"),
         (["--set", "data.manifest=nowhere"], "error: data.manifest: there is no"),
+        (["--set", "monitor.wandb=online"], "error: monitor.wandb: is online, but the package wandb is not installed"),
     ):
         assert cli.main(["--config", str(config), "--run-dir", str(tmp_path / "run"), *arguments]) == 2
         assert capsys.readouterr().err.startswith(words)

@@ -72,6 +72,13 @@ def test_a_fault_that_comes_back_ends_the_job_and_a_checkpoint_forgives(bench: B
     assert "not requeued: 4 starts in a row left no newer checkpoint than step-00000010" in output
 
 
+def test_a_checkpoint_of_more_digits_is_newer(bench: Bench) -> None:
+    """By name it comes before the others: each start would have left no newer one."""
+    (bench.run_dir / "checkpoints" / "step-99999999").mkdir(parents=True)
+    _, output = bench.train(SRUN_CODE="85", FAULTS="1", MAKES="step-100000000")
+    assert "requeued, newest checkpoint: step-100000000" in output and bench.requeues() == ["7"]
+
+
 def test_failed_ranks_start_again_on_the_same_nodes_as_long_as_that_helps(bench: Bench) -> None:
     code, output = bench.train(SRUN_CODE="137")
     ports = [call[1] for call in bench.calls("srun")]
@@ -231,10 +238,11 @@ def test_a_limit_that_was_changed_since_the_job_started_counts(bench: Bench) -> 
     assert len(bench.calls("srun")) == 2
 
 
-def test_options_of_srun_come_first_and_words_in_quotes_stay_one(bench: Bench) -> None:
+def test_options_of_srun_follow_ours_and_words_in_quotes_stay_one(bench: Bench) -> None:
     bench.train(SRUN_OPTIONS="--container-image='/shared/a b.sqsh' --cpu-bind=none")
     [(arguments, _, _)] = bench.calls("srun")
-    assert arguments[:3] == ["--container-image=/shared/a b.sqsh", "--cpu-bind=none", "--kill-on-bad-exit=0"]
+    given = ["--container-image=/shared/a b.sqsh", "--cpu-bind=none"]
+    assert arguments[:4] == ["--distribution=block:block", *given, "--kill-on-bad-exit=0"]  # the last one counts
     bench.start(job.FOLDER / "data_prep.sbatch", "dedup", SRUN_OPTIONS="--container-image='/shared/a b.sqsh'")
     assert bench.calls("srun")[1][0][:2] == ["--container-image=/shared/a b.sqsh", "--ntasks=1"]
 

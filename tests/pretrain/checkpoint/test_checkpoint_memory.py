@@ -115,7 +115,7 @@ def _run(config: Config, folder: Path) -> list[dict[str, Any]]:
     return metrics(folder)
 
 
-@pytest.mark.parametrize("change", ["data.manifest", "model.sequence_length", "train.precision"])
+@pytest.mark.parametrize("change", ["data.manifest", "data.max_tokens", "model.sequence_length", "train.precision"])
 def test_memory_of_other_text_is_not_restored_and_precision_may_change(
     prepared: Path, tmp_path: Path, change: str
 ) -> None:
@@ -124,7 +124,8 @@ def test_memory_of_other_text_is_not_restored_and_precision_may_change(
     other = prepared
     if change == "data.manifest":
         other = prepare_corpus(tmp_path / "other", seed=9, tokenizer=prepared / "tokenizer.model")
-    value = {"data.manifest": other, "model.sequence_length": 12, "train.precision": "bf16"}[change]
+    values = {"data.manifest": other, "data.max_tokens": 20_000, "model.sequence_length": 12, "train.precision": "bf16"}
+    value = values[change]
     config = light_config(other, *keys, f"{change}={value}", f'checkpoint.allow_changes=["{change}"]')
     output = tmp_path / "printed"
     run_ranks(train_and_keep_output, 1, [(config, tmp_path / "run")], output)

@@ -96,6 +96,9 @@ def save_four_times(rank: int, config: Config, folder: Path) -> list[int]:
         one_step(trainer, Progress(step, 8 * step))
         trainer.saver.save(folder, Progress(step, 8 * step), extra={}, retention=Retention(keep_last=9))
         trainer.saver.finish()
+    drawn = torch.rand(3)  # by code that a user adds
+    load_training_state(Checkpoint.open(folder / "step-00000003"), trainer.engine, trainer.setup.parallel)
+    assert torch.equal(torch.rand(3), drawn)
     trainer.engine.destroy()
     return sent
 

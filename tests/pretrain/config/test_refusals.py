@@ -250,14 +250,6 @@ def test_start_and_dry_run_refuse_alike(
     assert words.format(place=place) in message, message
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_run_folder_that_is_not_writable(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (place / "run").chmod(0o500)
-    assert "no permission to write into" in refusal([*CONFIG, "--run-dir", "run/new"], capsys, monkeypatch)
-
-
 def test_what_may_not_be_written_to_is_refused(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

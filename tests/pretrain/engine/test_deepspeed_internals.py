@@ -41,7 +41,7 @@ DEEPSPEED = {
     "runtime.zero.stage3": "grad_position get_param_id fp32_partitioned_groups_flat overflow "
     "_reassign_or_swap_out_partitioned_parameters checkpoint_event_prologue checkpoint_event_epilogue",
     "runtime.zero.partition_parameters": "ds_process_group ds_tensor ds_numel ds_shape",
-    "runtime.fp16.loss_scaler": "cur_scale cur_iter last_overflow_iter cur_hysteresis",
+    "runtime.fp16.loss_scaler": "cur_scale cur_iter last_overflow_iter cur_hysteresis raise_error_at_min_scale",
     "runtime.bf16_optimizer": "overflow update_lp_params",
     "moe.layer": "set_deepspeed_parallelism num_experts num_local_experts ep_size expert_group_name",
     "ops": "__compatible_ops__",

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from itertools import combinations, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ from model.language_model import routing_statistics
 from model.parameters import DeclarationError
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
-from pretrain.engine.pipeline import PipelineExecutor, PipelineStage, _AttachLoss
+from pretrain.engine.pipeline import PipelineStage
 from pretrain.parallel.context import parallel_context
 from pretrain.parallel.stages import layer_costs, stage_bounds
 from tests.harness import run_ranks
@@ -71,34 +69,6 @@ def test_layers_weigh_three_forward_passes_and_blocks_four_if_they_are_computed_
     for recompute, passes in (("none", 3), ("full", 4)):
         config = Config.model_validate({"model": model, "train": {"recompute": recompute}})
         assert layer_costs(config) == [0, *[passes * block] * 3, 0, 3 * T * d * V]
-
-
-@pytest.mark.parametrize("value, gradient", [(3.0, 0.25), (math.inf, math.nan), (math.nan, math.nan)])
-def test_an_auxiliary_loss_of_an_early_stage_that_is_no_number_shows_in_its_gradient(
-    value: float, gradient: float
-) -> None:
-    """The last stage's objective does not have it. A number has the scale alone, bit by bit."""
-    hidden, loss = torch.ones(2, requires_grad=True), torch.tensor(value, requires_grad=True)
-    _AttachLoss.apply(hidden, loss, lambda: 0.25).sum().backward()
-    assert hidden.grad is not None and hidden.grad.tolist() == [1.0, 1.0]
-    assert loss.grad is not None and loss.grad.item() == pytest.approx(gradient, abs=0.0, rel=0.0, nan_ok=True)
-
-
-def test_an_auxiliary_loss_is_scaled_as_the_last_stage_s_objective_is() -> None:
-    """By the loss scale of fp16, whatever it is by now, and by the number of micro-steps."""
-    engine: Any = SimpleNamespace(
-        module=SimpleNamespace(),
-        optimizer=SimpleNamespace(loss_scale=1024.0),
-        fp16_enabled=lambda: True,
-        gradient_accumulation_steps=lambda: 4,
-        _take_model_step=print,
-    )
-    PipelineExecutor(engine)
-    assert engine.module.gradient_scale() == 256.0
-    engine.optimizer.loss_scale = 512.0
-    assert engine.module.gradient_scale() == 128.0
-    engine.fp16_enabled = lambda: False
-    assert engine.module.gradient_scale() == 0.25
 
 
 def kept(rank: int, config: Config) -> tuple[int, list[int]]:

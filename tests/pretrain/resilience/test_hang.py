@@ -239,6 +239,32 @@ def test_a_file_system_that_does_not_answer_does_not_end_the_watchdog(
     assert watchdogs[0]._is_called(phases.since + 40.0)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fault", ["does not say what is there", "does not give a report back", "another"])
+def test_a_hang_ends_whatever_its_report_meets(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The file system may be what hangs."""
+    codes: list[int] = []
+    if fault == "does not say what is there":
+        monkeypatch.setattr("pretrain.resilience.watchdog.exists", lambda path: False)
+    elif fault == "does not give a report back":
+        monkeypatch.setattr("pretrain.resilience.watchdog.read_reports", lambda hang: {})
+    else:
+        monkeypatch.setattr("pretrain.resilience.watchdog.describe", lambda *args: {}["of nobody"])
+    identity = {"host": "a", "boot": "", "namespace": "", "pid": 1, "start": 1}
+    phases, stop = Phases(), leaving(codes)
+    phases.enter("patient", patient=True)
+    watchdog = Watchdog(tmp_path, phases, stop, Peers(0, [identity]), hang_timeout_seconds=0.1, lock=None)
+    watchdog._grace = 0.1
+    phases.enter("forward")
+    watchdog._thread.join(timeout=60)
+    watchdog.close()
+    assert codes == [ExitCode.HUNG]
+    assert "phase 'forward'" in stop.reason, stop.reason
+    assert capfd.readouterr().err.count("error: hang: ") == (fault != "another")
+
+
 def test_what_follows_from_a_hang_has_its_code_on_a_rank_that_was_woken(tmp_path: Path) -> None:
     """It reported nothing, and meets the end of the others' connections."""
     codes: list[int] = []

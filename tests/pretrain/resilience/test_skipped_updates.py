@@ -122,3 +122,30 @@ def test_the_count_of_skips_is_resumed(prepared: Path, tmp_path: Path) -> None:
     assert run_ranks(train_with, 1, first, tmp_path, spoil_losses_of_steps, (4,), 0) == ["FINISHED"]
     (ending,) = run_ranks(train_with, 1, light_config(prepared, *keys), tmp_path, spoil_losses_of_steps, (5,), 0)
     assert ending.startswith("DIVERGED: step 5")
+
+
+def overflow_at_a_low_scale(trainer: Trainer) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    assert get_accelerator().is_fp16_supported()
+    trainer.engine.optimizer.loss_scaler.cur_scale = 4.0
+    spoil_gradient(trainer, lambda: True)
+
+
+def train_in_fp16(rank: int, config: Config, run_dir: Path) -> str:
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # as in test_checkpoint.py
+    return train_with(rank, config, run_dir, overflow_at_a_low_scale)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_overflows_at_the_smallest_loss_scale_are_skips(prepared: Path, tmp_path: Path, zero: int) -> None:
+    """The search for a scale has nowhere to go: gradients that are never finite end the run as any others do."""
+    keys = ("train.steps=20", "evaluate.sequences=0", "resilience.max_skipped_updates=3", f"parallel.zero={zero}")
+    config = light_config(prepared, *keys, "train.precision=fp16")
+    (ending,) = run_ranks(train_in_fp16, 1, config, tmp_path)
+    # From 4 the scale falls to 2 and 1, after an overflow that DeepSpeed forgives.
+    assert ending.startswith("DIVERGED: step 5: loss 5.") or ending.startswith("DIVERGED: step 5: loss 6."), ending
+    assert "the updates of 3 steps in a row were skipped" in ending
+    assert [row["loss_scale"] for row in metrics(tmp_path)] == [4.0, 2.0, 1.0, 1.0, 1.0]
