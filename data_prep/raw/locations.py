@@ -174,7 +174,8 @@ def read_error(file: InputFile, error: Exception) -> DataError:
         missing = "there is no such file" if isinstance(error, FileNotFoundError) else _first_words(error)
         return DataError(f"cannot read {file}: {error.strerror or missing}")
     if isinstance(error, OSError) and isinstance(file, Path):
-        return kind_of(error, DataError)(f"cannot read {file}: {error.strerror or _first_words(error)}")
+        kind = PassingError if kind_of(error) is PassingError else DataError
+        return kind(f"cannot read {file}: {error.strerror or _first_words(error)}")
     cause = error.__cause__ if by_http and error.__cause__ else error
     return UnreachableError(f"cannot read {file}: {type(cause).__name__}: {_first_words(cause)}")
 
