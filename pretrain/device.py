@@ -7,6 +7,7 @@ compares the two.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -58,6 +59,11 @@ _left: list[bool] = []
 
 EACH_WITH_EACH = 64
 """Up to so many ranks gloo connects each with each when a group is made: 63 connections a group and rank."""
+
+
+NCCL_FILES = 16_384
+"""Files that a rank may have open between GPUs. Where NCCL speaks over sockets it opens up to 64 for a connection
+(NCCL_SOCKET_NTHREADS x NCCL_NSOCKS_PERTHREAD), for some neighbours and channels of each communicator."""
 
 
 class Unreachable(RuntimeError):
@@ -113,15 +119,17 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
         # makes it, by a probe of every op, one of which compiles a program.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     if not dist.is_initialized():
-        _prepare_connections(ranks.world_size)
+        _prepare_connections(ranks.world_size, by_nccl=backend == "nccl")
         _meet(ranks, device, backend, timeout_seconds)
     return device
 
 
-def _prepare_connections(world_size: int) -> None:
+def _prepare_connections(world_size: int, *, by_nccl: bool = False) -> None:
     """For many ranks: lets gloo connect two ranks when they first speak, and this process open enough connections.
     Each with each would take N - 1 connections of every rank for every group, and of the store by which they meet 8 N^3
     bytes: each rank lists a number for each other one, and reads everybody's list. Raises UserError."""
+    if by_nccl and world_size > 1:
+        allow_open_files(NCCL_FILES)  # as far as the machine lets it
     if world_size <= EACH_WITH_EACH:
         return
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
@@ -211,12 +219,28 @@ def on_collective_device(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def control_group(timeout_seconds: float) -> Any:
-    """A group of all ranks for collectives of CPU tensors, which wait for no kernel. Collective; raises PassingError
-    where the ranks reach each other by NCCL alone: the node of one of them may just have died."""
+def gloo_address(env: Mapping[str, str]) -> str | None:
+    """Where gloo listens on this machine, as torch 2.13 chooses (ProcessGroupGloo::createDefaultDevice): at the first
+    address of the machine's name that is its own, else at the loopback. None where GLOO_SOCKET_IFNAME says it."""
+    if env.get("GLOO_SOCKET_IFNAME"):
+        return None
+    with contextlib.suppress(OSError, UnicodeError):
+        for family, kind, protocol, _, place in socket.getaddrinfo(socket.gethostname(), 0, type=socket.SOCK_STREAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as own:
+                own.bind(place)
+                return str(place[0])
+    return "127.0.0.1"
+
+
+def control_group(timeout_seconds: float, first_message: Callable[[Any], object]) -> Any:
+    """A group of all ranks for collectives of CPU tensors, which wait for no kernel. `first_message` is exchanged in
+    it: many ranks connect only then. Collective; raises PassingError where the ranks reach each other by NCCL alone:
+    the node of one of them may just have died."""
     if dist.get_backend() == "nccl":  # GPU-ONLY control-group
         try:
-            return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc="control")
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds), group_desc="control")
+            first_message(group)
+            return group
         except RuntimeError as error:
             raise PassingError(
                 f"GLOO_SOCKET_IFNAME: NCCL connects the ranks, but gloo, by which they agree on CPUs, does not "

@@ -30,6 +30,8 @@ DRIVER = Path("/proc/driver/nvidia/version")
 """Written by NVIDIA's kernel driver while it is loaded."""
 DEVICES = Path("/dev")
 """Where each GPU that this process may open has a file nvidia0, nvidia1, ..."""
+PCI = Path("/sys/bus/pci/devices")
+"""Where Linux says of each device which cores are near it."""
 HIDDEN = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES by which a user, or SLURM for a job without GPUs, hides every GPU."""
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -218,6 +220,26 @@ def own_gpu(ranks: Ranks) -> torch.device:
     # DeepSpeed's engine takes the GPU of this number.
     os.environ.update({ON_NODE: str(ranks.local_rank), "LOCAL_RANK": str(index)})
     return device
+
+
+def is_far_from_its_cores(device: torch.device) -> bool:
+    """Whether this process may run on no core of the processor that its GPU is attached to; False where the machine
+    does not say."""
+    if device.type != "cuda":
+        return False
+    properties: Any = torch.cuda.get_device_properties(device)  # GPU-ONLY gpu-cores
+    try:
+        place = (properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id)
+        near = cores_in((PCI / "{:04x}:{:02x}:{:02x}.0".format(*place) / "local_cpulist").read_text(encoding="ascii"))
+        return bool(near) and near.isdisjoint(os.sched_getaffinity(0))
+    except (AttributeError, OSError, ValueError):  # another torch, another system
+        return False
+
+
+def cores_in(text: str) -> set[int]:
+    """0, 1, 2, 8 of `0-2,8`. Raises ValueError."""
+    ends = [part.partition("-") for part in text.strip().split(",") if part]
+    return {core for first, _, last in ends for core in range(int(first), int(last or first) + 1)}
 
 
 def set_numerics(device: torch.device, *, deterministic: bool) -> None:

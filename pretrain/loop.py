@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
 from pretrain.device import record_memory_history
 from pretrain.evaluation.training import RunTasks
+from pretrain.gpus import is_far_from_its_cores
 from pretrain.parallel.agreement import agreed, check_same, check_shared
 from pretrain.parallel.context import parallel_context
+from pretrain.parallel.placement import placement_warnings
 from pretrain.report.alerts import Alerts
 from pretrain.report.estimate import SideBySide
 from pretrain.report.exit_codes import ExitCode
@@ -62,6 +65,9 @@ def train(
     stop.standing = lambda: what_stands(config, run_dir)
     with guarded(config.resilience, folder, stop, setup.phases) as control, drained():
         check_shared(run_dir)
+        for warning in placement_warnings(config, control.hosts, control.gathered([is_far_from_its_cores(device)])):
+            if parallel.is_first:
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
         remember_data(run_dir, sources)
         rollback: Rollback | None = None
         while True:

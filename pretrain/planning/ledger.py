@@ -27,6 +27,8 @@ from pretrain.planning.record import BACKWARD, BUCKETS, GRADIENTS, Call
 NCCL_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8}
 NCCL_DTYPES |= {torch.uint8, torch.bool}
 
+CPU = torch.device("cpu")
+
 COPIED_BY_GLOO = ("all_gather", "reduce_scatter")
 """Gloo joins what it gathers, and what it is to scatter, in a tensor of its own as large as all ranks' together, also
 in a group of one (counted with torch 2.13). NCCL does not, and gloo's other collectives do not either."""
@@ -36,9 +38,10 @@ class Ledger(TorchDispatchMode):
     """Follows what happens inside it. What an operator allocates and frees within itself is not seen, but for
     what the loss holds and what gloo copies."""
 
-    def __init__(self, *, by_gloo: bool = False) -> None:
-        """`by_gloo`: collectives are gloo's, as between CPUs, and not NCCL's."""
+    def __init__(self, *, by_gloo: bool = False, device: torch.device = CPU) -> None:
+        """`by_gloo`: collectives are gloo's, as between CPUs, and not NCCL's. `device`: where this rank computes."""
         super().__init__()
+        self._device = device
         self._by_gloo = by_gloo
         self.now = self.peak = 0
         """Bytes of the storages that are alive, and the most of them since `forget_peak`. Those of `elsewhere` do not
@@ -166,7 +169,8 @@ class Ledger(TorchDispatchMode):
         dtype = tensors[0].dtype if tensors else torch.uint8
         if self._by_gloo and kind in COPIED_BY_GLOO:
             self._note_peak("gloo", sum(t.numel() * t.element_size() for t in tensors))
-        self._call(kind, ranks, dtype, sum(t.numel() for t in tensors), nccl_refusal(named))
+        refused = nccl_refusal(named, self._device) if kind != "barrier" else ""
+        self._call(kind, ranks, dtype, sum(t.numel() for t in tensors), refused)
         return result
 
     def _call(self, kind: str, ranks: tuple[int, ...], dtype: torch.dtype, elements: int, refused: str = "") -> None:
@@ -174,11 +178,14 @@ class Ledger(TorchDispatchMode):
         self.calls.append(Call(kind, ranks, name, elements, elements * dtype.itemsize, self.when, refused))
 
 
-def nccl_refusal(arguments: dict[str, Any]) -> str:
-    """Why NCCL refuses an operator of torch.distributed with these arguments, by torch 2.13's ProcessGroupNCCL; empty
-    if it takes them. gloo takes any dense layout, whose elements are then in the same order on all ranks."""
+def nccl_refusal(arguments: dict[str, Any], device: torch.device) -> str:
+    """Why NCCL refuses an operator of torch.distributed with these arguments, by torch 2.13's ProcessGroupNCCL, where
+    `device` stands for the GPU; empty if it takes them. gloo takes any dense layout, whose elements are then in the
+    same order on all ranks."""
     for tensor in tree_leaves(arguments):
         if isinstance(tensor, Tensor):
+            if _device(tensor).type != device.type:
+                return f"a tensor is on {_device(tensor)}"
             if tensor.dtype not in NCCL_DTYPES:
                 return f"{str(tensor.dtype).removeprefix('torch.')} is no dtype of NCCL"
             if not tensor.is_contiguous():

@@ -26,7 +26,7 @@ from pretrain.engine.step_sums import StepReducer
 from pretrain.parallel.context import parallel_context
 from pretrain.phases import Phases
 from pretrain.planning.fake_world import fake_world
-from pretrain.planning.ledger import Ledger
+from pretrain.planning.ledger import CPU, Ledger
 from pretrain.planning.record import GRADIENTS, RESTING, Rehearsal, Routed
 
 
@@ -71,19 +71,21 @@ def rehearse(
 class _Rank:
     """Model, engine and executor of the rank that this process plays."""
 
-    def __init__(self, config: Config, device_type: str, ledger: Ledger, *, streams: int) -> None:
-        """`streams`: sequences of a whole step."""
-        self._config, self._ledger = config, ledger
+    def __init__(
+        self, config: Config, device_type: str, ledger: Ledger, *, streams: int, device: torch.device = CPU
+    ) -> None:
+        """`streams`: sequences of a whole step. `device`: where the tensors, which have no data, say that they are."""
+        self._config, self._ledger, self._device = config, ledger, device
         self._parallel = parallel_context(config)
         self._is_offloaded = config.parallel.offload_optimizer and device_type == "cuda"
-        device = torch.device("cpu")
-        model = build_module(config, self._parallel, choose_backends(config, device_type))
+        with device:  # a run moves it there, which parameters without data refuse
+            model = build_module(config, self._parallel, choose_backends(config, device_type))
         settings = deepspeed_json(config, self._parallel.data_size)["zero_optimization"]
         ledger.bucket = int(settings.get("reduce_bucket_size", 0))
         self._engine: Any = build_engine(model, config, self._parallel, device)
         _join_at_once(self._engine.optimizer)
         first = self._parallel.data_rank
-        own = torch.arange(first, streams, self._parallel.data_size)
+        own = torch.arange(first, streams, self._parallel.data_size, device=device)
         for _, memory in layer_memories(self._engine.module):
             memory.assign(own, streams)
         self._executor = build_executor(self._engine, config, self._parallel)
@@ -110,9 +112,10 @@ class _Rank:
         batch, length = self._config.batch, self._config.model.sequence_length
         made = []
         for number in range(self._config.micro_steps(self._parallel.data_size)):
-            tokens, targets = torch.zeros(2, batch.micro_sequences, length, dtype=torch.int64).unbind()
+            sizes = (2, batch.micro_sequences, length)
+            tokens, targets = torch.zeros(sizes, dtype=torch.int64, device=self._device).unbind()
             first = number * batch.micro_sequences * self._parallel.data_size + self._parallel.data_rank
-            index = first + self._parallel.data_size * torch.arange(batch.micro_sequences)
+            index = first + self._parallel.data_size * torch.arange(batch.micro_sequences, device=self._device)
             documents = torch.zeros_like(tokens) if self._config.data.document_mask else None
             made.append(Batch(tokens, targets, index, documents))
         return made

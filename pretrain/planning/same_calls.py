@@ -1,4 +1,5 @@
-"""Whether the ranks of a group call the same collectives in the same order. Where one does not, all of them hang.
+"""Whether the ranks of a group call the same collectives in the same order. Where one does not, all of them hang. So do
+two ranks of two groups that call the one and the other first: on a GPU each call waits for those before it.
 
 A run may have thousands of ranks, and few of them do different things: a rank's program depends on its stage and on its
 place in its tensor-parallel and expert-parallel groups; for all else only the numbers differ. So a few ranks are
@@ -27,11 +28,18 @@ class Difference(NamedTuple):
     ranks: tuple[int, int]
     group: tuple[int, ...]
     number: int
-    """How many calls of this group they make alike before."""
+    """How many calls of this group they make alike before; of all groups of both if they call two of them."""
     calls: tuple[Call | None, Call | None]
     """What each calls then; None: nothing more."""
 
     def __str__(self) -> str:
+        one, other = self.calls
+        if one is not None and other is not None and _group(one) != _group(other):
+            said = [
+                f"rank {rank} calls {call.kind} of {call.elements:,} {call.dtype} in its group of {len(call.ranks):,}"
+                for rank, call in zip(self.ranks, (one, other), strict=True)
+            ]
+            return f"after {self.number:,} equal calls of both, {said[0]} ranks and {said[1]} ranks: in another order"
         said = [
             f"rank {rank} calls {'nothing more' if call is None else f'{call.kind} of {call.elements:,} {call.dtype}'}"
             for rank, call in zip(self.ranks, self.calls, strict=True)
@@ -78,8 +86,7 @@ def first_difference(calls: Mapping[int, Sequence[Call]], *, is_even: bool = Tru
     for rank, made in calls.items():
         groups: dict[tuple[int, ...], list[Call]] = {}
         for call in made:
-            # Messages of both directions between two stages are in one order.
-            groups.setdefault(tuple(sorted(call.ranks)) if call.kind in MESSAGE else call.ranks, []).append(call)
+            groups.setdefault(_group(call), []).append(call)
         by_group[rank] = groups
     for one, other in combinations(calls, 2):
         ours, theirs = by_group[one], by_group[other]
@@ -89,7 +96,16 @@ def first_difference(calls: Mapping[int, Sequence[Call]], *, is_even: bool = Tru
                 if found is not None:
                     number, pair = found
                     return Difference((one, other), group, number, pair)
+        of_both = [[call for call in calls[rank] if {one, other} <= set(call.ranks)] for rank in (one, other)]
+        for number, pair in enumerate(zip(*of_both, strict=True)):
+            if _group(pair[0]) != _group(pair[1]):
+                return Difference((one, other), _group(pair[0]), number, pair)
     return None
+
+
+def _group(call: Call) -> tuple[int, ...]:
+    """Messages of both directions between two stages are in one order."""
+    return tuple(sorted(call.ranks)) if call.kind in MESSAGE else call.ranks
 
 
 def _parting(

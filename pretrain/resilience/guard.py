@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from common.errors import PassingError, UserError
 from common.run_lock import is_alive, is_same_machine, process_identity
 from common.slurm import node_name
 from pretrain.config.watching import MonitorConfig, ResilienceConfig
-from pretrain.device import control_group
+from pretrain.device import control_group, gloo_address
 from pretrain.parallel.agreement import PeerFailed, agreed, of_all_ranks
 from pretrain.parallel.lost_ranks import lost_connection, lost_text
+from pretrain.parallel.rounds import maximum
 from pretrain.phases import Phases
 from pretrain.report.exit_codes import ExitCode, code_of
 from pretrain.report.run_folder import RunFolder, refusal
@@ -60,6 +64,19 @@ class ReplicasDiffer(RunFailed):
 def collective_timeout(config: ResilienceConfig) -> float:
     """Seconds after which a collective gives up by itself: later than the watchdog, which can say why."""
     return 2 * config.hang_timeout_seconds + 60.0 if config.hang_timeout_seconds else COLLECTIVE_SECONDS
+
+
+def check_address(own: Mapping[str, Any], identities: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError where other machines cannot reach this rank over gloo, which would wait until it gives up: as on
+    Debian, /etc/hosts may give a machine's own name to the loopback. `identities`: process_identity of every rank."""
+    others = {str(other["host"]) for other in identities if other["boot"] != own["boot"]}
+    address = gloo_address(os.environ)
+    if others and address is not None and ip_address(address.partition("%")[0]).is_loopback:
+        raise UserError(
+            f"GLOO_SOCKET_IFNAME: is not set, and {own['host']} knows itself as {address}, where {min(others)} cannot "
+            f"reach it; set it to the name of the network between the nodes on all of them (ip -brief address), or let "
+            f"the name of each node resolve to its address there"
+        )
 
 
 @contextlib.contextmanager
@@ -122,7 +139,10 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
         identities = of_all_ranks(own)
         neighbours = [other for other in identities if is_same_machine(own, other)]
         stop.peer_is_dead = lambda: not all(is_alive(other) for other in neighbours)
-        group = control_group(collective_timeout(config))
+        agreed(lambda: check_address(identities[dist.get_rank()], identities))
+        group = control_group(
+            collective_timeout(config), lambda group: maximum(torch.zeros(1, dtype=torch.int64), group)
+        )
         control = Control(stop, group, [str(identity["node"]) for identity in identities])
         agreed(watch)
         try:

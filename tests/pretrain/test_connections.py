@@ -30,6 +30,16 @@ def test_few_ranks_change_nothing(limits: list[tuple[int, int]]) -> None:
     assert len(limits) == 1 and "TORCH_GLOO_LAZY_INIT" not in os.environ
 
 
+def test_between_gpus_a_process_may_open_the_sockets_of_nccl(limits: list[tuple[int, int]]) -> None:
+    device._prepare_connections(2, by_nccl=True)
+    assert limits[-1] == (8192, 8192), "no more than the machine lets it, and nothing is refused"
+    limits.append((1024, 1 << 20))
+    device._prepare_connections(1, by_nccl=True)
+    assert limits[-1] == (1024, 1 << 20), "alone"
+    device._prepare_connections(128, by_nccl=True)
+    assert limits[-1] == (16_384, 1 << 20)
+
+
 def test_many_ranks_connect_when_they_speak_and_may_open_a_socket_for_each(limits: list[tuple[int, int]]) -> None:
     device._prepare_connections(1024)
     assert limits[-1] == (3072, 8192) and os.environ["TORCH_GLOO_LAZY_INIT"] == "1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -300,6 +301,26 @@ def test_more_ranks_than_gpus_are_refused(machine: pytest.MonkeyPatch, visible: 
     assert cuda.touched() == []
 
 
+@pytest.mark.parametrize(
+    "near, own, is_far",
+    [("0-3,8", {4, 8}, False), ("0-3,8", {4, 5}, True), ("", {4}, False), ("0-x", {4}, False), (None, {4}, False)],
+)
+def test_cores_are_far_from_a_gpu_at_another_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, near: str | None, own: set[int], is_far: bool
+) -> None:
+    place = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xDC, pci_device_id=1)
+    if near is not None:
+        (tmp_path / "0000:dc:01.0").mkdir()
+        (tmp_path / "0000:dc:01.0" / "local_cpulist").write_text(f"{near}\n")
+    monkeypatch.setattr(gpus, "PCI", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: own)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: place)
+    assert gpus.is_far_from_its_cores(torch.device("cuda", 0)) is is_far
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())  # an older torch
+    assert not gpus.is_far_from_its_cores(torch.device("cuda", 0))
+    assert not gpus.is_far_from_its_cores(torch.device("cpu"))
+
+
 def test_two_ranks_on_one_gpu_are_refused_in_our_words() -> None:
     words = "Last error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 4000"
     nccl = dist.DistBackendError(f"NCCL error in: NCCLUtils.cpp:77, invalid usage\n{words}")
@@ -390,19 +411,51 @@ def test_nccl_s_last_reason_follows_the_kind_of_its_error_where_it_gives_one(wor
     assert gpus.what_nccl_says(dist.DistError(words)) == said
 
 
-def test_ranks_that_gloo_does_not_connect_hear_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the names of nodes resolve to 127.0.1.1, which NCCL does not ask for."""
+@pytest.mark.parametrize("when", ["the group is made", "the first message"])
+def test_ranks_that_gloo_does_not_connect_hear_what_to_set(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """As where a network between the nodes is closed to it. More than 64 ranks connect when they first speak."""
 
-    def fail(**options: Any) -> None:
-        assert options["backend"] == "gloo"
+    def fail(*_: Any) -> None:
         raise RuntimeError("Gloo connectFullMesh failed with SO_ERROR: Connection refused\nmore")
 
+    def make(**options: Any) -> str:
+        assert options["backend"] == "gloo"
+        if when == "the group is made":
+            fail()
+        return "group"
+
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
-    monkeypatch.setattr(dist, "new_group", fail)
+    monkeypatch.setattr(dist, "new_group", make)
     said = r"GLOO_SOCKET_IFNAME: .*Connection refused\); if that comes back, set it to the name of the network"
     with pytest.raises(UserError, match=said) as raised:
-        device.control_group(60.0)
+        device.control_group(60.0, fail)
     assert code_of(raised.type) is ExitCode.CUT_OFF, "a rank may have died meanwhile, and the job is requeued"
+
+
+@pytest.mark.parametrize(
+    "env, found, expected",
+    [
+        ({}, [(socket.AF_INET, "127.0.1.1")], "127.0.1.1"),
+        ({}, [(socket.AF_INET, "203.0.113.7"), (socket.AF_INET, "127.0.0.1")], "127.0.0.1"),  # not its own
+        ({}, [(socket.AF_INET6, "::1"), (socket.AF_INET, "127.0.0.1")], "::1"),
+        ({}, [], "127.0.0.1"),
+        ({"GLOO_SOCKET_IFNAME": "eth0"}, [(socket.AF_INET, "127.0.1.1")], None),
+    ],
+)
+def test_gloo_listens_where_the_name_of_the_machine_leads(
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], found: list[tuple[int, str]], expected: str | None
+) -> None:
+    def addresses(host: str, port: int, **options: Any) -> list[Any]:
+        assert host == socket.gethostname()
+        if not found:
+            raise socket.gaierror("Name or service not known")
+        return [(family, socket.SOCK_STREAM, 0, "", (address, 0)) for family, address in found]
+
+    if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists():
+        found = [(family, address) for family, address in found if family == socket.AF_INET]
+        expected = "127.0.0.1" if expected == "::1" else expected
+    monkeypatch.setattr(socket, "getaddrinfo", addresses)
+    assert device.gloo_address(env) == expected
 
 
 def test_a_heartbeat_of_the_user_stays_and_is_warned_of(

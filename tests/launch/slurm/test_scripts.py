@@ -238,10 +238,11 @@ def test_a_limit_that_was_changed_since_the_job_started_counts(bench: Bench) -> 
     assert len(bench.calls("srun")) == 2
 
 
-def test_options_of_srun_come_first_and_words_in_quotes_stay_one(bench: Bench) -> None:
+def test_options_of_srun_follow_ours_and_words_in_quotes_stay_one(bench: Bench) -> None:
     bench.train(SRUN_OPTIONS="--container-image='/shared/a b.sqsh' --cpu-bind=none")
     [(arguments, _, _)] = bench.calls("srun")
-    assert arguments[:3] == ["--container-image=/shared/a b.sqsh", "--cpu-bind=none", "--kill-on-bad-exit=0"]
+    given = ["--container-image=/shared/a b.sqsh", "--cpu-bind=none"]
+    assert arguments[:4] == ["--distribution=block:block", *given, "--kill-on-bad-exit=0"]  # the last one counts
     bench.start(job.FOLDER / "data_prep.sbatch", "dedup", SRUN_OPTIONS="--container-image='/shared/a b.sqsh'")
     assert bench.calls("srun")[1][0][:2] == ["--container-image=/shared/a b.sqsh", "--ntasks=1"]
 

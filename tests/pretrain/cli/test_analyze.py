@@ -194,6 +194,7 @@ def test_a_model_that_has_diverged_is_refused(runs: Path, tmp_path: Path, capsys
     assert re.search("diverged: its outputs are not finite, .* name an earlier checkpoint", capsys.readouterr().err)
     (tmp_path / "letter").write_text("a")
     assert main([str(runs / "switchall"), "--text", str(tmp_path / "letter"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith("switchall, step 1: 1 token\n"), "whose loss is not known"
 
 
 def test_refusals(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,8 +27,20 @@ def test_ranks_that_do_the_same_differ_nowhere() -> None:
     third = [call("all_gather", *ALL), call("barrier", *ALL)]
     alone = [call("all_reduce", 5, 6)]  # a group of none of the others
     assert first_difference({0: own, 1: own, 2: third, 5: alone}) is None
-    # Calls of different groups have no order among each other.
-    assert first_difference({0: own, 1: [own[1], own[0], own[2]]}) is None
+    # Calls of groups that two ranks do not share have no order among each other.
+    other = call("all_reduce", 1, 4)
+    assert first_difference({0: own, 1: [other, *own], 2: third}) is None
+    assert first_difference({0: own, 1: [own[0], other, *own[1:]], 2: third}) is None
+
+
+def test_two_groups_that_two_ranks_call_in_another_order() -> None:
+    """Each would wait in its first call for the other, which waits in its own."""
+    own = [call("barrier", *ALL), call("all_reduce", *BOTH), call("all_gather", *ALL), call("barrier", *ALL)]
+    found = first_difference({0: own, 1: [own[0], own[2], own[1], own[3]]})
+    assert str(found) == (
+        "after 1 equal calls of both, rank 0 calls all_reduce of 8 float32 in its group of 2 ranks and rank 1 calls "
+        "all_gather of 8 float32 in its group of 3 ranks: in another order"
+    )
 
 
 @pytest.mark.parametrize(

@@ -346,7 +346,7 @@ def test_what_the_ranks_refuse_once_they_have_met_is_the_outcome_and_told(
 
 
 def _unconnected(rank: int, config: Config, run: Path) -> None:
-    def unreachable(timeout_seconds: float) -> Any:
+    def unreachable(timeout_seconds: float, first_message: Callable[[Any], object]) -> Any:
         raise PassingError("GLOO_SOCKET_IFNAME: gloo does not connect the ranks")
 
     pretrain.resilience.guard.control_group = unreachable  # this process ends with the test
@@ -360,6 +360,26 @@ def test_ranks_that_meet_and_cannot_agree_are_the_outcome(prepared: Path, tmp_pa
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert outcome["exit_code"] == ExitCode.CUT_OFF and outcome["reason"].startswith("GLOO_SOCKET_IFNAME: ")
     assert not list(tmp_path.glob("lock-*"))
+
+
+def _unreachable(rank: int, config: Config, run: Path) -> None:
+    guard = pretrain.resilience.guard
+    identity = guard.process_identity
+    # As on another machine each, whose /etc/hosts has its own name beside the loopback.
+    guard.process_identity = lambda pid: {**identity(pid), "host": f"node{rank}", "boot": f"boot {rank}"}
+    guard.gloo_address = lambda env: None if rank == 0 else "127.0.1.1"
+    with pytest.raises(UserError if rank else PeerFailed) as raised:
+        train(config, Sources.load(config), run, torch.device("cpu"))
+    if rank:
+        assert str(raised.value).startswith(
+            "GLOO_SOCKET_IFNAME: is not set, and node1 knows itself as 127.0.1.1, where node0 cannot reach it; set it"
+        )
+
+
+def test_a_machine_that_others_cannot_reach_is_refused_before_they_wait_for_it(prepared: Path, tmp_path: Path) -> None:
+    run_ranks(_unreachable, 2, light_config(prepared), tmp_path)
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert outcome["exit_code"] == ExitCode.REFUSED and "node1 knows itself as 127.0.1.1" in outcome["reason"]
 
 
 def _cut_off(rank: int, config: Config, run: Path) -> None:
