@@ -150,7 +150,9 @@ def test_overflows_at_the_smallest_loss_scale_are_skips(prepared: Path, tmp_path
     keys = ("train.steps=20", "evaluate.sequences=0", "resilience.max_skipped_updates=3", f"parallel.zero={zero}")
     config = light_config(prepared, *keys, "train.precision=fp16")
     (ending,) = run_ranks(train_in_fp16, 1, config, tmp_path)
-    # From 4 the scale falls to 2 and 1, after an overflow that DeepSpeed forgives.
-    assert ending.startswith("DIVERGED: step 5: loss 5.") or ending.startswith("DIVERGED: step 5: loss 6."), ending
+    # From 4 the scale falls to 2 and 1, after an overflow that DeepSpeed forgives: steps 4 to 6 are those at 1.
+    assert ending.startswith("DIVERGED: step 6: loss 5.") or ending.startswith("DIVERGED: step 6: loss 6."), ending
     assert "the updates of 3 steps in a row were skipped" in ending
-    assert [row["loss_scale"] for row in metrics(tmp_path)] == [4.0, 2.0, 1.0, 1.0, 1.0]
+    assert [row["loss_scale"] for row in metrics(tmp_path)] == [4.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+    skips = [(event["step"], event["in_a_row"]) for event in events(tmp_path, "skipped_update")]
+    assert skips == [(4, 1), (5, 2), (6, 3)]
