@@ -31,7 +31,8 @@ def settled(
     first_token: int = 0,
 ) -> Routing:
     """`routing` of B sequences, [B L, R, ...], as the `choices` of its routers, R / len(routers) heads each, will have
-    it; itself where they are None or only record. `keep` and `drop_scores` are those of `route`."""
+    it; itself where they are None or only record. `keep` and `drop_scores` are those of `route`: where
+    dropout spares the scores, neither is needed."""
     if routers[0].choices is None:
         return routing
     place = Place(sequence_index, heads, first_token)

@@ -109,7 +109,7 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
 
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates: a line per rank that no user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # It is this rank's own: own_gpu.
+    # Said of every barrier that names none, although torch takes this rank's own, which the first one named (_meet).
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     import deepspeed
 
@@ -120,7 +120,7 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     if not dist.is_initialized():
         _prepare_connections(ranks.world_size, by_nccl=backend == "nccl")
-        _meet(ranks, backend, timeout_seconds)
+        _meet(ranks, device, backend, timeout_seconds)
     return device
 
 
@@ -142,7 +142,7 @@ def _prepare_connections(world_size: int, *, by_nccl: bool = False) -> None:
         )
 
 
-def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:
+def _meet(ranks: Ranks, device: torch.device, backend: str, timeout_seconds: float) -> None:
     """Joins the process group, and says what it waits for if that takes long."""
     import deepspeed
 
@@ -161,9 +161,10 @@ def _meet(ranks: Ranks, backend: str, timeout_seconds: float) -> None:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=timeout_seconds))
             if backend == "nccl" and ranks.world_size > 1:
-                # NCCL connects ranks in their first collective. Of a barrier torch would guess the GPU by the rank, and
-                # later barriers take that of the first: LOCAL_RANK is its number here (own_gpu).
-                dist.barrier(device_ids=[int(os.environ["LOCAL_RANK"])])
+                # NCCL connects ranks in their first collective. Unless told, torch takes the GPU of the number rank %
+                # GPUs for it, which is another rank's or nobody's where nodes have more GPUs than ranks; the next
+                # collective, on this rank's own, would then wait for ever. Later barriers take that of the first one.
+                dist.barrier(device_ids=[device.index])
     except dist.DistError as error:
         if (said := what_nccl_says(error)) is not None:
             raise Unreachable(

@@ -217,7 +217,7 @@ def own_gpu(ranks: Ranks) -> torch.device:
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
-    # DeepSpeed binds its process group and its engine to the GPU of this number.
+    # DeepSpeed's engine takes the GPU of this number.
     os.environ.update({ON_NODE: str(ranks.local_rank), "LOCAL_RANK": str(index)})
     return device
 

@@ -216,13 +216,8 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
             yield action
 
 
-def modules() -> set[str]:
-    """The benchmarks that pages show."""
-    return {words[2] for _, command in COMMANDS if (words := words_of(command))[1:2] == ["-m"] and "bench" in words[2]}
-
-
-@pytest.mark.parametrize("program", [*SCRIPTS, "data_prep", *sorted(modules())])
-def test_help_names_the_command_and_every_default(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def parser_of(program: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """The one that the program itself makes."""
     if program.startswith("benchmarks."):
         file = program if (ROOT / f"{program.replace('.', '/')}.py").is_file() else f"{program}.__main__"
         main = importlib.import_module(file).main
@@ -237,16 +232,46 @@ def test_help_names_the_command_and_every_default(program: str, monkeypatch: pyt
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     with pytest.raises(Parsed):
         main([]) if main.__code__.co_argcount else main()
-    assert parsers[0].prog.endswith(program)
+    return parsers[0]
+
+
+def modules() -> set[str]:
+    """The benchmarks that pages show."""
+    return {words[2] for _, command in COMMANDS if (words := words_of(command))[1:2] == ["-m"] and "bench" in words[2]}
+
+
+@pytest.mark.parametrize("program", [*SCRIPTS, "data_prep", *sorted(modules())])
+def test_help_names_the_command_and_every_default(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = parser_of(program, monkeypatch)
+    assert parser.prog.endswith(program)
     silent = {
         action.option_strings[0]
-        for action in options_of(parsers[0])
+        for action in options_of(parser)
         if action.default not in (None, False, "", [])
         and action.help != argparse.SUPPRESS
         and action.default != argparse.SUPPRESS
         and "default" not in (action.help or "")
     }
     assert silent == set()
+
+
+OPTION_OF = re.compile(r"(launch/(?:slurm/)?\w+\.py|plan\.py|submit\.py) (?:[a-z]\w+ )?(--[a-z][a-z-]+)")
+"""A program of ours and the option that follows it, in a message, a docstring or a page."""
+
+
+def test_options_that_messages_and_pages_name_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorts = {"plan.py": "launch/plan.py", "submit.py": "launch/slurm/submit.py"}
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    for room in ("launch", "pretrain", "data_prep", "common", "model"):
+        for path in (ROOT / room).rglob("*.py"):
+            texts.append(re.sub(r'"\n\s*f?"', "", path.read_text(encoding="utf-8")))
+    named = {(shorts.get(found[1], found[1]), found[2]) for text in texts for found in OPTION_OF.finditer(text)}
+    assert {("launch/sweep.py", "--submit"), ("launch/slurm/submit.py", "--smoke")} <= named
+    known = {
+        program: {name for action in options_of(parser_of(program, monkeypatch)) for name in action.option_strings}
+        for program in {program for program, _ in named}
+    }
+    assert {(program, option) for program, option in named if option not in known[program]} == set()
 
 
 def test_a_command_of_pip_asks_no_finder_that_setuptools_put_there(monkeypatch: pytest.MonkeyPatch) -> None:

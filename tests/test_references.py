@@ -108,3 +108,14 @@ def test_the_glossary_names_what_is_there() -> None:
     for name, file in named:
         source = (ROOT / file).read_text(encoding="utf-8")
         assert all(re.search(rf"(class|def) {part}\b", source) for part in name.split(".")), f"{name} in {file}"
+
+
+def test_headings_that_messages_name_are_there() -> None:
+    named = {
+        (page, anchor)
+        for name in FILES
+        if name.endswith(".py") and not name.startswith("tests/")
+        for page, anchor in re.findall(r"(docs/[\w-]+\.md)#([\w-]+)", (ROOT / name).read_text(encoding="utf-8"))
+    }
+    assert ("docs/monitoring.md", "which-rank-is-slow") in named
+    assert {(page, anchor) for page, anchor in named if anchor not in anchors(ROOT / page)} == set()

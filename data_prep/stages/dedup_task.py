@@ -4,10 +4,10 @@ A document's number is its position in reading order: files, then documents of a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -31,6 +31,15 @@ class DedupTask:
     signatures: Path | None
     """Folder of signatures; None without near-duplicates."""
     folder: Path
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker is sent, with each piece: without the names of raw files, of which there may be 100,000. Only
+        the samples want them, which no worker makes."""
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, "parts": self._nameless}
+
+    @cached_property
+    def _nameless(self) -> tuple[Part, ...]:
+        return tuple(replace(part, files=()) for part in self.parts)
 
     @cached_property  # asked for again and again, and C4 has 25,000 parts
     def offsets(self) -> np.ndarray:

@@ -240,7 +240,7 @@ class SwitchHeadAttention(nn.Module):
         )
         if self.training:
             routers = [getattr(self, f"{owner}_statistics") for owner in owners]
-            routing = settled(routing, routers, sequence_index, keep=keep, heads=heads)
+            routing = settled(routing, routers, sequence_index, heads=heads)
         found = {}
         parts = zip(*(t.split(H, dim) for t, dim in zip(routing.choice, (1, 1, 0, 0), strict=True)), strict=True)
         for owner, part in zip(owners, parts, strict=True):

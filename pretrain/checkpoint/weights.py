@@ -101,7 +101,7 @@ def write_weights(
         files = {RANK_FILE: write_safetensors(unfinished / RANK_FILE, entries, wrote)}
         files |= _write_tokenizer(unfinished, origin.tokenizer)
         tensor_list = {"files": [RANK_FILE], "tensors": index}
-        commit(unfinished, folder, state=_state(origin, shapes), tensors=tensor_list, files=files)
+        commit(unfinished, folder, state=state_of(origin, shapes), tensors=tensor_list, files=files)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, OSError):
@@ -139,8 +139,8 @@ def _write_tokenizer(unfinished: Path, tokenizer: StoredTokenizer | None) -> dic
     return {TOKENIZER_FILE: found}
 
 
-def _state(origin: WeightsOrigin, shapes: dict[str, list[int]]) -> dict[str, Any]:
-    """The content of state.json without the files."""
+def state_of(origin: WeightsOrigin, shapes: dict[str, list[int]]) -> dict[str, Any]:
+    """The content of state.json without the files. `shapes`: of all parameters (`full_shapes`)."""
     tokenizer: dict[str, Any] | None = None
     if origin.tokenizer is not None:
         entry = origin.tokenizer.entry

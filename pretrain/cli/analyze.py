@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from common.arguments import Parser, a_path, at_least
+from common.tables import counted
 from common.terminal import visible
 from pretrain.cli.options import add_data, add_device, add_ema
 from pretrain.cli.refusals import device_named, exit_code_of
@@ -99,7 +100,8 @@ def analyze(args: argparse.Namespace) -> None:
         with tqdm(total=len(ids), desc=label, unit=" tokens", leave=False, disable=None) as bar:
             found.append(report.findings_of(saved, label, ids, settings, bar.update, of_average=args.ema))
         run = found[-1]
-        print(f"{visible(run.title)}: {len(ids):,} tokens, loss {run.trace.loss:.4f}", flush=True)
+        loss = f", loss {run.trace.loss:.4f}" if len(ids) > 1 else ""  # the first token's is not known
+        print(f"{visible(run.title)}: {counted(len(ids), 'token')}{loss}", flush=True)
         for sentence in run.trace.left_out:
             print(f"warning: {sentence}", file=sys.stderr, flush=True)
         del saved  # one model in memory at a time

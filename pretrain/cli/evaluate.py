@@ -26,7 +26,10 @@ def build_parser() -> argparse.ArgumentParser:
         "parallel.tensor=2), give the same numbers. docs/use.md says what is computed.",
     )
     parser.add_argument(
-        "run", type=a_path, metavar="RUN", help="a run folder (its newest checkpoint) or a step-... folder"
+        "run",
+        type=a_path,
+        metavar="RUN",
+        help="a run folder (its newest checkpoint), a step-... folder, or in one process what launch/export.py wrote",
     )
     parser.add_argument(
         "--tasks",

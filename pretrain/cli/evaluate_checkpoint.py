@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from pretrain.evaluation.harness_run import Options, evaluate_with_harness, task
 from pretrain.evaluation.likelihood import Limits, learned_context
 from pretrain.evaluation.models import OpenedModel, evaluation_config, open_model
 from pretrain.evaluation.tasks import PreparedTask, TaskResult, find_files
+from pretrain.export.loading import as_checkpoint, one_set_of_weights
+from pretrain.export.reading import Exported, is_export, open_export
 from pretrain.parallel.agreement import agreed, check_same, from_first_rank
 from pretrain.report.source_losses import source_losses
 from pretrain.saved_model import find_checkpoint
@@ -61,8 +64,11 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
     specs = task_specs(choices.harness, choices.shots) if choices.harness is not None else []
     has_group = dist.is_initialized()
     world_size = dist.get_world_size() if has_group else 1
-    # A run that goes on has another newest one for who looks later.
-    checkpoint = from_first_rank(lambda: find_checkpoint(run)) if has_group else find_checkpoint(run)
+    exported = agreed(lambda: _exported(run, choices, alone=not has_group))
+    if exported is not None:
+        checkpoint = as_checkpoint(exported)
+    else:  # a run that goes on has another newest one for who looks later
+        checkpoint = from_first_rank(lambda: find_checkpoint(run)) if has_group else find_checkpoint(run)
     out = (choices.out or results.results_folder(checkpoint, ema=choices.ema)).absolute()
     with while_they_are_there([checkpoint.path], "RUN"):
         config, tokenizer = agreed(
@@ -76,7 +82,8 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
             )
         )
         agreed(lambda: check_output_folder(out, "--out"))
-        opened = open_model(checkpoint, config, tokenizer, device, ema=choices.ema)
+        weights = None if exported is None else exported.tensors
+        opened = open_model(checkpoint, config, tokenizer, device, ema=choices.ema, weights=weights)
     context = choices.context or learned_context(config.model)
     limits = Limits(choices.batch, context, document_end_of(config, tokenizer))
     is_first = opened.place.parallel.is_first
@@ -110,6 +117,20 @@ def evaluate_checkpoint(run: Path, choices: Choices, device: torch.device) -> No
     if specs:
         asked = Options(limit=choices.limit, shots=choices.shots, keeps_samples=choices.keeps_samples)
         evaluate_with_harness(opened, specs, limits, asked, out)
+
+
+def _exported(run: Path, choices: Choices, *, alone: bool) -> Exported | None:
+    """What `run` is, if it is an export. Raises UserError."""
+    if not is_export(run):
+        return None
+    if not alone:
+        raise UserError(
+            f"RUN: {run} is an export, which one process evaluates: leave the launcher out, or make a checkpoint of "
+            f"it, python launch/import_weights.py {shlex.quote(str(run))} --to FOLDER"
+        )
+    if choices.ema:
+        raise one_set_of_weights(run)
+    return open_export(run)
 
 
 class Evaluated(NamedTuple):
@@ -235,6 +256,10 @@ def _validate(opened: OpenedModel, found: HeldOut, *, is_other: bool) -> dict[st
     """The held-out split. `is_other`: of other data than the run's."""
     (config, sources), place = found, opened.place
     reader = sources.reader(config.evaluate.split, config)
+    windows = evaluation_windows(reader, config)
+    # What a batch lacks is computed too, and not counted.
+    share = -(-windows.shape[1] // place.parallel.data_size)
+    config = config.replaced("batch", micro_sequences=min(config.batch.micro_sequences, share))
     with _bar(opened, "validation", " batches") as bar:
 
         def before_batch() -> bool:
@@ -243,7 +268,7 @@ def _validate(opened: OpenedModel, found: HeldOut, *, is_other: bool) -> dict[st
 
         values = validation(opened.evaluator, reader, config, place.parallel, place.device, before_batch=before_batch)
     assert values is not None
-    counts = target_counts(reader, evaluation_windows(reader, config))
+    counts = target_counts(reader, windows)
     if size := opened.tokenizer.bytes_of(counts):
         values["bits_per_byte"] = bits_per_byte(values["loss"], values["tokens"], size)
     unigram = unigram_perplexity(counts)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from common.errors import UserError
 from model.language_model import prepare_to_answer
@@ -69,10 +70,17 @@ def evaluation_config(
 
 
 def open_model(
-    checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, device: torch.device, *, ema: bool = False
+    checkpoint: Checkpoint,
+    config: Config,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    *,
+    ema: bool = False,
+    weights: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> OpenedModel:
     """Checks every file of the checkpoint and loads this rank's part of its weights, or with `ema` of their moving
-    average, fp32. Collective; several ranks need a process group. Raises UserError, agreed."""
+    average, fp32. Collective; several ranks need a process group. `weights`: functions that read whole parameters, by
+    canonical name, in the place of the checkpoint's; of one process. Raises UserError, agreed."""
     has_group = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if has_group else (0, 1)
 
@@ -80,9 +88,15 @@ def open_model(
     parallel = parallel_context(config) if has_group else ParallelContext()
     backends = agreed(lambda: choose_backends(config, device.type))
     module = build_module(config, parallel, backends)
-    from pretrain.checkpoint.loading import load_weights_together  # imports DCP, which a start of training does without
+    if weights is None:
+        from pretrain.checkpoint.loading import load_weights_together  # imports DCP, which a start does without
 
-    load_weights_together(checkpoint, module, parallel, kind="ema" if ema else "master")
+        load_weights_together(checkpoint, module, parallel, kind="ema" if ema else "master")
+    else:
+        assert not has_group
+        with torch.no_grad():
+            for name, read in weights.items():
+                module.get_parameter(name).copy_(read())
     prepare_to_answer(module, device)
     evaluator = ModelEvaluator(module, in_stages=parallel.pipeline_size > 1)
     return OpenedModel(checkpoint, config, tokenizer, evaluator, Place(parallel, device))

@@ -9,8 +9,9 @@ from common.errors import UserError
 from model.decoding import prefer_single_tokens
 from model.language_model import LanguageModel, prepare_to_answer
 from pretrain.checkpoint.folder import Checkpoint
-from pretrain.data.progress import Progress
-from pretrain.export.reading import is_export, open_export, progress_of
+from pretrain.checkpoint.shapes import full_shapes
+from pretrain.checkpoint.weights import state_of
+from pretrain.export.reading import Exported, is_export, open_export
 from pretrain.gpus import usable_device
 from pretrain.saved_model import SavedModel, Tokenizer, load_model
 from pretrain.saved_model.loading import backends_of
@@ -25,23 +26,34 @@ def load_any(
     if not is_export(folder):
         saved = load_model(folder, device=device, data=data, ema=ema)
     elif ema:
-        raise UserError(f"--ema: {folder} is an export, which holds one set of weights; leave the option out")
+        raise one_set_of_weights(folder)
     else:
         saved = load_export(folder, device=device)
     prefer_single_tokens(saved.model)
     return saved
 
 
+def one_set_of_weights(folder: Path) -> UserError:
+    """Of a folder of which the moving average is wanted."""
+    return UserError(f"--ema: {folder} is an export, which holds one set of weights; leave the option out")
+
+
+def as_checkpoint(exported: Exported) -> Checkpoint:
+    """What says of an export what a checkpoint of its weights would say, without files: its tokenizer is found in the
+    folder, its weights are read by `exported.tensors`."""
+    return Checkpoint(
+        exported.folder, {**state_of(exported.weights_origin(), full_shapes(exported.config.model)), "files": {}}
+    )
+
+
 def load_export(folder: Path, *, device: str = "cpu") -> SavedModel:
     """A folder that launch/export.py, or transformers' save_pretrained, wrote. Its `checkpoint` is this folder, with
     the progress that the export records (else step 0). Raises UserError."""
     exported = open_export(folder)
-    config, origin, place = exported.config, exported.origin, usable_device(device)
+    config, place = exported.config, usable_device(device)
     model = LanguageModel(config.model, backends=backends_of(config, place), seed=config.train.seed)
     model.requires_grad_(False)
     for name, read in exported.tensors.items():  # a tied output layer is the embedding's
         model.get_parameter(name).copy_(read())
     prepare_to_answer(model, place)
-    progress = Progress(0, 0) if origin is None else progress_of(origin, config)
-    checkpoint = Checkpoint(folder, {"progress": progress.to_json()})
-    return SavedModel(model, Tokenizer(exported.tokenizer), config, checkpoint)
+    return SavedModel(model, Tokenizer(exported.tokenizer), config, as_checkpoint(exported))

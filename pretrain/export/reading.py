@@ -189,6 +189,8 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; name a folder that launch/export.py wrote") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no text in UTF-8 ({error}); export the model again") from None
 
 
 def _json(path: Path) -> Any:

@@ -64,7 +64,9 @@ def _unpickled(path: Path) -> Any:
             f"read that would run what the file says; if you trust it, write its tensors to a file of their own with "
             f"its own code at hand: python -c {shlex.quote(convert)}"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of torch, pickle, struct or zipfile
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"SOURCE: {path} is damaged or no file of torch.save ({first})") from None
 

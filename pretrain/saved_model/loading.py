@@ -97,8 +97,8 @@ def _said_of_export(folder: Path, kind: str) -> str:
     if not any(folder.glob("model*.safetensors*")):
         return "is an export without its weights (model.safetensors); copy the whole folder again"
     return (
-        f"is an export, which launch/generate.py and pretrain.api.open_model read; for other commands make a "
-        f"checkpoint of it: python launch/import_weights.py {shlex.quote(str(folder))} --to FOLDER"
+        f"is an export, which launch/generate.py, launch/evaluate.py and pretrain.api.open_model read; for other "
+        f"commands make a checkpoint of it: python launch/import_weights.py {shlex.quote(str(folder))} --to FOLDER"
     )
 
 

@@ -5,11 +5,12 @@ The rows are those of a reference in plain Python, which knows no files, sorts o
 
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -307,3 +308,13 @@ def test_the_names_of_what_is_removed_are_no_results() -> None:
     for pattern in (*dedup.REMAINS, *dedup.INTERMEDIATE):
         for result in ("exact.rows", "exact.bits", "near.rows", "near.json", "done.json", "p0.safetensors"):
             assert not Path(result).match(pattern)
+
+
+def test_a_worker_is_sent_no_names_of_raw_files(corpus: Corpus, tmp_path: Path) -> None:
+    """Each piece carries the task, and there may be 100,000 raw files. Here, where samples are made, they stay."""
+    task = corpus.task(tmp_path / "dedup")
+    parts = [replace(part, files=((f"a-raw-file-of-{part.name}", part.documents),)) for part in task.parts]
+    named = replace(task, parts=tuple(parts))
+    sent = pickle.dumps(named)
+    assert b"a-raw-file" not in sent and len(sent) == len(pickle.dumps(task))
+    assert pickle.loads(sent) == task and named.parts[3].file_of(0) == "a-raw-file-of-p03"

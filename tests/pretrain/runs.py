@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -364,6 +365,12 @@ def events(run_dir: Path, kind: str = "") -> list[dict[str, Any]]:
     """Lines of events.jsonl: those of a kind, or all."""
     rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     return [row for row in rows if kind in ("", row["event"])]
+
+
+def train_and_keep_output(rank: int, runs: list[tuple[Config, Path]], output: Path) -> None:
+    """`train_runs` with what it prints in a file: the process that forks the ranks may be older than a capture."""
+    with open(output, "w") as file, contextlib.redirect_stdout(file):
+        train_runs(rank, runs)
 
 
 def with_a_stop(config: Config, folder: Path, after: int = 3) -> list[tuple[Config, Path]]:

@@ -199,8 +199,8 @@ def test_a_rank_touches_its_own_gpu_first(
     ranks = Ranks(rank=local_rank, local_rank=local_rank, world_size=8, local_size=8)
     found = device.start(ranks, TrainConfig(device="cuda"), timeout_seconds=1140.0)
     assert found == torch.device("cuda", index)
-    (((_, backend, seconds), touched, seen_by_deepspeed),) = met
-    assert (backend, seconds) == ("nccl", 1140.0)
+    (((_, own, backend, seconds), touched, seen_by_deepspeed),) = met
+    assert (own, backend, seconds) == (found, "nccl", 1140.0)
     assert touched[0] == ("set_device", (torch.device("cuda", index),)) and seen_by_deepspeed == str(index)
     assert {arguments for _, arguments in touched} == {(torch.device("cuda", index),)}, "another GPU was touched"
     assert os.environ["DS_ACCELERATOR"] == "cuda"
@@ -353,12 +353,11 @@ def test_why_nccl_cannot_connect_is_said_in_its_own_words(monkeypatch: pytest.Mo
     monkeypatch.setattr(dist, "barrier", succeed if is_at_once else fail)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    monkeypatch.setenv("LOCAL_RANK", "0")
     said = r"NCCL cannot connect the ranks \(unhandled system error: Bootstrap : no socket interface found\); name"
     with pytest.raises(device.Unreachable, match=said):
-        device._meet(Ranks(0, 0, 2, 1), "nccl", 5.0)
+        device._meet(Ranks(0, 0, 2, 1), torch.device("cuda", 0), "nccl", 5.0)
     if not is_at_once:
-        device._meet(Ranks(0, 0, 1, 1), "nccl", 5.0)  # alone
+        device._meet(Ranks(0, 0, 1, 1), torch.device("cuda", 0), "nccl", 5.0)  # alone
 
 
 def test_no_gpu_is_bound_to_the_group_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,6 +367,7 @@ def test_no_gpu_is_bound_to_the_group_of_all_ranks(monkeypatch: pytest.MonkeyPat
     from deepspeed.accelerator import get_accelerator
 
     given: list[dict[str, Any]] = []
+    barriers: list[Any] = []
 
     def join(*_: Any, **options: Any) -> None:
         given.append(options)
@@ -380,13 +380,14 @@ def test_no_gpu_is_bound_to_the_group_of_all_ranks(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dist, "init_process_group", join)
     monkeypatch.setattr(dist, "is_initialized", lambda: bool(given))
     monkeypatch.setattr(dist, "get_backend", lambda group=None: "nccl")
-    monkeypatch.setattr(dist, "barrier", join)
-    for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+    monkeypatch.setattr(dist, "barrier", lambda group=None, device_ids=None: barriers.append(device_ids))
+    for name, value in {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    device._meet(Ranks(2, 1, 4, 2), "nccl", 5.0)
-    assert given == [{"timeout": timedelta(seconds=5.0)}, {"device_ids": [1]}], "not GPU 2, as torch would guess"
+    device._meet(Ranks(5, 1, 6, 2), torch.device("cuda", 1), "nccl", 5.0)
+    assert given == [{"timeout": timedelta(seconds=5.0)}]
+    assert barriers == [[1]], "torch would take GPU 5 % 8 of a node of eight for the first collective"
     assert deepspeed.comm.comm.cdb is not None
 
 

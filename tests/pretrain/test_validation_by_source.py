@@ -45,8 +45,7 @@ from pretrain.views.status import screen, summary, validation_text
 from tests.corpus import write_dump
 from tests.harness import run_ranks
 from tests.pretrain.report.boards import read, steps_of
-from tests.pretrain.report.test_bits_per_byte import train_and_keep_output
-from tests.pretrain.runs import events, small_config, train_runs
+from tests.pretrain.runs import events, small_config, train_and_keep_output, train_runs
 from tests.pretrain.saved import rewrite_state
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")

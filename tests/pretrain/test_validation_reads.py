@@ -1,7 +1,8 @@
-"""How much of the held-out split a validation has in memory at a time."""
+"""How much of the held-out split a validation reads, and has in memory, at a time."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 import pretrain.evaluate
 from model.parallel.context import ParallelContext
+from pretrain.cli.evaluate import main
 from pretrain.data.sources import Sources
-from pretrain.data.windows import Batch
+from pretrain.data.windows import Batch, WindowReader
 from pretrain.evaluate import evaluate
 from tests.pretrain.runs import light_config
 
@@ -53,3 +55,21 @@ def test_a_long_validation_is_read_in_parts(prepared: Path, memory: str, monkeyp
     (whole, all_at_once), (parts, few) = found
     assert whole == parts and whole is not None and whole["tokens"] == 1600
     assert all_at_once == 50 and few <= 4 + 3, "those of a call, and those of a read"
+
+
+def test_a_batch_is_no_larger_than_what_there_is(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it lacks would be computed too, and not counted."""
+    read, seen = WindowReader.read, list[int]()
+
+    def watched(reader: WindowReader, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+        seen.append(len(windows))
+        return read(reader, windows)
+
+    monkeypatch.setattr(WindowReader, "read", watched)
+    found = []
+    for batch in ("3", "64"):
+        assert main([str(trained), "--limit", "3", "--batch", batch, "--out", str(tmp_path / batch)]) == 0
+        found.append(json.loads((tmp_path / batch / "validation.json").read_text()))
+    assert max(seen) == 3 and found[0]["loss"] == found[1]["loss"] and found[0]["tokens"] == 3 * 16

@@ -72,6 +72,13 @@ def test_a_fault_that_comes_back_ends_the_job_and_a_checkpoint_forgives(bench: B
     assert "not requeued: 4 starts in a row left no newer checkpoint than step-00000010" in output
 
 
+def test_a_checkpoint_of_more_digits_is_newer(bench: Bench) -> None:
+    """By name it comes before the others: each start would have left no newer one."""
+    (bench.run_dir / "checkpoints" / "step-99999999").mkdir(parents=True)
+    _, output = bench.train(SRUN_CODE="85", FAULTS="1", MAKES="step-100000000")
+    assert "requeued, newest checkpoint: step-100000000" in output and bench.requeues() == ["7"]
+
+
 def test_failed_ranks_start_again_on_the_same_nodes_as_long_as_that_helps(bench: Bench) -> None:
     code, output = bench.train(SRUN_CODE="137")
     ports = [call[1] for call in bench.calls("srun")]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from model.config import ModelConfig
 from model.language_model import LanguageModel, build_model
+from pretrain.analysis.findings import Findings
+from pretrain.analysis.trace import Request, trace_text
 
 SWITCHHEAD = {"type": "switchhead", "num_heads": 2, "head_dim": 6, "num_experts": 3, "active_experts": 2}
 ALL_EXPERTS = {**SWITCHHEAD, "expert_projections": ["query", "key", "value", "output"]}
@@ -51,3 +55,19 @@ def tiny(case: str, *, seed: int = 3) -> LanguageModel:
 
 def some_tokens(count: int, *, seed: int = 0) -> list[int]:
     return torch.randint(50, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def findings_of(model: LanguageModel, label: str, num_tokens: int, *, window: int = 0) -> Findings:
+    """Both layers of such a model, by some tokens."""
+    tokens = some_tokens(num_tokens)
+    return Findings(
+        label=label,
+        place=Path("step-00000020"),
+        step=20,
+        model=model.config,
+        num_parameters=1,
+        tokens=np.array(tokens),
+        pieces=[f"piece{number}" for number in tokens],
+        layers=[0, 1],
+        trace=trace_text(model, tokens, Request(layers=[0, 1], window=window)),
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,9 +13,8 @@ from model.language_model import build_model
 from model.layer_section import LayerSection
 from pretrain.analysis import report
 from pretrain.analysis.findings import Findings
-from pretrain.analysis.trace import Request, trace_text
 from tests.model.new_layers import SoftmaxMoEConfig, TopPConfig, make_known
-from tests.pretrain.analysis.models import some_tokens
+from tests.pretrain.analysis.models import findings_of
 
 HEADS = SwitchHeadConfig(num_heads=2, head_dim=6, num_experts=3, active_experts=2)
 EXPERTS = SigmaMoEConfig(num_experts=5, expert_size=7, active_experts=2)
@@ -30,18 +28,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 def findings(attention: LayerSection, feedforward: LayerSection) -> Findings:
     sizes = ModelConfig(d_model=12, num_layers=2, vocab_size=50, sequence_length=7)
     config = sizes.model_copy(update={"attention": attention, "feedforward": feedforward})
-    model, tokens = build_model(config, seed=3).eval(), some_tokens(9)
-    return Findings(
-        label=attention.label,
-        place=Path("step-00000020"),
-        step=20,
-        model=config,
-        num_parameters=1,
-        tokens=np.array(tokens),
-        pieces=[f"piece{number}" for number in tokens],
-        layers=[0, 1],
-        trace=trace_text(model, tokens, Request(layers=[0, 1])),
-    )
+    return findings_of(build_model(config, seed=3).eval(), config.attention.label, 9)
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")  # of sections that are in no union

@@ -5,17 +5,14 @@ from __future__ import annotations
 import io
 from functools import partial
 from itertools import combinations
-from pathlib import Path
 
-import numpy as np
 import pytest
 from matplotlib.transforms import Bbox
 from PIL import Image
 
 from pretrain.analysis import pictures
 from pretrain.analysis.findings import Findings
-from pretrain.analysis.trace import Request, trace_text
-from tests.pretrain.analysis.models import some_tokens, tiny
+from tests.pretrain.analysis.models import findings_of, tiny
 from tests.pretrain.words_drawn import note_words
 
 NUM_TOKENS = 21
@@ -23,22 +20,17 @@ NUM_TOKENS = 21
 
 def findings(case: str, label: str) -> Findings:
     """Of the second window, whose keys begin in the memory of models that have one."""
-    model, tokens = tiny(case), some_tokens(NUM_TOKENS)
-    return Findings(
-        label=label,
-        place=Path("step-00000020"),
-        step=20,
-        model=model.config,
-        num_parameters=1,
-        tokens=np.array(tokens),
-        pieces=[f"piece{number}" for number in tokens],
-        layers=[0, 1],
-        trace=trace_text(model, tokens, Request(layers=[0, 1], window=1)),
-    )
+    return findings_of(tiny(case), label, NUM_TOKENS, window=1)
 
 
-@pytest.mark.parametrize("label", ["mine", "mine" + ",learning_rate=1e-3" * 8])
-@pytest.mark.parametrize("case", ["switchhead xl", "moa sigmoid xl", "dense xl", "switchhead"])
+LONG = "mine" + ",learning_rate=1e-3" * 8
+
+
+@pytest.mark.parametrize(
+    "case, label",
+    [("switchhead xl", "mine"), ("switchhead xl", LONG), ("moa sigmoid xl", LONG), ("dense xl", LONG)],
+    ids=["a short name", "switchhead xl", "moa sigmoid xl", "dense xl"],
+)
 def test_no_word_lies_over_another(case: str, label: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = note_words(monkeypatch)
     found = findings(case, label)

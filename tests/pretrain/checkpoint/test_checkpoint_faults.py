@@ -33,7 +33,7 @@ from pretrain.data.patience import Patience
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.resume import newest_valid
 from tests.harness import RankFailed, run_ranks
-from tests.pretrain.checkpoint.test_checkpoint import DROPOUTS
+from tests.pretrain.family import EXPERT_DROPOUT
 from tests.pretrain.resilience.faults import outcome
 from tests.pretrain.runs import assert_bit_identical, curve, events, light_config, train_runs
 
@@ -53,7 +53,7 @@ def train_to_the_message(rank: int, config: Config, run_dir: Path) -> str:
 def test_a_full_disk(prepared: Path, tmp_path: Path, small_disk: Callable[[int], Path], asynchronous: str) -> None:
     """Room for one checkpoint: the second fails and training goes on; after the third it stops. With more room the run
     continues from the first."""
-    keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=2", *DROPOUTS)
+    keys = ("train.steps=6", "evaluate.sequences=0", "checkpoint.every_steps=2", *EXPERT_DROPOUT)
     config = light_config(prepared, *keys, f"checkpoint.asynchronous={asynchronous}", ranks=2)
     run_ranks(train_runs, 2, [(config, tmp_path / "unbroken")])
     one = sum(f.stat().st_size for f in list_checkpoints(tmp_path / "unbroken" / "checkpoints")[-1].iterdir())
@@ -328,6 +328,26 @@ def test_what_one_rank_alone_refuses_all_refuse(tmp_path: Path, monkeypatch: pyt
     assert [type(own) for own in asked] == [UserError, type(None)]
 
 
+def test_a_refusal_goes_before_damage_and_damage_before_what_may_be_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what several ranks say of one checkpoint: damage passes it over, and only what may pass asks for another
+    start."""
+    monkeypatch.setattr(Checkpoint, "open", lambda path, **share: SimpleNamespace(damaged_file=lambda **share: None))
+    unread, damaged, refusal = UnreadCheckpoint("server"), DamagedCheckpoint("a bit"), UserError("another format")
+
+    def found(*said: UserError) -> tuple[type, str]:
+        with pytest.raises(UserError) as error:
+            newest_valid([tmp_path], rank=0, world_size=3, gather=lambda own: [own, *said])
+        return type(error.value), str(error.value)
+
+    assert found(unread, damaged, refusal) == found(refusal, damaged, unread) == (UserError, "another format")
+    for kind, text in (found(unread, damaged), found(damaged, unread)):
+        assert kind is UserError and "no checkpoint is whole (a bit)" in text
+    kind, text = found(unread)
+    assert kind is PassingError and "no checkpoint is whole (server)" in text
+
+
 def kill_after(count: int) -> None:
     """This process kills itself before its `count`-th operation on files of a checkpoint."""
     left = [count]
@@ -372,7 +392,7 @@ def dies(config: Config, run_dir: Path, victim: int, count: int) -> bool:
 def check_kills(prepared: Path, tmp_path: Path, steps: int, kills: list[tuple[int, int]]) -> int:
     """Starts a run again and again; each time a rank dies before its n-th operation. Returns how many died."""
     keys = (f"train.steps={steps}", "evaluate.sequences=0", "checkpoint.every_steps=1", "checkpoint.keep_last=2")
-    config = light_config(prepared, *keys, *DROPOUTS, ranks=2)
+    config = light_config(prepared, *keys, *EXPERT_DROPOUT, ranks=2)
     run_ranks(train_runs, 2, [(config, tmp_path / "unbroken")])
     run_dir, died, newest = tmp_path / "killed", 0, 0
     for victim, count in kills:

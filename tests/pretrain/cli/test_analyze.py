@@ -168,6 +168,11 @@ def test_a_second_analysis_leaves_no_picture_of_the_first(tmp_path: Path) -> Non
     }
 
 
+def test_a_text_in_a_file_whose_name_is_no_utf_8_has_a_page(tmp_path: Path) -> None:
+    write(tmp_path / "out", [], {}, "caf\udce9.txt")
+    assert "caf\\udce9.txt" in (tmp_path / "out" / "analysis.html").read_text()
+
+
 def test_a_full_disk_leaves_the_page_of_before_and_no_folder_that_was_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +199,7 @@ def test_a_model_that_has_diverged_is_refused(runs: Path, tmp_path: Path, capsys
     assert re.search("diverged: its outputs are not finite, .* name an earlier checkpoint", capsys.readouterr().err)
     (tmp_path / "letter").write_text("a")
     assert main([str(runs / "switchall"), "--text", str(tmp_path / "letter"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith("switchall, step 1: 1 token\n"), "whose loss is not known"
 
 
 def test_refusals(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -339,6 +339,7 @@ def test_what_cannot_be_read_back(checkpoint: Checkpoint, tmp_path: Path) -> Non
     def with_config(**values: Any) -> Callable[[Path], None]:
         return with_values("config.json", **values)
 
+    unreadable(lambda f: (f / "config.json").write_bytes(b'{"a": "\xe9"}'), "config.json is no text in UTF-8")
     unreadable(with_config(model_type="llama"), "model_type is 'llama', not 'switchall'")
     unreadable(with_config(attention={"type": "dense", "num_heads": 0}), "config.json: .*num_heads")
     unreadable(with_config(hidden_size=24), r"is F32 \[.*\], the model's is \[.*\]; config.json and weights differ")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from common.errors import UserError
 from model.config import ModelConfig
 from model.language_model import build_model
 from pretrain.cli.import_weights import main
@@ -290,6 +291,16 @@ def test_wrappers_of_a_saved_model_are_no_part_of_its_names(wrappers: str, tmp_p
     state = {"layers.0.module.weight": torch.randn(3), "out.bias": torch.randn(2)}
     torch.save({f"{wrappers}{name}": value for name, value in state.items()}, tmp_path / "w.pth")
     assert read_state(tmp_path / "w.pth").keys() == state.keys()
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_file_that_was_copied_in_part_is_refused_wherever_it_ends(is_zip: bool, tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.ones(2), "b": torch.ones(3)}, tmp_path / "w", _use_new_zipfile_serialization=is_zip)
+    content = (tmp_path / "w").read_bytes()
+    for length in range(0, len(content) - 1, 5):
+        (tmp_path / "w").write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"^SOURCE: .*(damaged or no file of torch\.save|holds more than tensors)"):
+            read_state(tmp_path / "w")
 
 
 class Executes:

@@ -65,6 +65,15 @@ def test_a_good_run_passes_and_nothing_is_written(place: Path, capsys: pytest.Ca
     assert all(check["passed"] is True for check in report["checks"])
 
 
+def test_the_page_has_every_check(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", "c.json", "--json", "--no-step"])
+    made = [check["name"] for check in json.loads(capsys.readouterr().out)["checks"]]
+    page = (Path(__file__).resolve().parents[3] / "docs" / "planning.md").read_text(encoding="utf-8")
+    table = page.partition("| check | what it looks at |")[2].partition("\n\n")[0]
+    names = {name for row in table.splitlines()[2:] for name in row.split("|")[1].strip().split(", ")}
+    assert {*made, "memory", "collectives"} == names
+
+
 def test_all_mistakes_are_found_in_one_call(
     place: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import random
@@ -22,7 +21,7 @@ from pretrain.data.windows import Windows
 from pretrain.evaluate import evaluation_windows, target_counts, unigram_perplexity
 from pretrain.parallel.agreement import PeerFailed
 from tests.harness import run_ranks
-from tests.pretrain.runs import events, light_config, train_runs
+from tests.pretrain.runs import events, light_config, train_and_keep_output, train_runs
 
 
 def prepare_bytes(folder: Path, type: str = "bytes") -> Path:
@@ -42,12 +41,6 @@ def prepare_bytes(folder: Path, type: str = "bytes") -> Path:
     (folder / "data.json").write_text(json.dumps(config))
     assert data_prep(["run", "--config", str(folder / "data.json")]) == 0
     return folder / type
-
-
-def train_and_keep_output(rank: int, runs: list[tuple[Config, Path]], output: Path) -> None:
-    """`train_runs` with what it prints in a file: the process that forks the ranks may be older than a capture."""
-    with open(output, "w") as file, contextlib.redirect_stdout(file):
-        train_runs(rank, runs)
 
 
 def bytes_of_targets(data: Path, config: Config) -> int:

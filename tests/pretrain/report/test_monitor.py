@@ -16,11 +16,13 @@ from model.parallel.context import ParallelContext
 from pretrain.checkpoint import Checkpoint, list_checkpoints
 from pretrain.checkpoint.loading import load_weights
 from pretrain.data.windows import WindowReader
+from pretrain.report.event_text import TEXTS
 from pretrain.report.monitor import clock, perplexity
 from tests.harness import run_ranks
 from tests.pretrain.runs import events, light_config, metrics, train_runs
 
-PAGE = (Path(__file__).resolve().parents[3] / "docs" / "metrics.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 METRICS_TABLE = "\n".join(
     row.split("|")[1]
     for row in PAGE.partition("## What a run writes")[2].partition("\n## ")[0].splitlines()
@@ -109,3 +111,14 @@ def test_a_run_writes_metrics_tensorboard_and_a_layout_free_validation(prepared:
     logits, _ = network.logits(tokens)
     by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), targets.flatten())
     assert losses[1] == pytest.approx(float(by_hand.detach()), rel=1e-5)
+
+
+def test_the_page_has_every_kind_of_event() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "pretrain").rglob("*.py")]
+    told = {kind for text in sources for kind in re.findall(r'\bevent\(\s*"([a-z_]+)"', text)}
+    told |= {kind for text in sources for kind in re.findall(r'"event": "([a-z_]+)"', text)}
+    table = PAGE.partition("## What an event says")[2].partition("\n## ")[0]
+    shown = {
+        kind for row in table.splitlines() if row.startswith("| `") for kind in re.findall("`(.*?)`", row.split("|")[1])
+    }
+    assert shown == told | set(TEXTS)

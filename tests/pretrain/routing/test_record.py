@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from common.errors import UserError
 from model.choices import Piece
-from model.parallel.context import ParallelContext
 from model.routing import Place
 from pretrain.data.stages import StageSource, first_stage
 from pretrain.routing.record import Record, begin_record, description, remove_after, step_folder, write_step
@@ -93,18 +93,17 @@ def test_choices_for_other_sequences_are_refused(folder: Path) -> None:
     """A run that a rollback made leave data out reads others in the same step."""
     write_step(folder, 1, 0, {"router": [piece(choices(), [4, 5, 6, 7])]})
     replaying = Replaying.__new__(Replaying)
-    vars(replaying).update(
-        _record=Record(folder),
-        _memories=[],
-        _sequence_length=TOKENS,
-        _replayers=["router"],
-        _parallel=ParallelContext(),
-    )
+    memories = [SimpleNamespace(kept=kept) for kept in (None, torch.zeros(2, 1, 4))]  # 1 token on each of 3 ranks
+    vars(replaying).update(_record=Record(folder), _memories=memories, _replayers=["router"])
+    vars(replaying).update(_sequence_length=TOKENS - 3, _parallel=SimpleNamespace(token_shards=3))
     found = replaying._load(1, torch.tensor([6, 5]))
     assert torch.equal(found["router"], choices())
     for others in ([6, 8], [2, 1], [6, 9]):
         with pytest.raises(UserError, match=r"step 1 of \S+ read other sequences \(router router\)"):
             replaying._load(1, torch.tensor(others))
+    memories[1].kept = None
+    with pytest.raises(UserError, match=f"sequences have {TOKENS} tokens with memory, this run's {TOKENS - 3};"):
+        replaying._load(1, torch.tensor([6, 5]))
 
 
 def test_a_start_removes_the_choices_of_later_steps_alone(folder: Path) -> None:

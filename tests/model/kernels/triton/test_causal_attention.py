@@ -151,7 +151,7 @@ def test_a_compiled_function_calls_the_op_without_a_break() -> None:
 
     assert inputs.first is not None and inputs.end is not None
     ranges = inputs.first, inputs.end
-    assert_compiles(lambda *qkv: attended(*qkv, *ranges).sum(), inputs[:3])
+    assert_compiles(lambda q, k, v: attended(q, k, v, *ranges).sum(), inputs[:3])
 
 
 def test_no_sequences_are_no_launch() -> None:
