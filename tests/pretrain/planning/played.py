@@ -3,6 +3,8 @@ sequences and texts are evaluated."""
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 
 from pretrain.config.schema import Config
@@ -14,17 +16,18 @@ from pretrain.planning.record import Call
 from pretrain.planning.rehearsal import _Rank
 
 
-def played_calls(
-    config: Config, num_ranks: int, rank: int, device: torch.device = CPU, *, is_first: bool = True
-) -> list[Call]:
-    """Of `rank`, in their order. `is_first`: those of building too; else of a later step, in which no stage is asked
-    for the shapes that it sends (fake_world.py answers for it). The process must have no process group."""
-    with fake_world(config, rank, num_ranks, "even"), Ledger(device=device) as ledger:
+def played_calls(config: Config, num_ranks: int, rank: int, device: torch.device = CPU) -> list[Call]:
+    """Of `rank`, in their order, but for the messages in which a stage first says the shapes of what it sends: for the
+    one that hears them fake_world.py answers. The process must have no process group."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    with (
+        fake_world(config, rank, num_ranks, "even"),
+        mock.patch.object(PipelineEngine, "_send_tensor_meta"),
+        Ledger(device=device) as ledger,
+    ):
         played = _Rank(config, "cuda", ledger, streams=config.batch.global_sequences, device=device)
         executor = played._executor
-        if not is_first:
-            played.step()
-            ledger.calls.clear()
         survey = Survey(played._engine, config, played._parallel, device, played._reduce.router_names)
         executor.before_update = survey.begin()
         played.step()
