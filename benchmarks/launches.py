@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks.fake_cuda import backward, fake_cuda
 from benchmarks.launch_counter import Counts, LaunchCounter, Tally
 from benchmarks.marked import TIGHT, with_table
 from benchmarks.places import OTHER, PLACES, PLACES_OF_STEP
+from common.errors import UserError
 from common.tables import text_table
 from model.language_model import LanguageModel, routing_statistics
 from model.layers import Block
@@ -215,7 +217,7 @@ def update_docs() -> None:
     DOCS.write_text(with_table(DOCS.read_text(), "benchmarks.launches", markdown()))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.launches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -229,14 +231,19 @@ def main() -> None:
     )
     parser.add_argument("--markdown", action="store_true", help="writes the tables of docs/kernels.md")
     parser.add_argument("--operators", action="store_true", help="also which operator is launched how often")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.markdown:
         update_docs()
-        return
-    for path in options.configs:
-        print(f"{title_of(path)}\n{text_table(HEAD, place_table(path))}\n")
-        if options.operators:
-            print_operators(path)
+        return 0
+    try:
+        for title, path in [(title_of(path), path) for path in options.configs]:
+            print(f"{title}\n{text_table(HEAD, place_table(path))}\n")
+            if options.operators:
+                print_operators(path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def print_operators(path: Path) -> None:
@@ -249,4 +256,4 @@ def print_operators(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,8 +17,10 @@ import io
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ import torch
 
 from benchmarks.rounds import orders, ratio
 from common.arguments import add_overrides
+from common.errors import UserError
 from pretrain import device as devices
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
@@ -80,7 +83,7 @@ def watched(kind: str, config: Config, folder: Path, device: torch.device) -> Wa
     return Watched(trainer, monitor, Progress(0, 0))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.monitoring",
         description=__doc__,
@@ -91,14 +94,21 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=10, metavar="N", help="steps of a block (default: 10)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="blocks of each kind (default: 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if min(args.block, args.rounds) < 1:
+        parser.error("--block and --rounds must be at least 1")
     keys = {
         "off": ("monitor.tensorboard=false",),
         "curves": ("monitor.tensorboard=true", "monitor.details_every_steps=0"),
         "details": ("monitor.tensorboard=true", f"monitor.details_every_steps={args.block}"),
     }
-    every = load_config(args.config, args.overrides).monitor.details_every_steps
-    configs = {kind: load_config(args.config, [*args.overrides, *keys[kind]]) for kind in KINDS}
+    try:
+        every = load_config(args.config, args.overrides).monitor.details_every_steps
+        configs = {kind: load_config(args.config, [*args.overrides, *keys[kind]]) for kind in KINDS}
+        open_sources(configs["off"])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     device = devices.start(Ranks.from_environment(), configs["off"].train)
     seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     loads = []
@@ -128,6 +138,7 @@ def main() -> None:
         about = {"block": args.block, "details_every_steps": every, "load": loads, "torch": torch.__version__}
         args.json.write_text(json.dumps({"seconds": times, "ratios": ratios, "calls": calls, **about}))
     devices.stop()
+    return 0
 
 
 def report(clock: str, seconds: dict[str, list[float]], block: int, every: int) -> dict[str, float]:
@@ -143,4 +154,4 @@ def report(clock: str, seconds: dict[str, list[float]], block: int, every: int) 
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

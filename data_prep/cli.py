@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from common.arguments import Parser, a_path, add_overrides, at_least
-from common.errors import DataError, PassingError, UserError
+from common.errors import DataError, PassingError, UserError, kind_of
 from common.folders import check_folder, is_full, no_room
 from common.splits import SPLITS
 from common.tables import counted
@@ -18,7 +18,6 @@ from common.terminal import prepare_streams, reader_may_leave, spare_stdout, vis
 from common.urls import without_secrets
 from data_prep.config.loading import describe_keys, load_config
 from data_prep.config.resolved import ResolvedConfig, output_folder, resolve
-from data_prep.raw.locations import LASTING
 from data_prep.report import show
 from data_prep.report.stats import REPORT_FOLDER, write_report
 from data_prep.run.disk_estimate import WHAT, check_room, fullest, needed_bytes, used_bytes
@@ -275,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         return PASSING_ERROR if isinstance(error, PassingError) else USER_ERROR
     except OSError as error:  # disk full, no permission: the system's own words name the file
         print(_one_line(error), file=sys.stderr)
-        return USER_ERROR if isinstance(error, LASTING) else PASSING_ERROR
+        return PASSING_ERROR if is_full(error) or kind_of(error) is PassingError else USER_ERROR
     except KeyboardInterrupt:
         goes_on = "; the same command goes on where it was" if arguments.handler is _steps_command else ""
         print(f"interrupted{goes_on}", file=sys.stderr)

@@ -51,8 +51,8 @@ def train(
     stop = stop or Stop()
     stop.enter(ProcessState.STARTING)
     with early_end_noted(run_dir, config.monitor, stop) as early_end:
+        check_code()  # first: other code may have other keys
         check_config(config)
-        check_code()
         check_same(f"{sources.key} (digest)", sources.digest)
         sources = check_data(sources, config, run_dir)
         parallel, tasks = parallel_context(config), agreed(lambda: RunTasks.open(config, sources))

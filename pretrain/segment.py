@@ -10,7 +10,6 @@ from functools import partial
 from common.strict_json import finite
 from pretrain.data.progress import Progress
 from pretrain.device import memory_bytes
-from pretrain.engine.deepspeed_json import SMALLEST_LOSS_SCALE
 from pretrain.evaluate import validate
 from pretrain.evaluation.likelihood import Place
 from pretrain.parallel.agreement import from_first_rank, raise_agreed
@@ -159,7 +158,7 @@ class Segment:
         self.setup.phases.may_take_long()  # rank 0 writes
         self.limit.add(result.seconds)
         # Overflows are how fp16 finds its loss scale, as long as the loss itself is a number and the scale can fall.
-        is_overflow = (result.loss_scale or 0.0) > SMALLEST_LOSS_SCALE and math.isfinite(result.sums.loss)
+        is_overflow = result.scale_can_fall and math.isfinite(result.sums.loss)
         self.progress = self._after_step(updated=result.sums.grad_norm is not None or is_overflow)
         self._launched = None
         self._loss, self._validation_loss = finite(result.sums.loss), None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
 import sys
@@ -22,6 +21,7 @@ from common.errors import UserError, kind_of
 from common.filesystems import filesystem_type, is_shared
 from common.hashing import sha256_json
 from common.paths import REPOSITORY
+from common.requirements import installed
 from data_prep.shards.format import WHOLE, Manifest, Part
 from pretrain.config.keys import flatten
 from pretrain.config.loading import to_json
@@ -78,7 +78,7 @@ def check_code() -> None:
 def code_here(root: Path) -> dict[str, str]:
     """Of what this process computes by: the versions of libraries and, behind names of files below `root`, the first 64
     bits of their sha256, in hex. Raises UserError."""
-    found = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
+    found = {name: installed(name) or "unknown" for name in ("torch", "deepspeed")}
     try:
         for start in CODE:
             for folder, folders, names in os.walk(root / start):

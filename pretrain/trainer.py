@@ -29,6 +29,7 @@ from pretrain.device import graph_maker
 from pretrain.engine import zero_1
 from pretrain.engine.build import build_engine, build_executor, build_module
 from pretrain.engine.compiled import compile_blocks
+from pretrain.engine.deepspeed_json import SMALLEST_LOSS_SCALE
 from pretrain.engine.details import DetailsReading, Survey
 from pretrain.engine.graphed import GraphedForward
 from pretrain.engine.micro_steps import Executor
@@ -81,6 +82,7 @@ class LaunchedStep:
     given: StepInput
     flips: Flips | None
     loss_scale: float | None
+    scale_can_fall: bool
     laps: Laps
     """The phases since the end of the step before."""
     details: DetailsReading | None = None
@@ -93,6 +95,7 @@ class LaunchedStep:
             data_wait_seconds=self.given.wait_seconds,
             flips=self.flips,
             loss_scale=self.loss_scale,
+            scale_can_fall=self.scale_can_fall,
             phase_seconds=self.laps.seconds(),
             details=None if self.details is None else self.details.read(),
         )
@@ -147,7 +150,7 @@ class Trainer:
         if self.data.stream.begins(progress.consumed_sequences):
             for memory in memories:
                 memory.forget()
-        rate, details = learning_rate(config, progress.step), None
+        rate, details, scale = learning_rate(config, progress.step), None, self._loss_scale()
         set_learning_rate(self.engine, rate)
         if self.tape is not None:
             enter("reading the recorded choices")
@@ -177,8 +180,13 @@ class Trainer:
             laps=self._laps.cut("reading the step's sums"),
             details=details,
             flips=self.tape.after_step(number) if self.tape is not None else None,
-            loss_scale=float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else None,
+            loss_scale=self._loss_scale(),
+            scale_can_fall=scale is not None and scale > SMALLEST_LOSS_SCALE,
         )
+
+    def _loss_scale(self) -> float | None:
+        """Of the next step; None but for fp16."""
+        return float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else None
 
     def close(self) -> None:
         """Ends the threads and frees what DeepSpeed holds; the rest goes with the last reference to this trainer."""

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import pictures
 from benchmarks.marked import with_table
 from benchmarks.quality.plan import CONFIGS, SEEDS, STEPS, TUNED_STEPS, Training, chosen_rate, rates
 from benchmarks.quality.records import EVERY, Record
@@ -127,31 +128,24 @@ def of_model(records: Sequence[Record], model: str) -> list[Record]:
 
 def picture(records: Sequence[Record], path: Path) -> None:
     """PNG: validation perplexity against tokens, training FLOPs and minutes; a line for each run."""
-    import matplotlib
+    with pictures.picture(path, 3, (13, 4), sharey=True) as (_, axes):
+        from matplotlib.ticker import ScalarFormatter  # here: matplotlib takes a second
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
-    for color, model in enumerate(SEEDS):
-        for number, record in enumerate(of_model(records, model)):
-            tokens = [step * record.tokens_per_step for step, _ in record.validations]
-            values = [math.exp(loss) for _, loss in record.validations]
-            minutes = [record.seconds[step // EVERY - 1] / 60 for step, _ in record.validations]
-            flops = [count * record.flops_per_token for count in tokens]
-            for axis, across in zip(axes, (tokens, flops, minutes), strict=True):
-                label = NAMES[model] if number == 0 else None
-                axis.plot(across, values, "o-", color=f"C{color}", markersize=3, linewidth=1, label=label)
-    for axis, label in zip(axes, ("tokens", "training FLOPs", "minutes of training"), strict=True):
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("validation perplexity")
-    axes[0].set_yscale("log")
-    for of_axis in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
-        of_axis(ScalarFormatter())  # 60 and not 6 x 10^1
-    if axes[0].lines:
-        axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        for color, model in enumerate(SEEDS):
+            for number, record in enumerate(of_model(records, model)):
+                tokens = [step * record.tokens_per_step for step, _ in record.validations]
+                values = [math.exp(loss) for _, loss in record.validations]
+                minutes = [record.seconds[step // EVERY - 1] / 60 for step, _ in record.validations]
+                flops = [count * record.flops_per_token for count in tokens]
+                for axis, across in zip(axes, (tokens, flops, minutes), strict=True):
+                    label = NAMES[model] if number == 0 else None
+                    axis.plot(across, values, "o-", color=f"C{color}", markersize=3, linewidth=1, label=label)
+        for axis, label in zip(axes, ("tokens", "training FLOPs", "minutes of training"), strict=True):
+            axis.set_xlabel(label)
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("validation perplexity")
+        axes[0].set_yscale("log")
+        for of_axis in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+            of_axis(ScalarFormatter())  # 60 and not 6 x 10^1
+        if axes[0].lines:
+            axes[0].legend()

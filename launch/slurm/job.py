@@ -29,6 +29,7 @@ REFUSED = {
     "array": "each of its tasks would be a job that does the same again, in the same folder; launch/sweep.py --submit "
     "submits many runs, and --tasks of launch/slurm/submit_data_prep.py shares out a preparation",
     "ntasks": "how many processes a node starts follows from this command's own options (--help lists them)",
+    "distribution": "srun places the ranks, and would not follow it; --srun=--distribution=... does",
 }
 """Options of sbatch that would undo what was checked, although these commands need not set them: why."""
 WITHOUT_VALUE = {"exclusive", "contiguous"}

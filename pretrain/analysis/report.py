@@ -177,7 +177,8 @@ def write(folder: Path, runs: Sequence[Findings], images: dict[str, bytes], text
         for name, content in images.items():
             put(name, content)
         put(NUMBERS, numbers.arrays(runs))
-        put(PAGE, Page(runs, images, text_name).html().encode("utf-8"))
+        # A name of a file that is no UTF-8 has letters that no encoding has.
+        put(PAGE, Page(runs, images, text_name).html().encode("utf-8", errors="backslashreplace"))
     for name in before:
         if isinstance(name, str) and re.fullmatch(r"[a-z0-9-]+\.png", name) and name not in images:
             (folder / name).unlink(missing_ok=True)

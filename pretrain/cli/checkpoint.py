@@ -181,7 +181,7 @@ def _rows(place: Path, looks: int = 5) -> list[tuple[str, ...]]:
     those that are gone."""
     paths = list_checkpoints(place)
     others = [p for p in place.iterdir() if re.search(r"step-\d{8,}", p.name) and p not in paths and p.is_dir()]
-    others.sort(key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)])
+    others.sort(key=lambda p: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", p.name)])
     rows = [_row_if_there(path) for path in [*paths, *others]]
     return _rows(place, looks - 1) if None in rows and looks > 1 else [row for row in rows if row is not None]
 

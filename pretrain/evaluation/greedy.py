@@ -1,4 +1,5 @@
-"""Texts that a model writes for a task: greedy continuations of prompts, in batches, with a cache of keys and values.
+"""Texts that a model writes for a task: continuations of prompts, greedy or drawn, in batches, with a cache of keys and
+values.
 
 Like the texts of every task they are read in one pass that begins with empty memory (likelihood.py), so greedy decoding
 writes a target exactly where `answer` finds each of its tokens the likeliest.
@@ -6,7 +7,7 @@ writes a target exactly where `answer` finds each of its tokens the likeliest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from pretrain.generation.ids import Cost, Work, continued
 from pretrain.generation.pieces import TextStream
 from pretrain.generation.sampling import Sampling
 from pretrain.saved_model import Tokenizer
+
+GREEDY = Sampling(temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class Wanted:
     """At most; less than the context, so that there is room for the prompt's end."""
     stops: Sequence[str]
     """The text ends before the first of them."""
+    sampling: Sampling = GREEDY
+    sample: int = 0
+    """Of drawn texts: decides the random numbers, with the seed of `sampling`."""
 
 
 class Written(NamedTuple):
@@ -53,8 +59,7 @@ def write(
     rows = [prompt[-(limits.context - one.tokens) :] for prompt, one in zip(prompts, wanted, strict=True)]
     # The longest first: texts of like length cost the least together, and too little memory shows at once.
     order = sorted((n for n, one in enumerate(wanted) if one.tokens > 0), key=lambda n: -len(rows[n]))
-    for first in range(0, len(order), limits.batch):
-        batch = order[first : first + limits.batch]
+    for batch in _batches(order, wanted, limits.batch):
         written = _write_some(model, tokenizer, [rows[n] for n in batch], [wanted[n] for n in batch], limits)
         for n, text in zip(batch, written, strict=True):
             texts[n] = text
@@ -62,10 +67,18 @@ def write(
     return Written(texts, sum(len(row) < len(prompt) for row, prompt in zip(rows, prompts, strict=True)))
 
 
+def _batches(order: Sequence[int], wanted: Sequence[Wanted], size: int) -> Iterator[list[int]]:
+    """The texts in `order`, those that are drawn alike together."""
+    for sampling in dict.fromkeys(wanted[n].sampling for n in order):
+        alike = [n for n in order if wanted[n].sampling == sampling]
+        for first in range(0, len(alike), size):
+            yield alike[first : first + size]
+
+
 def _write_some(
     model: LanguageModel, tokenizer: Tokenizer, rows: Sequence[list[int]], wanted: Sequence[Wanted], limits: Limits
 ) -> list[str]:
-    """The texts of one batch, whose prompts are the ids `rows`."""
+    """The texts of one batch, whose prompts are the ids `rows`, drawn alike."""
     made: list[list[int]] = [[] for _ in rows]
     streams = [TextStream(tokenizer, after=tokenizer.decode(row)) for row in rows]
     said = [""] * len(rows)
@@ -77,8 +90,8 @@ def _write_some(
 
     work = Work(
         rows,
-        [0] * len(rows),
-        Sampling(temperature=0.0),
+        [one.sample for one in wanted],
+        wanted[0].sampling,
         [one.tokens for one in wanted],
         tokenizer.eos_id,
         tokenizer.vocab_size,

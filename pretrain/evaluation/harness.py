@@ -2,11 +2,12 @@
 `switchall`. Importing this module registers it.
 
 Texts become ids as examples.py says, so this model, lm-evaluation-harness's own `hf` model on an exported folder, and
-our tasks give the same numbers. Generation is greedy.
+our tasks give the same numbers. Texts are greedy unless a task draws them; then prompt and settings decide them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.hashing import number_of
 from pretrain.evaluation.examples import Answer, Encoder, Query, as_query
-from pretrain.evaluation.greedy import Wanted, write
-from pretrain.evaluation.harness_args import ModelArgs, pairs
+from pretrain.evaluation.greedy import GREEDY, Wanted, write
+from pretrain.evaluation.harness_args import ModelArgs, pairs, sampling_of
 from pretrain.evaluation.likelihood import Limits, answer, learned_context
 from pretrain.evaluation.models import OpenedModel, evaluation_config, open_model
 from pretrain.generation.ids import NotFinite
@@ -95,9 +97,14 @@ class HarnessModel(LM):
         return sums
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, up to the first stop sequence of `until` or EOS. Raises UserError for a task that
-        draws, or whose texts leave no room in the context for what they continue."""
-        wanted = [self._wanted(*request.args) for request in requests]
+        """Continuations up to the first stop sequence of `until` or EOS: greedy, or drawn for a task with `do_sample`,
+        each repeat of a question by random numbers of its own. Raises UserError for a task that draws as this model
+        cannot, or whose texts leave no room in the context for what they continue."""
+        wanted, asked = list[Wanted](), Counter[str]()
+        for prompt, given in (request.args for request in requests):
+            same = f"{prompt} {given}"
+            wanted.append(self._wanted(prompt, given, repeat=asked[same]))
+            asked[same] += 1
         model: Any = self._opened.evaluator.module
         with tqdm(total=len(requests), desc="generate_until", leave=False, disable=disable_tqdm or None) as bar:
             try:
@@ -109,17 +116,17 @@ class HarnessModel(LM):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return found.texts
 
-    def _wanted(self, prompt: str, given: dict[str, Any]) -> Wanted:
+    def _wanted(self, prompt: str, given: dict[str, Any], *, repeat: int) -> Wanted:
         settings, context = dict(normalize_gen_kwargs(given, MOST_NEW_TOKENS)), self._limits.context
-        if settings["do_sample"]:
-            raise UserError("--harness: a task draws its texts (do_sample); this model decodes greedily")
+        sampling = sampling_of(settings)
         if (most := settings["max_gen_toks"]) >= context:
             raise UserError(
                 f"--harness: a task wants texts of {most} tokens (max_gen_toks), and the model looks back over "
                 f"{context}: no room is left for what they continue; leave the task out, or set --context to more than "
                 f"{most}, which the model may not have learned"
             )
-        return Wanted(prompt, most, settings["until"])
+        sample = 0 if sampling == GREEDY else number_of(prompt) + repeat
+        return Wanted(prompt, most, settings["until"], sampling, sample)
 
     def _answers(self, queries: Sequence[Query], quiet: bool) -> list[Answer]:
         with tqdm(total=len(queries), desc="texts", leave=False, disable=quiet or None) as bar:

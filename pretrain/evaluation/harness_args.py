@@ -1,4 +1,5 @@
-"""What `lm_eval --model switchall` is told of the model: --model_args, --batch_size and --device."""
+"""What `lm_eval --model switchall` is told of the model: --model_args, --batch_size and --device; and by a task of the
+texts that it wants."""
 
 from __future__ import annotations
 
@@ -11,10 +12,14 @@ from typing import Any
 import torch
 
 from common.errors import UserError
+from pretrain.evaluation.greedy import GREEDY
+from pretrain.generation.sampling import Sampling
 from pretrain.gpus import usable_device, usable_gpus
 
 BATCH = 16
 """Texts of one forward pass where nothing is said, and of --batch_size auto."""
+DRAWN_BY = ("temperature", "top_k", "top_p")
+"""Of a task's generation_kwargs."""
 KNOWN = ("pretrained", "batch_size", "max_batch_size", "device", "max_length", "data", "ema")
 
 
@@ -62,6 +67,25 @@ class ModelArgs:
             print("note: there is no usable GPU; switchall computes on the CPU", file=sys.stderr, flush=True)
             return torch.device("cpu")
         return usable_device(self.device)
+
+
+def sampling_of(settings: Mapping[str, Any]) -> Sampling:
+    """How a task's texts are written, by its generation_kwargs as lm_eval normalizes them. Drawn ones (`do_sample`)
+    have the temperature 1 where none is given, and all ids to draw from. Raises UserError."""
+    if not settings["do_sample"]:
+        return GREEDY
+    given = {key: value for key, value in settings.items() if value is not None}
+    if unknown := sorted(given.keys() - DRAWN_BY - {"do_sample", "until", "max_gen_toks"}):
+        raise UserError(
+            f"--harness: a task draws its texts with {unknown[0]}; switchall draws by {', '.join(DRAWN_BY)}; leave the "
+            f"task out"
+        )
+    try:
+        return Sampling(
+            **{"temperature": 1.0, "top_k": 0, "top_p": 1.0} | {key: given[key] for key in given.keys() & DRAWN_BY}
+        )
+    except UserError as error:
+        raise UserError(f"--harness: a task draws its texts so: {error}") from None
 
 
 def pairs(text: str) -> dict[str, str]:

@@ -111,7 +111,8 @@ class SwitchAllPreTrainedModel(PreTrainedModel):
         if wanted["use_cache"] and cache is None:
             cache = DynamicCache(config=config)
         seen, T = 0 if cache is None else cache.get_seq_length(), x.shape[1]
-        if not isinstance(seen, int) or (attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2):
+        is_fixed = not isinstance(seen, int) or getattr(cache, "is_compileable", False)  # empty, it has seen 0
+        if is_fixed or (attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2):
             raise ValueError(
                 "this model makes its masks itself, of an attention_mask of a number for each token, and needs a cache "
                 "that grows: leave out cache_implementation"

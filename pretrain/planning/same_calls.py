@@ -97,9 +97,9 @@ def first_difference(calls: Mapping[int, Sequence[Call]], *, is_even: bool = Tru
                     number, pair = found
                     return Difference((one, other), group, number, pair)
         of_both = [[call for call in calls[rank] if {one, other} <= set(call.ranks)] for rank in (one, other)]
-        for number, pair in enumerate(zip(*of_both, strict=True)):
-            if _group(pair[0]) != _group(pair[1]):
-                return Difference((one, other), _group(pair[0]), number, pair)
+        for number, (ours_next, theirs_next) in enumerate(zip(*of_both, strict=True)):
+            if _group(ours_next) != _group(theirs_next):
+                return Difference((one, other), _group(ours_next), number, (ours_next, theirs_next))
     return None
 
 

@@ -31,6 +31,8 @@ class StepResult:
     """With train.replay_routing."""
     loss_scale: float | None = None
     """With fp16: the scale that the next step's loss is multiplied with."""
+    scale_can_fall: bool = False
+    """With fp16: whether this step's was above the smallest, so that an overflow is a part of the search for one."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """How long each phase took since the end of the step before, on this rank."""
     details: Details | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.errors import ConfigError, UserError
 from common.presence import exists, is_file
+from common.terminal import visible
 
 SAVED_CONFIG = "config.json"
 """Name of the resolved configuration in a run folder."""
@@ -44,6 +45,13 @@ def run_folder(config: Path, given: str | Path | None) -> Path:
     from pretrain.checkpoint.folder import check_output_folder  # here: readers of a run do not wait for it
 
     check_output_folder(folder, "--run-dir")
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # a name in an old encoding, as Latin-1: the run could save, and never continue
+        raise UserError(
+            f"--run-dir: {visible(str(folder))} is not UTF-8, and safetensors reads no checkpoint there; name another "
+            f"folder"
+        ) from None
     _check_own(folder)
     for name in FOLDERS:
         if os.path.lexists(folder / name) and not (folder / name).is_dir():

@@ -24,6 +24,12 @@ def test_further_layers_add_what_the_second_adds() -> None:
     assert counts(1).plus(counts(2).plus(counts(1), -1), 4) == counts(5)
 
 
+def test_a_wrong_configuration_is_a_sentence_before_any_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launches.main(["--config", str(launches.CONFIGS / "switchall_tiny.json"), "nowhere.json"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: --config: there is no file nowhere.json") and not said.out
+
+
 def test_table() -> None:
     rows = launches.place_table(launches.CONFIGS / "switchall_tiny.json")
     assert {len(row) for row in rows} == {len(launches.HEAD)}

@@ -46,6 +46,7 @@ def test_every_option_key_file_and_target_exists() -> None:
     assert all(f" {script} " in TEXT for script in PARSERS), "the pages show each of them"
     options = {option for build in PARSERS.values() for option in options_of(build())}
     sbatch = {"--signal", "--kill-on-bad-exit", "--gres", "--exclusive", "--mail-type", "--constraint"}
+    sbatch.add("--distribution")  # srun's
     deepspeed = {"--log_level"}
     for option in set(re.findall(r"`(--[a-z_-]+)", TEXT)):
         assert option in options | sbatch | deepspeed, option

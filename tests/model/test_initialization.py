@@ -87,6 +87,10 @@ def test_dense_weights_are_the_authors_truncated_normal() -> None:
         assert distance(value, expected) < 1.63 / math.sqrt(value.numel()) + 0.004, name
         # The tails end at 2 / 0.88 standard deviations: of 4,096 untruncated values 67 would lie beyond 2.4.
         assert 2.2 * std < float(value.abs().max()) < 2.4 * std, name
+    swiglu = parameters(small("dense", "swiglu", d_model=64))
+    for name, width in {"up": 64, "gate": 64, "down": 96}.items():
+        value = swiglu[f"blocks.1.feedforward.{name}.weight"]
+        assert float(value.std()) == pytest.approx(s / math.sqrt(width), rel=1e-6), name
     assert found["blocks.1.attention.scale"].tolist() == pytest.approx([1 / math.sqrt(24)])
     assert not any(found[f"blocks.1.attention.{name}_bias"].any() for name in ("content", "position"))
 

@@ -207,6 +207,34 @@ def test_a_tensor_that_is_not_contiguous_is_summed_by_ours_and_not_by_megatron_c
             )
 
 
+def loss_of_shards(rank: int) -> None:
+    """What goes in stays as it is, and a second backward pass gives what the first gave: megatron-core's arithmetic
+    works in place. So it is with the tokens of one sequence, which a transposition does not copy."""
+    import torch.distributed as dist
+
+    from model.parallel.megatron_core import cross_entropy, scatter_tokens
+
+    group, parts = dist.group.WORLD, [full(part, T, V // 2) for part in (0, 1)]
+    targets = torch.tensor([0, V - 1, 3, V // 2, V // 2 - 1, 9])
+    logits, whole = parts[rank].clone().requires_grad_(), torch.cat(parts, 1).requires_grad_()
+    loss = cross_entropy(logits, targets, first=rank * V // 2, group=group)
+    expected = F.cross_entropy(whole, targets, reduction="none")
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(logits, parts[rank])
+    (reference,) = torch.autograd.grad(expected.sum(), whole)
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+        torch.testing.assert_close(gradient, reference.chunk(2, 1)[rank])
+    tokens = full(rank, 1, T, D)
+    found = scatter_tokens(tokens, group)
+    torch.testing.assert_close(found, (full(0, 1, T, D) + full(1, 1, T, D)).chunk(2, 1)[rank])
+    assert torch.equal(tokens, full(rank, 1, T, D))
+
+
+def test_a_loss_of_shards_changes_nothing_that_it_is_given() -> None:
+    run_ranks(loss_of_shards, 2)
+
+
 WITHOUT = """
 import sys
 

@@ -28,8 +28,9 @@ from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
 from model.kernels.ops.switchhead import switchhead_value
 from model.linear import region_linear
 from model.parallel.context import ParallelContext
-from model.parallel.overlap import Late, Slot, WeightGradients, late_weights
+from model.parallel.overlap import Late, Slot, WeightGradients, enter_overlapped, late_weights
 from tests.harness import run_ranks
+from tests.tensors import gradient_of
 
 B, T, D = 3, 26, 10
 """B T = 78 tokens: no weight has such a dimension, so a product without it is of a weight's gradient."""
@@ -170,6 +171,23 @@ def test_the_sum_is_begun_before_the_weight_gradients_and_awaited_after(sequence
             assert maps and maps == events[:begin].count("leave"), f"a map ran after the sum was begun: {label}"
             assert maps == events.count("compute") == events[begin:end].count("compute"), label
             assert {weight for weight in LATE[name] if weight in events[begin:end]} == set(LATE[name]), label
+
+
+def gradient_of_two(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One tensor is the gradient of a region's input and of another: that of the input, and the other's after it."""
+    parallel = ParallelContext(tensor_rank=rank, tensor_size=2, tensor_group=dist.group.WORLD)
+    x, other = torch.zeros(B, T, D, requires_grad=True), torch.zeros(B, T, D, requires_grad=True)
+    later = other * 1.0  # made first, so its backward pass comes last
+    entered, _, _ = enter_overlapped(x, parallel)
+    own = torch.randn(B, T, D, generator=torch.Generator().manual_seed(rank))
+    (entered + later).backward(own.clone())
+    return own, gradient_of(x), gradient_of(other)
+
+
+def test_a_gradient_that_another_tensor_has_too_is_not_summed_in_its_place() -> None:
+    (one, *first), (two, *second) = run_ranks(gradient_of_two, 2)
+    for own, (of_input, of_other) in ((one, first), (two, second)):
+        assert torch.equal(of_input, one + two) and torch.equal(of_other, own)
 
 
 def gradients(map_: Callable[[Late], Tensor], late: Late, leaves: list[Tensor]) -> list[Tensor]:

@@ -328,6 +328,26 @@ def test_what_one_rank_alone_refuses_all_refuse(tmp_path: Path, monkeypatch: pyt
     assert [type(own) for own in asked] == [UserError, type(None)]
 
 
+def test_a_refusal_goes_before_damage_and_damage_before_what_may_be_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what several ranks say of one checkpoint: damage passes it over, and only what may pass asks for another
+    start."""
+    monkeypatch.setattr(Checkpoint, "open", lambda path, **share: SimpleNamespace(damaged_file=lambda **share: None))
+    unread, damaged, refusal = UnreadCheckpoint("server"), DamagedCheckpoint("a bit"), UserError("another format")
+
+    def found(*said: UserError) -> tuple[type, str]:
+        with pytest.raises(UserError) as error:
+            newest_valid([tmp_path], rank=0, world_size=3, gather=lambda own: [own, *said])
+        return type(error.value), str(error.value)
+
+    assert found(unread, damaged, refusal) == found(refusal, damaged, unread) == (UserError, "another format")
+    for kind, text in (found(unread, damaged), found(damaged, unread)):
+        assert kind is UserError and "no checkpoint is whole (a bit)" in text
+    kind, text = found(unread)
+    assert kind is PassingError and "no checkpoint is whole (server)" in text
+
+
 def kill_after(count: int) -> None:
     """This process kills itself before its `count`-th operation on files of a checkpoint."""
     left = [count]

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from model.memory import layer_memories
 from pretrain.config.schema import Config
+from pretrain.data.progress import Progress
 from tests.corpus import prepare_corpus
 from tests.harness import RankFailed, run_ranks
 from tests.pretrain.family import EXPERT_DROPOUT
@@ -20,10 +22,12 @@ from tests.pretrain.runs import (
     events,
     light_config,
     metrics,
+    one_step,
     plain_trace,
     small_config,
     train_and_keep_output,
     train_runs,
+    trainer_of,
 )
 
 
@@ -49,7 +53,7 @@ def test_xl_memory_moves_to_another_layout_and_refuses_another_number_of_streams
         run_ranks(train_runs, 1, [(more, tmp_path / "saved")])
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_streams_that_begin_again_remember_nothing is the fast one
 def test_streams_that_begin_again_forget_also_over_a_resume(tmp_path: Path) -> None:
     """An epoch of few chunks: the runs pass the wrap twice, and one stops exactly there."""
     prepared = prepare_corpus(tmp_path / "corpus", documents=40)
@@ -69,6 +73,26 @@ def test_streams_that_begin_again_forget_also_over_a_resume(tmp_path: Path) -> N
     _run(divided.replaced("train", stop_after_steps=wrap), tmp_path / "resumed")
     _run(divided, tmp_path / "resumed")
     assert_bit_identical(tmp_path / "resumed", tmp_path / "unbroken")
+
+
+def remembered(rank: int, config: Config) -> list[int]:
+    """How many tokens before its own each of five steps sees."""
+    trainer, seen = trainer_of(config), []
+    train = trainer.executor.train
+
+    def counted(*args: Any) -> Any:
+        seen.extend({memory.length for _, memory in layer_memories(trainer.engine.module)})
+        return train(*args)
+
+    vars(trainer.executor).update(train=counted)
+    for step in range(5):
+        one_step(trainer, Progress(step, 8 * step))
+    return seen
+
+
+def test_streams_that_begin_again_remember_nothing(prepared: Path) -> None:
+    config = light_config(prepared, "model.position.type=xl", "data.max_tokens=256")  # 8 streams of 2 windows
+    assert run_ranks(remembered, 1, config) == [[0, 16, 0, 16, 0]]
 
 
 def _run(config: Config, folder: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,9 @@ import errno
 import json
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from pretrain.checkpoint import Checkpoint, Retention, list_checkpoints
 from pretrain.checkpoint.fragments import single_fragment
 from pretrain.checkpoint.loading import load_training_state
 from pretrain.checkpoint.planners import AgreedPlan, SavePlanner
-from pretrain.checkpoint.saver import Saver, _remove_old
+from pretrain.checkpoint.saver import THREAD_NAME, Saver, _remove_old, drained
 from pretrain.checkpoint.storage import Writer
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
@@ -221,6 +223,18 @@ def test_a_folder_that_cannot_be_listed_is_a_warning_and_no_other_end_of_a_save(
     said = saver._write({}, Writer(tmp_path / "step-00000001", {}), AgreedPlan())
     assert type(said) is UserError
     assert "rank 1 could not save" in str(said) and str(said).endswith("Input/output error)")
+
+
+def test_however_training_ends_its_saves_end_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their collectives need the process group, and their files the lock of the folder."""
+    joined: list[str] = []
+    threads = [SimpleNamespace(name=name, join=partial(joined.append, name)) for name in ("MainThread", THREAD_NAME)]
+    monkeypatch.setattr(threading, "enumerate", lambda: threads)
+    with drained():
+        pass
+    with pytest.raises(KeyError), drained():
+        raise KeyError
+    assert joined == [THREAD_NAME] * 2
 
 
 def save_large(rank: int, config: Config, folder: Path) -> tuple[int, int]:

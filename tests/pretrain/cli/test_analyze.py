@@ -168,6 +168,11 @@ def test_a_second_analysis_leaves_no_picture_of_the_first(tmp_path: Path) -> Non
     }
 
 
+def test_a_text_in_a_file_whose_name_is_no_utf_8_has_a_page(tmp_path: Path) -> None:
+    write(tmp_path / "out", [], {}, "caf\udce9.txt")
+    assert "caf\\udce9.txt" in (tmp_path / "out" / "analysis.html").read_text()
+
+
 def test_a_full_disk_leaves_the_page_of_before_and_no_folder_that_was_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

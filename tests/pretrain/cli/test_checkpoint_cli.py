@@ -43,6 +43,7 @@ def test_list(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     shutil.copytree(place / "step-00000004", place / "superseded-1-step-00000004")
     shutil.copytree(place / "step-00000004", place / "step-00000006.partial")
     shutil.copytree(place / "step-00000004", place / "step-100000000.partial")  # more digits, and yet later
+    (place / "step-00000005²").mkdir()  # a digit to str.isdigit, and none to int
     shutil.copytree(place / "step-00000004", place / "step-00000007")
     rewrite_state(place / "step-00000007", lambda state: state.update(format_version=1))
     os.truncate(place / "step-00000004" / "rank-00001.safetensors", 9)
@@ -59,10 +60,11 @@ def test_list(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert words[10:] == [f"{metrics(copy)[1]['loss']:.4f}", f"{validation:.4f}"]
     assert "damaged: rank-00001.safetensors is 9 bytes, not" in lines[2]
     assert "has format 1, but this version reads 2" in lines[3]
-    assert lines[4].startswith("step-00000006.partial") and "partial: being written, or left by" in lines[4]
-    assert lines[5].startswith("step-100000000.partial")
-    assert lines[6].startswith("superseded-1-step-00000004") and " whole " in lines[6]
-    assert len(lines) == 7
+    assert lines[4].startswith("step-00000005²") and "damaged" in lines[4]
+    assert lines[5].startswith("step-00000006.partial") and "partial: being written, or left by" in lines[5]
+    assert lines[6].startswith("step-100000000.partial")
+    assert lines[7].startswith("superseded-1-step-00000004") and " whole " in lines[7]
+    assert len(lines) == 8
 
 
 @pytest.mark.parametrize("moment", ["before it is read", "while its files are counted", "after it was read"])

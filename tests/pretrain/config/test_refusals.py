@@ -140,6 +140,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     "set has half a pair": (None, [*CONFIG, "--set", r'description="\ud800"'], "description: '\\ud800' holds a char"),
     # --run-dir
     "run dir is empty": (None, [*CONFIG, "--run-dir", ""], "--run-dir: is empty; name a folder"),
+    "run dir is Latin-1": (None, [*CONFIG, "--run-dir", "caf\udce9"], "--run-dir: {place}/caf\\udce9 is not UTF-8"),
     "run dir is a file": (
         None,
         [*CONFIG, "--run-dir", "small.json"],

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from model.language_model import LanguageModel
 from pretrain.evaluation.greedy import Wanted, Written, write
 from pretrain.evaluation.likelihood import Limits, without_memory
+from pretrain.generation.ids import Cost, Work, continued
+from pretrain.generation.sampling import Sampling
 from tests.pretrain.analysis.models import CASES, some_tokens, tiny
 
 SYMBOLS = string.ascii_letters[:49] + "."
@@ -76,6 +78,22 @@ def test_they_are_those_of_a_loop(case: str) -> None:
     ended = [by_a_loop(model, one, eos, context) for one in asked]
     assert ended != free and written(model, eos, asked, Limits(3, context)).texts == ended
     assert written(model, eos, asked, Limits(1, context)).texts == ended, "each alone"
+
+
+def test_drawn_texts_are_decided_by_their_sample_alone() -> None:
+    """Beside greedy ones and others, in any batch; each sample of a prompt is another text."""
+    model, context = tiny("switchhead"), 29
+    prompt, warm = Characters(None).decode(some_tokens(5, seed=5)), Sampling(temperature=2.0, top_p=1.0)
+    draw = [Wanted(prompt, 11, (), warm, sample) for sample in (0, 1, 2**64 + 3)]
+    greedy = [Wanted(prompt, 11, ()), Wanted(prompt, 4, ())]
+    mixed = [draw[0], greedy[0], draw[1], greedy[1], draw[2]]
+    texts = written(model, None, mixed, Limits(2, context)).texts
+    assert texts[1::2] == [by_a_loop(model, one, None, context) for one in greedy]
+    assert len({*texts[::2], texts[1]}) == 4
+    for one, text in zip(draw, texts[::2], strict=True):
+        assert written(model, None, [one], Limits(1, context)).texts == [text]
+        work = Work([some_tokens(5, seed=5)], [one.sample], warm, [11], None, Characters.vocab_size, context=context)
+        assert "".join(SYMBOLS[number] for _, number in continued(model, work, Cost())) == text
 
 
 def test_no_token_is_computed_twice_nor_decoded_for_each_that_follows() -> None:

@@ -16,10 +16,12 @@ import torch
 from common.errors import UserError
 from pretrain.cli.evaluate import main
 from pretrain.evaluation import harness_run
-from pretrain.evaluation.harness_args import ModelArgs, pairs
+from pretrain.evaluation.greedy import GREEDY
+from pretrain.evaluation.harness_args import ModelArgs, pairs, sampling_of
 from pretrain.evaluation.harness_run import task_specs
 from pretrain.evaluation.likelihood import Limits
 from pretrain.evaluation.results import write_lines
+from pretrain.generation.sampling import Sampling
 from tests.harness import run_ranks
 from tests.pretrain.evaluation import published
 from tests.pretrain.runs import small_config, train_runs
@@ -135,6 +137,19 @@ def test_what_lm_eval_is_told_of_the_model(monkeypatch: pytest.MonkeyPatch, caps
         pairs("runs/a")
 
 
+def test_how_a_task_draws_its_texts() -> None:
+    settings = {"until": ["Q:"], "max_gen_toks": 9, "do_sample": True}
+    assert sampling_of({**settings, "do_sample": False, "temperature": 0.0, "num_beams": 1}) == GREEDY
+    assert sampling_of(settings) == Sampling(temperature=1.0, top_k=0, top_p=1.0)
+    given = {"temperature": 0.2, "top_k": 40, "top_p": 0.9, "min_p": None}
+    assert sampling_of({**settings, **given}) == Sampling(temperature=0.2, top_k=40, top_p=0.9)
+    assert sampling_of({**settings, "temperature": 0.0}).temperature == 0.0, "the likeliest id"
+    with pytest.raises(UserError, match="a task draws its texts with min_p; switchall draws by temperature, top_k"):
+        sampling_of({**settings, "min_p": 0.1})
+    with pytest.raises(UserError, match="a task draws its texts so: --temperature: is -1"):
+        sampling_of({**settings, "temperature": -1})
+
+
 @needs_lm_eval
 @pytest.mark.slow  # lm_eval takes seconds to import; test_tasks.py has the numbers of the tasks
 def test_its_numbers_are_those_of_our_tasks(run: Path, tmp_path: Path) -> None:
@@ -223,5 +238,6 @@ def test_rolling_and_generated_texts(run: Path) -> None:
     assert model.cut == 1, "of the prompt only what leaves room for the text was read"
     with pytest.raises(UserError, match=r"texts of 64 tokens .* and the model looks back over 64"):
         model.generate_until([request("A", {"until": [], "max_gen_toks": 64})])
-    with pytest.raises(UserError, match="a task draws its texts"):
-        model.generate_until([request("A", {"do_sample": True, "temperature": 0.7})])
+    drawn = [request("A", {"do_sample": True, "temperature": 3.0, "until": [], "max_gen_toks": 9})] * 3
+    texts = model.generate_until(drawn)
+    assert len(set(texts)) == 3 and model.generate_until(drawn[:2]) == texts[:2]

@@ -151,6 +151,16 @@ def test_masks_that_are_made_already_are_refused_in_words(mask: str) -> None:
         model(tokens, attention_mask=made if mask == "of a cache of fixed size" else {"sliding_attention": made})
 
 
+@pytest.mark.parametrize("length", [1, 8])
+def test_a_cache_of_fixed_size_is_refused_in_words(length: int) -> None:
+    """At its first tokens: then it says that it has seen 0, and gives keys of all its size, most of them empty."""
+    from transformers import StaticCache
+
+    model, tokens = theirs(model_of("dense"), "sdpa"), some_tokens(1, length)
+    with pytest.raises(ValueError, match="leave out cache_implementation"):
+        model(tokens, cache=StaticCache(config=model.config, max_cache_len=9))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_linear_layer_takes_tensors(name: str) -> None:
     """LoRA's all-linear, and what quantizes a model, puts another layer in the place of each."""

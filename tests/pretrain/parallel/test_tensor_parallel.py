@@ -23,7 +23,12 @@ FEW_STEPS, FEW_GRADIENT_STEPS = 4, (0, 3)
 """Of what every commit runs."""
 TENSOR = ("parallel.tensor=2",)
 SEQUENCE = (*TENSOR, "parallel.sequence=true")
-FAST = {("switchall xl", 4): (3,), ("moa xl", 2): (0,), ("dense xl", 2): (0,)}
+FAST = {
+    ("switchall xl", 4): (3,),
+    ("moa xl", 2): (0,),
+    ("dense xl", 2): (0,),
+    ("all projections experts", 2): (0,),
+}
 """What every commit runs with sequence parallelism, with its ZeRO stages. All others are as long and go to the slow
 tier; without sequence parallelism the fast tier has the layouts in test_matrix.py."""
 

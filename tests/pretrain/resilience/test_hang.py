@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
 import psutil
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import pretrain.resilience.step_limit
+import pretrain.resilience.watchdog
 import tests.harness as harness
 from common.ports import free_port
 from pretrain.config.watching import ResilienceConfig
@@ -251,7 +253,7 @@ def test_a_hang_ends_whatever_its_report_meets(
     elif fault == "does not give a report back":
         monkeypatch.setattr("pretrain.resilience.watchdog.read_reports", lambda hang: {})
     else:
-        monkeypatch.setattr("pretrain.resilience.watchdog.describe", lambda *args: {}["of nobody"])
+        monkeypatch.setattr("pretrain.resilience.watchdog.describe", lambda *args: dict[str, str]()["of nobody"])
     identity = {"host": "a", "boot": "", "namespace": "", "pid": 1, "start": 1}
     phases, stop = Phases(), leaving(codes)
     phases.enter("patient", patient=True)
@@ -279,6 +281,23 @@ def test_what_follows_from_a_hang_has_its_code_on_a_rank_that_was_woken(tmp_path
         assert cast(Left, watchdog._stop).reason == "error: hang: rank 1 is stopped"
         watchdog.close()
     assert codes == [ExitCode.HUNG] * 2
+
+
+def test_while_a_whole_job_is_suspended_nobody_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look that comes far too late shows it: what passed since the one before does not count."""
+    clock, looks = iter([100.0, 101.0, 5000.0, 5001.0]), iter([False, False, False, True])
+    monkeypatch.setattr(pretrain.resilience.watchdog, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    watchdog, phases, waited = Watchdog.__new__(Watchdog), SimpleNamespace(since=100.0), list[float]()
+    vars(watchdog).update(
+        _timeout=60.0,
+        _lock=None,
+        _phases=phases,
+        _ended=SimpleNamespace(wait=lambda pause: next(looks)),
+        _has_hung=lambda now: waited.append(now - phases.since),
+        _is_called=lambda now: False,
+    )
+    watchdog._watch()
+    assert waited == [1.0, 1.0, 2.0]
 
 
 def test_the_limit_of_a_step_holds_in_quick_phases_alone(tmp_path: Path) -> None:

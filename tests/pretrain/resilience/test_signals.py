@@ -67,6 +67,8 @@ def test_a_signal_in_any_phase_stops_all_ranks_and_loses_nothing(
         if phase != "ending":
             assert [(e["step"], e["reason"]) for e in stops] == [(steps, f"{number.name} to rank {rank}")], phase
         assert_bit_identical(run_dir, tmp_path / "unbroken")
+        saved_steps = [e["step"] for e in events(run_dir, "checkpoint")]
+        assert 0 not in saved_steps and len(set(saved_steps)) == len(saved_steps), phase
         validated = [e["step"] for e in events(run_dir, "validation")]
         assert validated == [2, 4, 5], phase
         assert outcome(run_dir)["exit_code"] == 0

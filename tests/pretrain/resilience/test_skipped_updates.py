@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.language_model import routing_statistics
+from model.memory import layer_memories
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
 from pretrain.engine.zero_state import optimizer_steps, pieces
@@ -18,7 +19,7 @@ from tests.pretrain.resilience.faults import outcome, spoil_gradient, spoil_loss
 from tests.pretrain.runs import events, light_config, metrics, one_step, small_config, trainer_of
 
 QUICK = [
-    ("train.precision=fp32", "parallel.zero=0"),
+    ("train.precision=fp32", "parallel.zero=0", "model.position.type=xl"),
     ("train.precision=fp32", "parallel.zero=1"),
     ("train.precision=bf16", "parallel.zero=2"),
     ("train.precision=fp32", "parallel.zero=3"),
@@ -49,16 +50,19 @@ def test_nothing_changes_in_a_skipped_step(prepared: Path, layouts: list[tuple[s
         for layout in layouts
     ]
     for results in run_ranks(_skip_and_go_on, 2, configs):
-        for layout, (norms, losses, changed, moved) in zip(layouts, results, strict=True):
+        for layout, (norms, losses, changed, moved, remembered) in zip(layouts, results, strict=True):
             assert [norm is None for norm in norms] == [False, True, True, False], layout
             assert math.isfinite(losses[1]) and not math.isfinite(losses[2]), layout
             assert math.isfinite(losses[3]), layout
             assert not changed, f"{layout}: {changed}"
             assert moved, f"{layout}: the last step did not update"
+            # Hidden states that gave no finite loss are forgotten, or they would spoil every step to come.
+            assert remembered == ([16, 16, 0, 16] if "model.position.type=xl" in layout else []), layout
 
 
-def _skip_and_go_on(rank: int, configs: list[Config]) -> list[tuple[list, list, list[str], bool]]:
-    """A good step, one with a wrong gradient and one with a wrong loss on the last rank, a good one."""
+def _skip_and_go_on(rank: int, configs: list[Config]) -> list[tuple[list, list, list[str], bool, list[int]]]:
+    """A good step, one with a wrong gradient and one with a wrong loss on the last rank, a good one. The last is how
+    many tokens the memory has after each."""
     results = []
     for config in configs:
         trainer = trainer_of(config)
@@ -66,7 +70,7 @@ def _skip_and_go_on(rank: int, configs: list[Config]) -> list[tuple[list, list, 
         if rank == 1:
             spoil_gradient(trainer, lambda: now[0] == 1)  # noqa: B023
             spoil_loss(trainer, lambda: now[0] == 2)  # noqa: B023
-        norms, losses, changed, progress = [], [], [], Progress(0, 0)
+        norms, losses, changed, remembered, progress = [], [], [], list[int](), Progress(0, 0)
         for now[0] in range(4):
             before = _state(trainer)
             result = one_step(trainer, progress)
@@ -74,10 +78,11 @@ def _skip_and_go_on(rank: int, configs: list[Config]) -> list[tuple[list, list, 
             after = _state(trainer)
             norms.append(result.sums.grad_norm)
             losses.append(result.sums.loss)
+            remembered += [memory.length for _, memory in layer_memories(trainer.engine.module)]
             different = [key for key in before if not torch.equal(before[key], after[key])]
             if now[0] in (1, 2):
                 changed += different
-        results.append((norms, losses, changed, len(different) > 0))
+        results.append((norms, losses, changed, len(different) > 0, remembered))
         trainer.engine.destroy()
     return results
 
@@ -145,7 +150,9 @@ def test_overflows_at_the_smallest_loss_scale_are_skips(prepared: Path, tmp_path
     keys = ("train.steps=20", "evaluate.sequences=0", "resilience.max_skipped_updates=3", f"parallel.zero={zero}")
     config = light_config(prepared, *keys, "train.precision=fp16")
     (ending,) = run_ranks(train_in_fp16, 1, config, tmp_path)
-    # From 4 the scale falls to 2 and 1, after an overflow that DeepSpeed forgives.
-    assert ending.startswith("DIVERGED: step 5: loss 5.") or ending.startswith("DIVERGED: step 5: loss 6."), ending
+    # From 4 the scale falls to 2 and 1, after an overflow that DeepSpeed forgives: steps 4 to 6 are those at 1.
+    assert ending.startswith("DIVERGED: step 6: loss 5.") or ending.startswith("DIVERGED: step 6: loss 6."), ending
     assert "the updates of 3 steps in a row were skipped" in ending
-    assert [row["loss_scale"] for row in metrics(tmp_path)] == [4.0, 2.0, 1.0, 1.0, 1.0]
+    assert [row["loss_scale"] for row in metrics(tmp_path)] == [4.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+    skips = [(event["step"], event["in_a_row"]) for event in events(tmp_path, "skipped_update")]
+    assert skips == [(4, 1), (5, 2), (6, 3)]
