@@ -283,15 +283,19 @@ def find_start(config: Config, sources: Sources, run_dir: Path, rollback: Rollba
                 flush=True,
             )
         return find_start(config, sources, run_dir, decided)
-    stages = stages_of(resumed, sources, config)
-    progress = progress_now(config, resumed)
-    progress = replace(with_skips(progress, stages[-1], sources.digest, rollbacks), stages=stages)
+
+    def progress() -> Progress:
+        stages = stages_of(resumed, sources, config)
+        reached = with_skips(progress_now(config, resumed), stages[-1], sources.digest, rollbacks)
+        return replace(reached, stages=stages)
+
     initial = None
     if resumed is None and (named := config.train.init_from) is not None:
         from pretrain.checkpoint.initial import initial_place  # see environment_changes
 
         initial = from_first_rank(lambda: initial_place(named, run_dir, patience=patience))
-    return StartPoint(resumed, progress, rollbacks, damaged, changes, initial)
+    # Where rank 0 says: new data go on by the name of their folder, and a node may have them in one of its own.
+    return StartPoint(resumed, from_first_rank(progress), rollbacks, damaged, changes, initial)
 
 
 def _checked_changes(config: Config, sources: Sources, resumed: Checkpoint) -> dict[str, tuple[Any, Any]]:

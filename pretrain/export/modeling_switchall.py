@@ -231,8 +231,9 @@ class SwitchAllForCausalLM(SwitchAllPreTrainedModel, GenerationMixin):
         """`input_ids` [B, T] -> `logits` [B, T, vocab_size]; with `labels` [B, T] (-100: not counted) also `loss`, the
         mean cross-entropy of each token from those before it, in nats. Regularisers of the training are not in it.
 
-        `attention_mask` [B, tokens of the cache + T] is 0 for padding, which may stand left or right. The cache goes in
-        as `past_key_values`, in newer releases of transformers `cache`, and comes out under the same name.
+        `attention_mask` [B, tokens of the cache + T] is 0 for padding, which may stand left or right of a row's tokens,
+        not between them: a row that goes on from a cache has it on the left. The cache goes in as `past_key_values`, in
+        newer releases of transformers `cache`, and comes out under the same name.
         `output_attentions` gives each layer's weights [B, H, T, L]; `output_hidden_states` gives embedding and block
         outputs [B, T, d], the last after the final norm. `logits_to_keep`: only the last so many logits, or those at
         these places.

@@ -14,33 +14,22 @@ import torch.distributed as dist
 
 from common.errors import ConfigError
 from pretrain.config.rules import check_ranks, smallest_world
-from pretrain.config.schema import Config
 from pretrain.parallel import experts
 from pretrain.parallel.experts import separate_experts
 from pretrain.parallel.groups import process_groups
 from tests.harness import run_ranks
-from tests.pretrain.family import EXPERT_DROPOUT, MODELS, SEEDS
+from tests.pretrain.family import config_of
 from tests.pretrain.runs import (
     assert_near,
     assert_same,
     engine_trace,
     plain_trace,
-    small_config,
 )
 
 STEPS, GRADIENT_STEPS = 6, (0, 3, 5)
 FEW_STEPS, FEW_GRADIENT_STEPS = 4, (0, 3)
 """Of what every commit runs."""
 SEQUENCE = ("parallel.tensor=2", "parallel.sequence=true")
-MOA = (
-    'model.attention={"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 5, "z_loss_weight": 0.01, '
-    '"switch_loss_weight": 0.02, "cv_loss_weight": 0.01}',
-    "model.feedforward.num_experts=6",
-)
-OURS = {name: keys for name, keys in MODELS.items() if "switchall" in name} | {
-    "switchall, weight decay": (*MODELS["switchall"], "optimizer.weight_decay=0.3"),
-    "moa with experts": (*MOA, *EXPERT_DROPOUT),
-}
 LAYOUTS = {
     "EP 2": (2, ("parallel.expert=2", "batch.micro_sequences=2")),
     "EP 2 with TP 2 and SP": (4, ("parallel.expert=2", *SEQUENCE, "batch.micro_sequences=2")),
@@ -48,22 +37,20 @@ LAYOUTS = {
 }
 """Label -> ranks and settings; 4 sequences per micro-step in all of them, as scope micro_batch needs."""
 FAST = {("switchall, micro_batch scope", "EP 2"): (2,), ("switchall xl", "EP 2 with TP 2 and SP"): (1,)}
-"""What every commit runs, with its ZeRO stages; all others are as long and go to the slow tier."""
-
-
-def config_of(prepared: Path, model: str, *overrides: str) -> Config:
-    return small_config(prepared, *OURS[model], f"train.seed={SEEDS.get(model, 17)}", *overrides)
+"""What every commit runs, with its ZeRO stages."""
+SLOW = [
+    (model, layout)
+    for model in ("switchall, micro_batch scope", "switchall rope with memory")
+    for layout in LAYOUTS
+    if (model, layout) not in FAST
+]
+"""Of the models with experts those that test_matrix.py::test_all does not have; the second is of SwiGLU experts."""
 
 
 @pytest.mark.parametrize(
-    "model, layout",
-    [
-        pytest.param(model, layout, marks=() if (model, layout) in FAST else pytest.mark.slow)
-        for model in OURS
-        for layout in LAYOUTS
-    ],
+    "model, layout", [*FAST, *(pytest.param(model, layout, marks=pytest.mark.slow) for model, layout in SLOW)]
 )
-def test_every_model_gives_the_same_numbers(prepared: Path, model: str, layout: str) -> None:
+def test_models_give_the_same_numbers(prepared: Path, model: str, layout: str) -> None:
     is_fast = (model, layout) in FAST
     steps, gradient_steps = (FEW_STEPS, FEW_GRADIENT_STEPS) if is_fast else (STEPS, GRADIENT_STEPS)
     reference = plain_trace(config_of(prepared, model, "batch.micro_sequences=4"), steps, gradient_steps)
@@ -75,21 +62,14 @@ def test_every_model_gives_the_same_numbers(prepared: Path, model: str, layout: 
 
 
 @pytest.mark.slow
-def test_four_and_eight_ranks(prepared: Path) -> None:
-    """EP 4; EP 2 with two replicas of every expert, TP 2 and SP; TP 4, which does not divide the 6 experts."""
-    for ranks, keys, layout in (
-        (4, ("model.feedforward.num_experts=8", "train.seed=4"), ("parallel.expert=4", "batch.micro_sequences=2")),
-        (8, (), ("parallel.expert=2", *SEQUENCE, "batch.micro_sequences=1")),
-        (
-            8,
-            ("model.vocab_size=404", "train.seed=8"),
-            ("parallel.expert=2", "parallel.tensor=4", "parallel.sequence=true"),
-        ),
-    ):
-        reference = plain_trace(config_of(prepared, "switchall", *keys, "batch.micro_sequences=8"), 6, (0, 3, 5))
-        config = config_of(prepared, "switchall", *keys, *layout)
-        trace = run_ranks(engine_trace, ranks, [config], 6, (0, 3, 5))[0][0]
-        assert_same(trace, reference, f"{ranks} ranks, {layout}")
+def test_four_tensor_parallel_ranks_do_not_divide_six_experts(prepared: Path) -> None:
+    """More experts on more ranks are in test_matrix.py."""
+    keys = ("model.vocab_size=404", "train.seed=8")
+    layout = ("parallel.expert=2", "parallel.tensor=4", "parallel.sequence=true")
+    reference = plain_trace(config_of(prepared, "switchall", *keys, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)
+    config = config_of(prepared, "switchall", *keys, *layout)
+    trace = run_ranks(engine_trace, 8, [config], STEPS, GRADIENT_STEPS)[0][0]
+    assert_same(trace, reference, "EP 2 of TP 4")
 
 
 @pytest.mark.slow
