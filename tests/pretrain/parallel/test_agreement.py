@@ -68,7 +68,7 @@ def _outcomes_of_own_code(rank: int, config: Config, folder: Path, places: list[
 
 
 def test_nodes_of_other_code_are_refused_with_the_file(prepared: Path, tmp_path: Path) -> None:
-    """A change on one node alone would train along. Bytecode, tests and what is no code may differ. The code is compared
+    """A change on one node alone would train along. Bytecode, tests and what is no code may differ. Code is compared
     before the configuration: an older one lacks keys, which nobody has to correct."""
     first, same, changed, more = (tmp_path / name for name in ("first", "same", "changed", "more"))
     for root in (first, same, changed, more):
