@@ -20,7 +20,7 @@ from model.layers import Block
 from model.memory import layer_memories
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
-from pretrain.engine.compiled import compile_blocks
+from pretrain.engine.compiled import _reason, compile_blocks
 from tests.harness import run_ranks
 from tests.marks import NO_SPACE
 from tests.pretrain.matrix import Layout, config_of
@@ -213,3 +213,17 @@ def test_runs_of_several_ranks_are_compiled(prepared: Path, layout: Layout) -> N
         for expected, found in zip(eager, compiled, strict=True):
             assert found == pytest.approx(expected, rel=1e-5)
         assert len({loss for loss, *_ in eager}) == 3, "nothing was learnt"
+
+
+def test_why_blocks_cannot_be_compiled_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first line; that of a backend's own error, which says more than the words around it."""
+    around: Any = RuntimeError("backend='inductor' raised:")
+    around.inner_exception = ValueError("C++ compile error\n\ncommand: g++")
+    assert _reason(RuntimeError("\n  Unsupported: a loop.\nmore")) == "Unsupported: a loop"
+    assert _reason(RuntimeError()) == "RuntimeError()"
+    for place, hint in (("/opt/torch", ""), ("/my home/torch", ", /my home/torch, which may have no space")):
+        monkeypatch.setattr(torch, "__path__", [place])
+        assert _reason(around) == "ValueError: C++ compile error" + (
+            hint and f": torch gives the compiler its own path{hint}"
+        )
+        assert "no space" not in _reason(RuntimeError("Unsupported"))
