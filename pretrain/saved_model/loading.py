@@ -131,7 +131,7 @@ def find_checkpoint(place: Path) -> Checkpoint:
         raise UserError(
             f"RUN: {place} has no checkpoint yet; wait for the first (checkpoint.every_steps of its configuration)"
             if is_run
-            else f"RUN: {place} is neither a run folder nor a checkpoint; name runs/NAME or a step-... folder"
+            else f"RUN: {place} is no run folder, no checkpoint and no export; name runs/NAME or a step-... folder"
         )
     try:
         return Checkpoint.open(found[-1])

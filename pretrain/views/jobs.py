@@ -54,7 +54,8 @@ def _ended(view: RunView) -> float:
     try:
         return (view.path / "outcome.json").stat().st_mtime
     except OSError:
-        return -math.inf
+        when = view.outcome.get("time")  # of an event in its place
+        return when if isinstance(when, int | float) else -math.inf
 
 
 def _marks(folder: Path, kind: str) -> dict[str, float]:

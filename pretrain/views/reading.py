@@ -153,7 +153,8 @@ class RunView:
     """The tree of config.json as it is there; empty if it cannot be read."""
     events: list[Row] = field(default_factory=list)
     outcome: dict[str, Any] = field(default_factory=dict)
-    """outcome.json; empty while the run goes on or if it was killed."""
+    """outcome.json, or the event of a failure that it does not tell; empty while the run goes on or if it was
+    killed."""
     checkpoints: list[str] = field(default_factory=list)
     """Names of the whole ones, oldest first."""
     sign: SignOfLife | None = None
@@ -198,6 +199,8 @@ class RunView:
             self.outcome = read_object(self.path / "outcome.json")
             self.metrics.update()
             self.update_events()
+            if not self.outcome and self._last_index("failed") > max(map(self._last_index, ("opened", "started"))):
+                self.outcome = dict(self.last("failed"))  # of a full disk, which took that line alone
             folder = self.path / "checkpoints"
             names = os.listdir(folder) if folder.is_dir() else []
             found = (name for name in names if re.fullmatch(r"step-\d{8,}", name))

@@ -91,7 +91,7 @@ def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "is a file; name a run folder")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "neither a run folder nor a checkpoint")
+    refused(tmp_path / "empty", "is no run folder, no checkpoint and no export; name runs/NAME")
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / SWEEP_RECORD).write_text("{}")
     refused(tmp_path / "sweep", "sweep is the folder of a sweep; name a run in it")

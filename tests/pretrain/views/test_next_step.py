@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from pretrain.views.next_step import next_text, resume_text
-from pretrain.views.reading import RunView
+from pretrain.views.reading import RunView, State
+from pretrain.views.status import state_text
 from tests.pretrain.views.status_case import shown, write
 
 
@@ -52,3 +53,12 @@ def test_a_run_whose_job_requeues_itself_is_not_to_be_started_beside_it(
     (folder / "slurm").mkdir()
     told = next_text(RunView.open(folder))
     assert ("start the same command again, unless its SLURM job is back in the queue (squeue); it" in told) == waits
+
+
+def test_a_failure_that_a_full_disk_left_in_the_events_alone_is_the_outcome(tmp_path: Path) -> None:
+    failed = {"event": "failed", "time": 3.0, "exit_code": 2, "reason": "No space left on device"}
+    begun = {"event": "started", "time": 4.0, "step": 0}
+    view = RunView.open(write(tmp_path / "run", events=[failed]))
+    assert view.state is State.FAILED and state_text(view, 5.0) == "failed: No space left on device, 2 s ago"
+    assert "Change that, then start it again" in next_text(view)
+    assert RunView.open(write(tmp_path / "again", events=[failed, begun])).state is State.DEAD  # killed, later
