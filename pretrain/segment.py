@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from common.strict_json import finite
+from common.tables import counted
 from pretrain.data.progress import Progress
 from pretrain.device import memory_bytes
 from pretrain.evaluate import validate
@@ -289,7 +290,7 @@ class Segment:
         settings, done = self.setup.config.resilience, len(self.start.rollbacks)
         if done >= settings.max_rollbacks:
             stands = self._what_stands(failure)
-            raise failure(f"{reason}; {done} rollbacks were made (resilience.max_rollbacks). {stands}")
+            raise failure(f"{reason}, after {counted(done, 'rollback')} (resilience.max_rollbacks). {stands}")
         sequences = self.setup.config.batch.global_sequences
         # A checkpoint from before the stage would begin it anew: its positions would be other data.
         consumed, stream = self.progress.consumed_sequences, self.trainer.data.stream
