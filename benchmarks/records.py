@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from benchmarks.gpu.record import revision, without_places
 from common.errors import DataError
 from common.files import write_json
+from common.limits import usable_cores
 from common.paths import REPOSITORY
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "cpu"
@@ -54,7 +55,7 @@ def machine() -> dict[str, Any]:
     """Processor, cores of this process, load before it began, versions, revision of the sources and date (UTC)."""
     return {
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": version("torch"),

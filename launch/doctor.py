@@ -8,7 +8,6 @@ from 3.8 on. The exit status is 1 if something that training needs is missing.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
 import os
@@ -29,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 import common.interruption  # noqa: E402, F401  # before anything that takes long
+from common.limits import memory_limit, usable_cores  # noqa: E402
 from common.requirements import fits, installed, name_of, requirements  # noqa: E402
 from common.wrong_python import PYTHONS  # noqa: E402
 
@@ -37,8 +37,6 @@ MINIMUM_DRIVER = {"13": 580, "12": 525}
 table)."""
 INSTALL = "make -B install"
 """-B: a bare `make install` does nothing if it has run before, even if packages were lost since."""
-CGROUPS = "/proc/self/cgroup"
-CGROUP_MOUNT = Path("/sys/fs/cgroup")
 GB = 1e9
 
 
@@ -161,8 +159,7 @@ def programs() -> Iterator[Finding]:
 
 def machine() -> Iterator[Finding]:
     """Cores, memory and the two places that fill up. Sizes in units of 1e9 bytes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("cores", f"{cores} of {os.cpu_count()}, {platform.machine()}")
+    yield Finding("cores", f"{usable_cores()} of {os.cpu_count()}, {platform.machine()}")
     yield Finding("memory", _memory())
     free = shutil.disk_usage(ROOT).free
     fix = "" if free > 10 * GB else "free some: .venv takes 2.5 GB with a CPU build of torch, 9 GB with a CUDA build"
@@ -182,29 +179,8 @@ def _memory() -> str:
         text = f"{sizes['MemAvailable'] / GB:.1f} of {sizes['MemTotal'] / GB:.1f} GB available"
     except (OSError, LookupError, ValueError):
         return "unknown"
-    limit = _memory_limit()
+    limit = memory_limit()
     return text if limit >= sizes["MemTotal"] else f"{text}, limited to {limit / GB:.1f} GB by its cgroup"
-
-
-def _memory_limit() -> float:
-    """Bytes that the cgroups of this process, and those around them, allow: a job's limit is in a group of its own, far
-    below the root. Infinite without a limit."""
-    limits = [float("inf")]
-    with contextlib.suppress(OSError):
-        for line in Path(CGROUPS).read_text().splitlines():
-            number, controllers, path = line.split(":", 2)
-            is_second = number == "0" and not controllers  # version 2
-            if not is_second and "memory" not in controllers.split(","):
-                continue
-            root = CGROUP_MOUNT if is_second else CGROUP_MOUNT / "memory"
-            name = "memory.max" if is_second else "memory.limit_in_bytes"
-            group = root / path.lstrip("/")
-            for folder in (group, *group.parents):
-                with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-                    limits.append(int((folder / name).read_text()))
-                if folder == root:
-                    break
-    return min(limits)
 
 
 def _run(*command: str) -> str:

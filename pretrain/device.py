@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import PassingError, UserError
+from common.limits import usable_cores
 from common.open_files import allow_open_files
 from common.ports import free_port
 from common.resident import resident_bytes
@@ -362,8 +363,8 @@ def _set_threads(ranks: Ranks, threads: int | None) -> None:
 
 def own_cores(ranks: Ranks, env: Mapping[str, str]) -> int:
     """Cores for this rank alone: those on which it may run, its share of them where all ranks of the node may run on
-    the same. srun gives each task its own unless it is told not to bind them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    the same. srun gives each task its own unless it is told not to bind them. Ranks in a container share its quota."""
     binding = env.get("SLURM_CPU_BIND_TYPE", "")
     is_bound = is_task_of_many(env) and binding.startswith(("mask_cpu", "map_cpu", "rank"))
+    cores = usable_cores()
     return cores if is_bound else max(1, cores // ranks.local_size)

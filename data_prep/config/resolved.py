@@ -11,6 +11,7 @@ from typing import Any
 
 from common.errors import DataError, PassingError
 from common.folders import expanded
+from common.limits import usable_cores
 from common.paths import REPOSITORY
 from common.splits import SPLITS, SourceSplit, SplitName
 from common.urls import URL, without_secrets
@@ -54,9 +55,7 @@ class ResolvedConfig:
     @property
     def workers(self) -> int:
         """Number of processes, 0 resolved."""
-        # The CPUs that SLURM or taskset left to this process; macOS has no such call.
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return self.config.workers or available or 1
+        return self.config.workers or usable_cores()
 
     @property
     def validation_fraction(self) -> float:

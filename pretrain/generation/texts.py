@@ -107,7 +107,6 @@ def stream(
     if not prompts:
         raise UserError("--prompt: there is none; give a text to continue")
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    order = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(settings.samples)]
     limit = context_limit(model.config)
     most = [settings.most(len(ids), limit) for ids in encoded]
 
@@ -125,8 +124,9 @@ def stream(
         )
 
     check_lengths(work([(prompt, 0) for prompt in range(len(prompts))]), limit, names)
-    for first in range(0, len(order), settings.batch):
-        part = order[first : first + settings.batch]
+    total = len(prompts) * settings.samples
+    for first in range(0, total, settings.batch):
+        part = [divmod(number, settings.samples) for number in range(first, min(first + settings.batch, total))]
         texts = [_Text(saved, prompts[prompt], sample, (most[prompt], settings.until)) for prompt, sample in part]
         news = continued(model, work(part), cost, is_over=partial(_is_finished, texts))
         try:

@@ -135,31 +135,6 @@ def test_a_broken_torch_costs_the_environment_alone(tmp_path: Path, monkeypatch:
     assert (found.fix, found.is_needed) == ("rm -r .venv && make install", True)
 
 
-@pytest.mark.parametrize(
-    "groups, files, limit",
-    [
-        ("0::/slurmstepd.scope/job_7/step_0/user", {"slurmstepd.scope/job_7/memory.max": 1}, 1),
-        ("5:cpu:/slurm\n4:memory:/slurm/uid_1/job_7/step_0", {"memory/slurm/uid_1/job_7/memory.limit_in_bytes": 1}, 1),
-        ("0::/", {"memory.max": 2}, 2),  # a container's own view
-        ("0::/a", {"a/memory.max": "max", "memory.max": 10**18}, None),
-        ("4:memory:/", {"memory/memory.limit_in_bytes": 9223372036854771712}, None),  # no limit, in version 1
-    ],
-)
-def test_the_memory_of_a_job_is_that_of_its_cgroups(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, object], limit: int | None
-) -> None:
-    """SLURM limits the group of a job, which is neither that of its processes nor the root."""
-    for name, value in files.items():
-        (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
-        gigabytes = f"{value}000000000" if isinstance(value, int) and value < 100 else value
-        (tmp_path / "mount" / name).write_text(f"{gigabytes}\n")
-    (tmp_path / "groups").write_text(f"{groups}\n")
-    monkeypatch.setattr(doctor, "CGROUPS", str(tmp_path / "groups"))
-    monkeypatch.setattr(doctor, "CGROUP_MOUNT", tmp_path / "mount")
-    end = r"available" if limit is None else rf"available, limited to {limit}\.0 GB by its cgroup"
-    assert re.fullmatch(rf"[\d.]+ of [\d.]+ GB {end}", doctor._memory())
-
-
 def test_its_pythons_are_those_of_pyproject() -> None:
     declared = SpecifierSet(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"])
     for minor in range(8, 20):

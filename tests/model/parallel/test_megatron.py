@@ -214,8 +214,8 @@ def loss_of_shards(rank: int) -> None:
 
     from model.parallel.megatron_core import cross_entropy, scatter_tokens
 
-    group: Any = dist.group.WORLD
-    parts = [full(part, T, V // 2) for part in (0, 1)]
+    group, parts = dist.group.WORLD, [full(part, T, V // 2) for part in (0, 1)]
+    assert group is not None
     targets = torch.tensor([0, V - 1, 3, V // 2, V // 2 - 1, 9])
     logits, whole = parts[rank].clone().requires_grad_(), torch.cat(parts, 1).requires_grad_()
     loss = cross_entropy(logits, targets, first=rank * V // 2, group=group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import shutil
@@ -19,6 +20,8 @@ import pretrain.generation.texts
 import pretrain.saved_model.loading
 from model.language_model import build_model
 from pretrain.cli.generate import main
+from pretrain.generation.ids import Cost
+from pretrain.generation.texts import Settings, stream
 from pretrain.saved_model import load_model
 from tests.pretrain.saved import add_moving_average
 
@@ -95,6 +98,12 @@ def test_json_of_several_prompts_and_samples(
     assert alone.splitlines() == out.splitlines()[4:]
     code, out, _ = generate(trained, "--prompt", "a", "--prompt", "b", "--tokens", 2)
     assert out.startswith("--- 1 of 2\na") and "\n--- 2 of 2\nb" in out
+
+
+def test_samples_without_end_begin_at_once(trained: Path) -> None:
+    settings = Settings(samples=10**12, tokens=1, batch=2)
+    pieces = list(itertools.islice(stream(load_model(trained), ["gab"], settings, Cost()), 5))
+    assert [piece.number for piece in pieces] == [0, 1, 2, 3, 4] and all(piece.finished for piece in pieces)
 
 
 def test_a_terminal_is_not_steered(
