@@ -82,8 +82,10 @@ def code_here(root: Path) -> dict[str, str]:
     try:
         for start in CODE:
             for folder, folders, names in os.walk(root / start):
-                folders[:] = [name for name in folders if name != "__pycache__"]
-                for path in (Path(folder, name) for name in names if name.endswith(CODE_KINDS)):
+                # What an editor leaves, such as Emacs' .#NAME.py, which leads nowhere, is none of it.
+                folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
+                names = [name for name in names if name.endswith(CODE_KINDS) and not name.startswith(".")]
+                for path in (Path(folder, name) for name in names):
                     found[str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except OSError as error:
         raise kind_of(error)(f"{error.filename}: the code of this run cannot be read: {error.strerror}") from None

@@ -68,16 +68,18 @@ def _outcomes_of_own_code(rank: int, config: Config, folder: Path, places: list[
 
 
 def test_nodes_of_other_code_are_refused_with_the_file(prepared: Path, tmp_path: Path) -> None:
-    """A change on one node alone would train along. Bytecode, tests and what is no code may differ. The code is
-    compared before the configuration: an older one lacks keys, which nobody has to correct."""
+    """A change on one node alone would train along. Bytecode, tests, what editors leave and what is no code may
+    differ. The code is compared before the configuration: an older one lacks keys, which nobody has to correct."""
     first, same, changed, more = (tmp_path / name for name in ("first", "same", "changed", "more"))
     for root in (first, same, changed, more):
         for name in ("common/a.py", "model/kernels/b.cu", "pretrain/c/d.json", "data_prep/shards/e.py"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(f"of {name}")
-    for name in ("common/__pycache__/a.py", "tests/test_a.py", "data_prep/cli.py", "model/notes.md"):
+    others = ("common/__pycache__/a.py", "common/.ipynb_checkpoints/a.py", "data_prep/cli.py", "model/notes.md")
+    for name in (*others, "tests/test_a.py"):
         (same / name).parent.mkdir(parents=True, exist_ok=True)
         (same / name).touch()
+    (same / "common" / ".#a.py").symlink_to("somebody@a-node.4711")  # Emacs', of a file that is not saved
     (changed / "model/kernels/b.cu").write_text("other")
     (more / "pretrain/c/f.json").touch()
     digests = [hashlib.sha256(text).hexdigest()[:16] for text in (b"of model/kernels/b.cu", b"other", b"")]
