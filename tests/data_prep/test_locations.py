@@ -234,6 +234,10 @@ def test_secrets_and_identities_of_addresses(monkeypatch: pytest.MonkeyPatch) ->
     harmless = "s3://bucket/a?.jsonl sftp://me@host/a https://host/a@b"
     assert not may_hold_secret(harmless) and without_secrets("https://host/a@b") == "https://host/a@b"
     assert without_secrets("https://me:p@ss@host/a?mail=a@b, https://host?to=a@b") == "https://host/a https://host"
+    # Characters that should have been written %3F and %23, and an address that leads to another one.
+    assert without_secrets("s3://me:p?a#s@host/a https://host#a@b") == "s3://host/a https://host#a@b"
+    inner = "zip://a.json::s3://me:pass@host/b.zip"
+    assert may_hold_secret(inner) and without_secrets(inner) == "zip://a.json::s3://host/b.zip"
     many = "a" * 200_000  # a length that squares of would take minutes
     assert without_secrets(f"{many} {many}https://me:pass@host/") == f"{many} {many}https://host/"
     with monkeypatch.context() as patch:  # Python's for names on disks: an old locale has no such letter
