@@ -15,7 +15,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from common.errors import PASSING, DataError, PassingError
+from common.errors import PASSING, DataError, PassingError, kind_of
 from common.terminal import visible
 from common.urls import may_hold_secret, without_secrets
 from data_prep.cli import main
@@ -28,6 +28,7 @@ from data_prep.raw.locations import (
     identity,
     is_file,
     match,
+    read_error,
     sha256_of,
     size_and_stamp,
 )
@@ -194,6 +195,13 @@ def test_a_file_server_that_fails_may_come_back(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(DataError, match=rf"cannot read .*a\.jsonl: {os.strerror(number)}$") as error:
             read()
         assert isinstance(error.value, PassingError) == (number in PASSING)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), TimeoutError("timed out"), gzip.BadGzipFile("no")])
+def test_of_errors_without_a_number_those_of_a_connection_may_pass(error: OSError) -> None:
+    passes = not isinstance(error, gzip.BadGzipFile)
+    assert (kind_of(error) is PassingError) == passes
+    assert isinstance(read_error(Path("a.gz"), error), PassingError) == passes
 
 
 def test_no_secret_of_a_signed_url_is_written_or_printed(
