@@ -45,7 +45,10 @@ PASSING = frozenset(
 def kind_of(error: BaseException, lasting: type[UserError] = UserError) -> type[UserError]:
     """What a run raises where it met this error of a file: a PassingError where another attempt may not meet it, else
     `lasting`."""
-    may_pass = isinstance(error, PassingError) or (isinstance(error, OSError) and error.errno in PASSING)
+    # Of a connection some have no number: what urllib, fsspec and multiprocessing raise themselves.
+    may_pass = isinstance(error, PassingError | ConnectionError | TimeoutError) or (
+        isinstance(error, OSError) and error.errno in PASSING
+    )
     return PassingError if may_pass else lasting
 
 

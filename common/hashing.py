@@ -43,8 +43,9 @@ def sha256_json(value: Any) -> str:
 
 
 def number_of(name: str) -> int:
-    """The first 64 bits, little-endian, of the sha256 of a name: a number below 2^64 that the name alone decides."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    """The first 64 bits, little-endian, of the sha256 of a name: a number below 2^64 that the name alone decides.
+    It may be anybody's text, with halves of surrogate pairs, as a cut JSON string has them."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "little")
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -13,10 +13,13 @@ PIPE = "pipe:"
 """Stands before a command whose output is read."""
 WEB = ("http://", "https://")
 # A scheme of 40 letters at most: without a limit a long word takes time by the square of its length.
-# The password of https://me:p@ss@host/ holds an @: the host begins behind the last one.
+_SCHEME = r"[a-z][a-z0-9+.-]{0,39}://"
+# The password of https://me:p@ss@host/ holds an @: the host begins behind the last one. So may it a ? or # that should
+# have been written %3F or %23; without a colon before them they begin the query of https://host?mail=me@x.org.
+# An address may lead to another one with a login of its own: zip://a.json::https://me:password@host/b.zip.
 _ADDRESS = re.compile(
-    r"(?P<scheme>[a-z][a-z0-9+.-]{0,39}://)(?P<login>[^\s/?#'\"<>]*@)?"
-    r"(?P<address>[^\s?'\"<>]*)(?P<query>\?[^\s'\"<>]*)?",
+    rf"(?P<scheme>{_SCHEME})(?P<login>[^\s/?#:'\"<>]*:[^\s/'\"<>]*@|[^\s/?#'\"<>]*@)?"
+    rf"(?P<address>(?:(?!{_SCHEME})[^\s?'\"<>])*)(?P<query>\?[^\s'\"<>]*)?",
     re.IGNORECASE,
 )
 

@@ -6,6 +6,7 @@ pass (a lost connection, a full disk, a worker killed for memory) exits with 1, 
 
 import argparse
 import contextlib
+import errno
 import sys
 from collections.abc import Callable, Iterator
 
@@ -274,7 +275,8 @@ def main(argv: list[str] | None = None) -> int:
         return PASSING_ERROR if isinstance(error, PassingError) else USER_ERROR
     except OSError as error:  # disk full, no permission: the system's own words name the file
         print(_one_line(error), file=sys.stderr)
-        return PASSING_ERROR if is_full(error) or kind_of(error) is PassingError else USER_ERROR
+        lacks_memory = error.errno == errno.ENOMEM  # to start a process, on a node that others use too
+        return PASSING_ERROR if lacks_memory or is_full(error) or kind_of(error) is PassingError else USER_ERROR
     except KeyboardInterrupt:
         goes_on = "; the same command goes on where it was" if arguments.handler is _steps_command else ""
         print(f"interrupted{goes_on}", file=sys.stderr)

@@ -25,10 +25,12 @@ SECRET_NAME = re.compile(r"(?i)(token|secret|passw(or)?d|credentials?|(api|acces
 """Names of variables whose values must not be written to a file."""
 OF_THE_CLUSTER = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT"}
 """Variables by which SLURM's commands find the cluster; the others of SLURM are those of one job."""
+OF_OWN_OPTIONS = "how many processes a node starts follows from this command's own options (--help lists them)"
 REFUSED = {
     "array": "each of its tasks would be a job that does the same again, in the same folder; launch/sweep.py --submit "
     "submits many runs, and --tasks of launch/slurm/submit_data_prep.py shares out a preparation",
-    "ntasks": "how many processes a node starts follows from this command's own options (--help lists them)",
+    "ntasks": OF_OWN_OPTIONS,
+    "tasks-per-node": OF_OWN_OPTIONS,  # another name of --ntasks-per-node, of which the last one counts
     "distribution": "srun places the ranks, and would not follow it; --srun=--distribution=... does",
 }
 """Options of sbatch that would undo what was checked, although these commands need not set them: why."""

@@ -262,10 +262,10 @@ def _load(location: str, key: str, config: Config, *, follow_links: bool) -> tup
         return cache.manifest, cache
     path = find_input(location)
     if not _is_there(path):
-        folder = PurePosixPath(location)
+        named = PurePosixPath(location)
         raise UserError(
             f"{key}: there is no {path}; prepare the data first: python -m data_prep run --config "
-            f"{_recipe(folder.parent if folder.suffix == '.json' else folder)}"
+            f"{_recipe(named.parent if named.suffix == '.json' else named)}"
         )
     return Manifest.load(path, follow_links=follow_links), None
 

@@ -32,7 +32,8 @@ def placement_warnings(config: Config, hosts: Sequence[str], far: Sequence[bool]
         who = listed([str(rank) for rank, is_far in enumerate(far) if is_far], LISTED)
         found.append(
             f"{sum(far)} of {len(far)} ranks ({who}) may run only on cores that are far from their GPUs, at another "
-            f"processor, which each copy between CPU and GPU then crosses; give each rank cores near its own GPU (srun "
-            f"--distribution=block:block, or --cpu-bind)"
+            f"processor, which each copy between CPU and GPU then crosses; give each rank its share of all cores of "
+            f"its node (srun --cpus-per-task), in the order of the GPUs (--distribution=block:block), or bind it "
+            f"(--cpu-bind)"
         )
     return found

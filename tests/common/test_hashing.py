@@ -47,3 +47,4 @@ def test_sha256_of_files_streams_and_json(tmp_path: Path) -> None:
 def test_a_name_decides_its_number() -> None:
     assert number_of("") == 0x141CFC9842C4B0E3  # the first bytes of sha256 of nothing, e3 b0 c4 42 98 fc 1c 14
     assert number_of("a") != number_of("b") and 0 <= number_of("a") < 2**64
+    assert number_of("\ud83d") != number_of("\ud83c"), "halves of pairs, which UTF-8 has not"

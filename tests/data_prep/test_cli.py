@@ -1,5 +1,6 @@
 """The command line as a user sees it: output, one-line errors, exit codes."""
 
+import errno
 import json
 import os
 import shlex
@@ -143,6 +144,22 @@ def test_ctrl_c_promises_to_go_on_only_where_that_is_so(
     monkeypatch.chdir(REPOSITORY)
     assert main([str(prepared) if word == "FOLDER" else word for word in line]) == 130
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    "number, code", [(errno.ENOMEM, 1), (errno.ENOSPC, 1), (errno.EIO, 1), (errno.EACCES, 2), (errno.EISDIR, 2)]
+)
+def test_a_task_that_may_go_better_elsewhere_is_started_again(
+    prepared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    """Exit code 1, as of a node on which others have all the memory; 2 is not repeated."""
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("data_prep.cli.show.verify", fail)
+    assert main(["verify", str(prepared)]) == code
+    assert os.strerror(number) in capsys.readouterr().err
 
 
 def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:

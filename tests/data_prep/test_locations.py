@@ -15,7 +15,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from common.errors import PASSING, DataError, PassingError
+from common.errors import PASSING, DataError, PassingError, kind_of
 from common.terminal import visible
 from common.urls import may_hold_secret, without_secrets
 from data_prep.cli import main
@@ -28,6 +28,7 @@ from data_prep.raw.locations import (
     identity,
     is_file,
     match,
+    read_error,
     sha256_of,
     size_and_stamp,
 )
@@ -196,6 +197,13 @@ def test_a_file_server_that_fails_may_come_back(tmp_path: Path, monkeypatch: pyt
         assert isinstance(error.value, PassingError) == (number in PASSING)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), TimeoutError("timed out"), gzip.BadGzipFile("no")])
+def test_of_errors_without_a_number_those_of_a_connection_may_pass(error: OSError) -> None:
+    passes = not isinstance(error, gzip.BadGzipFile)
+    assert (kind_of(error) is PassingError) == passes
+    assert isinstance(read_error(Path("a.gz"), error), PassingError) == passes
+
+
 def test_no_secret_of_a_signed_url_is_written_or_printed(
     tmp_path: Path, site: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +242,10 @@ def test_secrets_and_identities_of_addresses(monkeypatch: pytest.MonkeyPatch) ->
     harmless = "s3://bucket/a?.jsonl sftp://me@host/a https://host/a@b"
     assert not may_hold_secret(harmless) and without_secrets("https://host/a@b") == "https://host/a@b"
     assert without_secrets("https://me:p@ss@host/a?mail=a@b, https://host?to=a@b") == "https://host/a https://host"
+    # Characters that should have been written %3F and %23, and an address that leads to another one.
+    assert without_secrets("s3://me:p?a#s@host/a https://host#a@b") == "s3://host/a https://host#a@b"
+    inner = "zip://a.json::s3://me:pass@host/b.zip"
+    assert may_hold_secret(inner) and without_secrets(inner) == "zip://a.json::s3://host/b.zip"
     many = "a" * 200_000  # a length that squares of would take minutes
     assert without_secrets(f"{many} {many}https://me:pass@host/") == f"{many} {many}https://host/"
     with monkeypatch.context() as patch:  # Python's for names on disks: an old locale has no such letter

@@ -111,6 +111,7 @@ def test_a_submission_keeps_its_own_copy_of_the_config(
         (["--sbatch=--time=9"], "--sbatch=--time=9: --time follows from"),
         (["--sbatch=--array=0-3"], "--sbatch=--array=0-3: each of its tasks would be a job that does the same again"),
         (["--sbatch=--ntasks=8"], "--sbatch=--ntasks=8: how many processes a node starts follows from"),
+        (["--sbatch=--tasks-per-node=8"], "--sbatch=--tasks-per-node=8: how many processes a node starts follows from"),
         (["--sbatch=--distribution=cyclic"], "srun places the ranks, and would not follow it; --srun=--distribution"),
         (["--after=7", "--sbatch=--dependency=singleton"], "--sbatch=--dependency=singleton: --after 7 is such a"),
         (["--job-name", "a\n#SBATCH --uid=0"], "cannot stand in a job script"),

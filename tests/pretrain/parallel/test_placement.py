@@ -42,3 +42,5 @@ def test_groups_that_could_be_on_one_machine(
 def test_ranks_whose_cores_are_far_from_their_gpus_are_named(prepared: Path) -> None:
     (found,) = placement_warnings(small_config(prepared), ["a"] * 4, [False, True, False, True])
     assert found.startswith("2 of 4 ranks (1, 3) may run only on cores that are far from their GPUs")
+    # A job has blocks already: with few cores a rank they are all of the first processor.
+    assert "give each rank its share of all cores of its node (srun --cpus-per-task), in the order of the GPUs" in found
