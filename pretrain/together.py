@@ -82,7 +82,7 @@ def code_here(root: Path) -> dict[str, str]:
     try:
         for start in CODE:
             for folder, folders, names in os.walk(root / start):
-                # What an editor leaves, such as Emacs' .#NAME.py, which leads nowhere, is none of it.
+                # What an editor leaves, such as Emacs' lock of an unsaved file, a link to nowhere, is none of it.
                 folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
                 names = [name for name in names if name.endswith(CODE_KINDS) and not name.startswith(".")]
                 for path in (Path(folder, name) for name in names):

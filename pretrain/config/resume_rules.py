@@ -47,6 +47,8 @@ def changes_since(
     changes = {
         key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)
     }
+    # A section that is empty on one side: its keys say what changed.
+    changes = {key: pair for key, pair in changes.items() if pair not in (({}, None), (None, {}))}
     data_key = "data.sources" if config.data.sources else "data.manifest"
     if saved.manifest_digest != manifest_digest:
         changes[f"{data_key} (digest)"] = (saved.manifest_digest[:12], manifest_digest[:12])

@@ -31,6 +31,16 @@ def test_other_data_must_be_allowed_and_allow_nothing_else() -> None:
         changes(DATA, "optimizer.learning_rate=0.5", digest="b" * 64)
 
 
+def test_a_section_that_was_empty_or_becomes_so_changed_in_its_keys_alone() -> None:
+    """It was said to become null."""
+    task = 'evaluate.tasks={"lambada": "raw/lambada"}'
+    for pair, found in (
+        ((None, "raw/lambada"), changes(task)),
+        (("raw/lambada", None), changes(then=to_json(load_config(TINY, [task])))),
+    ):
+        assert found["evaluate.tasks.lambada"] == pair and found.keys() == {"evaluate.tasks.lambada", "description"}
+
+
 def test_a_key_that_the_checkpoint_did_not_know_had_its_default_of_that_kind_of_layer() -> None:
     """SwitchHead has 4 experts by default, MoA 8."""
     tree = json.loads(json.dumps(to_json(load_config(TINY))))
