@@ -371,7 +371,9 @@ def test_what_cannot_be_read_back(checkpoint: Checkpoint, tmp_path: Path) -> Non
         unreadable(with_values("tokenizer_config.json", **values), "tokenizer_config.json is not of an export")
 
     too_deep = "[" * 100_000  # for Python's reader of JSON
-    unreadable(lambda f: (f / "tokenizer_config.json").write_text(too_deep), "tokenizer_config.json is not of an export")
+    unreadable(
+        lambda f: (f / "tokenizer_config.json").write_text(too_deep), "tokenizer_config.json is not of an export"
+    )
 
     def with_an_index_that_escapes(folder: Path) -> None:
         index = (folder / "model.safetensors").rename(folder / "model.safetensors.index.json")
