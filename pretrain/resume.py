@@ -328,6 +328,15 @@ def is_other_course(folder: RunFolder, resumed: Checkpoint) -> bool:
     return not _is_own(folder, resumed)
 
 
+def _goes_on(config: Config, resumed: Checkpoint) -> bool:
+    """Whether this start goes on with what began at the checkpoint that checkpoint.resume names, and that is there."""
+    named = config.checkpoint.resume
+    if named in ("auto", "never"):
+        return False
+    start = _absolute(named)
+    return os.path.realpath(resumed.path) != str(start) and os.path.isdir(start)
+
+
 def _is_own(folder: RunFolder, resumed: Checkpoint) -> bool:
     return os.path.realpath(resumed.path.parent) == os.path.realpath(folder.checkpoints)
 
@@ -372,6 +381,12 @@ def record_start(
             folder.event(INITIAL_WEIGHTS, path=config.train.init_from, checkpoint=str(start.initial))
         return hides_all
     print(f"resuming from {resumed.path} at step {step}", flush=True)
+    if _goes_on(config, resumed):
+        print(
+            f"  the newest of what began at {config.checkpoint.resume}; to begin there once more, give its step-... "
+            f"folders another name first",
+            flush=True,
+        )
     folder.event("resumed", step=step, path=str(resumed.path))
     for key, (then, now) in {**start.changes, **environment_changes(resumed, layout)}.items():
         if key == "description":  # of a run with --set it names the keys that are said here anyway

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -261,11 +262,10 @@ def _load(location: str, key: str, config: Config, *, follow_links: bool) -> tup
         return cache.manifest, cache
     path = find_input(location)
     if not _is_there(path):
-        recipe = f"configs/data/{_below_data(location)}.json"
-        known = os.path.isfile(find_input(recipe))  # pathlib's raises for a long name
+        named = PurePosixPath(location)
         raise UserError(
             f"{key}: there is no {path}; prepare the data first: python -m data_prep run --config "
-            f"{recipe if known else 'FILE, one of configs/data or your own'}"
+            f"{_recipe(named.parent if named.suffix == '.json' else named)}"
         )
     return Manifest.load(path, follow_links=follow_links), None
 
@@ -283,12 +283,14 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _below_data(location: str) -> str:
-    """The path of a manifest's folder below data/, which is its configuration's path below configs/data (paper/c4);
-    only its name if it is elsewhere."""
-    path = PurePosixPath(location)
-    folder = path.parent if path.suffix == ".json" else path
-    return folder.relative_to("data").as_posix() if folder.parts[:1] == ("data",) else folder.name
+def _recipe(folder: PurePosixPath) -> str:
+    """What prepares `folder`, of a manifest, behind `--config`: the configuration that lies below configs/data as the
+    folder lies below data/ (paper/c4). For a folder elsewhere the one of its name, which has to be told the place."""
+    ours = folder.parts[:1] == ("data",)
+    config = f"configs/data/{folder.relative_to('data').as_posix() if ours else folder.name}.json"
+    if not os.path.isfile(find_input(config)):  # pathlib's raises for a long name
+        config = "FILE, one of configs/data or your own"
+    return config if ours else f"{config} --set {shlex.quote(f'output={folder}')}"
 
 
 def _short(tokenizer: TokenizerEntry) -> str:

@@ -141,7 +141,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(prepared: Path, tmp_pat
     assert any("step-00000006" in r and "sha256" in r for r in reasons)
 
 
-def test_a_path_starts_a_branch_and_newer_steps_are_set_aside(prepared: Path, tmp_path: Path) -> None:
+def test_a_path_starts_a_branch_and_newer_steps_are_set_aside(
+    prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     keys = ("train.steps=8", "evaluate.sequences=0", "checkpoint.every_steps=2", "checkpoint.keep_last=3")
     run_ranks(train_runs, 1, [(light_config(prepared, *keys), tmp_path)])
     before = metrics(tmp_path)
@@ -155,15 +157,21 @@ def test_a_path_starts_a_branch_and_newer_steps_are_set_aside(prepared: Path, tm
     run_ranks(train_runs, 1, [(light_config(prepared, *branch, "train.stop_after_steps=6"), tmp_path)])
     names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert names == {"step-00000004", "step-00000006", "superseded-1-step-00000006", "superseded-1-step-00000008"}
-    # The same command again continues the branch; so does auto.
+    assert "once more" not in capfd.readouterr().out
+    # The same command again continues the branch, and says how it would begin anew; auto continues it too.
     run_ranks(train_runs, 1, [(light_config(prepared, *branch, "train.stop_after_steps=7"), tmp_path)])
+    assert f"the newest of what began at {start}; to begin there once more, give its step-" in capfd.readouterr().out
+    for path in (tmp_path / "checkpoints").glob("step-0000000[67]"):
+        path.rename(path.with_name(f"first-{path.name}"))
+    run_ranks(train_runs, 1, [(light_config(prepared, *branch, "train.stop_after_steps=5"), tmp_path)])
     auto = (*keys, "optimizer.learning_rate=0.002")
     run_ranks(train_runs, 1, [(light_config(prepared, *auto), tmp_path)])
+    assert "once more" not in capfd.readouterr().out
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[:4] == before[:4]
     assert rows[5]["lr"] == pytest.approx(before[5]["lr"] / 2)
-    assert [event["step"] for event in events(tmp_path, "started")] == [0, 4, 6, 7]
+    assert [event["step"] for event in events(tmp_path, "started")] == [0, 4, 6, 4, 5]
 
 
 def test_a_branch_in_the_folder_of_another_run_has_no_step_loss_or_validation_of_it(

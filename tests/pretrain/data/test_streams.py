@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -304,6 +305,20 @@ def test_data_that_are_not_there_name_the_configuration_that_prepares_them() -> 
         config = small_config(Path("data") / folder)
         with pytest.raises(UserError, match=rf"data\.manifest: there is no .*--config configs/data/{recipe}\.json"):
             open_sources(config)
+
+
+@pytest.mark.parametrize(
+    "manifest, command",
+    [
+        ("data/c4_32k", "configs/data/c4_32k.json"),  # where its configuration writes
+        ("/shared/data/c4_32k", "configs/data/c4_32k.json --set output=/shared/data/c4_32k"),
+        ("/my data/own/manifest.json", "configs/data/own.json --set 'output=/my data/own'"),
+        ("elsewhere/mine", "FILE, one of configs/data or your own --set output=elsewhere/mine"),
+    ],
+)
+def test_the_command_that_prepares_them_writes_where_the_run_reads(manifest: str, command: str) -> None:
+    with pytest.raises(UserError, match=rf"-m data_prep run --config {re.escape(command)}$"):
+        open_sources(small_config(Path(manifest)))
 
 
 def validation_losses(rank: int, configs: list[Config]) -> list[dict[str, float] | None]:

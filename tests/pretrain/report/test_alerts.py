@@ -263,7 +263,8 @@ def test_a_sentence_is_short_whatever_the_event_holds(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_of_the_run_folder_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = settings(command(tmp_path, WRITES, str(tmp_path / "got")))
+    # Both logs fail; without a pause the second would be told where the first one's command has ended by then.
+    config = MonitorConfig(alert_command=command(tmp_path, WRITES, str(tmp_path / "got")), alert_minutes=1.0)
     folder = RunFolder(tmp_path / "run", writes=True, alerts=Alerts(config, tmp_path / "run"))
 
     def refuse(path: Path, data: bytes) -> None:

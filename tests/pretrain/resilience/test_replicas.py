@@ -159,6 +159,15 @@ def test_of_parameters_that_zero_3_divides_those_that_stay_whole_alone_are_compa
         assert [key for key in keys if not key.startswith("routing ")] == compared
 
 
+def test_a_rank_without_a_replica_compares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO 3 may divide all parameters of a model without routers."""
+    monkeypatch.setattr(replicas, "maximum", lambda values, group: values)
+    check = ReplicaCheck.__new__(ReplicaCheck)
+    nowhere = torch.zeros(0, dtype=torch.int64)
+    vars(check).update(_tensors=lambda: iter(()), _places=nowhere, _keys=[], _group=None)
+    assert check() == []
+
+
 def flip_once(trainer: Trainer, step: int, marker: Path) -> None:
     """One bit of a weight of rank 1 changes when `step` begins, the first time that it does."""
 
