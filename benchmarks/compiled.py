@@ -47,6 +47,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import compiled_entries
 from benchmarks.compiled_case import TENSOR_CORE, Compiled, compile_case, kernel_name
 from benchmarks.compiled_records import Records, in_one_table, read_records, table, update_document, write_records
+from common.arguments import at_least
 
 if TYPE_CHECKING:
     from benchmarks.kernel_cases.case import CompileCase
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--representative", action="store_true", help="sm_90 alone: every kernel, at the shapes of 262M and 1B models"
     )
     parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
-    parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--processes", type=at_least(1), default=2, help="default: %(default)s")
     parser.add_argument("--modules", default="", help=f"comma-separated, instead of all of {PACKAGE}")
     parser.add_argument("--records", type=Path, default=RECORDS, help=argparse.SUPPRESS)  # for the tests
     options = parser.parse_args(arguments)

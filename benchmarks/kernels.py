@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks import moe_layers, records
 from benchmarks.timed_cases import DTYPES, Case, Suite, measure, normal, print_table, rows
+from common.arguments import at_least
 from common.resident import forget_peak, resident_bytes
 from model.kernels.backend import BACKENDS
 from model.kernels.ops.expert_linear import expert_linear, expert_linear_sum
@@ -150,8 +151,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--op", choices=SUITES, help="one op; default: all")
     parser.add_argument("--dtype", choices=DTYPES, help="default: all")
     parser.add_argument("--quick", action="store_true", help="small shapes: checks that everything runs")
-    parser.add_argument("--threads", type=int, help="default: 1 with --keep, else 2")
-    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
+    parser.add_argument("--threads", type=at_least(1), help="default: 1 with --keep, else 2")
+    parser.add_argument("--rounds", type=at_least(1), default=15, help="default: %(default)s")
     parser.add_argument("--peak-of", metavar="NAME", help=argparse.SUPPRESS)
     records.add_option(parser)
     options = parser.parse_args(arguments)

@@ -29,6 +29,7 @@ from benchmarks.marked import markdown
 from benchmarks.pictures import picture
 from benchmarks.rounds import ratio
 from benchmarks.timed_cases import DTYPES, Case, Suite, Timed, measure, print_table, rows
+from common.arguments import at_least
 from common.tables import text_table
 from model.attention.dense import DenseAttention
 from model.attention.switchhead import SwitchHeadAttention
@@ -165,8 +166,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--threads", type=int, help="default: 1 with --keep, else 2")
-    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
+    parser.add_argument("--threads", type=at_least(1), help="default: 1 with --keep, else 2")
+    parser.add_argument("--rounds", type=at_least(1), default=15, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="3 rounds, target shape only")
     parser.add_argument("--only", choices=("ops", "layer"), help="one half of the benchmark")
     records.add_option(parser)

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import marked
+from common.arguments import at_least
 from common.tables import text_table
 
 BYTES, TILE = 2, 64  # bf16
@@ -207,10 +208,10 @@ def main() -> None:
         prog="python -m benchmarks.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[256, 1024], help="T (default: 256 1024, a minute each)"
+        "--tokens", type=at_least(1), nargs="+", default=[256, 1024], help="T (default: 256 1024, a minute each)"
     )
     parser.add_argument(
-        "--d-model", type=int, default=512, help="default: 512; 1024, the 262M model's, takes twice the time"
+        "--d-model", type=at_least(1), default=512, help="default: 512; 1024, the 262M model's, takes twice the time"
     )
     parser.add_argument("--layers", default="", help="only layers whose name contains this")
     parser.add_argument("--markdown", action="store_true", help="a table for docs/kernels.md")

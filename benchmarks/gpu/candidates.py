@@ -16,6 +16,7 @@ import tempfile
 from typing import Any
 
 from benchmarks.gpu.tile_search import PRUNED, candidates, pruned, text, warps_of
+from common.arguments import at_least
 from common.files import write_json
 
 SECONDS = 3600.0
@@ -27,7 +28,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("candidates", help=what, description=what)
     parser.add_argument("--only", metavar="PART", action="append", help="parts of this beginning; repeatable")
     parser.add_argument("--architecture", type=int, default=90, choices=(80, 90, 100, 120), help="default 90")
-    parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--processes", type=at_least(1), default=2, help="default: %(default)s")
     parser.add_argument("--prune", action="store_true", help=f"write the rejected ones to {PRUNED.name}")
     parser.set_defaults(act=act)
 

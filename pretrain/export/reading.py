@@ -97,7 +97,7 @@ def open_export(folder: Path) -> Exported:
 
 def _run_of_none(text: str) -> dict[str, Any]:
     """What config.json, with content `text`, says of the run where there is no training.json: how its text is seen."""
-    with contextlib.suppress(ValueError, AttributeError):  # `model_config` says what is wrong with it
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):  # `model_config` says what is wrong with it
         return {"data": {"document_mask": json.loads(text).get(DOCUMENT_END) is not None}}
     return {}
 

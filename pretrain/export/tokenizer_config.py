@@ -95,7 +95,7 @@ def stored_tokenizer(folder: Path, known: dict[str, Any] | None) -> StoredTokeni
             raise TypeError
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {error.filename or path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{settings_path} is not of an export; export the model again") from None
     digest = sha256_file(path)
     if known is not None and known["sha256"] not in (None, digest):

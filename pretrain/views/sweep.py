@@ -283,7 +283,7 @@ def number_of(value: str) -> float | None:
     """The number that a value is; None if it is none."""
     try:
         found = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 

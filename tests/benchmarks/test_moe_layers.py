@@ -168,3 +168,10 @@ def test_only_the_layers_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
         kernels.parse_options(["--keep"])
     assert "add --op sigma_moe" in capsys.readouterr().err
     assert kernels.parse_options(["--op", "sigma_moe", "--keep"]).threads == 1
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--threads"])
+def test_no_round_and_no_thread_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kernels.parse_options([option, "0"])
+    assert f"argument {option}: expected a whole number of at least 1" in capsys.readouterr().err

@@ -370,12 +370,18 @@ def test_what_cannot_be_read_back(checkpoint: Checkpoint, tmp_path: Path) -> Non
     for values in ({"kind": {}}, {"kind": "bytes"}, {"sentences": []}, {"eos_token": 1}):
         unreadable(with_values("tokenizer_config.json", **values), "tokenizer_config.json is not of an export")
 
+    too_deep = "[" * 100_000  # for Python's reader of JSON
+    unreadable(
+        lambda f: (f / "tokenizer_config.json").write_text(too_deep), "tokenizer_config.json is not of an export"
+    )
+
     def with_an_index_that_escapes(folder: Path) -> None:
         index = (folder / "model.safetensors").rename(folder / "model.safetensors.index.json")
         index.write_text(json.dumps({"weight_map": {"a": "../a"}}))
 
     unreadable(with_an_index_that_escapes, "is no index of weights")
     (out / "training.json").unlink()  # as after transformers' save_pretrained
+    unreadable(lambda f: (f / "config.json").write_text(too_deep), "config.json is not JSON")
     assert open_export(out).weights_origin().progress.step == 0
 
 

@@ -220,6 +220,7 @@ def test_runs_that_differ_in_their_seeds_alone_have_a_mean_and_a_deviation(tmp_p
 
 def test_only_json_numbers_are_numbers() -> None:
     assert [number_of(value) for value in ("1e-3", "2", "true", '"3"', "dense", "[1]")] == [0.001, 2.0, *[None] * 4]
+    assert number_of("[" * 100_000) is None, "too deep for Python's reader of JSON"
 
 
 @pytest.mark.parametrize(
