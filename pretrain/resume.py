@@ -23,6 +23,7 @@ from pretrain.data.sources import Sources
 from pretrain.parallel.agreement import agreed, from_first_rank, of_all_ranks
 from pretrain.report.code_patch import keep_patch
 from pretrain.report.event_text import value_text
+from pretrain.report.exit_codes import NONE_IS_WHOLE
 from pretrain.report.run_folder import RunFolder
 from pretrain.resilience.rollback import Rollback, pending, read_rollbacks, record_made, serving, with_skips
 from pretrain.resumed_stages import progress_now, stages_of
@@ -202,7 +203,7 @@ def _refuse_without(reasons: list[UserError]) -> None:
     if reasons:
         kind = PassingError if any(isinstance(reason, PassingError) for reason in reasons) else UserError
         raise kind(
-            f"no checkpoint is whole ({'; '.join(map(str, reasons))}); move them away, choose another --run-dir, or "
+            f"{NONE_IS_WHOLE} ({'; '.join(map(str, reasons))}); move them away, choose another --run-dir, or "
             f"name another checkpoint in checkpoint.resume"
         )
 

@@ -6,6 +6,9 @@ from enum import IntEnum
 
 from common.errors import PassingError, UserError
 
+NONE_IS_WHOLE = "no checkpoint is whole"
+"""How the reason of such a start begins."""
+
 
 class ExitCode(IntEnum):
     """Codes of launch/pretrain.py."""

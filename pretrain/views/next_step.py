@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from pretrain.config.validated import setting
-from pretrain.report.exit_codes import ExitCode, meaning_of
+from pretrain.report.exit_codes import NONE_IS_WHOLE, ExitCode, meaning_of
 from pretrain.views.reading import RunView, State
 
 NOT_THE_SAME_COMMAND = {
@@ -56,6 +56,8 @@ def next_text(view: RunView) -> str:
     code = view.outcome.get("exit_code")
     if code == ExitCode.HUNG:
         return f"read {hang}: it names the rank that did not arrive; then {again_text(view)}; {resume}"
+    if code == ExitCode.REFUSED and NONE_IS_WHOLE in str(view.outcome.get("reason")):
+        resume = "what lies in checkpoints/ cannot be gone on from"
     changed = (text for known, text in NOT_THE_SAME_COMMAND.items() if known == code)
     then = next(changed, None)
     return f"{meaning_of(code)}; the end of its log says more. {then or f'Then {again_text(view)}'}; {resume}"

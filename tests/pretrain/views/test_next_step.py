@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pretrain.report.exit_codes import NONE_IS_WHOLE
 from pretrain.views.next_step import next_text, resume_text
 from pretrain.views.reading import RunView, State
 from pretrain.views.status import state_text
@@ -53,6 +54,14 @@ def test_a_run_whose_job_requeues_itself_is_not_to_be_started_beside_it(
     (folder / "slurm").mkdir()
     told = next_text(RunView.open(folder))
     assert ("start the same command again, unless its SLURM job is back in the queue (squeue); it" in told) == waits
+
+
+def test_no_checkpoint_is_named_to_go_on_from_where_a_start_found_none_whole(tmp_path: Path) -> None:
+    """Only a start hashes them; what it said of them is all that a view knows."""
+    folder = write(tmp_path / "run", exit_code=2, reason=f"{NONE_IS_WHOLE} (step-00000008: ...); move them away")
+    told = next_text(RunView.open(folder))
+    assert "Change that, then start it again; what lies in checkpoints/ cannot be gone on from" in told
+    assert "continues" not in told
 
 
 def test_a_failure_that_a_full_disk_left_in_the_events_alone_is_the_outcome(tmp_path: Path) -> None:
