@@ -202,7 +202,8 @@ def test_ctrl_c_waits_for_no_task(tmp_path: Path, how: str) -> None:
     """A raw file, or the training of a tokenizer, may take hours; what another task raised is said after them."""
     line, environment = [sys.executable, "-c", INTERRUPTED, how], {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     ended = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == -signal.SIGINT and ended.stderr.endswith("KeyboardInterrupt\n"), ended.stderr
+    # Behind it the executor's own thread may still say that its processes are gone.
+    assert ended.returncode == -signal.SIGINT and "\nKeyboardInterrupt\n" in ended.stderr, ended.stderr
     assert ("a task failed; the others in work end first" in ended.stderr) == (how == "after an error")
     assert not (tmp_path / "left").exists()
 
