@@ -121,6 +121,53 @@ def test_where_nothing_or_little_is_expected(scale: float) -> None:
     assert not fails(Product(scale=scale), torch.float32, "triton", EXACT)
 
 
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("what", ["one row", "one number", "the last tokens"])
+def test_a_row_that_is_wrong_among_thousands_fails(what: str, dtype: torch.dtype) -> None:
+    """As by a mask that ends too early: of 16,384 rows one is 8e-3 of the norm, less than bf16 may be off."""
+
+    class Cut(Product):
+        def __call__(self) -> Case:
+            case = super().__call__()
+            return case._replace(leaves=case.leaves | {"x": torch.randn(16384, 8, dtype=torch.float64)})
+
+        def changed(self, y: Tensor, backend: str) -> Tensor:
+            rows = torch.arange(len(y), device=y.device)[:, None]
+            right = {"one row": rows != 77, "the last tokens": rows < 16382}
+            right["one number"] = y.abs() < y.abs().amax()
+            return y - (~right[what] * y).detach()
+
+    row, _ = equality.check(Cut().drawn(dtype), dtype, "triton", None, EXACT)
+    assert row["failed"] and set(row["wrong_rows"]) == {"output 0"}
+    assert dtype != torch.bfloat16 or row["error"] <= LIMITS[dtype]
+    said = truth._said(row)
+    assert "of output 0 a row by " in said and said.startswith("triton: output 0 differs by")
+
+
+def test_how_far_a_row_may_be_off() -> None:
+    """Ten times as far as the whole; of σ-MoE three tenths at least. A row much smaller than the others is measured by
+    them, one much larger by itself."""
+    assert equality.row_limit("route", 2e-2) == pytest.approx(0.2)
+    assert [equality.row_limit("sigma_moe", limit) for limit in (2e-5, 0.05)] == [0.3, 0.5]
+    wanted = torch.ones(100, 4)
+    wanted[0], wanted[1] = 1e-6, 100.0
+    rms = float(wanted.square().mean().sqrt()) * 2.0
+    off = torch.zeros(100, 4)
+    off[0] = 0.01
+    (found,) = equality.row_errors({"y": wanted + off}, {"y": wanted.double()}).values()
+    assert found == pytest.approx(0.02 / rms, rel=1e-4)
+    off[1] = 1.0
+    (found,) = equality.row_errors({"y": wanted + off}, {"y": wanted.double()}).values()
+    assert found == pytest.approx(0.01, rel=1e-4)
+    of_vectors = {"y": torch.tensor([1.0, 2.0, 3.0, 4.4])}, {"y": torch.tensor([1.0, 2.0, 3.0, 4.0]).double()}
+    assert equality.row_errors(*of_vectors)["y"] == pytest.approx(0.1, rel=1e-4)
+    for shape in ((), (0, 3), (2, 2, 3)):
+        same = {"y": torch.ones(shape)}
+        assert equality.row_errors(same, {"y": torch.ones(shape).double()}) == {"y": 0.0}
+    nothing = {"y": torch.full((3, 2), 0.5)}, {"y": torch.zeros(3, 2).double()}
+    assert equality.row_errors(*nothing)["y"] == pytest.approx(0.5**0.5)
+
+
 class Flickering(Product):
     """The last bit of one number differs from call to call."""
 

@@ -118,7 +118,7 @@ def test_ceilings_are_bytes_and_flops_a_second(monkeypatch: pytest.MonkeyPatch, 
     assert multiplied["ms"] == 1.5  # the median of two pieces of work in turn
     assert multiplied["flops_per_second"] == pytest.approx(2 * 64**3 / 1.5e-3)
     assert all(0.9 < float(f.float().std()) < 1.1 for f in factors)  # a card multiplies zeros faster
-    measured = {ceilings.COPY: copied, ceilings.PRODUCT: multiplied}
+    measured: dict[str, Any] = {ceilings.COPY: copied, ceilings.PRODUCT: multiplied}
     found = ceilings.ceilings(cases.context(tmp_path, **measured))
     assert found == (copied["bytes_per_second"], multiplied["flops_per_second"])
 
