@@ -11,6 +11,8 @@ from torch import Tensor
 
 from benchmarks.kernel_cases.recording import Launch, recording
 from model.kernels.backend import triton_limit
+from model.kernels.ops.route import Choice, group_choices
+from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
 from model.kernels.triton import sigma_moe as kernels
 from model.kernels.triton.tiles import Entry, placed
 from tests.model.kernels.checks import error
@@ -164,6 +166,22 @@ def test_shipped_tiles_in_fp16() -> None:
     launches = check(case, loop(case), torch.float16)
     names = ["forward_kernel", "sum_kernel", "backward_kernel", "sum_kernel", *["weight_gradient_kernel"] * 2]
     assert [launch.kernel for launch in launches] == names
+
+
+def test_gates_and_sums_over_k_are_fp32(small_tiles: None) -> None:
+    """Both ways, to the last bit: all experts are the identity, so rows in bf16 are a gate times x, or times the
+    gradient, rounded once, and what is summed up over eight of them is rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad, scores = (0.5 + torch.rand(20, columns, generator=generator) for columns in (16, 16, 8))
+    x, grad = x.bfloat16().requires_grad_(), grad.bfloat16()
+    identity = torch.eye(16, dtype=torch.bfloat16).expand(8, 16, 16)
+    index = torch.rand(20, 8, generator=generator).argsort(1)
+    order, load = (t[0] for t in group_choices(index[:, None], 8, backend="reference"))
+    y = sigma_moe(x, Choice(scores, index, order, load), HeldExperts(identity, identity), backend="triton")
+    (grad_x,) = torch.autograd.grad(y, x, grad)
+    for found, given in ((y, x), (grad_x, grad)):
+        rows = (given.float()[:, None] * scores[:, :, None]).bfloat16()
+        assert torch.equal(found, rows.double().sum(1).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
