@@ -203,6 +203,24 @@ def test_the_sum_over_k_adds_the_residual_stream(name: str, dtype: torch.dtype, 
         assert set(written) == {"y_ptr"}
 
 
+def test_parts_of_a_sum_are_not_rounded(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """257 and -256 from two programs are 1; a bf16 number has no 257. Of an expert's rows in four parts, and of a
+    gate's gradient by a hidden layer in two."""
+    monkeypatch.setattr(kernels, "weight_splits", lambda *_: 4)
+    order, load = torch.arange(64), torch.tensor([64])
+    x, grad, scores = torch.zeros(64, 16), torch.zeros(64, 16), torch.ones(64, 1)
+    x[:, 0], grad[:16, 0], grad[15, 0], grad[16:32, 0] = 1.0, 16.0, 17.0, -16.0
+    x, grad, scores = x.bfloat16(), grad.bfloat16(), scores.bfloat16().requires_grad_()
+    choice = Choice(scores, torch.zeros(64, 1, dtype=torch.int64), order, load)
+    down = torch.eye(16).bfloat16()[None].requires_grad_()
+    y = sigma_moe(x, choice, HeldExperts(torch.eye(16).bfloat16()[None], down), backend="triton")
+    assert torch.autograd.grad(y, down, grad)[0][0, 0, 0] == 1.0
+    up, down = torch.zeros(1, 16, 32, dtype=torch.bfloat16), torch.zeros(1, 32, 16, dtype=torch.bfloat16)
+    up[0, 0], down[0, :16, 0], down[0, 15, 0], down[0, 16:, 0] = 1.0, 16.0, 17.0, -16.0
+    y = sigma_moe(x, choice, HeldExperts(up, down), backend="triton")
+    assert torch.autograd.grad(y, scores, x)[0].eq(1.0).all()
+
+
 class Held(NamedTuple):
     """Experts first to last - 1 of the shape are on this rank."""
 
