@@ -32,11 +32,6 @@ class FilterTask:
     folder: Path
 
 
-def is_filtered(task: FilterTask) -> bool:
-    """Whether the part has been filtered."""
-    return (task.folder / f"{task.part.name}.json").exists()
-
-
 @lru_cache(maxsize=1)  # per process: loading the language model takes 1 s
 def _filters(config: FilterConfig) -> Filters:
     return Filters(config)
