@@ -83,11 +83,9 @@ class Manifest(Record):
     dtype: Literal["uint16", "uint32"]
     """Token dtype, little-endian."""
     tokenizer: TokenizerEntry
-    """The tokenizer."""
     splits: dict[SplitName, tuple[ShardEntry, ...]]
     """Shards of each split in reading order."""
     totals: dict[SplitName, SplitTotals]
-    """Sums of each split."""
     provenance: Provenance
     """Sources, settings and versions."""
     digest: Sha256

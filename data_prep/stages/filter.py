@@ -24,8 +24,6 @@ LINES = "c4 lines"  # the rule that changes documents, among the examples
 
 @dataclass(frozen=True, kw_only=True)
 class FilterTask:
-    """One part to filter."""
-
     config: FilterConfig
     part: Part
     ingest: Path
