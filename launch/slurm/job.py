@@ -35,7 +35,7 @@ REFUSED = {
 }
 """Options of sbatch that would undo what was checked, although these commands need not set them: why."""
 WHOLE_NAMES = {"gpus"}
-"""Options of sbatch that begin as one of those, or as one that these commands set, and are none of its abbreviations."""
+"""Options of sbatch that begin as one of those, or as one that these commands set, and mean themselves."""
 WITHOUT_VALUE = {"exclusive", "contiguous"}
 OF_SBATCH = {
     *WITHOUT_VALUE,
