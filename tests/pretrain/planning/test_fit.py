@@ -191,6 +191,13 @@ def test_what_is_there_in_any_case(keys: tuple[str, ...], begun: int, share: int
     assert layout_plan.at_least(config, on) == max(stages)
 
 
+def test_stages_wait_for_the_first_and_the_last_micro_batch() -> None:
+    """On eight GPUs, of which 8, 4 or 2 are data-parallel, with micro-batches of 8."""
+    for stages, sequences, share in ((1, 64, 0.0), (2, 64, 1 / 3), (4, 64, 3 / 7), (4, 128, 3 / 11)):
+        keys = [f"parallel.pipeline={stages}", f"batch.global_sequences={sequences}", "parallel.zero=1"]
+        assert layout_plan.bubble(load_config(ONE_BILLION, keys), h100(8)) == pytest.approx(share)
+
+
 def test_no_single_change_is_enough(by_hand: ByHand) -> None:
     by_hand(lambda config: 1000.0)
     report = fit(load_config(ONE_BILLION), h100(8), results=NOWHERE)
