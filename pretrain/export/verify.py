@@ -86,7 +86,7 @@ def verify(
     return f"{same} from those of the weights rounded alike; rounding itself moves them by up to {moved:.1e}"
 
 
-def logits_of(model: LanguageModel, tokens: Tensor, document_end: int | None = None) -> Tensor:
+def logits_of(model: LanguageModel, tokens: Tensor, document_end: int | None) -> Tensor:
     """Logits [1, L, vocab_size] of `tokens` [1, L], chunk by chunk if the model has a memory. Behind the id
     `document_end` nothing before is seen."""
     if model.config.memory_length:
