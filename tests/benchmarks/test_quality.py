@@ -258,6 +258,27 @@ def test_a_users_own_results_get_a_picture_beside_them(
     assert not (tmp_path / "gone").exists()
 
 
+def test_a_page_or_a_picture_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(record(Training("moa", RATES[1], 0, STEPS), 3.0), tmp_path)
+    for name, content in (("bare.md", b"no marks"), ("latin.md", "\xe9".encode("latin-1"))):
+        (tmp_path / name).write_bytes(content)
+    line = ["quality", "table", "--results", str(tmp_path)]
+    for option, name, words in (
+        ("--page", "gone.md", "No such file or directory"),
+        ("--page", "bare.md", "the page lacks <!-- benchmarks.quality: begin -->"),
+        ("--page", "latin.md", "can't decode byte"),
+        ("--picture", "bare.md/picture.png", "bare.md"),
+    ):
+        monkeypatch.setattr("sys.argv", [*line, option, str(tmp_path / name)])
+        assert command.main() == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and words in said and said.count("\n") == 1, name
+        assert option == "--picture" or f"--page: {tmp_path / name}" in said
+    assert (tmp_path / "bare.md").read_bytes() == b"no marks"
+
+
 def test_the_page_has_the_table_of_the_records() -> None:
     text = (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     for folder, shown in SHIPPED.items():
