@@ -118,7 +118,6 @@ class PipeFile:
         return stream
 
     def resolve(self) -> "PipeFile":
-        """Itself."""
         return self
 
     def __str__(self) -> str:

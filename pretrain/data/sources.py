@@ -109,7 +109,6 @@ class Sources:
 
     @property
     def tokenizer(self) -> TokenizerEntry:
-        """The one tokenizer."""
         return self.sources[0].manifest.tokenizer
 
     def check(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,8 +159,3 @@ def advice(model: ModelConfig, due: list[Collapsed]) -> str:
         if key is not None and any(f".{kind}" in router.router for router in due):
             named.append(f"model.{kind}.{key}")
     return (f"raise {' and '.join(named)}, or " if named else "") + "lower optimizer.learning_rate"
-
-
-def collapse_event(due: list[Collapsed]) -> list[dict[str, Any]]:
-    """For events.jsonl."""
-    return [{"router": c.router, "head": c.head, "busiest_share": c.share, "steps": c.steps} for c in due]

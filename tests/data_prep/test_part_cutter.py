@@ -20,6 +20,7 @@ from data_prep.stages.part_cutter import Encoding
 WORDS = "word " * 40
 FIRST = "a.jsonl.zst"
 LINES = [json.dumps({"text": f"{number} {WORDS}"}).encode() + b"\n" for number in range(200)]
+LINES[3] = b'{"text": 3}\n'  # goes to the quarantine
 PACKED = b"".join(map(zstandard.compress, LINES))  # in frames, so that the first is read before the last
 SECOND = "".join(json.dumps({"text": f"second {number} {WORDS}"}) + "\n" for number in range(30)).encode()
 

@@ -1,6 +1,7 @@
 """What stands between two attempts: other versions of the code, lost connections, killed workers."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from data_prep.run.pipeline import Pipeline
 from data_prep.run.preparation import Preparation
 from data_prep.run.stages import STAGES, spread
 from data_prep.stages.id_maker import IdRecipe
+from data_prep.stages.ingest import ingest_folder, ingest_tasks
 from data_prep.work.parallel import Workers
 from tests.data_prep.outcome import one_error, outputs
 from tests.data_prep.raw_corpus import write_config, write_corpus
@@ -85,6 +87,65 @@ def test_work_of_other_settings_is_not_taken_over(raw: tuple[Path, dict[str, Any
         assert folders_of(config, f"tokenizer.{setting}")["tokenizer"] != names["tokenizer"], setting
     for setting in ("separator=<S>", "sentences=lines"):
         assert folders_of(config, f"tokenizer.{setting}")["encode"] != names["encode"], setting
+
+
+def test_what_is_to_be_read_otherwise_is_read_again(tmp_path: Path) -> None:
+    """Each key that decides what a raw file gives names the folder of what was read, and no other key does."""
+    for name in ("a.txt", "one.model", "other.model"):
+        (tmp_path / name).write_text(name)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"input": str(tmp_path / "a.txt"), "output": str(tmp_path / "out")}))
+    ids = ["format=token_array", 'tokenizer={"type": "ids", "name": "x", "vocab_size": 300}', "end_of_document=0"]
+    model = f"tokenizer.model={tmp_path / 'one.model'}"
+
+    def folder(encodes: bool, *overrides: str) -> str:
+        return ingest_folder(resolve(load_config(config, overrides)), encodes=encodes).name
+
+    for encodes, given, others in (
+        (False, [], ["ingest.max_document_bytes=2000", "format=jsonl", "text_key=body"]),
+        (False, ["format=text"], ["text_documents=blank_lines", "validation_from=end"]),
+        (False, ["format=text", "validation_from=end"], ["validation_fraction=0.1"]),
+        (False, ["format=enwik8", 'tokenizer={"type": "bytes"}'], ["split_bytes=[5,0,0]"]),
+        (True, ids, ["end_of_document=1", "id_dtype=uint32", "tokenizer.name=y", "tokenizer.vocab_size=301"]),
+        (True, [model], [model.replace("one", "other"), "tokenizer.separator=S", "validation_fraction=0.1"]),
+    ):
+        names = [folder(encodes, *given), *(folder(encodes, *given, other) for other in others)]
+        assert len(set(names)) == len(names), given
+    for other in ("workers=3", "ingest.max_bad_files=1", "validation_fraction=0.1", "tokenizer.seed=3"):
+        assert folder(False, other) == folder(False), other
+    # A copy of the model elsewhere is the same model.
+    (tmp_path / "copy.model").write_text("one.model")
+    assert folder(True, model.replace("one", "copy")) == folder(True, model)
+
+
+def test_a_raw_file_that_changed_or_goes_elsewhere_is_read_again(tmp_path: Path) -> None:
+    config, raw = tmp_path / "config.json", [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in raw:
+        path.write_text("a")
+        os.utime(path, ns=(0, 0))
+
+    def keys(**more: str) -> list[str]:
+        body = {"input": [str(path) for path in raw], "output": str(tmp_path / "out"), **more}
+        config.write_text(json.dumps(body))
+        return [task.key for task in ingest_tasks(resolve(load_config(config, ())), None)]
+
+    (first,) = keys()
+    seen = [first]
+    assert keys() == seen
+    raw[1].write_text("b")
+    os.utime(raw[1], ns=(0, 1))  # as large
+    seen += keys()
+    raw[1].write_text("bb")
+    os.utime(raw[1], ns=(0, 1))  # as old
+    seen += keys()
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "v.jsonl").write_text("v")
+    seen += keys(validation_input=str(tmp_path / "held" / "v.jsonl"))  # then all of the others are train
+    (tmp_path / "held" / "v.jsonl").rename(tmp_path / "held" / "b.jsonl")  # then they are named by their folders
+    seen += keys(validation_input=str(tmp_path / "held" / "b.jsonl"))
+    raw.pop()
+    seen += keys()
+    assert len(set(seen)) == len(seen) == 8
 
 
 def test_work_of_other_versions_is_not_taken_over(

@@ -75,11 +75,16 @@ def test_a_broken_kernel_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_a_wrong_choice_is_seen() -> None:
+    """Each of the three by itself: experts that are not the best, counted and sorted as they should be, too."""
     logits = torch.tensor([[[0.0, 2.0, 1.0]], [[3.0, 1.0, 2.0]]])
     index, load = torch.tensor([[[1, 2]], [[0, 2]]]), torch.tensor([[1, 1, 2]])
     order = torch.tensor([[2, 0, 1, 3]])
     op_cases.check_choice(logits, index, load, order)
-    for wrong in ((index.flip(0), load, order), (index, load + 1, order), (index, load, order.flip(1))):
+    for wrong in (
+        (torch.tensor([[[1, 0]], [[0, 2]]]), torch.tensor([[2, 1, 1]]), torch.tensor([[1, 2, 0, 3]])),
+        (index, load + 1, order),
+        (index, load, torch.tensor([[2, 0, 3, 1]])),  # of one expert the later slot first
+    ):
         with pytest.raises(AssertionError):
             op_cases.check_choice(logits, *wrong)
 

@@ -235,6 +235,20 @@ def test_a_candidate_with_another_result_is_rejected(
     assert not said[0] + said[2] and found["best"]["tiles"]["tile"] == 1024
 
 
+@pytest.mark.parametrize("row, limit", [(0.19, True), (0.21, False), (float("nan"), False)])
+def test_a_row_that_is_another_rejects_a_candidate(
+    row: float, limit: bool, four: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the whole tensor is near enough. Not of a router: a near tie makes another row of its gradient."""
+    inputs = draw(four.build, torch.device("cpu"), torch.bfloat16, 0)
+    wanted, _ = tune.outcome(four, four.today, inputs)
+    monkeypatch.setattr(tune, "row_errors", lambda *_: {"output 0": row})
+    found = tune.timed(four, four.today, [inputs], wanted, HostClock(), 1)
+    assert ("ms" in found) is limit and (limit or found["rejected"].startswith("another result: a row of output 0"))
+    of_a_router = dataclasses.replace(inputs, case=inputs.case._replace(op="route"))
+    assert "ms" in tune.timed(four, four.today, [of_a_router], wanted, HostClock(), 1)
+
+
 def test_todays_tiles_that_do_not_work_fail_the_part(
     four: Search, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
