@@ -81,7 +81,6 @@ def difference(resolved: ResolvedConfig, manifest: Manifest, *, hash_all: bool =
 
 
 def changed_text(key: str, then: Any, now: Any) -> str:
-    """How a setting changed, or one in it."""
     if isinstance(then, dict) and isinstance(now, dict):
         if {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)} == {RECORDED_STOP_WORDS}:
             # Which is no key of a config.

@@ -151,7 +151,6 @@ class TextTokenizer:
             start = stop
 
     def piece(self, number: int) -> str:
-        """The piece of an id."""
         piece: str = self._model.id_to_piece(number)
         return piece
 
@@ -161,7 +160,7 @@ class TextTokenizer:
         for number in range(self.vocab_size):
             if model.is_byte(number):
                 sizes[number] = 1
-            elif not (model.is_control(number) or model.is_unknown(number) or model.is_unused(number)):
+            elif not (model.is_control(number) or model.is_unknown(number)):
                 sizes[number] = len(model.id_to_piece(number).replace(SPACE_SYMBOL, " ").encode("utf-8"))
         return sizes
 
@@ -303,8 +302,6 @@ def _choose(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """A tokenizer to train."""
-
     sources: tuple[SampleSource, ...]
     selection: Selection
     config: TokenizerConfig

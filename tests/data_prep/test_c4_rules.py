@@ -165,10 +165,21 @@ FIVE = "This one has five words."
         ("\n".join([FIVE] * 3 + ["Now lorem ipsum stands here, see."]), None),
         ("\n".join([FIVE] * 3 + ["x = {}"]), "\n".join([FIVE] * 3)),
         ("\n".join([FIVE] * 3 + ["Now there is a { in it."]), None),
+        ("\n".join([FIVE] * 3 + ["Now javascript goes before a {."]), "\n".join([FIVE] * 3)),
+        ("\n".join([FIVE] * 3 + ["A long word: " + 1000 * "x" + " it is."]),
+         "\n".join([FIVE] * 3 + ["A long word: " + 1000 * "x" + " it is."])),
+        ("\n".join([FIVE] * 3 + ["A long word: " + 1001 * "x" + " it is."]), "\n".join([FIVE] * 3)),
     ],
+    ids=lambda text: str(text)[-30:],
 )  # fmt: skip
 def test_the_values_of_the_published_code(text: str, left: str | None) -> None:
     assert ours(text) == published(text) == left
+
+
+def test_a_page_is_dropped_for_what_comes_first() -> None:
+    lorem, curly = "Now lorem ipsum stands here, see.", "Now there is a { in it."
+    assert clean_page(f"{lorem}\n{curly}").reason == "lorem ipsum"
+    assert clean_page(f"{curly}\n{lorem}").reason == "curly bracket"
 
 
 def test_policy_phrases_are_the_published_six() -> None:

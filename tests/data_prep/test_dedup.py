@@ -176,6 +176,12 @@ def _check_the_account(out: Path, files: list[list[str]], **dropped: list[tuple[
     assert counts == {**{kind: len(places) for kind, places in dropped.items()}, "near_similarity": bins}
 
 
+def test_a_similarity_at_the_threshold_itself_is_enough(tmp_path: Path) -> None:
+    texts = originals(2)
+    changed = variant(texts[0], 0.9, random.Random(0))
+    assert run_dedup(tmp_path, [[*texts, texts[0].upper(), changed]], threshold=1.0) == [*texts, changed]
+
+
 def test_validation_holds_nothing_that_resembles_train(tmp_path: Path) -> None:
     """By a hash of the text, a copy with a word changed goes to the other split half of the time."""
     rng = random.Random(2)
@@ -247,6 +253,13 @@ def test_bands_find_candidates_at_the_threshold(threshold: float) -> None:
     bands, rows = band_shape(threshold)
     assert bands * rows <= 256
     assert 1 - (1 - threshold**rows) ** bands >= 0.98
+
+
+def test_what_agrees_by_chance_is_no_similarity() -> None:
+    """One byte of 256 does between documents that have nothing in common."""
+    some = np.arange(256, dtype=np.uint8)
+    others = np.stack([np.where(some < agree, some, some + 1) for agree in (0, 1, 129, 256)]).astype(np.uint8)
+    assert similarity(np.stack([some] * 4), others).tolist() == pytest.approx([0, 0, 128 / 255, 1])
 
 
 def test_similarity_is_an_unbiased_estimate() -> None:

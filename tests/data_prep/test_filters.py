@@ -90,6 +90,47 @@ def test_good_text_passes_and_every_switch_works() -> None:
     assert verdict("", c4=False, gopher_quality=False, min_words=0) == "too few words"  # c4_lines left nothing
 
 
+def lines_of(words: list[str], count: int) -> list[str]:
+    """The words in `count` lines."""
+    each = len(words) // count
+    return [" ".join(words[start : start + each]) for start in range(0, len(words), each)]
+
+
+def test_a_limit_itself_is_allowed() -> None:
+    """100 words of five letters in ten lines, at each limit and one beyond it."""
+    words = ["there", "where", *(f"wo{number:02}d" for number in range(96)), "the", "and"]
+    without_letters = ["12345"] * 20 + words[20:]
+    lines = lines_of(words, 10)
+    short, long = [f"a{number:03}" for number in range(6)], [f"{number:030}" for number in range(4)]
+    cases: list[tuple[str, str | None, dict[str, object]]] = [
+        (" ".join(words), None, {"min_words": 100, "max_words": 100}),
+        (" ".join(words), "too few words", {"min_words": 101}),
+        (" ".join(words), "too many words", {"max_words": 99}),
+        (" ".join(words).replace("wo0", "#o0"), None, {}),
+        (" ".join(words).replace("wo0", "#o0").replace("wo11", "#o11"), "symbols", {}),
+        (" ".join(words).replace("wo0", "#o0").replace("wo1", "…o1"), None, {}),  # the more frequent one counts
+        ("\n".join([*(f"- {line}" for line in lines[:9]), lines[9]]), None, {}),
+        ("\n".join(f"- {line}" for line in lines), "bullet lines", {}),
+        ("\n".join([*(f"{line}..." for line in lines[:3]), *lines[3:]]), None, {}),
+        ("\n".join([*(f"{line}..." for line in lines[:4]), *lines[4:]]), "ellipsis lines", {}),
+        (" ".join(without_letters), None, {}),
+        (" ".join(["12345", *without_letters[:20], *without_letters[21:]]), "words without letters", {}),
+    ]
+    for text, rule, keys in cases:
+        assert verdict(text, c4=False, gopher_repetition=False, **keys) == rule, text
+    repeated: list[tuple[list[str], str | None]] = [
+        ([*short[:3], *short[:3], *long], None),  # 3 of 10 lines, 12 of 144 characters
+        ([*short[:4], *short[:4], *long[:2]], "repeated lines"),
+        ([*lines[:5], lines[0][:40], lines[0][:40]], None),  # 40 of 40 + 40 + 5 x 59 characters, which is a tenth
+        ([*long, *short, long[0]], None),  # 30 of 174, and of 144 without it
+        ([*long, *short[:5], 2 * long[0], 2 * long[0]], "repeated line characters"),
+    ]
+    for of_text, rule in repeated:
+        text = "\n".join(of_text)
+        found = gopher_repetition(text, [f"w{number}" for number in range(50)])
+        assert (found and found[0]) == rule, text
+
+
 def test_stop_words_are_asked_of_english_alone() -> None:
     """Of every document where no language is named, as published; the preparation of other languages lost them all."""
     without = [(text, {"c4": False, "gopher_repetition": False}) for text in (GERMAN * 3, NO_STOP_WORDS)]

@@ -195,6 +195,20 @@ def test_a_refusal_for_bad_files_names_them_all(
     assert error.startswith(f"error: {bad} of {bad + 1} raw files are bad")
 
 
+@pytest.mark.parametrize(
+    "bad, most, code", [(0, 0, 0), (1, 0, 2), (1, 0.1, 0), (1, 0.09, 2), (2, 0.1, 2)]
+)  # of ten records
+def test_as_many_bad_records_as_are_allowed_are_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: int, most: float, code: int
+) -> None:
+    lines = [b'{"text": "word"}'] * (9 - bad) + [b"{no json"] * bad + [b'{"text": ""}']  # an empty one is no bad one
+    path = write(tmp_path / "a.jsonl", b"\n".join(lines))
+    body = {"input": str(path), "output": str(tmp_path / "out"), "workers": 1, "ingest": {"max_bad_records": most}}
+    assert main(["ingest", "--config", str(write(tmp_path / "c.json", json.dumps(body).encode()))]) == code
+    if code:
+        assert f"{bad} of 10 records are malformed, more than ingest.max_bad_records {most}" in one_error(capsys)
+
+
 def test_the_text_is_where_text_key_says(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b'{"a": {"b": "one"}, "c": 1}\n{"a.b": "two"}\n{"a": "b"}\n')
     texts, (rejected,) = read(path, text_key="a.b")

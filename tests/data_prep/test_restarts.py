@@ -1,6 +1,7 @@
 """What stands between two attempts: other versions of the code, lost connections, killed workers."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from common.arguments import set_options
 from common.errors import DataError
 from common.paths import REPOSITORY
 from data_prep.cli import main
@@ -18,11 +20,14 @@ from data_prep.config import versions
 from data_prep.config.loading import load_config
 from data_prep.config.resolved import resolve
 from data_prep.config.schema import DedupConfig, FilterConfig
+from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.raw import locations
 from data_prep.run.pipeline import Pipeline
 from data_prep.run.preparation import Preparation
-from data_prep.run.stages import STAGES, spread
+from data_prep.run.stages import STAGES, _training, spread
 from data_prep.stages.id_maker import IdRecipe
+from data_prep.stages.ingest import ingest_folder, ingest_tasks
+from data_prep.stages.tokenizer import train_tokenizer
 from data_prep.work.parallel import Workers
 from tests.data_prep.outcome import one_error, outputs
 from tests.data_prep.raw_corpus import write_config, write_corpus
@@ -85,6 +90,116 @@ def test_work_of_other_settings_is_not_taken_over(raw: tuple[Path, dict[str, Any
         assert folders_of(config, f"tokenizer.{setting}")["tokenizer"] != names["tokenizer"], setting
     for setting in ("separator=<S>", "sentences=lines"):
         assert folders_of(config, f"tokenizer.{setting}")["encode"] != names["encode"], setting
+
+
+def test_what_is_to_be_read_otherwise_is_read_again(tmp_path: Path) -> None:
+    """Each key that decides what a raw file gives names the folder of what was read, and no other key does."""
+    for name in ("a.txt", "one.model", "other.model"):
+        (tmp_path / name).write_text(name)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"input": str(tmp_path / "a.txt"), "output": str(tmp_path / "out")}))
+    ids = ["format=token_array", 'tokenizer={"type": "ids", "name": "x", "vocab_size": 300}', "end_of_document=0"]
+    model = f"tokenizer.model={tmp_path / 'one.model'}"
+
+    def folder(encodes: bool, *overrides: str) -> str:
+        return ingest_folder(resolve(load_config(config, overrides)), encodes=encodes).name
+
+    for encodes, given, others in (
+        (False, [], ["ingest.max_document_bytes=2000", "format=jsonl", "text_key=body"]),
+        (False, ["format=text"], ["text_documents=blank_lines", "validation_from=end"]),
+        (False, ["format=text", "validation_from=end"], ["validation_fraction=0.1"]),
+        (False, ["format=enwik8", 'tokenizer={"type": "bytes"}'], ["split_bytes=[5,0,0]"]),
+        (True, ids, ["end_of_document=1", "id_dtype=uint32", "tokenizer.name=y", "tokenizer.vocab_size=301"]),
+        (True, [model], [model.replace("one", "other"), "tokenizer.separator=S", "validation_fraction=0.1"]),
+    ):
+        names = [folder(encodes, *given), *(folder(encodes, *given, other) for other in others)]
+        assert len(set(names)) == len(names), given
+    for other in ("workers=3", "ingest.max_bad_files=1", "validation_fraction=0.1", "tokenizer.seed=3"):
+        assert folder(False, other) == folder(False), other
+    # A copy of the model elsewhere is the same model.
+    (tmp_path / "copy.model").write_text("one.model")
+    assert folder(True, model.replace("one", "copy")) == folder(True, model)
+
+
+def test_work_on_other_files_is_not_taken_over(raw: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """What is found over all files is found again where there is one more; what is said of a part stays."""
+    model = tmp_path / "m.model"
+    model.write_bytes(train_tokenizer(["a few words of text"], TokenizerConfig(vocab_size=275)))
+    files = [f"{raw[0]}/raw/own.jsonl", f"{raw[0]}/raw/c4-validation.json.gz"]
+    changes: dict[str, Any] = {"input": files[:1], "validation_input": [], "filter": None, "keep_work": True}
+    config = write_config(raw, "files", **changes, tokenizer={"model": str(model), "allow_lossy": True})
+    more, alone = f"input={json.dumps(files)}", "dedup=null"
+
+    def folders(*overrides: str) -> dict[str, str]:
+        assert main(["ingest", "--config", str(config), *set_options(overrides)]) == 0
+        made = Preparation(resolve(load_config(config, overrides)))
+        made._copied_model()
+        paths = [made.ingest_folder(), made.encode_folder(), made.shard_folder()]
+        if made.resolved.config.dedup is not None:
+            paths += [made.signature_folder(), made.dedup_folder()]
+        return {path.name.partition("-")[0]: path.name for path in paths}
+
+    def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
+        return {name for name in one if one[name] != other[name]}
+
+    names, without = folders(), folders(alone)
+    assert changed(names, folders(more)) == {"dedup", "encode", "shards"}
+    assert changed(without, folders(more, alone)) == {"shards"}
+    assert changed(without, folders("shard.tokens_per_shard=9000", alone)) == {"shards"}
+    assert changed(without, folders("validation_fraction=0.1", alone)) == {"encode", "shards"}
+    trained = ["tokenizer.model=null", "tokenizer.vocab_size=300", alone]
+    found = [
+        Preparation(resolve(load_config(config, [*trained, *more_of]))).tokenizer_folder().name
+        for more_of in ([], [more], ["validation_fraction=0.1"], ["tokenizer.sample_files=1"])
+    ]
+    assert len(set(found)) == 4
+
+
+def test_a_tokenizer_is_trained_on_the_train_split_of_the_files_that_are_asked_for(
+    raw: tuple[Path, dict[str, Any]],
+) -> None:
+    config = write_config(raw, "trained", filter=None, dedup=None)
+    assert main(["ingest", "--config", str(config)]) == 0
+
+    def looked_at(*overrides: str) -> tuple[set[str], set[str]]:
+        sources = _training(Preparation(resolve(load_config(config, overrides)))).sources
+        parts = [(source, part) for source in sources for part in source.parts]
+        names = {name for source, part in parts for name, _ in part.files if name in source.files}
+        return names, {part.split for _, part in parts}
+
+    train = {"c4-train.00000.json.gz", "c4-train.00001.json.gz", "pes2o-train.json.gz", "own.jsonl"}
+    assert looked_at() == (train, {"train"})
+    assert looked_at("tokenizer.sample_files=1") == ({"c4-train.00000.json.gz"}, {"train"})
+
+
+def test_a_raw_file_that_changed_or_goes_elsewhere_is_read_again(tmp_path: Path) -> None:
+    config, raw = tmp_path / "config.json", [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in raw:
+        path.write_text("a")
+        os.utime(path, ns=(0, 0))
+
+    def keys(**more: str) -> list[str]:
+        body = {"input": [str(path) for path in raw], "output": str(tmp_path / "out"), **more}
+        config.write_text(json.dumps(body))
+        return [task.key for task in ingest_tasks(resolve(load_config(config, ())), None)]
+
+    (first,) = keys()
+    seen = [first]
+    assert keys() == seen
+    raw[1].write_text("b")
+    os.utime(raw[1], ns=(0, 1))  # as large
+    seen += keys()
+    raw[1].write_text("bb")
+    os.utime(raw[1], ns=(0, 1))  # as old
+    seen += keys()
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "v.jsonl").write_text("v")
+    seen += keys(validation_input=str(tmp_path / "held" / "v.jsonl"))  # then all of the others are train
+    (tmp_path / "held" / "v.jsonl").rename(tmp_path / "held" / "b.jsonl")  # then they are named by their folders
+    seen += keys(validation_input=str(tmp_path / "held" / "b.jsonl"))
+    raw.pop()
+    seen += keys()
+    assert len(set(seen)) == len(seen) == 8
 
 
 def test_work_of_other_versions_is_not_taken_over(

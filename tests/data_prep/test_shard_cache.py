@@ -118,8 +118,23 @@ def test_shards_of_another_user_whose_group_may_write_them_are_used(
 
 
 def test_a_limit_below_one_shard_is_refused(memory: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.cache_bytes: 4000 holds not even one shard"):
-        ShardCache(memory, tmp_path / "cache", 4000)
+    entries = ShardCache(memory, tmp_path / "cache", 10**9).manifest.split("train")
+    size = max(entry.bytes + entry.index_bytes for entry in entries)
+    with pytest.raises(DataError, match=rf"data\.cache_bytes: {size - 1} holds not even one shard"):
+        ShardCache(memory, tmp_path / "cache", size - 1)
+    cache = ShardCache(memory, tmp_path / "cache", size)
+    with reader_of(cache) as reader:
+        np.testing.assert_array_equal(reader.read(0, len(EVERYTHING)), EVERYTHING)
+    large = next(entry for entry in entries if entry.bytes + entry.index_bytes == size)
+    other = next(entry for entry in entries if entry is not large)
+    with (
+        cache.hold(large),
+        pytest.raises(DataError, match=rf"data\.cache_bytes: {size} are full of shards that other processes are"),
+        ShardCache(memory, tmp_path / "cache", size).hold(other),
+    ):
+        pass
+    with cache.hold(large):
+        assert stored(tmp_path / "cache") == size, "what is held stays"
 
 
 def test_a_wrong_or_broken_file_never_stays(remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +200,9 @@ def test_what_was_damaged_in_the_cache_is_fetched_again(memory: str, tmp_path: P
         np.testing.assert_array_equal(reader.read(0, len(EVERYTHING)), EVERYTHING)
     cache.manifest.check("full")
     assert shards[4].stat().st_ino == untouched, "what is whole is not fetched again"
+    indexes[5].unlink()  # of a shard that this process has hashed
+    with cache.hold(cache.manifest.split("train")[5]):
+        assert indexes[5].exists()
 
 
 def test_a_broken_connection_is_tried_again(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +226,8 @@ def test_what_a_killed_process_left_is_overwritten_and_counted(memory: str, tmp_
     for entry in entries[:2]:
         (cache.manifest.folder / f"{entry.file}.partial").write_bytes(b"z" * (entry.bytes + 5))
     small = ShardCache(memory, tmp_path / "cache", 2 * size)
+    with small.hold(entries[2]):
+        assert stored(tmp_path / "cache") <= 2 * size
     with reader_of(small) as reader:
         np.testing.assert_array_equal(reader.read(0, len(EVERYTHING)), EVERYTHING)
     assert not list((tmp_path / "cache" / NAME).glob("*/*.partial"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from common.errors import DataError
+from common.errors import DataError, UserError
 from data_prep.shards.format import Manifest, dtype_name, manifest_digest
 from data_prep.shards.reader import ShardReader, SplitReader
 
@@ -127,8 +127,18 @@ def test_flipped_byte_is_found_on_first_read_and_by_the_full_check(manifest: Man
     first_shard_tokens = manifest.split("train")[0].tokens
     with SplitReader(manifest, "train", verify_on_first_read=True) as reader:
         reader.read(0, first_shard_tokens)  # the damaged shard is not touched yet
-        with pytest.raises(DataError, match=message):
-            reader.read(first_shard_tokens - 1, first_shard_tokens + 1)
+        for _ in range(2):  # nor is it taken for whole once that was said
+            with pytest.raises(DataError, match=message):
+                reader.read(first_shard_tokens - 1, first_shard_tokens + 1)
+
+
+def test_the_full_check_hashes_every_shard_of_every_split(manifest: Manifest) -> None:
+    entries = [*manifest.split("train"), *manifest.split("validation")]
+    for entry in entries:
+        flip_byte(manifest.folder / entry.file, 700)
+    found: list[UserError] = []
+    manifest.check("full", problem=found.append)
+    assert [str(error).split()[0].rpartition("/")[2] for error in found] == [entry.file for entry in entries]
 
 
 @pytest.mark.parametrize("level", ["size", "full"])
@@ -167,9 +177,11 @@ def replace(name: str, make: Callable[[np.ndarray], np.ndarray]) -> Callable[[di
     "change, message",
     [
         (add("member_tokens", 0, 1), "members hold"),
+        (add("member_tokens", 0, -1), "members hold"),
         (add("member_offset", -1, 1 << 30), "leave the shard"),
         (add("member_offset", 1, 2), "off the tar blocks"),
         (add("member_offset", 1, -1024), "member offsets overlap"),
+        (add("member_offset", 1, -512), "member offsets overlap"),  # no room for its header
         (add("document_start", 0, 1), "document starts must rise from 0"),
         (add("document_start", -1, 1 << 40), "document starts must rise from 0"),
         (replace("document_start", lambda a: a[::-1]), "document starts must rise from 0"),
@@ -210,12 +222,14 @@ def set_shard(key: str, value: Any) -> Edit:
         (set_shard("file", "train-00001.tar"), "listed twice"),
         (set_shard("tokens", "12"), r"splits\.train\.0\.tokens: Input should be a valid integer"),
         (set_shard("tokens", 12), "totals of split 'train'"),
+        (set_shard("documents", 12), "totals of split 'train'"),
         (set_shard("sha256", "ABC"), r"splits\.train\.0\.sha256"),
         (set_shard("checksum", "x"), r"splits\.train\.0\.checksum: Extra inputs are not permitted"),
         (lambda body: body.update(colour="red"), "colour: Extra inputs are not permitted"),
         (lambda body: body.update(format_version=2), "format_version is 2, this code reads 1"),
         (lambda body: body.pop("format_version"), "format_version is None"),
         (lambda body: body.update(dtype="uint32"), "dtype, vocab_size and eos_id contradict"),
+        (lambda body: body["tokenizer"].update(eos_id=500), "dtype, vocab_size and eos_id contradict"),
         (lambda body: body["tokenizer"].update(file="../tokenizer.model"), "must be relative"),
         (lambda body: body["tokenizer"].update(kind="words"), r"tokenizer\.kind: Input should be"),
         (lambda body: body["tokenizer"].update(kind="bytes"), "bytes have vocab_size 256 and neither file"),
@@ -292,3 +306,12 @@ def test_a_shard_is_hashed_once_unless_its_file_is_replaced(
         reader.trust({entries[0].file: (status.st_size, 0)})
         reader.read(0, 1)
     assert hashed[-1] == entries[0].file, "another stamp than that of the file says nothing of it"
+
+
+def test_a_shard_that_was_opened_for_its_index_alone_is_hashed_when_it_is_read(manifest: Manifest) -> None:
+    first = manifest.split("train")[0]
+    flip_byte(manifest.folder / first.file, 700)
+    with SplitReader(manifest, "train", True, max_open_shards=1) as reader:
+        reader.document_index(np.array([0, first.tokens]), 1)  # opens the second, so closes the first
+        with pytest.raises(DataError, match=f"expected sha256 {first.sha256}"):
+            reader.read(0, 1)

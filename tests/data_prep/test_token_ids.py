@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main
+from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.raw import token_ids
 from data_prep.raw.megatron_index import MegatronIndex
 from data_prep.report.show import verify
 from data_prep.shards.format import Manifest
+from data_prep.stages.id_maker import IdRecipe
 from data_prep.stages.tokenizer import TextTokenizer
 from tests.data_prep.conftest import Corpus
 from tests.data_prep.id_files import (
@@ -294,3 +296,26 @@ def test_ids_that_begin_like_a_packed_file_are_ids(prepare_ids: Prepare, tmp_pat
     array = write_plain(tmp_path / "ids.bin", [35_615, 5, EOS, 7], "<u2")
     out = prepare_ids(format="token_array", input=str(array), validation_fraction=0, end_of_document=35_615)
     assert stored_documents(out) == [[5], [7]]
+
+
+def test_ids_of_another_name_size_or_end_are_of_another_tokenizer() -> None:
+    """Data sets of two are not mixed."""
+
+    def known_by(eos_id: int = 0, **given: Any) -> tuple[str | None, str]:
+        settings = TokenizerConfig.model_validate({"type": "ids", "name": "x", "vocab_size": 300, **given})
+        recipe = IdRecipe(model=None, settings=settings, takes_ids=True, eos_id=eos_id)
+        return recipe.entry().sha256, str(recipe.key())
+
+    found = [known_by(), known_by(name="y"), known_by(vocab_size=301), known_by(eos_id=1)]
+    assert len({sha256 for sha256, _ in found}) == len({key for _, key in found}) == 4
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_the_index_gives_every_document_however_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr("data_prep.raw.megatron_index._DOCUMENTS_AT_ONCE", 3)
+    documents = [[[5] * number, [6]] for number in range(count)]
+    write_megatron(tmp_path / "a", "uint16", documents)
+    lengths = [length for some in MegatronIndex(tmp_path / "a.bin").lengths() for length in some.tolist()]
+    assert lengths == [number + 1 for number in range(count)]

@@ -167,7 +167,7 @@ def test_windows_across_shards_keep_their_tokens(folder: Path) -> None:
     manifest = write_data(folder.parent / "more", documents, vocab_size=400, tokens_per_shard=500, tokens_per_member=64)
     everything = joined(documents)
     with SplitReader(manifest, "train", True, max_open_shards=2) as split:
-        starts = np.random.default_rng(0).integers(0, len(everything) - 700, 50)
+        starts = np.append(np.random.default_rng(0).integers(0, len(everything) - 700, 50), len(everything) - 700)
         rows = split.read_rows(starts, 700)
         for row, start in zip(rows, starts.tolist(), strict=True):
             np.testing.assert_array_equal(row, everything[start : start + 700])

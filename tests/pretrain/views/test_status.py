@@ -104,6 +104,13 @@ def test_a_validation_has_its_moving_average_beside_it(tmp_path: Path) -> None:
     assert "best 4.5000 after step 4\n" in shown(write(tmp_path / "off", events=events))
 
 
+def test_a_hang_is_said_once(tmp_path: Path) -> None:
+    """The message begins as the event is called."""
+    message = "hang: step 5, forward does not end. Did not arrive: rank 1"
+    text = shown(write(tmp_path / "run", events=[{"event": "hang", "time": 2.0, "message": message}]), 200)
+    assert "hung: step 5, forward does not end\n" in text
+
+
 def test_an_explanation_is_wrapped_and_no_word_lost(tmp_path: Path) -> None:
     words = " ".join(f"word{number}" for number in range(40))
     events = [{"event": "skipped_checkpoint", "time": 2.0, "path": "step-00000009", "reason": words}]
@@ -156,6 +163,11 @@ def test_the_speed_is_that_of_the_start_that_goes_on(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in slow + fast))
     view = RunView.open(folder)
     assert speed_text(view) == "64 tokens/s, 0.5 s a step, 30.0% of the peak FLOP/s"
+    # The peak is of the same steps as the time, though only the newest has a utilization that is read.
+    slowest = row(36, step_seconds=1.1, data_wait_seconds=0.0, flops_utilization=0.15)
+    other = write(tmp_path / "other", 0)
+    (other / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*fast, slowest]))
+    assert speed_text(RunView.open(other)) == "53 tokens/s, 0.6 s a step, 27.5% of the peak FLOP/s"
     assert summary(view)["seconds_per_step"] == 0.5
     with (folder / "events.jsonl").open("a") as file:
         file.write(json.dumps({"event": "started", "time": 3.0, "step": 35, "last_step": 40}) + "\n")
