@@ -248,7 +248,11 @@ def test_convert_finds_the_tokenizer_or_says_why_not(
     (moved / "tokenizer.model").write_bytes(b"another")
     assert main(["convert", str(newest), "--to", str(tmp_path / "no"), "--data", str(moved)]) == 2
     assert "tokenizer.model does not match its manifest" in capsys.readouterr().err
-    rewrite_state(newest, lambda state: state.update(manifest_digest="0" * 64))
+    rewrite_state(newest, lambda state: state.update(manifest_digest="0" * 64))  # the same tokenizer is enough
+    assert main(["convert", str(newest), "--to", str(tmp_path / "anew"), "--data", str(prepared)]) == 0
+    assert (tmp_path / "anew" / "tokenizer.model").read_bytes() == (prepared / "tokenizer.model").read_bytes()
+    capsys.readouterr()
+    rewrite_state(newest, lambda state: state.update(tokenizer_sha256="0" * 64))
     assert main(["convert", str(newest), "--to", str(tmp_path / "no"), "--data", str(prepared)]) == 2
     assert "is not the data set that the run read" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
