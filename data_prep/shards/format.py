@@ -223,20 +223,16 @@ class Manifest(Record):
         if level == "size":
             return
         if part[0] == 0:
-            self.check_records(problem, patience)
-        self.hash_shards(whole, show_progress, problem, patience)
+            self.check_records(patience, problem)
+        self.hash_shards(whole, show_progress, patience, problem)
 
-    def check_records(self, problem: Problem = refuse, patience: Patience = lambda check: check()) -> None:
+    def check_records(self, patience: Patience, problem: Problem = refuse) -> None:
         """The part of `check` for the records of the preparation, which training does without."""
         for record in self.provenance.records:
             _passes(problem, patience, partial(_check_record, self.folder / record.file, record))
 
     def hash_shards(
-        self,
-        entries: list[ShardEntry],
-        show_progress: bool = False,
-        problem: Problem = refuse,
-        patience: Patience = lambda check: check(),
+        self, entries: list[ShardEntry], show_progress: bool, patience: Patience, problem: Problem = refuse
     ) -> None:
         """The part of `check` that takes long: reads these shards, and compares their sha256."""
         from common.progress_bar import byte_bar  # here, so that the read path does not import tqdm

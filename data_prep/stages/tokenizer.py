@@ -160,7 +160,7 @@ class TextTokenizer:
         for number in range(self.vocab_size):
             if model.is_byte(number):
                 sizes[number] = 1
-            elif not (model.is_control(number) or model.is_unknown(number) or model.is_unused(number)):
+            elif not (model.is_control(number) or model.is_unknown(number)):
                 sizes[number] = len(model.id_to_piece(number).replace(SPACE_SYMBOL, " ").encode("utf-8"))
         return sizes
 

@@ -108,7 +108,7 @@ def largest_size(logits: Tensor) -> float:
     return float(torch.stack([rows.abs().max() for rows in logits.split(ROWS, 1)]).max())
 
 
-def logits_of(model: LanguageModel, tokens: Tensor, document_end: int | None = None) -> Tensor:
+def logits_of(model: LanguageModel, tokens: Tensor, document_end: int | None) -> Tensor:
     """Logits [1, L, vocab_size] of `tokens` [1, L], chunk by chunk if the model has a memory. Behind the id
     `document_end` nothing before is seen."""
     if model.config.memory_length:

@@ -210,7 +210,7 @@ class PlannedRun:
             rollback := pending(read_rollbacks(self.run_dir, branch_start(self.config, newest)))
         ):
             undone = f", for the last start decided to go back to before step {rollback.first_step:,}"
-            paths = paths_to_try(self.config, self.run_dir, rollback, patience=patience)
+            paths = paths_to_try(self.config, self.run_dir, rollback, patience)
             newest = newest_committed(paths, check_sizes=self.alone, patience=patience)
         self.newest = newest
         self.has_checkpoint = newest is not None

@@ -72,6 +72,13 @@ def test_the_content_is_on_the_disk_before_it_gets_its_name_and_the_name_before_
     num_open = len(os.listdir("/proc/self/fd"))
     write_file(tmp_path / "a", b"content")
     assert calls == [("fsync", b"content"), ("replace", b"content"), ("fsync", ["a"])]
+    calls.clear()
+    with replacing_all(tmp_path) as put:  # in the order of the calls
+        put("c", b"first")
+        put("b", b"last")
+    (*calls, (last, names)) = calls
+    assert calls == [(call, content) for call in ("fsync", "replace") for content in (b"first", b"last")]
+    assert last == "fsync" and sorted(names) == ["a", "b", "c"]
     assert len(os.listdir("/proc/self/fd")) == num_open
 
 

@@ -25,6 +25,8 @@ def in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, file
         ("0::/slurmstepd.scope/job_7/step_0/user", {"slurmstepd.scope/job_7/memory.max": "1000"}, 1000),
         ("5:cpu:/s\n4:memory:/s/job_7/step_0", {"memory/s/job_7/memory.limit_in_bytes": "1000"}, 1000),
         ("0::/", {"memory.max": "2000"}, 2000),  # a container's own view
+        ("0::/pod/one", {"pod/memory.max": "2000", "pod/one/memory.max": "1000"}, 1000),
+        ("0::/pod/one", {"pod/memory.max": "1000", "pod/one/memory.max": "2000"}, 1000),
         ("0::/a", {"a/memory.max": "max"}, float("inf")),
         ("no cgroups", {}, float("inf")),
     ],

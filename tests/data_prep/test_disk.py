@@ -43,7 +43,9 @@ def test_the_formula(tmp_path: Path) -> None:
     assert estimate(tmp_path, input=[plain, packed]) == 4 * (400_000 + 2 * 2 * 250_000)
     assert estimate(tmp_path, input=plain, dedup={}) == 400_000 + 2 * 2 * 250_000 + 250_000
     assert estimate(tmp_path, input=plain, dedup={"near": False}) == 400_000 + 2 * 2 * 250_000
-    assert estimate(tmp_path, input=plain, tokenizer={"vocab_size": 70_000}) == 400_000 + 2 * 4 * 250_000
+    for vocab_size, id_bytes in ((65_536, 2), (65_537, 4), (70_000, 4)):
+        needed = 400_000 + 2 * id_bytes * 250_000
+        assert estimate(tmp_path, input=plain, tokenizer={"vocab_size": vocab_size}) == needed
     given = {"model": plain}
     assert estimate(tmp_path, input=plain, tokenizer=given) == 2 * 2 * 250_000, "ids are made while reading"
     assert estimate(tmp_path, input=plain, format="enwik8", tokenizer={"type": "bytes"}) == 2 * 2 * 1_000_000

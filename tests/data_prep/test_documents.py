@@ -152,6 +152,36 @@ def test_a_long_file_of_one_line_costs_no_more_than_the_limit(tmp_path: Path) ->
     assert rejected.size < 3 << 20
 
 
+@pytest.mark.parametrize("block", [30, 1 << 20])
+def test_a_line_as_long_as_is_allowed_is_read_and_lines_keep_their_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Also behind one that comes in many pieces."""
+    monkeypatch.setattr("data_prep.raw.unpack.BLOCK_BYTES", block)
+
+    def line(size: int) -> bytes:
+        """With its end."""
+        return b'{"text": "' + b"x" * (size - 13) + b'"}\n'
+
+    lines = [line(100), line(101), line(999), b"no json\n", b"\n", line(99), line(100)]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    records = list(RawFile(tmp_path / "a.jsonl", max_document_bytes=100).read())
+    found = [(record.position, record.reason if isinstance(record, Rejected) else "") for record in records]
+    assert found == [(1, ""), (2, "too long"), (3, "too long"), (4, "not JSON"), (6, ""), (7, "")]
+
+
+def test_pages_are_named_by_their_byte_in_the_whole_file(tmp_path: Path) -> None:
+    pages = [b"<page>\n" + b"x" * size + b"\n" for size in (3, 5, 1, 9, 2)]
+    content, sizes = b"".join(pages), (len(b"".join(pages[:2])), len(pages[2]) + len(pages[3]) - 4, len(pages[4]) + 4)
+    (tmp_path / "enwik8").write_bytes(content)
+    found = list(RawFile(tmp_path / "enwik8", format="enwik8", split_bytes=sizes).read())
+    documents = [record for record in found if isinstance(record, Document)]
+    assert [record.split for record in documents] == [*["train"] * 2, *["validation"] * 2, "test"]
+    assert len(documents) == len(found) and b"".join(record.data for record in documents) == content
+    for record in documents:
+        assert content[record.position :].startswith(record.data)
+
+
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"])
 def test_a_small_text_costs_no_memory_for_the_longest_allowed(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     (tmp_path / "a.txt").write_bytes(pack(b"text"))

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,13 @@ def test_a_file_that_is_damaged_for_one_copy_alone(task: IngestTask, monkeypatch
     for name in after.keys() & before.keys():
         if name.partition(".")[0] in parts_of_first:
             assert after[name] == before[name]
+
+
+def test_a_damaged_file_takes_nothing_of_the_one_before_it(task: IngestTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose last documents stand in a part that is still open when the parts of the damaged one begin."""
+    serve(monkeypatch, cut)
+    ingest_batch(replace(task, files=task.files[::-1], part_bytes=1 << 20))
+    left = read_state(task)
+    assert left is not None
+    assert [(file.documents, file.damaged is None) for file in left.files] == [(30, True), (0, False)]
+    assert [(part.documents, part.files) for part in left.parts] == [(30, (("b.jsonl", 30),))]

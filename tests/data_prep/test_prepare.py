@@ -83,6 +83,9 @@ def test_a_second_run_is_up_to_date_whatever_the_workers(
     assert run(config, "--set", "workers=2") == 0
     assert "up to date" in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
+    (prepared / "train-00001.tar").unlink()
+    assert run(config) == 2
+    assert "missing file" in one_error(capsys)
 
 
 def test_other_settings_are_refused_and_force_rebuilds(
@@ -111,6 +114,12 @@ def test_other_raw_files_are_refused(
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**body, "output": str(prepared)}))
     assert run(config) == 0  # the same content elsewhere is the same data
+    *train, moved = body["input"]  # the same files in the same order, of which another one is held out
+    held_out = {"input": train, "validation_input": [moved, *body["validation_input"]]}
+    config.write_text(json.dumps({**body, **held_out, "output": str(prepared)}))
+    assert run(config) == 2
+    assert "train-00000.json.gz has changed or is another file" in one_error(capsys)
+    config.write_text(json.dumps({**body, "output": str(prepared)}))
     changed = tmp_path / "raw" / "c4" / "c4-train.00001-of-00002.json.gz"
     data = bytearray(changed.read_bytes())
     data[-1] ^= 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from common.arguments import set_options
 from common.errors import DataError
 from common.paths import REPOSITORY
 from data_prep.cli import main
@@ -19,12 +20,14 @@ from data_prep.config import versions
 from data_prep.config.loading import load_config
 from data_prep.config.resolved import resolve
 from data_prep.config.schema import DedupConfig, FilterConfig
+from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.raw import locations
 from data_prep.run.pipeline import Pipeline
 from data_prep.run.preparation import Preparation
-from data_prep.run.stages import STAGES, spread
+from data_prep.run.stages import STAGES, _training, spread
 from data_prep.stages.id_maker import IdRecipe
 from data_prep.stages.ingest import ingest_folder, ingest_tasks
+from data_prep.stages.tokenizer import train_tokenizer
 from data_prep.work.parallel import Workers
 from tests.data_prep.outcome import one_error, outputs
 from tests.data_prep.raw_corpus import write_config, write_corpus
@@ -116,6 +119,57 @@ def test_what_is_to_be_read_otherwise_is_read_again(tmp_path: Path) -> None:
     # A copy of the model elsewhere is the same model.
     (tmp_path / "copy.model").write_text("one.model")
     assert folder(True, model.replace("one", "copy")) == folder(True, model)
+
+
+def test_work_on_other_files_is_not_taken_over(raw: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """What is found over all files is found again where there is one more; what is said of a part stays."""
+    model = tmp_path / "m.model"
+    model.write_bytes(train_tokenizer(["a few words of text"], TokenizerConfig(vocab_size=275)))
+    files = [f"{raw[0]}/raw/own.jsonl", f"{raw[0]}/raw/c4-validation.json.gz"]
+    changes: dict[str, Any] = {"input": files[:1], "validation_input": [], "filter": None, "keep_work": True}
+    config = write_config(raw, "files", **changes, tokenizer={"model": str(model), "allow_lossy": True})
+    more, alone = f"input={json.dumps(files)}", "dedup=null"
+
+    def folders(*overrides: str) -> dict[str, str]:
+        assert main(["ingest", "--config", str(config), *set_options(overrides)]) == 0
+        made = Preparation(resolve(load_config(config, overrides)))
+        made._copied_model()
+        paths = [made.ingest_folder(), made.encode_folder(), made.shard_folder()]
+        if made.resolved.config.dedup is not None:
+            paths += [made.signature_folder(), made.dedup_folder()]
+        return {path.name.partition("-")[0]: path.name for path in paths}
+
+    def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
+        return {name for name in one if one[name] != other[name]}
+
+    names, without = folders(), folders(alone)
+    assert changed(names, folders(more)) == {"dedup", "encode", "shards"}
+    assert changed(without, folders(more, alone)) == {"shards"}
+    assert changed(without, folders("shard.tokens_per_shard=9000", alone)) == {"shards"}
+    assert changed(without, folders("validation_fraction=0.1", alone)) == {"encode", "shards"}
+    trained = ["tokenizer.model=null", "tokenizer.vocab_size=300", alone]
+    found = [
+        Preparation(resolve(load_config(config, [*trained, *more_of]))).tokenizer_folder().name
+        for more_of in ([], [more], ["validation_fraction=0.1"], ["tokenizer.sample_files=1"])
+    ]
+    assert len(set(found)) == 4
+
+
+def test_a_tokenizer_is_trained_on_the_train_split_of_the_files_that_are_asked_for(
+    raw: tuple[Path, dict[str, Any]],
+) -> None:
+    config = write_config(raw, "trained", filter=None, dedup=None)
+    assert main(["ingest", "--config", str(config)]) == 0
+
+    def looked_at(*overrides: str) -> tuple[set[str], set[str]]:
+        sources = _training(Preparation(resolve(load_config(config, overrides)))).sources
+        parts = [(source, part) for source in sources for part in source.parts]
+        names = {name for source, part in parts for name, _ in part.files if name in source.files}
+        return names, {part.split for _, part in parts}
+
+    train = {"c4-train.00000.json.gz", "c4-train.00001.json.gz", "pes2o-train.json.gz", "own.jsonl"}
+    assert looked_at() == (train, {"train"})
+    assert looked_at("tokenizer.sample_files=1") == ({"c4-train.00000.json.gz"}, {"train"})
 
 
 def test_a_raw_file_that_changed_or_goes_elsewhere_is_read_again(tmp_path: Path) -> None:

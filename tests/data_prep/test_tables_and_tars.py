@@ -60,6 +60,12 @@ def test_text_members_are_documents(tmp_path: Path, pack: Any, format: str) -> N
     assert read(write(tmp_path / "a.tar", pack(TEXT_TAR)), format) == (TEXTS, [])
 
 
+def test_a_member_as_long_as_is_allowed_is_read_and_a_longer_one_is_not_cut(tmp_path: Path) -> None:
+    stored = tar_of(("a.txt", b"x" * 1024), ("b.txt", b"x" * 1025), ("c.json", b'{"text": "' + b"x" * 1012 + b'"}'))
+    texts, (rejected,) = read(write(tmp_path / "a.tar", stored), max_document_bytes=1024)
+    assert texts == ["x" * 1024, "x" * 1012] and (rejected.position, rejected.reason) == (2, "too long")
+
+
 def test_members_of_other_kinds_are_named_and_never_opened(tmp_path: Path) -> None:
     bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
     stored = tar_of(

@@ -308,3 +308,14 @@ def test_ids_of_another_name_size_or_end_are_of_another_tokenizer() -> None:
 
     found = [known_by(), known_by(name="y"), known_by(vocab_size=301), known_by(eos_id=1)]
     assert len({sha256 for sha256, _ in found}) == len({key for _, key in found}) == 4
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_the_index_gives_every_document_however_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr("data_prep.raw.megatron_index._DOCUMENTS_AT_ONCE", 3)
+    documents = [[[5] * number, [6]] for number in range(count)]
+    write_megatron(tmp_path / "a", "uint16", documents)
+    lengths = [length for some in MegatronIndex(tmp_path / "a.bin").lengths() for length in some.tolist()]
+    assert lengths == [number + 1 for number in range(count)]

@@ -3,11 +3,13 @@
 import errno
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
@@ -23,7 +25,7 @@ from data_prep.stages.tokenizer import (
     train_tokenizer,
     training_lines,
 )
-from data_prep.work.parts import PartWriter
+from data_prep.work.parts import Part, PartWriter
 from tests.data_prep.conftest import make_texts
 
 
@@ -48,6 +50,23 @@ def test_odd_texts_survive(model: bytes, text: str) -> None:
     assert tokenizer.decode(ids) == text
     # Ids that are there already tell the bytes of their text; no blank stands before U+2581, which is three bytes.
     assert tokenizer.piece_bytes()[ids].sum() - tokenizer.prefix_bytes()[ids[:1]].sum() == len(text.encode())
+
+
+def test_bytes_of_ids_are_those_of_their_text_also_of_models_that_others_made(model: bytes) -> None:
+    """Without a blank before a text; and with a piece that encoding does not use, but ids of another program may be."""
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model)
+    proto.normalizer_spec.add_dummy_prefix = False
+    unused = TextTokenizer(model, name="m").encode("shard")[0]
+    proto.pieces[int(unused)].type = sentencepiece_model_pb2.ModelProto.SentencePiece.UNUSED  # type: ignore[attr-defined]
+    tokenizer = TextTokenizer(proto.SerializeToString(), name="m")
+    for ids in (
+        tokenizer.encode(" a shard\nb"),
+        tokenizer.encode("a"),
+        np.array([unused, *tokenizer.encode("a"), unused]),
+    ):
+        size = tokenizer.piece_bytes()[ids].sum() - tokenizer.prefix_bytes()[ids[:1]].sum()
+        assert size == len(tokenizer.decode(ids).encode()), ids
 
 
 def test_random_texts_survive(model: bytes) -> None:
@@ -149,19 +168,54 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
         TextTokenizer.load(tmp_path / "none.model")
 
 
+def write_parts(folder: Path, name: str, *halves: list[str]) -> tuple[Part, ...]:
+    """Parts of one raw file, with these documents each."""
+    parts = []
+    for texts in halves:
+        writer = PartWriter(folder, f"{name}{len(parts)}", "train")
+        for position, text in enumerate(texts):
+            writer.add(text.encode(), position)
+        parts.append(writer.finish(((name, len(texts)),)))
+    return tuple(parts)
+
+
+def test_the_sample_is_of_what_is_left_of_each_file_by_its_size(tmp_path: Path) -> None:
+    texts = {
+        "a": [f"a{number:03}" + 46 * "x" for number in range(400)],
+        "b": [f"b{number:03}" + 46 * "x" for number in range(100)],
+    }
+    sources = [
+        SampleSource(parts=write_parts(tmp_path, name, of_file[::2], of_file[1::2]), files=frozenset("ab"))
+        for name, of_file in texts.items()
+    ]
+    (tmp_path / "dropped").mkdir()
+    rules = {part.name: np.arange(part.documents) % 2 for source in sources for part in source.parts}
+    for name, rule in rules.items():
+        safetensors.numpy.save_file({"rule": rule.astype(np.uint8)}, tmp_path / "dropped" / f"{name}.safetensors")
+
+    def sample(sample_bytes: int | None, *, of: int = 2, filtered: bool = False) -> list[str]:
+        selection = Selection(ingest=tmp_path, filter=tmp_path / "dropped" if filtered else None)
+        found = sample_documents(sources[:of], selection, sample_bytes=sample_bytes, seed=0, validation_fraction=0.0)
+        return [text[:4] for text in found]
+
+    assert len(sample(None)) == len(sample(25_000)) == 500, "all of it, to the last byte"
+    assert Counter(name[0] for name in sample(5_000)) == {"a": 80, "b": 20}, "a fifth of each"
+    assert len(sample(24_999)) < 500
+    kept = sample(10**9, filtered=True)
+    assert len(kept) == 250 and not any(int(name[1:]) // 2 % 2 for name in kept), "what a filter drops teaches nothing"
+    # 40 documents are a share of the first file, of whose first four shares, in its two parts, they are chosen.
+    few = sample(2_000, of=1)
+    assert len(few) == 40 and all(int(name[1:]) % 2 == 0 and int(name[1:]) < 320 for name in few)
+
+
 def test_the_sample_is_capped_seeded_and_free_of_validation_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = {name: [f"{name} {number} " + "word " * 20 for number in range(300)] for name in "ab"}
     sources = []
     for name in "ab":
-        parts = []
-        for half in (texts[name][:150], texts[name][150:]):
-            writer = PartWriter(tmp_path, f"{name}{len(parts)}", "train")
-            for position, text in enumerate(half):
-                writer.add(text.encode(), position)
-            parts.append(writer.finish(((name, len(half)),)))
-        sources.append(SampleSource(parts=tuple(parts), files=frozenset("ab")))
+        parts = write_parts(tmp_path, name, texts[name][:150], texts[name][150:])
+        sources.append(SampleSource(parts=parts, files=frozenset("ab")))
 
     def sample(sample_bytes: int, seed: int = 0, validation_fraction: float = 0.0) -> list[str]:
         found = sample_documents(

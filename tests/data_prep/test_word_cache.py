@@ -76,6 +76,14 @@ def test_real_texts_and_a_cache_that_overflows(model: bytes, monkeypatch: pytest
     check(model, texts)
 
 
+def test_long_words_are_not_kept(model: bytes) -> None:
+    """They hardly come again, and an address of 10,000 letters would stay as long as the process."""
+    tokenizer = TextTokenizer(model, name="m")
+    tokenizer.encode(f"the {'x' * 38} and {'x' * 39} {'x' * 40} {'x' * 10_000} end")
+    words = tokenizer._words
+    assert words is not None and max(map(len, words._ids)) == 40
+
+
 def test_without_byte_fallback() -> None:
     plain = train_tokenizer(sample_texts(60), TokenizerConfig(vocab_size=2000, byte_fallback=False))
     assert is_word_by_word(plain)

@@ -93,6 +93,8 @@ def test_all_tasks_derive_the_same_port_and_neighbours_another(monkeypatch: pyte
     assert len(ports) == 1
     others = [slurm.job_port({**TASK, "SLURM_JOB_ID": str(job)}) for job in range(1000, 1100)]
     assert len(set(others)) == 100 and all(10_000 <= port < 30_000 for port in others)
+    requeued = [slurm.job_port({**TASK, "SLURM_RESTART_COUNT": str(count)}) for count in range(3)]
+    assert len(set(requeued)) == 3, "that of the start before may be held yet"
     assert slurm.launcher_variables({**TASK, "MASTER_PORT": "99"})["MASTER_PORT"] == "99"
 
 

@@ -209,6 +209,15 @@ def test_what_is_expected_is_fp64(dtype: torch.dtype) -> None:
         assert {t.dtype for t in equality.expected(inputs, left).values()} == {torch.float64}
 
 
+def test_all_kernels_of_ours_are_compiled_and_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the part `compile` and under compute-sanitizer: those of `sets` too, which no other backend launches."""
+    ran: list[str] = []
+    monkeypatch.setattr(equality, "results", lambda inputs, backend: ran.append(backend))
+    for build in equality_cases(small=True):
+        equality.results_by_triton(draw(build, CPU, torch.bfloat16, 0), torch.bfloat16)
+    assert ran.count("triton") == len(equality_cases(small=True)) and ran.count("sets") == 4
+
+
 # ---------------------------------------------------------------------------------------------------------- the parts
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pretrain.data.progress import Progress, Range, data_positions, merged
 from pretrain.data.stages import first_stage
+from pretrain.export.reading import progress_of
+from tests.pretrain.runs import small_config
 
 
 def test_json_and_files_from_before_there_were_skips_and_stages() -> None:
@@ -72,3 +75,12 @@ def test_tokens_and_flops_of_a_run_whose_sequences_and_model_changed_twice() -> 
     progress = progress.after_step(6)
     assert progress.tokens(4) == 10 * 8 + 4 * 16 + 6 * 4
     assert progress.tokens(4) * 2 + progress.extra_flops == 10 * 8 * 5 + 4 * 16 * 7 + 6 * 4 * 2
+
+
+def test_the_tokens_of_an_export_are_those_that_its_run_read(prepared: Path) -> None:
+    """A run whose context grew has read fewer than its sequences are long now; older exports do not say how many."""
+    config, origin = small_config(prepared), {"step": 7, "sequences": 56}
+    length = config.model.sequence_length
+    assert progress_of(origin, config) == Progress(7, 56)
+    found = progress_of({**origin, "tokens": 56 * length - 96}, config)
+    assert found.tokens(length) == 56 * length - 96

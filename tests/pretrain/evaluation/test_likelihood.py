@@ -154,6 +154,18 @@ def result_of(answers: list[list[Answer]], groups: list[str], task: Task) -> dic
     return found.values
 
 
+def test_a_digest_is_of_all_ids_and_of_where_contexts_end() -> None:
+    """Ranks with others would compute together what does not belong together."""
+    task = Task("t", lambda path: None, right_if_decoded)  # type: ignore[arg-type, return-value]
+    many = [
+        [([1, 2], [3])], [([1], [2, 3])], [([1, 2], [4])], [([5, 2], [3])], [([1, 2], [3]), ([6], [7])],
+        [([1, 2], [3, 6]), ([7], [8])], [([1, 2], [3]), ([6, 7], [8])],
+    ]  # fmt: skip
+    digests = [PreparedTask(task, [], [as_query(*query) for query in queries], 0).digest for queries in many]
+    assert len(set(digests)) == len(many)
+    assert digests[0] == PreparedTask(task, [], [as_query([1, 2], [3])], 0).digest
+
+
 def test_a_result_is_the_mean_of_groups_and_the_perplexity_of_whole_targets() -> None:
     def lone(log_likelihood: float, right: bool) -> list[Answer]:
         return [Answer(log_likelihood, right, 3)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from pretrain.checkpoint import Checkpoint
 from pretrain.cli.export import main
 from pretrain.evaluation.results import results_folder
+from pretrain.export.card import CardFacts, _results
 from pretrain.export.origin import evaluations_of
 from tests.pretrain.export.models import TIED, checkpoint_of, model_of
 from tests.pretrain.saved import rewrite_state
@@ -41,6 +44,27 @@ def test_the_card_says_what_the_model_is(checkpoint: Checkpoint, tmp_path: Path)
         "The weights: not stated",
     ):
         assert words in card, card
+
+
+def test_the_loss_of_a_model_of_bytes_is_in_bits_too() -> None:
+    evaluations: list[dict[str, Any]] = []
+    origin = {"config": {"evaluate": {"split": "test"}}, "evaluations": evaluations}
+    losses = {"loss": 3 * math.log(2), "validation_loss": 2 * math.log(2)}
+    facts = CardFacts(
+        name="mine",
+        license="unknown",
+        dtype="float32",
+        origin={**origin, **losses},
+        provenance=None,
+        data_sets=[],
+        tokens_are_bytes=True,
+        has_eos=False,
+        has_text=False,
+    )
+    said = _results(facts)
+    assert "| loss of the last training step | 2.0794 nats per token, perplexity 8.00; 3.0000 bits per byte |" in said
+    assert "| test loss | 1.3863 nats per token, perplexity 4.00; 2.0000 bits per byte |" in said
+    assert "bits" not in _results(replace(facts, tokens_are_bytes=False))
 
 
 def test_the_card_has_the_held_out_loss_that_evaluate_found(checkpoint: Checkpoint, tmp_path: Path) -> None:

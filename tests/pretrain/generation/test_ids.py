@@ -8,7 +8,7 @@ import torch
 from common.errors import UserError
 from model.decoding import context_limit, uncached_logits
 from model.language_model import LanguageModel
-from pretrain.generation.ids import Cost, NotFinite, Work, check_lengths, continued, window_start
+from pretrain.generation.ids import Cost, NotFinite, Work, check_lengths, continued, first_read, window_start
 from pretrain.generation.sampling import Sampling
 from pretrain.generation.texts import Settings
 from tests.pretrain.analysis.models import some_tokens, tiny
@@ -123,3 +123,11 @@ def test_without_a_number_a_text_has_100_tokens_or_as_many_as_there_is_room_for(
     assert [wanted.most(prompt, 128) for prompt in (3, 29, 30, 127, 128)] == [100, 100, 99, 2, 1]
     assert wanted.most(1000, None) == Settings(slides=True).most(128, 128) == 100
     assert Settings(tokens=7).most(128, 128) == 7
+
+
+def test_what_is_read_begins_behind_the_end_of_the_document_before() -> None:
+    for ids, first in (([5, 6], 0), ([1, 5], 1), ([5, 1, 6, 1, 7], 4), ([5, 1, 6, 1], 2), ([1], 0), ([1, 1], 1)):
+        assert first_read(ids, None, 1) == first, ids
+    assert first_read([5, 1, 6, 1, 7], None, None) == 0
+    ids = [5, 5, 1, *range(10, 20)]  # of the ten of the document the last ones fit
+    assert first_read(ids, 7, 1) == 3 + window_start(10, 7) > 3

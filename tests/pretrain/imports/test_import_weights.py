@@ -291,6 +291,8 @@ def test_wrappers_of_a_saved_model_are_no_part_of_its_names(wrappers: str, tmp_p
     state = {"layers.0.module.weight": torch.randn(3), "out.bias": torch.randn(2)}
     torch.save({f"{wrappers}{name}": value for name, value in state.items()}, tmp_path / "w.pth")
     assert read_state(tmp_path / "w.pth").keys() == state.keys()
+    torch.save({**state, "module.weight": torch.randn(1)}, tmp_path / "w.pth")  # of a module that is called so
+    assert read_state(tmp_path / "w.pth").keys() == {*state, "module.weight"}
 
 
 @pytest.mark.parametrize("is_zip", [True, False])

@@ -106,6 +106,8 @@ def test_the_change_is_the_one_that_costs_least_time(by_hand: ByHand) -> None:
     [
         (lambda config: config.train.recompute == "full", ("train.recompute=full",)),
         (lambda config: config.parallel.zero == 2, ("parallel.zero=2",)),
+        # What costs less time is behind what is simpler.
+        (lambda config: config.train.recompute == "full" or config.parallel.zero == 2, ("parallel.zero=2",)),
         (lambda config: config.parallel.tensor == 4, ("parallel.tensor=4", "parallel.sequence=true")),
         (lambda config: config.parallel.pipeline == 2, ("parallel.pipeline=2",)),
         (lambda config: config.parallel.expert == 8, ("parallel.expert=8",)),
@@ -189,6 +191,13 @@ def test_what_is_there_in_any_case(keys: tuple[str, ...], begun: int, share: int
         for part, kept in zip(held, inputs, strict=True)
     ]
     assert layout_plan.at_least(config, on) == max(stages)
+
+
+def test_stages_wait_for_the_first_and_the_last_micro_batch() -> None:
+    """On eight GPUs, of which 8, 4 or 2 are data-parallel, with micro-batches of 8."""
+    for stages, sequences, share in ((1, 64, 0.0), (2, 64, 1 / 3), (4, 64, 3 / 7), (4, 128, 3 / 11)):
+        keys = [f"parallel.pipeline={stages}", f"batch.global_sequences={sequences}", "parallel.zero=1"]
+        assert layout_plan.bubble(load_config(ONE_BILLION, keys), h100(8)) == pytest.approx(share)
 
 
 def test_no_single_change_is_enough(by_hand: ByHand) -> None:

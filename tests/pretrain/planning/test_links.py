@@ -107,6 +107,7 @@ RATES = Rates(inside=10.0, between=1.0, start_inside=0.25, start_between=0.5)
         ("reduce_scatter", Spread(4, 4), 0.25 + 3 / 4 * 80 / 10),
         ("all_to_all", Spread(8, 8), 0.25 + 7 / 8 * 80 / 10),
         ("all_to_all", Spread(16, 8), 0.5 + 8 / 16 * 80 / 1),  # half of it leaves the node
+        ("all_to_all", Spread(40, 38), 0.5 + 37 / 40 * 80 / 10),  # and here so little that what stays takes longer
         ("send", Spread(2, 1), 0.5 + 80 / 1),
         ("receive", Spread(2, 1), 0.0),
         ("all_reduce", Spread(1, 1), 0.0),

@@ -281,6 +281,17 @@ def test_graphs_keep_activations_and_a_copy_of_the_gradients_for_each_kind() -> 
     assert estimate(load_config(ONE_BILLION, [*keys, memory]), 1, "cuda").graphs == 3 * 2 * parameters
 
 
+def test_memory_is_of_all_streams_of_a_rank_and_sums_wait_for_a_second_micro_step() -> None:
+    """32 sequences on four ranks: eight streams, of which two are computed at once; by hand, in bf16."""
+    memory = 'model.position={"type": "rope", "memory_chunks": 1}'
+    config = load_config(ONE_BILLION, [memory, "batch.global_sequences=32", "batch.micro_sequences=2"])
+    found = estimate(config, 4, "cpu")
+    assert found.memory == 2 * 8 * 18 * 2048 * 2048 * 2, "as it is read and as it is written"
+    assert found.gradients.between > 0
+    at_once = estimate(config, 4, "cpu", micro_sequences=8)
+    assert at_once.gradients.between == 0 and at_once.memory == found.memory
+
+
 @pytest.mark.parametrize("key", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2", "parallel.zero=3"])
 def test_what_is_unknown_is_said(key: str) -> None:
     config = load_config(ONE_BILLION, [key])

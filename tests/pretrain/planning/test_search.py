@@ -244,6 +244,12 @@ def test_reasons() -> None:
     assert {"parallel.zero", "parallel.expert", "train.recompute"} <= report.refused.keys()
     assert report.refused["train.recompute"][1].startswith("train.recompute: selective does not go with")
     assert any(reason.startswith("slower than") for reason in report.excluded)
+    # On four cards, with 8 sequences a step: t x p of them hold a model, and 2 t p sequences are a rank's share.
+    sizes = itertools.product((1, 2, 4), (1, 2), (1, 2, 4))
+    shares = [(tensor, 2 * tensor * pipeline) for tensor, pipeline, expert in sizes if tensor * pipeline * expert <= 4]
+    micro = [len([size for size in range(1, share + 1) if share % size == 0]) for _, share in shares]
+    zero_and_sequence = [4 * (2 if tensor > 1 else 1) for tensor, _ in shares]
+    assert report.layouts == sum(3 * a * b for a, b in zip(micro, zero_and_sequence, strict=True))
 
 
 def test_nothing_fits_and_nothing_is_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,17 @@ def test_losses_on_the_test_split_are_shown_as_those_on_the_other(prepared: Path
     assert b"loss/test split" in read(tmp_path).SummaryMetadata("_hparams_/experiment").plugin_data.content
 
 
+def texts_shown(folder: Path) -> dict[str, list[tuple[int, str]]]:
+    """Steps and texts of every tag, without those that the reader drops."""
+    shown: dict[str, list[tuple[int, str]]] = {}
+    board = read(folder)
+    for tag in board.Tags()["tensors"]:
+        for text in board.Tensors(tag):
+            kept = [(step, words) for step, words in shown.get(tag, []) if step < text.step]
+            shown[tag] = [*kept, (text.step, text.tensor_proto.string_val[0].decode())]
+    return shown
+
+
 def test_the_reader_that_tensorboard_uses_by_default_hides_no_event(tmp_path: Path) -> None:
     """It drops a text behind one of its tag whose step is not above: here of a start that begins 40 steps earlier."""
     first = TensorBoard(tmp_path, Position(0, 0, 0.0))
@@ -136,20 +147,18 @@ def test_the_reader_that_tensorboard_uses_by_default_hides_no_event(tmp_path: Pa
         first.event(step, "kind", text)
     first.event(62, "other kind", "alone")
     first.close()
+    assert texts_shown(tmp_path / "events")["events/kind/text_summary"] == [
+        (20, "early"),
+        (60, "one setting\n\nanother"),
+        (62, "spike"),
+    ]
     (written,) = (tmp_path / "events").iterdir()
     written.write_bytes(written.read_bytes() + b"\x20torn by a kill")
     second = TensorBoard(tmp_path, Position(40, 0, 0.0))
     second.event(42, "kind", "later")
     second.event(63, "kind", "last")
     second.close()
-
-    shown: dict[str, list[tuple[int, str]]] = {}
-    board = read(tmp_path / "events")
-    for tag in board.Tags()["tensors"]:
-        for text in board.Tensors(tag):
-            kept = [(step, words) for step, words in shown.get(tag, []) if step < text.step]
-            shown[tag] = [*kept, (text.step, text.tensor_proto.string_val[0].decode())]
-    assert shown == {
+    assert texts_shown(tmp_path / "events") == {
         "events/kind/text_summary": [
             (20, "early"),
             (42, "one setting\n\nanother\n\nspike\n\nlater"),

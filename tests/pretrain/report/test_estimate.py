@@ -96,15 +96,19 @@ def test_the_words_say_what_was_measured() -> None:
 def test_each_is_said_once_whichever_comes_first(is_late: bool) -> None:
     found = RunEstimate(GIB, "cuda", "1.00 GiB")
     arrived = [] if is_late else [found]
-    said: list[tuple[str, int | None]] = []
+    said: list[tuple[str, int | None, float | None]] = []
     both = SideBySide(lambda: arrived.pop() if arrived else None)
 
     def look() -> None:
-        both.look(lambda kind, **values: said.append((kind, values.get("step"))))
+        both.look(
+            lambda kind, **values: said.append(
+                (kind, values.get("step"), values.get("measured", {}).get("step_seconds")),
+            )
+        )
 
     look()
-    assert said == ([] if is_late else [("estimated", None)])
-    both.measure(20, GIB, [3.0, 1.0, 2.0])
+    assert said == ([] if is_late else [("estimated", None, None)])
+    both.measure(20, GIB, [9.0, 1.0, 2.0])
     look()
     if is_late:
         assert said == []
@@ -112,7 +116,7 @@ def test_each_is_said_once_whichever_comes_first(is_late: bool) -> None:
     for _ in range(2):
         both.measure(40, 9 * GIB, [9.0])  # of a later segment
         look()
-    assert said == [("estimated", None), ("estimate_compared", 20)]
+    assert said == [("estimated", None, None), ("estimate_compared", 20, 2.0)]
 
 
 def test_nothing_is_compared_where_nothing_was_estimated(capsys: pytest.CaptureFixture[str]) -> None:

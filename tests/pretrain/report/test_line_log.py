@@ -130,12 +130,22 @@ def test_a_run_folder_repairs_its_logs_and_says_so(tmp_path: Path, capsys: pytes
     folder.end(ExitCode.FINISHED, "finished")
 
 
-def test_a_board_hears_of_a_start_that_moves_many_lines_away(tmp_path: Path) -> None:
-    """A run without a newer checkpoint computes 1,500 steps again."""
+def test_a_board_hears_of_a_start_that_moves_many_lines_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without a newer checkpoint computes 1,500 steps again. They leave metrics.jsonl once events.jsonl has
+    them on the disk."""
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps({'step': step})}\n" for step in range(1, 1502)))
     folder, heard = RunFolder(tmp_path, writes=True), list[str]()
     folder.event("checkpoint_passed_over", reason="damaged")
-    folder.rewind_metrics(1)
+    durable, there, metrics_file = LineLog.make_durable, list[int](), tmp_path / "metrics.jsonl"
+
+    def seen(log: LineLog) -> None:
+        there.append(len(metrics_file.read_text().splitlines()))
+        durable(log)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LineLog, "make_durable", seen)
+        folder.rewind_metrics(1)
+    assert there == [1501]
     folder.listen(lambda row: heard.append(row["event"]))
     assert heard == ["opened", "checkpoint_passed_over"]
     moved = [row["metrics"]["step"] for row in LineLog(tmp_path / "events.jsonl", is_event).rows() if "metrics" in row]

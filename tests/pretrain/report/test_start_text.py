@@ -28,6 +28,9 @@ def test_a_changed_model_is_described_as_it_is(prepared: Path, capsys: pytest.Ca
     (row,) = [row.split(maxsplit=1)[1] for row in rows if row.startswith("  model ")]
     assert row.startswith("sigma-MoE") and "dense attention: 8 heads of 64; sigma-MoE: 4 of 16 experts of 64" in row
     assert to_json(config)["description"] == first
+    (windows,) = (int(row.split()[3].replace(",", "")) for row in rows if row.startswith("  windows per epoch "))
+    (epochs,) = (row.split()[1] for row in rows if row.startswith("  epochs "))
+    assert epochs == f"{7 * config.batch.global_sequences / windows:.2f}" and not float(epochs).is_integer()
 
 
 @pytest.mark.parametrize("name_of_copy", ["config.json", "config-5f0c7a9be1d2.json"])

@@ -251,6 +251,7 @@ def test_what_goes_wrong_is_one_warning(
         "warning: Weights & Biases does not work (no route to host); the run goes on without it, and metrics.jsonl has "
         "every step\n"
     )
+    assert weights_and_biases.Mark(tmp_path / "wandb").step == 0, "what was not sent is sent by the next start"
 
 
 def test_a_network_that_stands_still_stops_nobody(

@@ -84,6 +84,10 @@ def test_a_folder_in_use_that_was_moved_stays_in_use(tmp_path: Path) -> None:
     moved = (tmp_path / "before").rename(tmp_path / "after")
     with pytest.raises(UserError, match=f"in use by process {os.getpid()} "):
         FolderLock(moved)
+    (tmp_path / "before").mkdir()  # by a new run, whose lock has the same name
+    FolderLock(tmp_path / "before")
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()} "):
+        FolderLock(moved)
 
 
 def test_no_lock_stays_where_the_folder_cannot_be_listed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +128,21 @@ def test_an_owner_on_another_machine_lives_by_its_signs_of_life(tmp_path: Path) 
     assert FolderLock(tmp_path).taken_over == ["process 1 on node7"]
 
 
+def test_an_owner_whose_end_nobody_has_heard_of_is_dead(tmp_path: Path) -> None:
+    """It keeps its number and its start until its parent asks for it: as of a launcher that stands still."""
+    owner = os.posix_spawn("/bin/sleep", ["sleep", "60"], {})
+    try:
+        _written_elsewhere(tmp_path, 0, **locks.process_identity(owner))
+        with pytest.raises(UserError, match=f"in use by process {owner} "):
+            FolderLock(tmp_path)
+        os.kill(owner, signal.SIGKILL)
+        os.waitid(os.P_PID, owner, os.WEXITED | os.WNOWAIT)
+        assert locks.stat_fields(owner)[0] == b"Z" and FolderLock(tmp_path).taken_over
+    finally:
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
+
+
 def test_a_number_used_again_by_another_process_is_not_the_owner(tmp_path: Path) -> None:
     me = locks.process_identity(os.getpid())
     _written_elsewhere(tmp_path, 0, **{**me, "start": me["start"] - 1})
@@ -148,7 +167,9 @@ def test_an_owner_that_was_taken_over_notices(tmp_path: Path) -> None:
     (tmp_path / "lock-2.json").write_text(json.dumps({**lock._me, "pid": 1, "token": "b", "host": "other"}))
     with pytest.raises(LockLost, match=r"another process has taken over this run folder \(process 1 on other\)"):
         lock.beat()
+    (tmp_path / "lock-1.json").write_text(json.dumps({**lock._me, "token": "b"}))  # a later owner's, of its number
     lock.release()
+    assert (tmp_path / "lock-1.json").exists()
 
 
 def test_an_owner_whose_folder_is_gone_says_so(tmp_path: Path) -> None:

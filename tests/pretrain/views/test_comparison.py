@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_prep.shards.format import Manifest
 from pretrain.cli.compare import main
-from pretrain.views.comparison import differences, differing_facts, losses, open_runs
+from pretrain.views.comparison import differences, differing_facts, losses, open_runs, source_losses_at_end
 from pretrain.views.comparison_text import text
 from pretrain.views.reading import RunView
 from tests.harness import run_ranks
@@ -62,6 +62,7 @@ def test_a_branch_is_compared_with_the_same_steps_of_its_origin(tmp_path: Path) 
     assert losses(runs, "step")[0] == (41.0, [10.0 - 4.1] * 2)
     assert math.isnan(runs[1].loss_at("step", 40.0)) and math.isnan(runs[1].window_at("step", 40.0))
     assert runs[1].loss_at("step", 41.0) == pytest.approx(10.0 - 4.1)
+    assert runs[0].window_at("step", 60.0) == 55.0 and math.isnan(runs[0].window_at("step", 61.0))  # a tenth of 60
 
 
 def test_a_run_that_is_given_twice_is_told_from_itself(tmp_path: Path) -> None:
@@ -138,6 +139,7 @@ def test_values_that_both_lack_or_that_are_both_infinite_are_no_difference(tmp_p
     _, (loss, odd) = differences(a, b, 0.3)
     assert (loss.key, loss.step, loss.largest, loss.largest_step, loss.beyond) == ("loss", 3, 0.2, 3, None)
     assert (odd.key, odd.step, odd.largest, odd.largest_step, odd.beyond) == ("odd", 3, 0.5, 3, 3)
+    assert [found.beyond for found in differences(a, b, 0.5)[1]] == [None, None]
 
 
 def test_settings_and_software_that_differ(tmp_path: Path) -> None:
@@ -230,6 +232,8 @@ def test_each_split_has_a_table_of_its_own(tmp_path: Path) -> None:
     one = of_mixture(tmp_path / "one", {4: {}, 8: {"c4": 3.5}}, split="test", loss=4.5)
     other = of_mixture(tmp_path / "other", {8: {"c4": 3.25}}, split="test", loss=4.25)
     third = of_mixture(tmp_path / "third", {8: {"c4": 3.0}})
+    longer = of_mixture(tmp_path / "longer", {8: {"c4": 3.0}, 12: {"c4": 2.5}})
+    assert source_losses_at_end(runs_of(third, longer)) == (8, [("c4", [3.0, 3.0])])
     said = text(runs_of(one, other), 0.0)
     assert re.search(r"\nTest loss at equal steps\n.*\n4 +4\.5000 +-\n8 +4\.5000 +4\.2500 \(-0\.2500\)\n", said)
     assert (

@@ -158,5 +158,7 @@ def test_the_picture_has_no_losses_by_source_of_one_data_set_or_of_too_many_curv
 def test_thinned_curves_keep_their_mean() -> None:
     x, y = thinned(np.arange(1000.0), np.arange(1000.0) * 2, 10)
     assert x.tolist() == [49.5 + 100 * n for n in range(10)] and np.array_equal(y, 2 * x)
+    x, y = thinned(np.arange(5.0), np.arange(5.0) * 2, 2)  # of two points and of three
+    assert x.tolist() == [0.5, 3.0] and y.tolist() == [1.0, 6.0]
     x, y = thinned(np.array([1.0, 2.0, 3.0]), np.array([1.0, math.nan, 3.0]), 10)
     assert x.tolist() == y.tolist() == [1.0, 3.0]

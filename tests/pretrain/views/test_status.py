@@ -163,6 +163,11 @@ def test_the_speed_is_that_of_the_start_that_goes_on(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in slow + fast))
     view = RunView.open(folder)
     assert speed_text(view) == "64 tokens/s, 0.5 s a step, 30.0% of the peak FLOP/s"
+    # The peak is of the same steps as the time, though only the newest has a utilization that is read.
+    slowest = row(36, step_seconds=1.1, data_wait_seconds=0.0, flops_utilization=0.15)
+    other = write(tmp_path / "other", 0)
+    (other / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*fast, slowest]))
+    assert speed_text(RunView.open(other)) == "53 tokens/s, 0.6 s a step, 27.5% of the peak FLOP/s"
     assert summary(view)["seconds_per_step"] == 0.5
     with (folder / "events.jsonl").open("a") as file:
         file.write(json.dumps({"event": "started", "time": 3.0, "step": 35, "last_step": 40}) + "\n")
