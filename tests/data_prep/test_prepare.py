@@ -317,5 +317,5 @@ def test_data_of_earlier_code_are_refused_with_what_has_changed(
     said = one_error(capsys)
     assert expected in said and said.endswith("or rebuild it with --force (training reads it as it is)")
     monkeypatch.setattr(versions, "PREPARATION_VERSION", str(made_by))
-    assert run(config, "--set", "shard.tokens_per_shard=1000") == 2
+    assert run(config, "--set", "shard.tokens_per_shard=30000") == 2
     assert one_error(capsys).endswith("or rebuild it with --force")
