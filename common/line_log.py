@@ -59,14 +59,18 @@ class LineLog:
         if not exists(self.path):
             return
         with open(self.path, "rb") as file:
-            place, rest = file.seek(0, os.SEEK_END), b""
+            place = file.seek(0, os.SEEK_END)
+            parts: list[bytes] = []  # of the line whose beginning is not read yet, the last one first
             while place:
                 size = min(BLOCK_BYTES, place)
                 place = file.seek(place - size)
-                # What stands before the first end of a line may begin in an earlier block.
-                rest, *lines = (file.read(size) + rest).split(b"\n")
-                yield from filter(None, map(self._parsed, reversed(lines)))
-            yield from filter(None, [self._parsed(rest)])
+                first, *lines = file.read(size).split(b"\n")
+                if lines:
+                    lines[-1] += b"".join(reversed(parts))
+                    parts = []
+                    yield from filter(None, map(self._parsed, reversed(lines)))
+                parts.append(first)
+            yield from filter(None, [self._parsed(b"".join(reversed(parts)))])
 
     def append(self, row: Row) -> None:
         """One more line, after those that could not be written before."""

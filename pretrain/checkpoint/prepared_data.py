@@ -24,19 +24,18 @@ def stored_tokenizer_of(checkpoint: Checkpoint, place: str | None = None) -> tup
     try:
         manifest, reason = find_data(checkpoint, place)
     except UserError:
-        if (same := same_tokenizer(checkpoint, [] if place is None else [place])) is None:
+        # Of `place` alone: a mistyped one would else go unseen where the configuration's own place has the tokenizer.
+        if place is None or (same := same_tokenizer(checkpoint, [place])) is None:
             raise
         return same, ""
-    same = same_tokenizer(checkpoint, []) if manifest is None else StoredTokenizer.of(manifest)
+    same = same_tokenizer(checkpoint, places_of(checkpoint)) if manifest is None else StoredTokenizer.of(manifest)
     return same, "" if same is not None else reason
 
 
 def same_tokenizer(checkpoint: Checkpoint, places: Sequence[str]) -> StoredTokenizer | None:
     """The tokenizer, by its sha256, of data that the run did not read, as those that another version has made anew of
-    the same text: of the first of `places`, and of those of the checkpoint's configuration, that has it."""
+    the same text: of the first of `places` that has it."""
     sha256 = checkpoint.state.get("tokenizer_sha256")
-    with contextlib.suppress(UserError):
-        places = [*places, *parse_config(checkpoint.state["config"]).data.locations]
     for place in places if sha256 else ():
         with contextlib.suppress(UserError, OSError):
             if URL.match(place):
@@ -46,6 +45,13 @@ def same_tokenizer(checkpoint: Checkpoint, places: Sequence[str]) -> StoredToken
             if entry.file is not None and entry.sha256 == sha256 == sha256_file(manifest.folder / entry.file):
                 return StoredTokenizer.of(manifest)
     return None
+
+
+def places_of(checkpoint: Checkpoint) -> list[str]:
+    """Those that the checkpoint's configuration names, where it can be read."""
+    with contextlib.suppress(UserError):
+        return parse_config(checkpoint.state["config"]).data.locations
+    return []
 
 
 def find_data(checkpoint: Checkpoint, place: str | None = None) -> tuple[Manifest | None, str]:

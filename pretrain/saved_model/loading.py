@@ -25,7 +25,7 @@ from pretrain.checkpoint.folder import (
     list_checkpoints,
     while_they_are_there,
 )
-from pretrain.checkpoint.prepared_data import find_data, same_tokenizer
+from pretrain.checkpoint.prepared_data import find_data, places_of, same_tokenizer
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import parse_config
 from pretrain.config.schema import Config
@@ -187,7 +187,7 @@ def find_tokenizer(checkpoint: Checkpoint, data: Sequence[str | Path]) -> tuple[
         except UserError as error:
             refusals.append(str(error))
     if manifest is None:
-        if (same := same_tokenizer(checkpoint, [str(place) for place in data])) is not None:
+        if (same := same_tokenizer(checkpoint, [*map(str, data), *places_of(checkpoint)])) is not None:
             return same, None
         raise UserError(f"checkpoint {checkpoint.path}: no tokenizer: {refusals[0] if refusals else reason}")
     return StoredTokenizer.of(manifest), manifest

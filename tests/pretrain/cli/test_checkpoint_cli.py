@@ -244,6 +244,8 @@ def test_convert_finds_the_tokenizer_or_says_why_not(
     model = tmp_path / "with" / "tokenizer.model"
     assert model.read_bytes() == (prepared / "tokenizer.model").read_bytes()
     assert f"{model}: the tokenizer" in capsys.readouterr().out
+    assert main(["convert", str(run_dir), "--to", str(tmp_path / "no"), "--data", gone]) == 2  # mistyped
+    assert f"--data {gone}: " in capsys.readouterr().err
 
     (moved / "tokenizer.model").write_bytes(b"another")
     assert main(["convert", str(newest), "--to", str(tmp_path / "no"), "--data", str(moved)]) == 2
