@@ -9,6 +9,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -63,7 +64,12 @@ def test_a_start_reads_the_last_steps_of_a_long_run_alone(tmp_path: Path, monkey
     for step in range(1, 101):
         folder.metrics({"step": step, "loss": None if step == 88 else float(step)})
     original = LineLog._parsed
-    monkeypatch.setattr(LineLog, "_parsed", lambda log, line: parsed.append(line) or original(log, line))
+
+    def counted(log: LineLog, line: bytes) -> Any:
+        parsed.append(line)
+        return original(log, line)
+
+    monkeypatch.setattr(LineLog, "_parsed", counted)
     assert folder.losses(90, 3) == [87.0, 89.0, 90.0] and len(parsed) < 20
     newest = folder.newest_metrics(90)
     assert newest is not None and newest["step"] == 90 and len(parsed) < 40
