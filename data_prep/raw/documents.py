@@ -257,7 +257,7 @@ class RawFile:
 
     def _pages(self, content: Unpacked) -> Iterator[Document]:
         for split, size in zip(SPLITS, self._split_bytes, strict=True):
-            offset = 0
+            offset = content.position
             lines = content.lines(max_bytes=self._max_bytes, limit_bytes=size)
             for page in documents(lines, starts=is_page_start, max_bytes=self._max_bytes):
                 yield Document(offset, split, page)

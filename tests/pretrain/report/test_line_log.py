@@ -65,7 +65,7 @@ def test_a_start_reads_the_last_steps_of_a_long_run_alone(tmp_path: Path, monkey
         folder.metrics({"step": step, "loss": None if step == 88 else float(step)})
     original = LineLog._parsed
 
-    def counted(log: LineLog, line: bytes) -> Any:
+    def counted(log: LineLog, line: bytes) -> dict[str, Any] | None:
         parsed.append(line)
         return original(log, line)
 
