@@ -7,6 +7,7 @@ a result is a hundredth of the sum on the way to it. Both are exact in bf16, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -16,7 +17,8 @@ from torch import Tensor
 from benchmarks import op_cases
 from benchmarks.gpu.equality import errors, expected, results
 from benchmarks.gpu.timing import Inputs, draw
-from benchmarks.op_cases import Build
+from benchmarks.op_cases import Build, Case
+from model.kernels.dense import gemms
 from model.kernels.triton import layer_norm, route, sigma_moe
 from tests.model.kernels.triton.small_tiles import use_tiles
 
@@ -83,21 +85,82 @@ def test_sums_over_features(name: str) -> None:
     assert max(found.values()) <= LIMIT, found
 
 
-@pytest.mark.parametrize("name", [name for name in OPS if name != "sigma_moe"])  # its own test has exact numbers
-def test_sums_over_tokens(name: str) -> None:
-    """In the gradient of the experts. Tokens n and n + N / 2 make the same choices."""
-    build, backend = OPS[name]
+OF_TOKENS = {
+    "value gated": (partial(op_cases.value_case, 96, 16, 2, 4, 2, 16), "triton"),
+    "value sorted": (partial(op_cases.value_case, 96, 16, 2, 5, 2, 16), "triton"),
+    "value by sets": (partial(op_cases.value_case, 96, 16, 2, 4, 2, 16), "sets"),
+    "output gated": (partial(op_cases.output_case, 96, 16, 2, 4, 2, 16), "triton"),
+    "output sorted": (partial(op_cases.output_case, 96, 16, 2, 5, 2, 16), "triton"),
+    "output by sets": (partial(op_cases.output_case, 96, 16, 2, 4, 2, 16), "sets"),
+    "expert_linear": (partial(op_cases.expert_linear_case, 96, 16, 4, 2, 16), "triton"),
+    "value dense": (partial(op_cases.value_case, 96, 16, 2, 4, 2, 16), "dense"),
+    "output dense": (partial(op_cases.output_case, 96, 16, 2, 4, 2, 16), "dense"),
+}
+"""σ-MoE has a test of exact numbers, in test_sigma_moe.py."""
+
+
+@pytest.mark.parametrize("name", OF_TOKENS)
+def test_sums_over_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the gradient of the experts, whose tokens are two tiles or more, and two chunks where cuBLAS adds them up.
+    Tokens n and n + N / 2 choose alike."""
+    build, backend = OF_TOKENS[name]
+    monkeypatch.setattr(gemms, "CHUNK_BYTES", 48 * 2 * 4 * 16 * 2)
     inputs, tensors = drawn(build)
     for leaf in ("x", "a"):
         if leaf in inputs.tensors:
             tensors[leaf] = near_one(inputs.tensors[leaf])
     index = torch.cat([inputs.tensors["index"].chunk(2)[0]] * 2)
-    tensors |= op_cases.grouped(index, num_experts := inputs.tensors["load"].shape[-1])
+    tensors |= op_cases.grouped(index, inputs.tensors["load"].shape[-1])
     tensors["scores"] = torch.cat([tensors["scores"].chunk(2)[0]] * 2)
-    assert int(tensors["load"].max()) > 16 or num_experts > 4
+    assert int(tensors["load"].max()) > 32
     upstream = [both_signs(u, 0) if n == 0 else torch.zeros_like(u) for n, u in enumerate(inputs.upstream)]
     of = "query" if name == "expert_linear" else "experts"
     assert off(replaced(inputs, upstream, **tensors), backend)[f"gradient of {of}"] <= LIMIT
+
+
+ALL = {
+    "value gated": (partial(op_cases.value_case, 16, 16, 3, 8, 8, 16), "triton"),
+    "value sorted": (partial(op_cases.value_case, 16, 16, 3, 17, 8, 16), "triton"),
+    "value by sets": (partial(op_cases.value_case, 16, 16, 3, 6, 5, 16), "sets"),
+    "output gated": (partial(op_cases.output_case, 16, 16, 3, 8, 8, 16), "triton"),
+    "output sorted": (partial(op_cases.output_case, 16, 16, 3, 17, 8, 16), "triton"),
+    "output by sets": (partial(op_cases.output_case, 16, 16, 3, 6, 5, 16), "sets"),
+    "expert_linear": (partial(op_cases.expert_linear_case, 16, 16, 8, 8, 16), "triton"),
+    "value gated, 3 of 5": (partial(op_cases.value_case, 16, 16, 3, 5, 3, 16), "triton"),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sums_over_choices_and_heads(name: str) -> None:
+    """Experts are the identity and all else is positive, so that a result is off by its own rounding, 2^-8 at most, and
+    by that of the rows in it, which is a mean of many."""
+    build, backend = ALL[name]
+    inputs, tensors = drawn(build)
+    tensors["scores"] = 0.5 + torch.rand_like(tensors["scores"]) / 2
+    for leaf in inputs.case.leaves.keys() - {"scores"}:
+        t = inputs.tensors[leaf].detach()
+        is_rows = leaf in ("x", "a")
+        tensors[leaf] = (0.5 + torch.rand_like(t)) if is_rows else torch.eye(16).to(t.dtype).expand_as(t).contiguous()
+    given = replaced(inputs, [(0.5 + torch.rand_like(u)) for u in inputs.upstream], **tensors)
+    found, left = results(given, backend)
+    wanted = expected(given, left)
+    names = [n for n in found if n.startswith("output ") or n in ("gradient of x", "gradient of a")]
+    for each in names:
+        share = ((found[each].double() - wanted[each]) / wanted[each]).abs().max().item()
+        assert share <= 1.6 * 2**-8, each
+    assert errors(found, wanted)["gradient of scores"] <= 1e-5  # fp32, of products that are exact
+
+
+@pytest.mark.parametrize("E", [2, 4], ids=["gated", "sorted"])
+@pytest.mark.parametrize("case", [op_cases.value_case, op_cases.output_case], ids=["value", "output"])
+def test_gates_are_fp32(case: Callable[..., Case], E: int) -> None:
+    """Of one choice and one head: x times its gate, rounded once, to the last bit."""
+    inputs = draw(partial(case, 32, 16, 1, E, 1, 16), torch.device("cpu"), torch.bfloat16, 0)
+    t = inputs.tensors
+    experts = torch.eye(16).to(torch.bfloat16).expand_as(t["experts"]).contiguous()
+    (y, *_), _ = (list(part.values()) for part in results(replaced(inputs, inputs.upstream, experts=experts), "triton"))
+    rows = t["x"] if "x" in t else t["a"][:, 0]
+    assert torch.equal(y.view(32, 16), (rows.float() * t["scores"][:, 0]).bfloat16())
 
 
 def test_sums_of_a_routers_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
