@@ -40,6 +40,9 @@ PASSING = frozenset(
     if hasattr(errno, name)
 )
 """Errors of a file system or network that another attempt may not meet."""
+SCARCE = frozenset({errno.ENOMEM, errno.ENOLCK, errno.EMFILE, errno.ENFILE, errno.ENOBUFS})
+"""What a node lacks while others use it too: memory, locks, open files. A preparation is started again for it; in a run
+it is rather a fault of its own, which would come again."""
 
 
 def kind_of(error: BaseException, lasting: type[UserError] = UserError) -> type[UserError]:

@@ -45,8 +45,6 @@ class Section(BaseModel):
 
 
 class Key(NamedTuple):
-    """One key of a configuration."""
-
     dotted: str
     """train.steps"""
     section: type[BaseModel]
@@ -173,7 +171,6 @@ def validate_all(model: type[Model], tree: dict[str, Any]) -> tuple[Model | None
 
 
 def _remove(tree: Any, place: list[int | str]) -> None:
-    """Removes a key of a tree."""
     *sections, leaf = place
     for part in sections:
         tree = tree[part]

@@ -39,7 +39,7 @@ def byte_bar(*, total: int, description: str, enabled: bool = True, done: int = 
     )
 
 
-def count_bar(*, enabled: bool = True) -> "tqdm[Any]":
+def count_bar(*, enabled: bool) -> "tqdm[Any]":
     """A tqdm bar that counts things, removed at its end; what and how many may change (`set_description`, `reset`)."""
     # No line that stands for nothing: the first is drawn when something is counted, and in a log after an interval.
     return tqdm(leave=False, mininterval=_interval_seconds(), delay=0.01, miniters=1, disable=not enabled)

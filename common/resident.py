@@ -19,12 +19,9 @@ def resident_bytes() -> tuple[int, int]:
     except OSError:  # not Linux
         lines = []
     found = {name: 1024 * int(size) for name, size in lines}  # sandboxes leave lines out, most often the peak's
-    peak = found.get("VmHWM") or _most()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = found.get("VmHWM") or most
     return found.get("VmRSS", peak), peak
-
-
-def _most() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def forget_peak() -> bool:

@@ -64,19 +64,14 @@ def job_port(env: Mapping[str, str]) -> int:
     return FIRST_PORT + (job * 131 + step * 17 + restart) % PORTS
 
 
-def squeue_environment() -> dict[str, str]:
-    """This process's, without what squeue would leave out jobs by, such as SQUEUE_USERS or SQUEUE_STATES."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
-
-
 def jobs_in_queue(jobs: Collection[str], *, timeout_seconds: float = 20.0) -> dict[str, str]:
     """Those of `jobs`, by number, that wait or run, and squeue's word on why they do not run ("None": they do). Raises
     OSError if there is no squeue, and UserError if it cannot tell."""
     line = ["squeue", "--noheader", "--format=%A %r", f"--jobs={','.join(sorted(jobs))}"]
+    # Without what squeue would leave out jobs by, such as SQUEUE_USERS or SQUEUE_STATES.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        done = subprocess.run(
-            line, capture_output=True, text=True, timeout=timeout_seconds, check=False, env=squeue_environment()
-        )
+        done = subprocess.run(line, capture_output=True, text=True, timeout=timeout_seconds, check=False, env=env)
         said = (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
     except subprocess.TimeoutExpired:
         said = f"no answer in {timeout_seconds:.0f} s"

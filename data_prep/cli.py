@@ -6,12 +6,11 @@ pass (a lost connection, a full disk, a worker killed for memory) exits with 1, 
 
 import argparse
 import contextlib
-import errno
 import sys
 from collections.abc import Callable, Iterator
 
 from common.arguments import Parser, a_path, add_overrides, at_least
-from common.errors import DataError, PassingError, UserError, kind_of
+from common.errors import SCARCE, DataError, PassingError, UserError, kind_of
 from common.folders import check_folder, is_full, no_room
 from common.splits import SPLITS
 from common.tables import counted
@@ -275,8 +274,8 @@ def main(argv: list[str] | None = None) -> int:
         return PASSING_ERROR if isinstance(error, PassingError) else USER_ERROR
     except OSError as error:  # disk full, no permission: the system's own words name the file
         print(_one_line(error), file=sys.stderr)
-        lacks_memory = error.errno == errno.ENOMEM  # to start a process, on a node that others use too
-        return PASSING_ERROR if lacks_memory or is_full(error) or kind_of(error) is PassingError else USER_ERROR
+        is_short = error.errno in SCARCE or is_full(error)  # of memory to start a process, on a node of many
+        return PASSING_ERROR if is_short or kind_of(error) is PassingError else USER_ERROR
     except KeyboardInterrupt:
         goes_on = "; the same command goes on where it was" if arguments.handler is _steps_command else ""
         print(f"interrupted{goes_on}", file=sys.stderr)

@@ -90,8 +90,6 @@ def _declared_in(model: nn.Module, name: str) -> str:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of scalar parameters."""
-
     total: int
     active: int
     """Without the experts a token does not choose; embedding and output layer count whole."""

@@ -272,7 +272,7 @@ def find_start(config: Config, sources: Sources, run_dir: Path, rollback: Rollba
     rank."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     patience = Patience(patient_seconds(config.resilience), rank=rank)
-    paths = from_first_rank(lambda: paths_to_try(config, run_dir, rollback, patience=patience))
+    paths = from_first_rank(lambda: paths_to_try(config, run_dir, rollback, patience))
     resumed, damaged = agreed(lambda: newest_valid(paths, rank=rank, world_size=world_size, patience=patience))
     changes = agreed(lambda: _checked_changes(config, sources, resumed) if resumed else {})
     branch = branch_start(config, resumed)
@@ -305,9 +305,7 @@ def _checked_changes(config: Config, sources: Sources, resumed: Checkpoint) -> d
     return changed_settings(config, resumed, sources.digest)
 
 
-def paths_to_try(
-    config: Config, run_dir: Path, rollback: Rollback | None, *, patience: Patience = AT_ONCE
-) -> list[Path]:
+def paths_to_try(config: Config, run_dir: Path, rollback: Rollback | None, patience: Patience) -> list[Path]:
     """Checkpoints to continue from, best first, or for a rollback to go back to; as `candidates`."""
     if rollback is None:
         return candidates(config, run_dir, patience=patience)

@@ -40,7 +40,6 @@ class SegmentEnd:
 
     step: int
     rollback: Rollback | None = None
-    """The rollback that is needed."""
     stopped: str | None = None
     """What stopped it, after a checkpoint was saved."""
     has_begun: bool = True

@@ -192,8 +192,8 @@ def _hash(sources: Sources, known: frozenset[VerifiedShard], done: _Hashed, *, s
         shared = _is_shared(manifest)
         unknown = [entry for entry, shard in now if not (shared and shard in known)]
         if part[0] == 0:
-            manifest.check_records(patience=sources.patience)
-        manifest.hash_shards(unknown, show_progress, patience=sources.patience)
+            manifest.check_records(sources.patience)
+        manifest.hash_shards(unknown, show_progress, sources.patience)
         done.hashed += len(unknown)
         done.known += len(now) - len(unknown)
         done.verified += [shard for _, shard in now if shared and shard is not None]

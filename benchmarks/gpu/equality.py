@@ -6,6 +6,7 @@ chunks, and the gradients of what all tokens share are added up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,6 +23,9 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 NEAR_TIES = 2e-3
 """How far the reference, plain PyTorch in the dtype, may be off instead, and others with it: rounding decides on
 which side of a ReLU numbers near 0 fall. In fp32 a σ-MoE of 16.8 million hidden numbers is off by 9e-4 (H200)."""
+ROWS, TIES_OF_A_ROW = 10, 0.3
+"""How many times as far as a whole tensor one row of it may be off: of 16,384 rows one that is wrong altogether is 8e-3
+of the tensor's norm, which bf16 may be off. And the least of it in σ-MoE, where a ReLU near 0 is a share of a row."""
 REPEATING = ("triton", "cuda", "dense", "sets")
 """Backends that promise the same bits when repeated; of the others it is only recorded."""
 CHUNK_TOKENS = 1024
@@ -108,6 +112,34 @@ def errors(actual: Tensors, wanted: Tensors) -> dict[str, float]:
     return found
 
 
+def row_errors(actual: Tensors, wanted: Tensors) -> dict[str, float]:
+    """Of every tensor the error of its worst row along the last axis, or of its worst number if it is a vector,
+    relative to the row's own norm or the rows' root mean square, whichever is larger; absolute where all is expected
+    zero."""
+    found = {}
+    for name, value in wanted.items():
+        rows = value.flatten(0, -2) if value.dim() > 1 else value.reshape(-1, 1)
+        difference = (actual[name].double().reshape(rows.shape) - rows).norm(dim=1)
+        norms = rows.norm(dim=1)
+        norms = norms.clamp_min(norms.square().mean().sqrt())
+        worst = (
+            torch.where(norms > 1e-8, difference / norms, difference).amax() if len(rows) > 0 else norms.new_zeros(())
+        )
+        found[name] = worst.item()
+    return found
+
+
+def furthest(found: dict[str, float], limits: dict[str, float] | None = None) -> str:
+    """The name that is furthest off, in shares of its limit if these are given. Of a NaN nothing is further: to `max`
+    it is neither larger nor smaller than a number."""
+    return max(found, key=lambda n: (math.isnan(found[n]), found[n] / limits[n] if limits else found[n]))
+
+
+def row_limit(op: str, limit: float) -> float:
+    """What a row may be off where the whole tensor may be off by `limit`."""
+    return max(ROWS * limit, TIES_OF_A_ROW if op == "sigma_moe" else 0.0)
+
+
 def same_bits(actual: Tensors, again: Tensors) -> bool:
     return all(torch.equal(actual[name], again[name]) for name in actual)
 
@@ -132,9 +164,15 @@ def check(
         limits = dict.fromkeys(found, max(TOLERANCE[dtype], ties))
     else:
         limits = {name: max(TOLERANCE[dtype], 1.05 * reference[name]) for name in found}
-    worst = max(found, key=lambda name: found[name] / limits[name])
+    worst = furthest(found, limits)
     # `not <=`: a NaN fails.
     failed = not all(found[name] <= limits[name] for name in found)
+    of_rows = row_errors(actual, wanted)
+    wrong = [name for name, error in of_rows.items() if not error <= row_limit(inputs.case.op, limits[name])]
+    failed |= len(wrong) > 0
     failed |= not same and backend in REPEATING
     row: dict[str, Any] = {"backend": backend, "worst": worst, "error": found[worst], "errors": found, "repeats": same}
+    row["worst_row"] = of_rows[furthest(of_rows)]
+    if wrong:
+        row["wrong_rows"] = {name: of_rows[name] for name in wrong}
     return row | {"failed": failed}, wanted

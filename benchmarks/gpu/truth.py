@@ -93,7 +93,8 @@ def _said(row: dict[str, Any]) -> str:
     if "reason" in row:
         return f"{row['backend']}: {row['reason']}"
     bits = "" if row["repeats"] else ", other bits when repeated"
-    return f"{row['backend']}: {row['worst']} differs by {row['error']:.1e}{bits}"
+    rows = "".join(f", of {name} a row by {error:.1e}" for name, error in row.get("wrong_rows", {}).items())
+    return f"{row['backend']}: {row['worst']} differs by {row['error']:.1e}{rows}{bits}"
 
 
 def repetition(context: Context, *, build: Build, dtype: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from benchmarks.marked import rewrite
 from benchmarks.quality.plan import Training, missing
 from benchmarks.quality.records import RESULTS, SHIPPED, check_data, keep, read_records, record_of
 from benchmarks.quality.table import page, picture, report
@@ -61,14 +62,13 @@ def main() -> int:
             shown = SHIPPED.get(args.results.resolve(), SHIPPED[RESULTS]._replace(picture=args.results / "quality.png"))
             picture(records, args.picture or shown.picture)
             if args.page is not None:
-                text = page(args.page.read_text(encoding="utf-8"), records, shown.mark)
-                args.page.write_text(text, encoding="utf-8")
+                rewrite(args.page, lambda text: page(text, records, shown.mark), "--page")
             return 0
         if args.data is None:
             raise DataError("--data: name the manifest.json of the prepared text")
         settings = [f"train.device={args.device}", *args.overrides]
         return run(args.data, args.runs, args.results, args.most, args.jobs, settings)
-    except UserError as error:
+    except (UserError, OSError) as error:  # of the system its own words, which name the file
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from common import presence
-from common.errors import DataError, PassingError, kind_of
+from common.errors import SCARCE, DataError, PassingError, kind_of
 from common.hashing import sha256_stream
 from common.urls import PIPE, URL, WEB, without_secrets
 
@@ -118,7 +118,6 @@ class PipeFile:
         return stream
 
     def resolve(self) -> "PipeFile":
-        """Itself."""
         return self
 
     def __str__(self) -> str:
@@ -174,7 +173,7 @@ def read_error(file: InputFile, error: Exception) -> DataError:
         missing = "there is no such file" if isinstance(error, FileNotFoundError) else _first_words(error)
         return DataError(f"cannot read {file}: {error.strerror or missing}")
     if isinstance(error, OSError) and isinstance(file, Path):
-        kind = PassingError if kind_of(error) is PassingError else DataError
+        kind = PassingError if kind_of(error) is PassingError or error.errno in SCARCE else DataError
         return kind(f"cannot read {file}: {error.strerror or _first_words(error)}")
     cause = error.__cause__ if by_http and error.__cause__ else error
     return UnreachableError(f"cannot read {file}: {type(cause).__name__}: {_first_words(cause)}")

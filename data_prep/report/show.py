@@ -27,7 +27,7 @@ def verify(manifest: Manifest) -> None:
     manifest.check("full", show_progress=True)
     for split in manifest.splits:
         _check_content(manifest, split)
-    rows = [(e.file, e.documents, e.tokens, e.bytes, e.sha256[:12], "ok") for s in manifest.splits.values() for e in s]
+    rows = [(e.file, e.documents, e.tokens, e.bytes, e.sha256[:12], "ok") for e in manifest.entries]
     print(text_table(("shard", "documents", "tokens", "bytes", "sha256", "state"), rows))
     tokenizer = manifest.tokenizer
     if not tokenizer.has_text:

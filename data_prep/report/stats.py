@@ -57,7 +57,6 @@ class Lengths:
 
     @property
     def documents(self) -> int:
-        """All documents."""
         return int(self.counts.sum())
 
     @property

@@ -52,9 +52,8 @@ def own_files(output: Path) -> set[str]:
     names: set[str] = set()
     with contextlib.suppress(DataError):  # none, damaged, or of something else
         manifest = Manifest.load(output)
-        entries = [entry for split in manifest.splits.values() for entry in split]
         names |= {MANIFEST_FILE, RUN_RECORD, manifest.tokenizer.file or MANIFEST_FILE}
-        names |= {name for entry in entries for name in (entry.file, entry.index_file)}
+        names |= {name for entry in manifest.entries for name in (entry.file, entry.index_file)}
         names |= {record.file for record in manifest.provenance.records}
     if _is_own_tokenizer(output):
         names |= {TOKENIZER_FILE, TOKENIZER_RECORD, RUN_RECORD}

@@ -168,7 +168,6 @@ class Preparation:
         return ingest_folder(self.resolved, encodes=self._encodes_while_reading)
 
     def filter_folder(self) -> Path:
-        """Verdicts of the filters."""
         assert self.resolved.config.filter is not None, "there is no filter section"
         settings = self.resolved.config.filter.settings()
         before = stage_key(self.ingest_folder())

@@ -10,15 +10,15 @@ from common.errors import DataError
 from data_prep.run.manifest import write_data_manifest
 from data_prep.run.preparation import Preparation
 from data_prep.shards.format import dtype_name
-from data_prep.stages.dedup import find_duplicates, is_deduplicated
+from data_prep.stages.dedup import DONE, find_duplicates
 from data_prep.stages.dedup_task import DedupTask
-from data_prep.stages.encode import EncodeTask, encode_part, is_encoded
-from data_prep.stages.filter import FilterTask, filter_part, is_filtered, summary
+from data_prep.stages.encode import EncodeTask, encode_part
+from data_prep.stages.filter import FilterTask, filter_part, summary
 from data_prep.stages.filters import check_languages
 from data_prep.stages.ingest import IngestTask, check_limits, ingest_batch, read_state
-from data_prep.stages.model_file import TOKENIZER_RECORD, ModelTask, has_model, make_models
+from data_prep.stages.model_file import TOKENIZER_RECORD, ModelTask, has_model, make_model
 from data_prep.stages.pack import ShardTask, cut_shards, read_entry, write_shards
-from data_prep.stages.signatures import SignatureTask, is_signed, sign_part
+from data_prep.stages.signatures import SignatureTask, sign_part
 from data_prep.stages.tokenizer import SampleSource, TrainTask
 from data_prep.work.folder import stage_folder
 from data_prep.work.parallel import Workers
@@ -55,6 +55,21 @@ def spread(
         workers.run(function, tasks, sizes=sizes, done=done, description=description)
 
     return make
+
+
+def one_by_one(function: Callable[[Any, Workers], None]) -> Callable[[Sequence[Any], Sequence[Any], Workers], None]:
+    """The `make` that calls `function`, which divides its task among the processes itself."""
+
+    def make(tasks: Sequence[Any], finished: Sequence[Any], workers: Workers) -> None:
+        for task in tasks:
+            function(task, workers)
+
+    return make
+
+
+def has_file(suffix: str) -> Callable[[Any], bool]:
+    """The `is_done` of tasks that leave a file of this suffix for their part, last of all."""
+    return lambda task: (task.folder / f"{task.part.name}{suffix}").exists()
 
 
 # ingest: batch of raw files -> parts, quarantine
@@ -249,36 +264,36 @@ STAGES = (
         over="slice",
         check=_check_languages,
         tasks=filter_tasks,
-        is_done=is_filtered,
+        is_done=has_file(".json"),
         make=spread(filter_part, "filtering", lambda task: task.part.bytes),
     ),
     Stage(
         name="sign",
         over="slice",
         tasks=_signature_tasks,
-        is_done=is_signed,
+        is_done=has_file(".safetensors"),
         make=spread(sign_part, "signing", lambda task: task.part.bytes),
     ),
     Stage(
         name="dedup",
         over="all",
         tasks=dedup_tasks,
-        is_done=is_deduplicated,
-        make=lambda tasks, _, workers: find_duplicates(tasks, workers),
+        is_done=lambda task: (task.folder / DONE).exists(),
+        make=one_by_one(find_duplicates),
     ),
     Stage(
         name="tokenizer",
         over="all",
         tasks=_model_tasks,
         is_done=has_model,
-        make=lambda tasks, _, workers: make_models(tasks, workers),
+        make=one_by_one(make_model),
         publishes=_model_to_publish,
     ),
     Stage(
         name="encode",
         over="slice",
         tasks=_encode_tasks,
-        is_done=is_encoded,
+        is_done=has_file(".safetensors"),
         make=spread(encode_part, "tokenising", lambda task: task.part.bytes),
     ),
     Stage(

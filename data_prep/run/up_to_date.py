@@ -81,7 +81,6 @@ def difference(resolved: ResolvedConfig, manifest: Manifest, *, hash_all: bool =
 
 
 def changed_text(key: str, then: Any, now: Any) -> str:
-    """How a setting changed, or one in it."""
     if isinstance(then, dict) and isinstance(now, dict):
         if {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)} == {RECORDED_STOP_WORDS}:
             # Which is no key of a config.
@@ -110,8 +109,10 @@ def is_up_to_date(resolved: ResolvedConfig, *, force: bool) -> bool:
     manifest = Manifest.load(resolved.output)
     changed = difference(resolved, manifest)
     if changed:
+        is_older = bool(changes_since(manifest.provenance.versions.get("data_prep")))
         raise DataError(
             f"{resolved.output} holds other data: {changed}; choose another `output`, or rebuild it with --force"
+            f"{' (training reads it as it is)' * is_older}"
         )
     manifest.check("size")
     return True

@@ -49,8 +49,7 @@ class ShardCache:
         self._check_limit()
 
     def _check_limit(self) -> None:
-        entries = [entry for entries in self.manifest.splits.values() for entry in entries]
-        largest = max((entry.bytes + entry.index_bytes for entry in entries), default=0)
+        largest = max((entry.bytes + entry.index_bytes for entry in self.manifest.entries), default=0)
         if largest > self._limit:
             raise DataError(
                 f"data.cache_bytes: {self._limit} holds not even one shard of {without_secrets(self._url)}, the "

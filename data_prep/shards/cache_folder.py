@@ -146,7 +146,7 @@ def _listed(folder: Path) -> list[ShardEntry] | None:
     try:
         if hashlib.sha256((folder / MANIFEST_FILE).read_bytes()).hexdigest()[:24] != folder.name:
             return None
-        return [entry for entries in Manifest.load(folder).splits.values() for entry in entries]
+        return Manifest.load(folder).entries
     except (OSError, DataError):
         return None
 

@@ -83,11 +83,9 @@ class Manifest(Record):
     dtype: Literal["uint16", "uint32"]
     """Token dtype, little-endian."""
     tokenizer: TokenizerEntry
-    """The tokenizer."""
     splits: dict[SplitName, tuple[ShardEntry, ...]]
     """Shards of each split in reading order."""
     totals: dict[SplitName, SplitTotals]
-    """Sums of each split."""
     provenance: Provenance
     """Sources, settings and versions."""
     digest: Sha256
@@ -128,8 +126,8 @@ class Manifest(Record):
             raise UnreadableError(f"cannot read {file}: {said(error)}", str(file), error.errno) from None
         manifest = cls._parse(file, raw)
         manifest._folder = file.parent
-        shards = manifest._shard_files() if follow_links else []
-        for name in [manifest.tokenizer.file or "", *shards, *manifest._record_files()]:
+        shards = [name for e in manifest.entries for name in (e.file, e.index_file)] if follow_links else []
+        for name in [manifest.tokenizer.file or "", *shards, *(r.file for r in manifest.provenance.records)]:
             manifest.inside(name)
         return manifest
 
@@ -185,7 +183,7 @@ class Manifest(Record):
     @property
     def num_bytes(self) -> int:
         """Of all shards."""
-        return sum(entry.bytes for entry in self._entries())
+        return sum(entry.bytes for entry in self.entries)
 
     def num_tokens(self, split: str) -> int:
         """Token ids in a split, EOS included."""
@@ -194,16 +192,12 @@ class Manifest(Record):
     def part(self, part: Part) -> list[ShardEntry]:
         """The shards that one of several processes looks at."""
         number, of = part
-        return self._entries()[number::of]
+        return self.entries[number::of]
 
-    def _entries(self) -> list[ShardEntry]:
+    @property
+    def entries(self) -> list[ShardEntry]:
+        """All shards, split by split."""
         return [entry for entries in self.splits.values() for entry in entries]
-
-    def _shard_files(self) -> list[str]:
-        return [name for entry in self._entries() for name in (entry.file, entry.index_file)]
-
-    def _record_files(self) -> list[str]:
-        return [record.file for record in self.provenance.records]
 
     def check(
         self,
@@ -220,7 +214,6 @@ class Manifest(Record):
         validated. `full` also hashes every shard; `show_progress` shows a bar for that. Only the files of `part` are
         looked at, where several processes check a folder together. `patience` makes each check.
         """
-        assert level in ("size", "full"), f"level must be 'size' or 'full', not {level!r}"
         passes, entries = partial(_passes, problem, patience), self.part(part)
         if part[0] == 0:
             passes(self._check_tokenizer)
@@ -230,20 +223,16 @@ class Manifest(Record):
         if level == "size":
             return
         if part[0] == 0:
-            self.check_records(problem, patience)
-        self.hash_shards(whole, show_progress, problem, patience)
+            self.check_records(patience, problem)
+        self.hash_shards(whole, show_progress, patience, problem)
 
-    def check_records(self, problem: Problem = refuse, patience: Patience = lambda check: check()) -> None:
+    def check_records(self, patience: Patience, problem: Problem = refuse) -> None:
         """The part of `check` for the records of the preparation, which training does without."""
         for record in self.provenance.records:
             _passes(problem, patience, partial(_check_record, self.folder / record.file, record))
 
     def hash_shards(
-        self,
-        entries: list[ShardEntry],
-        show_progress: bool = False,
-        problem: Problem = refuse,
-        patience: Patience = lambda check: check(),
+        self, entries: list[ShardEntry], show_progress: bool, patience: Patience, problem: Problem = refuse
     ) -> None:
         """The part of `check` that takes long: reads these shards, and compares their sha256."""
         from common.progress_bar import byte_bar  # here, so that the read path does not import tqdm

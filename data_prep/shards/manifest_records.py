@@ -38,13 +38,10 @@ class ShardEntry(Record):
     tokens: Annotated[int, Field(ge=1)]
     """Token ids in the shard, EOS included."""
     documents: Annotated[int, Field(ge=1)]
-    """Documents in the shard."""
     index_file: SafeName
     """Name of the safetensors index, relative to the manifest."""
     index_bytes: Count
-    """Size of the index."""
     index_sha256: Sha256
-    """Hash of the whole index."""
 
 
 class TokenizerEntry(Record):
@@ -96,7 +93,6 @@ class SplitTotals(Record):
     """Sums over one split."""
 
     documents: Count
-    """Documents."""
     tokens: Count
     """Token ids, EOS included."""
     text_bytes: Count
@@ -134,9 +130,7 @@ class RecordFile(Record):
     file: SafeName
     """Name, relative to the manifest."""
     bytes: Count
-    """Size."""
     sha256: Sha256
-    """Hash of the whole file."""
 
 
 class Provenance(Record):

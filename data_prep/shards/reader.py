@@ -177,7 +177,6 @@ class SplitReader:
 
     @property
     def num_documents(self) -> int:
-        """Documents in the split."""
         return int(self._document_start[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:

@@ -31,11 +31,6 @@ REMAINS = ("*.run", "band-*.pairs")
 INTERMEDIATE = ("exact-*.rows", "band-*.rows", "similar-*.rows")
 
 
-def is_deduplicated(task: DedupTask) -> bool:
-    """Whether all duplicates have been found."""
-    return (task.folder / DONE).exists()
-
-
 def counts(task: DedupTask) -> dict[str, Any]:
     """Documents dropped as `exact` and `near` duplicates, and how many of the near ones have each similarity, from 0 to
     1 (`near_similarity`)."""
@@ -43,13 +38,8 @@ def counts(task: DedupTask) -> dict[str, Any]:
     return found
 
 
-def find_duplicates(tasks: Iterable[DedupTask], workers: Workers) -> None:
+def find_duplicates(task: DedupTask, workers: Workers) -> None:
     """Finds all duplicates; after a kill it goes on where it was."""
-    for task in tasks:
-        _find(task, workers)
-
-
-def _find(task: DedupTask, workers: Workers) -> None:
     _remove(task, REMAINS)  # this process alone has the output: array tasks have no part in this stage
     for path in task.folder.iterdir():
         if TEMPORARY.fullmatch(path.name):

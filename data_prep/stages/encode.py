@@ -43,11 +43,6 @@ class EncodedSplit:
     """int64 [documents]: UTF-8 bytes of the text of each."""
 
 
-def is_encoded(task: EncodeTask) -> bool:
-    """Whether the part has been tokenised."""
-    return (task.folder / f"{task.part.name}.safetensors").exists()
-
-
 class _Ids:
     """Growing ids of one split; an array that doubles, since thousands of small ones take twice the memory."""
 

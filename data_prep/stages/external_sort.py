@@ -38,15 +38,12 @@ class ExternalSorter:
             self._waiting_rows += len(taken)
             rows = rows[len(taken) :]
             if self._waiting_rows == self._run_rows:
-                self._spill()
+                self._write_run([self._sorted_waiting()])
 
     def _sorted_waiting(self) -> np.ndarray:
         rows = np.concatenate([np.empty((0, self._columns), np.uint64), *self._waiting])
         self._waiting, self._waiting_rows = [], 0
         return _sorted(rows)
-
-    def _spill(self) -> None:
-        self._write_run([self._sorted_waiting()])
 
     def _write_run(self, blocks: Iterable[np.ndarray]) -> None:
         path = self._folder / f"{self._name}-{len(self._files):05d}.run"

@@ -24,17 +24,10 @@ LINES = "c4 lines"  # the rule that changes documents, among the examples
 
 @dataclass(frozen=True, kw_only=True)
 class FilterTask:
-    """One part to filter."""
-
     config: FilterConfig
     part: Part
     ingest: Path
     folder: Path
-
-
-def is_filtered(task: FilterTask) -> bool:
-    """Whether the part has been filtered."""
-    return (task.folder / f"{task.part.name}.json").exists()
 
 
 @lru_cache(maxsize=1)  # per process: loading the language model takes 1 s

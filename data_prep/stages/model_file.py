@@ -1,6 +1,5 @@
 """The tokenizer's file: a copy of a given model, a model that is trained, or the list of the bytes that occur."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,15 +48,14 @@ def has_model(task: ModelTask) -> bool:
     return task.record.exists()
 
 
-def make_models(tasks: Sequence[ModelTask], workers: Workers) -> None:
+def make_model(task: ModelTask, workers: Workers) -> None:
     """Writes tokenizer.model, then its record."""
-    for task in tasks:
-        if task.training is None:
-            write_model(task)
-        elif task.config.has_model:
-            _write(task, workers.alone(train_on_sample, task.training))
-        else:
-            _write(task, _symbols(task, task.training))
+    if task.training is None:
+        write_model(task)
+    elif task.config.has_model:
+        _write(task, workers.alone(train_on_sample, task.training))
+    else:
+        _write(task, _symbols(task, task.training))
 
 
 def write_model(task: ModelTask) -> None:

@@ -32,8 +32,6 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """One shard to write."""
-
     name: str
     split: SplitName
     pieces: tuple[Piece, ...]

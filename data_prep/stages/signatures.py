@@ -47,11 +47,6 @@ class SignatureTask:
     folder: Path
 
 
-def is_signed(task: SignatureTask) -> bool:
-    """Whether the part has been signed."""
-    return (task.folder / f"{task.part.name}.safetensors").exists()
-
-
 def sign_part(task: SignatureTask) -> None:
     """Writes PART.sig, the low bytes of the signatures, uint8 [documents, 256] with zeros for documents that are
     not candidates, and PART.safetensors: int64 `document` [signed], uint64 `bands` [bands, signed]. Documents that a

@@ -151,7 +151,6 @@ class TextTokenizer:
             start = stop
 
     def piece(self, number: int) -> str:
-        """The piece of an id."""
         piece: str = self._model.id_to_piece(number)
         return piece
 
@@ -303,8 +302,6 @@ def _choose(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """A tokenizer to train."""
-
     sources: tuple[SampleSource, ...]
     selection: Selection
     config: TokenizerConfig

@@ -34,6 +34,8 @@ REFUSED = {
     "distribution": "srun places the ranks, and would not follow it; --srun=--distribution=... does",
 }
 """Options of sbatch that would undo what was checked, although these commands need not set them: why."""
+WHOLE_NAMES = {"gpus"}
+"""Options of sbatch that begin as one of those, or as one that these commands set, and mean themselves."""
 WITHOUT_VALUE = {"exclusive", "contiguous"}
 OF_SBATCH = {
     *WITHOUT_VALUE,
@@ -107,6 +109,12 @@ def script(
             )
         if name in REFUSED:
             raise UserError(f"--sbatch={option}: {REFUSED[name]}")
+        ours = [whole for whole in (*options, *REFUSED) if whole.startswith(name)]
+        if ours and name not in WHOLE_NAMES:
+            raise UserError(
+                f"--sbatch={option}: sbatch may take --{name} for --{ours[0]}, which is refused here; write the whole "
+                f"name of the option that is meant"
+            )
         merged[name] = given
     lines = ["#!/bin/bash"]
     for key, value in merged.items():

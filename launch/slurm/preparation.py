@@ -197,8 +197,10 @@ def _script(args: argparse.Namespace, resolved: ResolvedConfig, config: Frozen, 
         **({"TASKS": str(args.tasks)} if is_array else {}),
         **({"CONFIG_SUM": f"{config.sha256}  {config.path}"} if config.content is None else {}),
     }
-    # The output last: the file's own may be relative to where the file lies, see data_prep/config/loading.py.
-    overrides = [*args.overrides, f"output={resolved.output.absolute()}"]
+    # The output as it is resolved: the file's own may be relative to where the file lies, see
+    # data_prep/config/loading.py.
+    others = [override for override in args.overrides if override.partition("=")[0].strip() != "output"]
+    overrides = [*others, f"output={resolved.output.absolute()}"]
     arguments = [step, "--config", str(config.path), *set_options(overrides), *["--force"] * args.force]
     return job.script(
         job.Template.load("data_prep.sbatch"),

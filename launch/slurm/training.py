@@ -176,7 +176,7 @@ def _check(args: argparse.Namespace, run_dir: Path) -> list[UserError]:
     if args.signal_seconds is not None and args.signal_seconds >= limit:
         raise UserError(f"--signal-seconds {args.signal_seconds}: must be below --time ({limit} s)")
     _check_gpus(args)
-    waits = next((option for option in args.sbatch if option.startswith("--dependency=")), None)
+    waits = next((option for option in args.sbatch if option.startswith("--dep")), None)  # sbatch takes --depend= too
     if waits is not None and args.after is not None:  # of two that sbatch is given, it takes one
         raise UserError(f"--sbatch={waits}: --after {args.after} is such a condition too; give one of them")
     job.srun_options(args)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from model.config import MoAConfig, ModelConfig
-from pretrain.analysis.counting import Counts
+from pretrain.analysis.counting import Counts, Favourite, favourites
 from pretrain.analysis.trace import RouterTrace, Trace
 
 
@@ -34,9 +34,15 @@ class Findings:
     """Whether the weights are the moving average (train.ema_decay)."""
     counts: list[Counts] = field(default_factory=list)
     """One for each of trace.routers."""
+    favourites: dict[str, list[list[list[Favourite]]]] = field(default_factory=dict)
+    """Of each router by name: for each head, for each expert."""
 
     def __post_init__(self) -> None:
         self.counts = [Counts.of(router) for router in self.trace.routers]
+        self.favourites = {
+            router.name: [favourites(router, self.tokens, head) for head in range(len(counts.load))]
+            for router, counts in zip(self.trace.routers, self.counts, strict=True)
+        }
 
     @property
     def title(self) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from pretrain.analysis.counting import favourites
 from pretrain.analysis.findings import Findings
 
 MARK = "switchall analysis"
@@ -58,8 +57,8 @@ def _run(run: Findings) -> dict[str, Any]:
                 "load_max": counts.load_max,
                 "entropy": counts.entropy,
                 "favourites": [
-                    [[f._asdict() for f in of_expert] for of_expert in favourites(router, run.tokens, head)]
-                    for head in range(len(counts.load))
+                    [[f._asdict() for f in of_expert] for of_expert in of_head]
+                    for of_head in run.favourites[router.name]
                 ],
             }
             for router, counts in zip(run.trace.routers, run.counts, strict=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 from common import html_page
-from pretrain.analysis.counting import favourites
 from pretrain.analysis.findings import Findings, shown
 from pretrain.analysis.trace import RouterTrace
 from pretrain.report.model_text import model_text
@@ -162,11 +161,11 @@ class Page:
             for layer in run.layers if run.trace.routers else ():
                 yield f"<details><summary>{escape(run.title)}: layer {layer}</summary>"
                 for router, counts in run.routers_of(layer):
-                    for head in range(len(counts.load)):
+                    for head, of_head in enumerate(run.favourites[router.name]):
                         yield f"<h4>{router.title}{f', head {head}' if len(counts.load) > 1 else ''}</h4>"
                         rows = [
                             (str(expert), f"{counts.load[head, expert]:,}", _favourite_text(found, names))
-                            for expert, found in enumerate(favourites(router, run.tokens, head))
+                            for expert, found in enumerate(of_head)
                         ]
                         yield html_page.table(("expert", "tokens", "most over-represented"), rows, numbers=(0, 1))
                 yield "</details>"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from common.errors import TO_UTF8, UserError
+from common.errors import UserError
+from common.utf8 import decoded, name_of, read_bytes
 
 MOST_BYTES = 4 << 20
 SAMPLE_NAME = "a paragraph of the project"
@@ -26,24 +26,13 @@ def read_text(path: Path | None) -> tuple[str, str]:
     file that is missing, empty, no UTF-8, or larger than an analysis makes sense for."""
     if path is None:
         return SAMPLE, SAMPLE_NAME
-    name = "standard input" if str(path) == "-" else str(path)
-    try:
-        if str(path) == "-":
-            data = sys.stdin.buffer.read(MOST_BYTES + 1)
-        else:
-            with path.open("rb") as file:
-                data = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"--text: {name} cannot be read: {error.strerror}") from None
+    name, data = name_of(path), read_bytes(path, "--text", MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise UserError(
             f"--text: {name} is larger than {MOST_BYTES >> 20} MiB, and an analysis shows only the beginning; cut out "
             f"the part that is to be looked at"
         )
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text: {name} is no text in UTF-8 (byte {error.start}); {TO_UTF8}") from None
+    text = decoded(data, path, "--text")
     if "\0" in text:
         raise UserError(f"--text: {name} holds zero bytes, so it is a binary file; give plain text")
     if not text.strip():

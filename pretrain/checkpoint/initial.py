@@ -47,8 +47,13 @@ def initial_checkpoint(
     named = config.train.init_from
     if named is None:
         return None
-    place = initial_place(named, run_dir, patience=patience)
-    return _opened(place, config, tokenizer_sha256, world_size=world_size, patience=patience)
+    while True:
+        place = initial_place(named, run_dir, patience=patience)
+        try:
+            return _opened(place, config, tokenizer_sha256, world_size=world_size, patience=patience)
+        except UserError:
+            if os.path.isdir(place):
+                raise  # else the run that it is of goes on and has removed it, so that another one is the newest
 
 
 def initial_place(named: str, run_dir: Path | None = None, *, patience: Patience = AT_ONCE) -> Path:

@@ -17,12 +17,35 @@ from pretrain.config.schema import Config
 
 
 def stored_tokenizer_of(checkpoint: Checkpoint, place: str | None = None) -> tuple[StoredTokenizer | None, str]:
-    """The tokenizer inside the checkpoint, else that of the data that `find_data` finds; or None and the reason. Raises
-    UserError."""
+    """The tokenizer inside the checkpoint, else that of the data that `find_data` finds, else the same one of other
+    data there; or None and the reason. Raises UserError."""
     if (inside := StoredTokenizer.inside(checkpoint)) is not None:
         return inside, ""
-    manifest, reason = find_data(checkpoint, place)
-    return None if manifest is None else StoredTokenizer.of(manifest), reason
+    try:
+        manifest, reason = find_data(checkpoint, place)
+    except UserError:
+        if (same := same_tokenizer(checkpoint, [] if place is None else [place])) is None:
+            raise
+        return same, ""
+    same = same_tokenizer(checkpoint, []) if manifest is None else StoredTokenizer.of(manifest)
+    return same, "" if same is not None else reason
+
+
+def same_tokenizer(checkpoint: Checkpoint, places: Sequence[str]) -> StoredTokenizer | None:
+    """The tokenizer, by its sha256, of data that the run did not read, as those that another version has made anew of
+    the same text: of the first of `places`, and of those of the checkpoint's configuration, that has it."""
+    sha256 = checkpoint.state.get("tokenizer_sha256")
+    with contextlib.suppress(UserError):
+        places = [*places, *parse_config(checkpoint.state["config"]).data.locations]
+    for place in places if sha256 else ():
+        with contextlib.suppress(UserError, OSError):
+            if URL.match(place):
+                continue
+            manifest = Manifest.load(find_input(place))
+            entry = manifest.tokenizer
+            if entry.file is not None and entry.sha256 == sha256 == sha256_file(manifest.folder / entry.file):
+                return StoredTokenizer.of(manifest)
+    return None
 
 
 def find_data(checkpoint: Checkpoint, place: str | None = None) -> tuple[Manifest | None, str]:

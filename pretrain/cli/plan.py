@@ -76,13 +76,13 @@ def _add_layout(commands: argparse._SubParsersAction[Parser]) -> None:
         "holds, and the bytes of weights and optimizer states per rank, beside those of one process.",
     )
     layout.add_argument("config", type=a_path, metavar="CONFIG", help="run configuration, or a run folder")
-    layout.add_argument(
-        "--ranks",
-        type=at_least(1),
-        metavar="N",
-        help="number of ranks (default: the smallest, tensor x pipeline x expert)",
-    )
+    _add_ranks(layout)
     add_overrides(layout, "override one dotted key of CONFIG, e.g. parallel.tensor=2; repeatable")
+
+
+def _add_ranks(parser: Parser) -> None:
+    words = "number of ranks (default: the smallest, tensor x pipeline x expert)"
+    parser.add_argument("--ranks", type=at_least(1), metavar="N", help=words)
 
 
 def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -95,12 +95,7 @@ def _add_check(commands: argparse._SubParsersAction[Parser]) -> None:
         "start would name the first. Writes nothing. Exit code 0: all is well, 2: something is wrong.",
     )
     check.add_argument("config", metavar="CONFIG", help="run configuration, or a run folder")
-    check.add_argument(
-        "--ranks",
-        type=at_least(1),
-        metavar="N",
-        help="number of ranks (default: the smallest, tensor x pipeline x expert)",
-    )
+    _add_ranks(check)
     check.add_argument("--run-dir", metavar="DIR", help="run folder (default: as for launch/pretrain.py, runs/NAME)")
     check.add_argument(
         "--device",

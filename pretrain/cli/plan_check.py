@@ -13,7 +13,7 @@ from pretrain.preflight.whole import Examination, Wanted
 from pretrain.report.exit_codes import ExitCode
 
 
-def print_check(wanted: Wanted, *, as_json: bool, rank: int | None = None, with_step: bool = True) -> int:
+def print_check(wanted: Wanted, *, as_json: bool, rank: int | None, with_step: bool) -> int:
     """Makes all checks and prints a line for each; what is wrong goes to stderr. `rank`: is rehearsed beside those that
     stand for all; `with_step`: whether a step is rehearsed. Returns the exit code: REFUSED where anything is wrong."""
     examination = Examination(wanted, (lambda outcome: None) if as_json else print_line)

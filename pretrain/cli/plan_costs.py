@@ -66,7 +66,7 @@ def print_costs(models: dict[str, ModelConfig], *, any_size: bool, as_json: bool
         print(table(rows))
 
 
-def model_costs(models: dict[str, ModelConfig], *, any_size: bool = True) -> list[Costs]:
+def model_costs(models: dict[str, ModelConfig], *, any_size: bool) -> list[Costs]:
     """The costs of each model, with ratios to the first; if `any_size` is False, only for the first one's T and
     d_model."""
     counted = {}  # the published models repeat over corpora: each is counted once

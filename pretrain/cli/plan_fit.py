@@ -127,7 +127,7 @@ def hours_range(fast: float, slow: float) -> str:
     return "less than 0.01" if slow < 0.01 else f"{hours_text(fast)} to {hours_text(slow)}"
 
 
-def whole_run(report: FitReport, time: StepTime, done: int = 0) -> str:
+def whole_run(report: FitReport, time: StepTime, done: int) -> str:
     """Step, tokens a second and what is left after `done` steps for the next start, in hours and GPU-hours."""
     config, steps, last = report.config, report.config.train.steps, report.config.train.last_step
     tokens = config.batch.global_sequences * config.model.sequence_length

@@ -18,6 +18,11 @@ LARGEST_PERIOD = 10_000
 def check_data(config: Config) -> None:
     """Mixtures need a short schedule and names; memory needs contiguous text."""
     data = config.data
+    if not all(location.strip() for location in data.locations):  # which would mean the current folder
+        raise ConfigError(
+            f"data.{'sources' if data.sources else 'manifest'}: the place of a data set is empty; set it to the "
+            f"folder that data_prep wrote"
+        )
     names = source_names(config)
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:

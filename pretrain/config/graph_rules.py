@@ -8,9 +8,9 @@ from pretrain.config.obstacles import Obstacle, check, of_the_host
 from pretrain.config.schema import Config
 
 
-def obstacle(config: Config, *, data_size: int | None = None, device_type: str | None = None) -> Obstacle | None:
+def obstacle(config: Config, *, data_size: int | None, device_type: str | None) -> Obstacle | None:
     """The first one; None where the micro-steps can be recorded. What depends on the number of data-parallel ranks or
-    on the device counts only where they are given."""
+    on the device counts only where they are known."""
     return next(_obstacles(config, data_size, device_type), None)
 
 
@@ -20,7 +20,7 @@ def check_graphs(config: Config, *, data_size: int | None = None, device_type: s
     check("train.cuda_graph", config.train.cuda_graph, found)
 
 
-def takes_graphs(config: Config, *, data_size: int | None = None, device_type: str | None = None) -> bool:
+def takes_graphs(config: Config, *, data_size: int | None, device_type: str) -> bool:
     """Whether the micro-steps of a run are recorded, as far as what is given tells. `auto` records those that were
     recorded on a GPU (docs/gpu.md): not compiled blocks."""
     wanted = config.train.cuda_graph

@@ -22,7 +22,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, option: str = "--c
 
 
 def config_tree(
-    path: Path, overrides: Sequence[str] = (), *, option: str = "--config", problem: Problem = refuse
+    path: Path, overrides: Sequence[str], *, option: str = "--config", problem: Problem = refuse
 ) -> dict[str, Any]:
     """The tree of the JSON file at `path` with `--set` overrides applied in order, before anything is validated. Raises
     ConfigError or PassingError where there is no tree; what is wrong with overrides too, unless `problem` takes it."""
@@ -51,7 +51,7 @@ def inspect_config(
     return config, [*problems, *found]
 
 
-def alert_settings(path: Path, overrides: Sequence[str] = ()) -> MonitorConfig | None:
+def alert_settings(path: Path, overrides: Sequence[str]) -> MonitorConfig | None:
     """What a configuration that may be wrong in every other place says of alerts, in a MonitorConfig; None where it
     cannot be read, or is wrong there."""
     try:

@@ -130,7 +130,6 @@ def check_expert(config: Config) -> None:
 
 
 def largest_divisor(value: int, limit: int) -> int:
-    """The largest divisor of `value` that is at most `limit`."""
     small = [size for size in range(1, math.isqrt(value) + 1) if value % size == 0]
     return max(size for size in (*small, *(value // size for size in small)) if size <= limit)
 

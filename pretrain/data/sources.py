@@ -109,7 +109,6 @@ class Sources:
 
     @property
     def tokenizer(self) -> TokenizerEntry:
-        """The one tokenizer."""
         return self.sources[0].manifest.tokenizer
 
     def check(
@@ -179,7 +178,9 @@ def check_vocabulary(sources: Sources, config: Config) -> None:
 
 def check_text(source: Source, config: Config) -> None:
     """Raises UserError if a split that the run reads is not there, or too short."""
-    _check_splits(source, config)
+    if config.evaluate.sequences:
+        check_held_out(source, config)
+    _check_length(source, "train", config)
     _check_train_tokens(source.manifest, config)
 
 
@@ -210,13 +211,6 @@ def check_held_out(source: Source, config: Config) -> None:
             f"to validation, or prepare the data with a test_input"
         )
     _check_length(source, held_out, config, ", or set evaluate.sequences to 0")
-
-
-def _check_splits(source: Source, config: Config) -> None:
-    """Checks that the splits that the run reads exist and have at least one window each."""
-    if config.evaluate.sequences:
-        check_held_out(source, config)
-    _check_length(source, "train", config)
 
 
 def _check_length(source: Source, split: SplitName, config: Config, remedy: str = "") -> None:

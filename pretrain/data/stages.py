@@ -20,8 +20,6 @@ from pretrain.data.mixture import MixtureSchedule
 
 @dataclass(frozen=True)
 class StageSource:
-    """One source in a stage."""
-
     name: str
     digest: str
     """Of its manifest; empty where a checkpoint from before stages existed does not tell it."""
@@ -97,7 +95,6 @@ class Stage:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Stage:
-        """The inverse of `to_json`."""
         sources = tuple(StageSource(**source) for source in tree["sources"])
         return cls(int(tree["first"]), sources, tree.get("streams"))
 

@@ -29,8 +29,6 @@ def find_files(name: str, given: str | None) -> Path:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a task gives."""
-
     name: str
     values: dict[str, float]
     """accuracy (with groups: the mean of theirs) and, for a task that has one, perplexity: exp of minus the mean

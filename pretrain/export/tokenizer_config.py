@@ -60,7 +60,6 @@ def special_ids(tokenizer: StoredTokenizer, content: bytes) -> dict[str, int | N
 def tokenizer_config(
     tokenizer: StoredTokenizer, content: bytes, model: ModelConfig, special: dict[str, int | None]
 ) -> dict[str, Any]:
-    """The content of tokenizer_config.json."""
     is_model = tokenizer.entry.kind == "sentencepiece"
     named = _pieces(content).id_to_piece if is_model else lambda number: f"<0x{content[number]:02X}>"
     ids = {"eos_token": special["eos_token_id"], "pad_token": special["pad_token_id"]}

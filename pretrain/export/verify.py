@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from model.config import ModelConfig
 from model.decoding import uncached_logits
 from model.documents import document_index
 from model.language_model import LanguageModel
@@ -25,6 +26,11 @@ TEXT = (
 )
 CHUNKS = 3
 """Windows of the model that are compared: with memory the later ones see it."""
+MOST_TOKENS = 4096
+"""Of a model without memory that has longer windows than a third of this, so many, or one window if that is more: with
+32,000 pieces each token has 128 kB of logits, here and there."""
+ROWS = 256
+"""Tokens whose logits are subtracted at a time."""
 
 
 def check_transformers() -> None:
@@ -55,7 +61,7 @@ def verify(
     if saved.tokenizer.has_text:
         ids = _check_tokenizer(SwitchAllTokenizer.from_pretrained(folder), saved.tokenizer)
         found_ids = "the same ids, and "
-    length = CHUNKS * saved.config.model.sequence_length
+    length = compared_tokens(saved.config.model)
     tokens = torch.tensor([(ids * (1 + length // len(ids)))[:length]])
     if (end := saved.document_end) is not None:
         tokens[0, length // 3] = end  # what stands before is not seen behind it
@@ -73,7 +79,7 @@ def verify(
         del saved  # one model in memory at a time
         model = SwitchAllForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         found = model(tokens).logits
-    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    difference, largest = largest_difference(found, expected), largest_size(expected)
     if not difference <= TOLERANCE * max(1.0, largest):
         raise UserError(
             f"{folder}: logits differ by {difference:.1e} from those of the checkpoint; this is an error of the "
@@ -82,11 +88,27 @@ def verify(
     same = f"transformers gives {found_ids}logits that differ by at most {difference:.1e}"
     if dtype == torch.float32:
         return same
-    moved = float((expected - exact).abs().max())
+    moved = largest_difference(expected, exact)
     return f"{same} from those of the weights rounded alike; rounding itself moves them by up to {moved:.1e}"
 
 
-def logits_of(model: LanguageModel, tokens: Tensor, document_end: int | None = None) -> Tensor:
+def compared_tokens(model: ModelConfig) -> int:
+    """How long a text is compared."""
+    windows = CHUNKS * model.sequence_length
+    return windows if model.memory_length else min(windows, max(model.sequence_length, MOST_TOKENS))
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """Of any two numbers at the same place of two [1, L, vocab_size], without a third; NaN if there is one."""
+    rows = zip(one.split(ROWS, 1), other.split(ROWS, 1), strict=True)
+    return float(torch.stack([(a - b).abs().max() for a, b in rows]).max())
+
+
+def largest_size(logits: Tensor) -> float:
+    return float(torch.stack([rows.abs().max() for rows in logits.split(ROWS, 1)]).max())
+
+
+def logits_of(model: LanguageModel, tokens: Tensor, document_end: int | None) -> Tensor:
     """Logits [1, L, vocab_size] of `tokens` [1, L], chunk by chunk if the model has a memory. Behind the id
     `document_end` nothing before is seen."""
     if model.config.memory_length:

@@ -34,8 +34,6 @@ BESIDE_WEIGHTS = 4 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """How to export."""
-
     dtype: str = "float32"
     """float32, bfloat16 or float16."""
     most_bytes: int = 5 * 10**9

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-from common.errors import TO_UTF8, UserError
+from common.errors import UserError
+from common.utf8 import decoded, name_of, read_bytes
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
     """(prompt, what messages call it): every line that is not blank, or of FILE.jsonl the key `prompt` of every line;
     `-` is standard input. Raises UserError."""
-    name = "standard input" if str(path) == "-" else str(path)
-    lines, found = _content(path, "--prompts", name).split("\n"), []
+    name, found = name_of(path), []
+    lines = _content(path, "--prompts").split("\n")
     for number, line in enumerate((line.removesuffix("\r") for line in lines), 1):
         place = f"--prompts: line {number} of {name}"
         if not line.strip():
@@ -26,7 +26,7 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
 
 def read_text(option: str) -> str:
     """All of standard input as one prompt, without the end of its last line. Raises UserError."""
-    return _content(Path("-"), option, "standard input").removesuffix("\n").removesuffix("\r")
+    return _content(Path("-"), option).removesuffix("\n").removesuffix("\r")
 
 
 def _prompt_of(line: str, place: str) -> str:
@@ -40,12 +40,5 @@ def _prompt_of(line: str, place: str) -> str:
     return prompt
 
 
-def _content(path: Path, option: str, name: str) -> str:
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{option}: {name} cannot be read: {error.strerror}") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{option}: {name} is no text in UTF-8 (byte {error.start}); {TO_UTF8}") from None
+def _content(path: Path, option: str) -> str:
+    return decoded(read_bytes(path, option), path, option)

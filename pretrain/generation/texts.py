@@ -57,8 +57,6 @@ class Settings:
 
 @dataclass(frozen=True)
 class Generated:
-    """One text."""
-
     prompt: str
     sample: int
     """Of its prompt, from 0."""

@@ -20,7 +20,7 @@ from pretrain.imports.reading import read_state
 
 
 def read_authors(
-    source: Path, config: Config, *, renames: Sequence[tuple[str, str]] = (), tokenizer: Path | None = None
+    source: Path, config: Config, *, renames: Sequence[tuple[str, str]], tokenizer: Path | None
 ) -> tuple[WeightsOrigin, dict[str, Callable[[], Tensor]], list[str]]:
     """Weights under our names, as functions that give the whole parameter in fp32, and the keys of the source that no
     output depends on. `source`: a file of torch.save (a state dict, or a training checkpoint) or safetensors. `config`:

@@ -161,6 +161,7 @@ def cheapest_change(
 ) -> tuple[Change | None, int]:
     """The change that costs the least time among those after which the run fits, and how many were tried; None if no
     single one is enough. Times by arithmetic decide the order, so that few are traced."""
+    assert machine.capacity is not None
     candidates = []
     for overrides in changes(config, machine):
         try:
@@ -168,7 +169,7 @@ def cheapest_change(
             check_on(changed, machine)
         except ConfigError:
             continue
-        if layout_plan.at_least(changed, machine) <= USABLE * _capacity(machine):
+        if layout_plan.at_least(changed, machine) <= USABLE * machine.capacity:
             candidates.append((overrides, changed, _time(changed, machine, measured)))
     order = sorted(range(len(candidates)), key=lambda number: (_seconds(candidates[number][2]), number))
     for tried, number in enumerate(order, 1):
@@ -222,8 +223,3 @@ def _time(config: Config, machine: Machine, measured: Measurements) -> StepTime 
 
 def _seconds(time: StepTime | None) -> float:
     return float("inf") if time is None else layout_plan.rounded(time.middle)
-
-
-def _capacity(machine: Machine) -> int:
-    assert machine.capacity is not None
-    return machine.capacity

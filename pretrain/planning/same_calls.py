@@ -125,8 +125,5 @@ def _meet(one: Call, other: Call, is_even: bool) -> bool:
         kinds_fit = {one.kind, other.kind} == MESSAGE and one.ranks == other.ranks
     else:
         kinds_fit = one.kind == other.kind
-    return kinds_fit and one.dtype == other.dtype and (one.elements == other.elements or _may_differ(one, is_even))
-
-
-def _may_differ(call: Call, is_even: bool) -> bool:
-    return call.kind in UNEVEN and not is_even
+    may_differ = one.kind in UNEVEN and not is_even
+    return kinds_fit and one.dtype == other.dtype and (one.elements == other.elements or may_differ)

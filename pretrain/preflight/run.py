@@ -165,9 +165,9 @@ class PlannedRun:
         if (more := len(found.problems) - MOST_FILES) > 1:
             del found.problems[MOST_FILES:]
             found.problem(UserError(f"{sources.key}: {more:,} more of its files are wrong; copy the data set again"))
-        entries = [e for source in sources.sources for of_split in source.manifest.splits.values() for e in of_split]
+        shards = sum(len(source.manifest.entries) for source in sources.sources)
         what = "sha256" if is_full else "size (data.verify=full hashes them)"
-        return f"{counted(len(entries), 'shard')}: each has its {what} and may be read; indices and tokenizer by sha256"
+        return f"{counted(shards, 'shard')}: each has its {what} and may be read; indices and tokenizer by sha256"
 
     def _checkpoint(self, found: Outcome, *, thorough: bool) -> str:
         from pretrain.data.warnings import epoch_warnings
@@ -210,7 +210,7 @@ class PlannedRun:
             rollback := pending(read_rollbacks(self.run_dir, branch_start(self.config, newest)))
         ):
             undone = f", for the last start decided to go back to before step {rollback.first_step:,}"
-            paths = paths_to_try(self.config, self.run_dir, rollback, patience=patience)
+            paths = paths_to_try(self.config, self.run_dir, rollback, patience)
             newest = newest_committed(paths, check_sizes=self.alone, patience=patience)
         self.newest = newest
         self.has_checkpoint = newest is not None

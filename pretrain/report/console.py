@@ -28,7 +28,7 @@ _listeners: list[Callable[[str, str], None]] = []
 _is_run = True
 
 
-def protect(is_run: bool = True) -> None:
+def protect(is_run: bool) -> None:
     """Puts streams that never raise in the place of sys.stdout and sys.stderr. Call it first, see
     `open_closed_descriptors`.
 

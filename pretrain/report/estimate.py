@@ -20,8 +20,6 @@ to train also loads code and starts threads. switchall_tiny had 0.39 GiB where 0
 
 
 class RunEstimate(NamedTuple):
-    """What is expected of a run."""
-
     memory_bytes: int | None
     """Of the rank that needs most; None: not estimated."""
     device_type: str

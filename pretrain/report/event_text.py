@@ -123,6 +123,6 @@ TEXTS = {
         f"{_step(e)}: rank {e.get('rank', '?')} waited {_number(e.get('seconds'), '.1f')} s for {e.get('file', '?')}: "
         f"{e.get('reason', '?')}"
     ),
-    "hang": lambda e: f"hung: {str(e.get('message', '')).partition('. ')[0]}",
+    "hang": lambda e: f"hung: {str(e.get('message', '')).removeprefix('hang: ').partition('. ')[0]}",
 }
 """By kind."""

@@ -8,6 +8,8 @@ from common.errors import PassingError, UserError
 
 NONE_IS_WHOLE = "no checkpoint is whole"
 """How the reason of such a start begins."""
+STANDS = "what was saved stands"
+"""Of a run that saved nothing it is not said."""
 
 
 class ExitCode(IntEnum):
@@ -29,23 +31,24 @@ MEANING = {
     ExitCode.FINISHED: "finished, or reached train.stop_after_steps",
     ExitCode.UNFORESEEN: "an unforeseen error, with its traceback",
     ExitCode.REFUSED: "refused: configuration, data, checkpoint or run folder; the message says what to change",
-    ExitCode.DIVERGED: "diverged: too many updates skipped in a row, or too many rollbacks; what was saved stands",
-    ExitCode.REPLICAS_DIFFER: "ranks that must hold the same weights do not; what was saved stands",
+    ExitCode.DIVERGED: f"diverged: too many updates skipped in a row, or too many rollbacks; {STANDS}",
+    ExitCode.REPLICAS_DIFFER: f"ranks that must hold the same weights do not; {STANDS}",
     ExitCode.HUNG: "a rank did not arrive within resilience.hang_timeout_seconds, or within the shorter limit of a "
-    "step (resilience.step_timeout_factor); what was saved stands",
+    f"step (resilience.step_timeout_factor); {STANDS}",
     ExitCode.FOLDER_LOST: "another run has taken over the run folder, or it was removed or renamed; this one stopped "
     "writing",
     ExitCode.CUT_OFF: "a rank could not go on: another one died or never came, or its data could not be read for "
-    "minutes, or the run folder could not be used at the start or in the last save (a fault that may pass); what was "
-    "saved stands",
+    "minutes, or the run folder could not be used at the start or in the last save (a fault that may pass); "
+    f"{STANDS}",
     ExitCode.STOPPED: "stopped by a signal, checkpoint saved (or nothing trained yet): start the same command again",
-    ExitCode.INTERRUPTED: "a second signal ended it at once; what was saved stands: start the same command again",
+    ExitCode.INTERRUPTED: f"a second signal ended it at once; {STANDS}: start the same command again",
 }
 
 
-def meaning_of(code: object) -> str:
+def meaning_of(code: object, *, something_saved: bool = True) -> str:
     """What a process said by its exit code, which may be of none of ours."""
-    return next((meaning for known, meaning in MEANING.items() if known == code), f"exit code {code}")
+    meaning = next((meaning for known, meaning in MEANING.items() if known == code), f"exit code {code}")
+    return meaning if something_saved else meaning.replace(f"; {STANDS}", "")
 
 
 def code_of(kind: type[UserError]) -> ExitCode:

@@ -31,7 +31,7 @@ def memory_rows(config: Config, data_size: int, device_type: str, capacity: int)
 
 
 def run_estimate(
-    config: Config, num_ranks: int, device_type: str, *, card: str | None = None, ranks_per_node: int = 1
+    config: Config, num_ranks: int, device_type: str, *, card: str | None, ranks_per_node: int
 ) -> RunEstimate:
     """What is expected of a run, of the rank that needs most. `card`: the name that its driver gives to a GPU; a step's
     time is estimated if it is in the table of devices."""

@@ -23,7 +23,7 @@ from pretrain.engine.details import Details
 from pretrain.report.curves import Curves
 from pretrain.report.estimate import TIMED, SideBySide
 from pretrain.report.peak import Peak, find_peak
-from pretrain.report.router_load import Collapsed, CollapseWatch, advice, collapse_event, load_text
+from pretrain.report.router_load import Collapsed, CollapseWatch, advice, load_text
 from pretrain.report.run_folder import RunFolder
 from pretrain.report.source_losses import source_losses, sources_text
 from pretrain.report.tensorboard import TensorBoard
@@ -142,7 +142,8 @@ class Monitor:
             f"{listed([str(one) for one in due], 3)}; {advice(self._model, due)} (monitor.collapse_after_steps)",
             flush=True,
         )
-        self._folder.event("router_collapsed", step=step, routers=collapse_event(due))
+        rows = [{"router": c.router, "head": c.head, "busiest_share": c.share, "steps": c.steps} for c in due]
+        self._folder.event("router_collapsed", step=step, routers=rows)
 
     def validation(self, step: int, values: dict[str, Any], *, split: str) -> None:
         """Records a validation on `split` after optimizer step `step`; a None is a value that is not finite."""

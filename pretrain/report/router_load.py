@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.layer_section import Routers
 from pretrain.config.watching import MonitorConfig
 
 OF_SOFTMAX = "switch_loss_weight"
@@ -22,24 +22,10 @@ ATTENTION, FEEDFORWARD = "attention", "feedforward"
 SHORT = {ATTENTION: "attn", FEEDFORWARD: "ffn"}
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What the routers of one kind choose from."""
-
-    num_experts: int
-    active: int
-    """Experts per token (k)."""
-
-    @property
-    def load_limit(self) -> float:
-        """E / k: the load of an expert that every token chooses, in units of the mean load."""
-        return self.num_experts / self.active
-
-
-def choices(model: ModelConfig) -> dict[str, Choice]:
-    """By kind of layer; dense layers have none."""
+def choices(model: ModelConfig) -> dict[str, Routers]:
+    """What the routers of each kind of layer choose from; dense layers have none."""
     layers = {ATTENTION: model.attention.routers, FEEDFORWARD: model.feedforward.routers}
-    return {kind: Choice(found.num_experts, found.active) for kind, found in layers.items() if found is not None}
+    return {kind: found for kind, found in layers.items() if found is not None}
 
 
 def rows_of(load: dict[str, Tensor], kind: str) -> Tensor:
@@ -99,7 +85,7 @@ def load_text(load: dict[str, Tensor], model: ModelConfig) -> str:
     for kind, choice in choices(model).items():
         if f"{kind}_load_max" in values:
             unused = values[f"{kind}_unused_experts"]
-            text = f"{SHORT[kind]} {values[f'{kind}_load_max']:.2f}/{choice.load_limit:.3g}"
+            text = f"{SHORT[kind]} {values[f'{kind}_load_max']:.2f}/{choice.num_experts / choice.active:.3g}"
             parts.append(text + (f", {unused:.0f} unused" if unused else ""))
     return "  ".join(parts)
 
@@ -160,8 +146,3 @@ def advice(model: ModelConfig, due: list[Collapsed]) -> str:
         if key is not None and any(f".{kind}" in router.router for router in due):
             named.append(f"model.{kind}.{key}")
     return (f"raise {' and '.join(named)}, or " if named else "") + "lower optimizer.learning_rate"
-
-
-def collapse_event(due: list[Collapsed]) -> list[dict[str, Any]]:
-    """For events.jsonl."""
-    return [{"router": c.router, "head": c.head, "busiest_share": c.share, "steps": c.steps} for c in due]

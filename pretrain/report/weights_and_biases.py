@@ -65,13 +65,15 @@ class WeightsAndBiases:
         self._told: dict[str, tuple[int, str]] = {}
         """The step and the text of the newest event, by tag."""
         self._has_failed = self._is_open = False
+        self._waits_for_points = anew
+        """A start that is killed before its first step has another run there next time: this one would stay empty."""
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
     def scalars(self, at: Position, values: Mapping[str, float]) -> None:
         if at.step <= self._sent:
             return
-        self._newest, points = at.step, dict(values)
+        self._newest, points, self._waits_for_points = at.step, dict(values), False
         if "loss/train" in points:  # W&B draws against any curve of the same steps
             points["progress/training FLOPs"] = at.flops
 
@@ -155,10 +157,16 @@ class WeightsAndBiases:
             )
 
     def _work(self) -> None:
-        run: Any = None
+        run, kept = None, list[Task]()
         try:
+            while self._waits_for_points:
+                if (task := self._tasks.get()) is None:
+                    return
+                kept.append(task)
             run = self._open()
             self._is_open = True
+            for task in kept:
+                task(run)
             while (task := self._tasks.get()) is not None:
                 if not self._has_failed:
                     task(run)

@@ -99,14 +99,30 @@ def _early_end(error: BaseException) -> tuple[ExitCode, str]:
     if isinstance(error, UserError):
         return code_of(type(error)), str(error)
     if isinstance(error, PeerFailed):
-        return code_of(error.kind), _told(error)
+        return code_of(error.kind), error.words or "another rank met an error and said so"
     if (reason := lost_connection(error)) is not None:
         return ExitCode.CUT_OFF, lost_text(reason)
     return ExitCode.UNFORESEEN, repr(error)
 
 
-def _told(error: PeerFailed) -> str:
-    return error.words or "another rank met an error and said so"
+def _ending(error: BaseException, stop: Stop, phases: Phases, *, has_lock: bool) -> tuple[BaseException, ExitCode, str]:
+    """What this rank leaves a run with, and the code and the words of its outcome: with what stands, where the run may
+    go on from it."""
+    if isinstance(error, RunFailed):
+        return error, error.code, str(error)
+    code, words = _early_end(error)
+    if code is not ExitCode.CUT_OFF:
+        return error, code, words
+    if isinstance(error, PeerFailed):
+        # Of all ranks that were told, the one with the lock writes it down; the others need not look.
+        return error, code, f"{words}. {stop.what_stands()}" if has_lock else words
+    if isinstance(error, PassingError):
+        leaving: BaseException = PassingError(f"{words}. {stop.what_stands()}")
+    else:
+        reason = lost_connection(error)
+        assert reason is not None
+        leaving = RankLost(f"{lost_text(reason, f' in {phases.record}')}. {stop.what_stands()}")
+    return leaving, code, str(leaving)
 
 
 @contextlib.contextmanager
@@ -151,33 +167,12 @@ def guarded(config: ResilienceConfig, folder: RunFolder, stop: Stop, phases: Pha
             if watchdog is not None:
                 watchdog.settle()
             raise
-    except ReplicasDiffer as error:
-        folder.end(error.code, str(error), node=error.node)
-        raise
-    except RunFailed as error:
-        folder.end(error.code, str(error))
-        raise
-    except PassingError as error:
-        passing = PassingError(f"{error}. {stop.what_stands()}")
-        folder.end(code_of(type(passing)), str(passing))
-        raise passing from None
-    except UserError as error:
-        folder.end(code_of(type(error)), str(error))
-        raise
-    except PeerFailed as error:
-        told = _told(error)
-        # Of all ranks that were told, the one with the lock writes it down; the others need not look.
-        is_needed = issubclass(error.kind, PassingError) and folder.lock is not None
-        folder.end(code_of(error.kind), f"{told}. {stop.what_stands()}" if is_needed else told)
-        raise
     except BaseException as error:
-        reason = lost_connection(error)
-        if reason is None:
-            folder.end(ExitCode.UNFORESEEN, repr(error))
+        leaving, code, words = _ending(error, stop, phases, has_lock=folder.lock is not None)
+        folder.end(code, words, node=error.node if isinstance(error, ReplicasDiffer) else None)
+        if leaving is error:
             raise
-        lost = RankLost(f"{lost_text(reason, f' in {phases.record}')}. {stop.what_stands()}")
-        folder.end(lost.code, str(lost))
-        raise lost from None
+        raise leaving from None
     finally:
         if watchdog is not None:
             watchdog.close()

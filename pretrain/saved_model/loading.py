@@ -25,7 +25,7 @@ from pretrain.checkpoint.folder import (
     list_checkpoints,
     while_they_are_there,
 )
-from pretrain.checkpoint.prepared_data import find_data
+from pretrain.checkpoint.prepared_data import find_data, same_tokenizer
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import parse_config
 from pretrain.config.schema import Config
@@ -174,7 +174,8 @@ def tokenizer_of(checkpoint: Checkpoint, model: ModelConfig, data: Sequence[str 
 
 def find_tokenizer(checkpoint: Checkpoint, data: Sequence[str | Path]) -> tuple[StoredTokenizer, Manifest | None]:
     """The tokenizer inside the checkpoint, else that of the data that the configuration names, else that of the first
-    folder of `data` that fits; and the manifest of these data, where they were looked for. Raises UserError."""
+    folder of `data` that fits; and the manifest of these data, where they were looked for. Else the same tokenizer of
+    other data at one of these places, without their manifest. Raises UserError."""
     if (inside := StoredTokenizer.inside(checkpoint)) is not None:
         return inside, None
     manifest, reason = find_data(checkpoint)
@@ -186,5 +187,7 @@ def find_tokenizer(checkpoint: Checkpoint, data: Sequence[str | Path]) -> tuple[
         except UserError as error:
             refusals.append(str(error))
     if manifest is None:
+        if (same := same_tokenizer(checkpoint, [str(place) for place in data])) is not None:
+            return same, None
         raise UserError(f"checkpoint {checkpoint.path}: no tokenizer: {refusals[0] if refusals else reason}")
     return StoredTokenizer.of(manifest), manifest

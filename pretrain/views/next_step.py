@@ -10,11 +10,12 @@ from pretrain.views.reading import RunView, State
 
 NOT_THE_SAME_COMMAND = {
     ExitCode.REFUSED: "Change that, then start it again",
-    ExitCode.DIVERGED: "The same command would diverge again: lower optimizer.learning_rate (with "
-    "checkpoint.allow_changes), or raise resilience.max_rollbacks or resilience.max_skipped_updates",
+    ExitCode.DIVERGED: "The same command would diverge again: lower optimizer.learning_rate{}, or raise "
+    "resilience.max_rollbacks or resilience.max_skipped_updates",
     ExitCode.FOLDER_LOST: "See who has the folder before you start it again",
 }
-"""What ends a run that would end there again."""
+"""What ends a run that would end there again. {}: how a run that goes on from a checkpoint is given other settings."""
+BEGINS_ANEW = "it begins anew: nothing was saved"
 
 
 def resume_text(view: RunView) -> str:
@@ -26,7 +27,7 @@ def resume_text(view: RunView) -> str:
         # What lies in the folder may be of another branch.
         return f"it continues from {view.last('resumed').get('path', choice)}, for nothing was saved since"
     if newest is None:
-        return "it begins anew: nothing was saved"
+        return BEGINS_ANEW
     return f"{'with checkpoint.resume=auto ' * (choice == 'never')}it continues from {newest}"
 
 
@@ -58,6 +59,7 @@ def next_text(view: RunView) -> str:
         return f"read {hang}: it names the rank that did not arrive; then {again_text(view)}; {resume}"
     if code == ExitCode.REFUSED and NONE_IS_WHOLE in str(view.outcome.get("reason")):
         resume = "what lies in checkpoints/ cannot be gone on from"
+    goes_on = resume != BEGINS_ANEW
     changed = (text for known, text in NOT_THE_SAME_COMMAND.items() if known == code)
-    then = next(changed, None)
-    return f"{meaning_of(code)}; the end of its log says more. {then or f'Then {again_text(view)}'}; {resume}"
+    then = next(changed, f"Then {again_text(view)}").format(" (with checkpoint.allow_changes)" * goes_on)
+    return f"{meaning_of(code, something_saved=goes_on)}; the end of its log says more. {then}; {resume}"

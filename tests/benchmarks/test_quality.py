@@ -237,10 +237,10 @@ def test_several_jobs_train_each_run_once_and_tuning_comes_before_what_it_decide
     monkeypatch.setattr(command, "train", train)
     monkeypatch.setattr(command, "record_of", read)
     assert command.run(prepared, tmp_path, tmp_path / "results", 100, 4, ["train.device=cuda"]) == 0
-    assert max(at_once) == 4 and len(trained) == len(set(trained)) == 27
+    assert max(at_once) == 4 and len(trained) == len(set(trained)) == 3 * len(SEEDS) + sum(SEEDS.values())
     # In the order in which they were given out: that in which threads begin is the system's.
     begun = re.findall(r"(?m)^== (\S+),", capsys.readouterr().out)
-    assert set(begun[:15]) == {training.name for training in tuning({})} and len(begun) == 27
+    assert set(begun[:15]) == {training.name for training in tuning({})} and len(begun) == len(trained)
     assert all(training.rate == RATES[1] for training in set(trained) - set(tuning({})))
 
 
@@ -256,6 +256,27 @@ def test_a_users_own_results_get_a_picture_beside_them(
     monkeypatch.setattr("sys.argv", ["quality", "table", "--results", str(tmp_path / "gone")])
     assert command.main() == 2 and "error: --results: there is no folder" in capsys.readouterr().err
     assert not (tmp_path / "gone").exists()
+
+
+def test_a_page_or_a_picture_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(record(Training("moa", RATES[1], 0, STEPS), 3.0), tmp_path)
+    for name, content in (("bare.md", b"no marks"), ("latin.md", "\xe9".encode("latin-1"))):
+        (tmp_path / name).write_bytes(content)
+    line = ["quality", "table", "--results", str(tmp_path)]
+    for option, name, words in (
+        ("--page", "gone.md", "No such file or directory"),
+        ("--page", "bare.md", "the page lacks <!-- benchmarks.quality: begin -->"),
+        ("--page", "latin.md", "can't decode byte"),
+        ("--picture", "bare.md/picture.png", "bare.md"),
+    ):
+        monkeypatch.setattr("sys.argv", [*line, option, str(tmp_path / name)])
+        assert command.main() == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and words in said and said.count("\n") == 1, name
+        assert option == "--picture" or f"--page: {tmp_path / name}" in said
+    assert (tmp_path / "bare.md").read_bytes() == b"no marks"
 
 
 def test_the_page_has_the_table_of_the_records() -> None:

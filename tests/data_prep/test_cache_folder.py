@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,16 @@ def test_room_is_counted_and_taken_by_one_process_at_a_time(
     held = list[bool]()
     free, truncate = shard_cache_folder.free_bytes, shard_cache_folder.partial
 
-    def look() -> None:
-        with file_lock(tmp_path / NAME / "lock", wait=False) as is_free:
-            held.append(not is_free)
+    def looking(function: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def look(path: Path) -> Any:
+            with file_lock(tmp_path / NAME / "lock", wait=False) as is_free:
+                held.append(not is_free)
+            return function(path)
 
-    monkeypatch.setattr(shard_cache_folder, "free_bytes", lambda folder: (look(), free(folder))[1])
-    monkeypatch.setattr(shard_cache_folder, "partial", lambda path: (look(), truncate(path))[1])
+        return look
+
+    monkeypatch.setattr(shard_cache_folder, "free_bytes", looking(free))
+    monkeypatch.setattr(shard_cache_folder, "partial", looking(truncate))
     cache = ShardCache(f"file://{remote}", tmp_path, 2 * largest(remote))
     folder, (first, *_) = cache.manifest.folder, cache.manifest.split("train")
     stored_shard = shard_cache_folder.StoredShard(folder / first.file, folder / first.index_file)

@@ -147,7 +147,11 @@ def test_ctrl_c_promises_to_go_on_only_where_that_is_so(
 
 
 @pytest.mark.parametrize(
-    "number, code", [(errno.ENOMEM, 1), (errno.ENOSPC, 1), (errno.EIO, 1), (errno.EACCES, 2), (errno.EISDIR, 2)]
+    "number, code",
+    [
+        *((number, 1) for number in (errno.ENOMEM, errno.EMFILE, errno.ENOLCK, errno.ENOSPC, errno.EIO)),
+        *((number, 2) for number in (errno.EACCES, errno.EISDIR)),
+    ],
 )
 def test_a_task_that_may_go_better_elsewhere_is_started_again(
     prepared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, code: int

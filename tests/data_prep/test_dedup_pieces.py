@@ -148,7 +148,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def undisturbed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of one process that nothing stopped, with pieces as large as for real corpora."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    find_duplicates([corpus.task(folder)], Workers(1))
+    find_duplicates(corpus.task(folder), Workers(1))
     return content(folder)
 
 
@@ -157,7 +157,7 @@ def test_the_rows_are_those_of_plain_python_whatever_the_number_of_workers(
     corpus: Corpus, undisturbed: dict[str, bytes], tmp_path: Path, workers: int
 ) -> None:
     with worker_pool(workers) as pool:
-        find_duplicates([corpus.task(tmp_path)], pool)
+        find_duplicates(corpus.task(tmp_path), pool)
     exact_rows, near_rows = reference(corpus)
     assert len(exact_rows) > 30 and len(near_rows) > 60
     assert rows_of(tmp_path / "exact.rows", 2) == exact_rows
@@ -213,7 +213,7 @@ def start_and_kill(task: DedupTask, steps: int) -> int:
         patch = pytest.MonkeyPatch()  # of the child alone
         patch.setattr(os, "replace", killing_replace)
         patch.setattr(os, "unlink", killing_unlink)
-        find_duplicates([task], Workers(1))
+        find_duplicates(task, Workers(1))
 
     return in_child(run)
 
@@ -249,7 +249,7 @@ def run_until(task: DedupTask, name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     pytest.MonkeyPatch().setattr(os, "replace", killing_replace)
-    find_duplicates([task], Workers(1))
+    find_duplicates(task, Workers(1))
 
 
 def test_a_kill_at_the_border_of_each_step(corpus: Corpus, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_work_folder_of_earlier_code_is_taken_over(
         inodes = [(task.folder / name).stat().st_ino for name in names]
         for remains in ("band-000.pairs", "band-003-00001.run", ".band-001.pairs.host-77-0123abcd.tmp"):
             (task.folder / remains).write_bytes(b"half")
-        find_duplicates([task], Workers(1))
+        find_duplicates(task, Workers(1))
         assert content(task.folder) == undisturbed
         assert [(task.folder / name).stat().st_ino for name in names] == inodes
         shutil.rmtree(task.folder)

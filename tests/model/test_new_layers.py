@@ -17,7 +17,7 @@ from model import costs
 from model.config import MoAConfig, ModelConfig
 from model.decoding import Decoding
 from model.language_model import build_model, routing_statistics
-from model.layer_section import LayerSection
+from model.layer_section import LayerSection, Routers
 from model.layers import Block
 from model.parameters import count_parameters
 from pretrain.analysis.routers import routers_of
@@ -32,7 +32,7 @@ from pretrain.parallel import stages
 from pretrain.preflight.checklist import Checklist
 from pretrain.preflight.run import PlannedRun
 from pretrain.report.model_text import model_family, model_text
-from pretrain.report.router_load import Choice, Collapsed, advice, choices
+from pretrain.report.router_load import Collapsed, advice, choices
 from pretrain.saved_model import SavedModel
 from tests.harness import run_ranks
 from tests.model.new_layers import SoftmaxMoEConfig, TopPAttention, TopPConfig, make_known
@@ -120,7 +120,7 @@ def test_they_are_called_by_their_names() -> None:
     assert model_text(model).startswith(
         "2 x (top-p SwitchHead: 2 heads of 6, up to 4 experts for 0.7; softmax MoE: 2 of 5 experts of 7), d_model 12"
     )
-    assert choices(model) == {"attention": Choice(4, 1), "feedforward": Choice(5, 2)}
+    assert choices(model) == {"attention": Routers(4, 1, "softmax"), "feedforward": Routers(5, 2, "softmax")}
     assert is_softmax(model, "blocks.0.attention.value") and is_softmax(model, "blocks.0.feedforward")
     # Expert tensors in the share that a token uses: 2 of 5 feed-forward experts, and all of attention's.
     count = count_parameters(build_model(model, seed=0), model)

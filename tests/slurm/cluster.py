@@ -6,6 +6,7 @@ another SLURM on the host is read or touched: ports are free ones, sockets, spoo
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import getpass
@@ -258,8 +259,14 @@ def _free_ports(count: int) -> list[int]:
             probe.close()
 
 
-if __name__ == "__main__":
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.slurm.cluster", description=__doc__)
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what is run in it, in the place of a shell")
+    command = parser.parse_args().command or [os.environ.get("SHELL", "bash")]
     with Cluster() as cluster:
         print(f"SLURM of two nodes, SLURM_CONF={cluster.conf}; leave the shell to stop it", flush=True)
-        command = sys.argv[1:] or [os.environ.get("SHELL", "bash")]
-        sys.exit(subprocess.run(command, env=cluster.environment, check=False).returncode)
+        return subprocess.run(command, env=cluster.environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

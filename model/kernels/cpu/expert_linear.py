@@ -46,7 +46,6 @@ def backward(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tens
 
 
 def input_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
-    """Gradient of x."""
     (_, k, h), d = grad.shape, x.shape[1]
     dtype, counts = cpu_gemm_dtype(x.dtype), load.tolist()
     narrow_source, rows = grad.reshape(-1, h).to(dtype), scratch("rows", (order.shape[0], d), dtype)
@@ -62,7 +61,6 @@ def input_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts
 
 
 def expert_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
-    """Gradient of the experts."""
     k, h = grad.shape[1:]
     dtype, counts, tokens = cpu_gemm_dtype(x.dtype), load.tolist(), order // k
     source, narrow_source, grad_experts = x.to(dtype), grad.reshape(-1, h).to(dtype), experts.new_empty(experts.shape)

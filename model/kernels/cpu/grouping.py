@@ -94,7 +94,6 @@ def member_sets(num_experts: int, k: int, strategy: str) -> list[tuple[int, ...]
 
 
 def saved_shapes(num_tokens: int, num_heads: int, num_experts: int, k: int, strategy: str) -> list[tuple[int, ...]]:
-    """Shapes of `Grouping.saved`."""
     num_rows, num_sets = {
         "all": (num_tokens, 1),
         "sets": (num_tokens, math.comb(num_experts, k)),

@@ -63,7 +63,6 @@ def input_gradients(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> 
 
 
 def expert_gradient(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], kept: None) -> Tensor:
-    """Gradient of the experts."""
     return _gradients(grad, inputs, saved, of_inputs=False, of_experts=True)[2]
 
 

@@ -56,6 +56,5 @@ def input_gradients(
 
 
 def expert_gradient(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], gated: Tensor) -> Tensor:
-    """Gradient of the experts."""
     x, choice, experts, _ = inputs.contiguous()
     return set_gemm.expert_gradient(x, gated, choice, experts, narrow_first=False)

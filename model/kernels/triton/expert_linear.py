@@ -31,7 +31,6 @@ def backward(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tens
 
 @on_its_device
 def input_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
-    """Gradient of x."""
     grad, order, load, experts = (t.contiguous() for t in (grad, order, load, experts))
     narrow, stride = Rows.of_slots(grad), slot_stride(x.shape[1])
     slots = project(narrow, order, load, experts[None], None, grad.shape[1], transposed=True, stride=stride)
@@ -40,7 +39,6 @@ def input_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts
 
 @on_its_device
 def expert_gradient(grad: Tensor, x: Tensor, order: Tensor, load: Tensor, experts: Tensor) -> Tensor:
-    """Gradient of the experts."""
     grad, x, order, load, experts = (t.contiguous() for t in (grad, x, order, load, experts))
     k, narrow = grad.shape[1], Rows.of_slots(grad)
     return sorted_weight_gradient(

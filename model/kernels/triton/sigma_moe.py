@@ -345,7 +345,6 @@ def mlp_constants(
 
 
 def sum_constants(d: int, k: int, chunks: int, row_stride: int, tiles: Tiles = SUM_TILES) -> dict[str, int]:
-    """Constants of sum_kernel."""
     blocks = {"BLOCK_TOKENS": tiles["tokens"], "BLOCK_OUT": tiles["columns"]}
     return {"D": d, "K": k, "CHUNKS": chunks, "ROW_STRIDE": row_stride, **blocks}
 

@@ -236,7 +236,6 @@ def input_gradients(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...]) -> 
 
 @on_its_device
 def expert_gradient(grad: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], gates: Tensor) -> Tensor:
-    """Gradient of the experts."""
     x, choice, experts, strategy = inputs
     grad, x, experts, k = grad.contiguous(), x.contiguous(), experts.contiguous(), choice.index.shape[2]
     if strategy == "sorted":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from benchmarks import op_cases
 from benchmarks.gpu import (
     block,
+    ceilings,
     counters,
     kernel_peers,
     kernels,
@@ -59,9 +60,19 @@ def test_least_work_of_an_op() -> None:
 def test_a_kernel_beside_its_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usable = {"reference": None, "cpu": None, "triton": "not here"}
     monkeypatch.setattr(kernels, "backends_on", lambda *_: usable)
+    drawn, draw_sets = list[timing.Inputs](), kernels.draw_sets
+
+    def noting(*args: Any, **options: Any) -> list[timing.Inputs]:
+        drawn.extend(found := draw_sets(*args, **options))
+        return found
+
+    monkeypatch.setattr(kernels, "draw_sets", noting)
     result = kernels.compute(context(tmp_path), build=partial(op_cases.value_case, 37, 24, 2, 4, 2, 8))
     rows = {row["backend"]: row for row in result["backends"]}
     assert list(rows) == ["cpu", "triton", "cuBLAS, all experts"] and rows["triton"]["skipped"] == "not here"
+    for work in result["work"].values():  # of MEASURED: 1e9 bytes and 1e12 FLOPs a second
+        assert work["roofline_ms"] == pytest.approx(max(work["bytes"] / 1e6, work["flops"] / 1e9), abs=1e-5)
+    assert {one.tensors["x"].dtype for one in drawn} == {torch.bfloat16}  # of which the roofline is
     for name in ("cpu", "cuBLAS, all experts"):
         for phase in ("forward", "backward"):
             found = rows[name][phase]
@@ -71,6 +82,53 @@ def test_a_kernel_beside_its_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         kernels.compute(context(tmp_path), build=partial(op_cases.value_case, 37, 24, 2, 4, 2, 8))
     with pytest.raises(Unavailable, match="have not been measured"):
         kernels.compute(cases.context(tmp_path), build=partial(op_cases.value_case, 37, 24, 2, 4, 2, 8))
+
+
+class TwoWays(HostClock):
+    """The n-th piece of work that is captured takes n milliseconds."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+
+    def capture(self, work: timing.Work) -> timing.Work:
+        work()
+        self.captured += 1
+        return lambda number=self.captured: number  # type: ignore[misc]
+
+    def timed(self, replay: timing.Work) -> Callable[[], float]:
+        milliseconds = float(replay())
+        return lambda: milliseconds
+
+
+def test_ceilings_are_bytes_and_flops_a_second(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a copy what is read and what is written, by the faster way; of a product two FLOPs for a multiply-add."""
+    monkeypatch.setattr(ceilings, "clock_of", lambda device: TwoWays())
+    copied = ceilings.copy(cases.context(tmp_path))
+    assert (copied["driver_ms"], copied["kernel_ms"], copied["ms"]) == (1.0, 2.0, 1.0)
+    assert copied["bytes"] == 2 * 4 * 2**14 and copied["bytes_per_second"] == copied["bytes"] / 1e-3
+    factors: list[torch.Tensor] = []
+    product = torch.mm
+
+    def noted(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        factors.extend((a, b))
+        return product(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    multiplied = ceilings.product(cases.context(tmp_path))
+    assert multiplied["ms"] == 1.5  # the median of two pieces of work in turn
+    assert multiplied["flops_per_second"] == pytest.approx(2 * 64**3 / 1.5e-3)
+    assert all(0.9 < float(f.float().std()) < 1.1 for f in factors)  # a card multiplies zeros faster
+    measured: dict[str, Any] = {ceilings.COPY: copied, ceilings.PRODUCT: multiplied}
+    found = ceilings.ceilings(cases.context(tmp_path, **measured))
+    assert found == (copied["bytes_per_second"], multiplied["flops_per_second"])
+
+
+@pytest.mark.parametrize("way", ["copy_", "bitwise_or"])
+def test_a_copy_that_copies_nothing_is_no_ceiling(way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where the other way has copied before it."""
+    monkeypatch.setattr(torch.Tensor if way == "copy_" else torch, way, lambda *_, **__: None)
+    with pytest.raises(AssertionError):
+        ceilings.copy(cases.context(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -125,9 +183,10 @@ def test_the_sparse_product_is_that_of_all_experts(monkeypatch: pytest.MonkeyPat
     assert list(rows) == ["cuBLAS, all experts", "cuSPARSELt", "cuSPARSELt, algorithm 3", "compression"]
     assert all(row["forward"]["ms"] > 0 for row in rows.values())
     assert all(row["relative_error"] < 1e-2 for name, row in rows.items() if name != "compression")
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda packed, weights, alg_id=0: packed @ weights.roll(1, 0))
-    with pytest.raises(Failed, match=r"cuSPARSELt differs by .*; cuSPARSELt, algorithm 3 differs by"):
-        sparse.compute(context(tmp_path))
+    for wrong in (lambda y: 1.03 * y, lambda y: y.roll(1, 0), lambda y: y * torch.nan):
+        monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda packed, weights, alg_id=0, f=wrong: f(packed @ weights))
+        with pytest.raises(Failed, match=r"cuSPARSELt differs by .*; cuSPARSELt, algorithm 3 differs by"):
+            sparse.compute(context(tmp_path))
 
 
 def test_half_of_the_gated_rows_is_zero_of_each_head() -> None:
@@ -257,6 +316,7 @@ def test_counters_are_read_and_named() -> None:
     [
         ("echo '==ERROR== ERR_NVGPUCTRPERM - no permission'; exit 1", Unavailable, "may not read the counters"),
         ("echo broken; exit 1", Failed, "ncu ended with 1: broken"),
+        (f"cat <<'END'\n{NCU}END\nexit 3", Failed, "ncu ended with 3"),  # it counted some and died
     ],
 )
 def test_ncu_that_cannot_count(
@@ -317,7 +377,14 @@ def test_the_side_stream_waits_for_the_inputs_and_no_round_for_the_host(monkeypa
         def elapsed_time(self, other: Event) -> float:
             return 2.0
 
-    empty = torch.empty
+    class Cache:
+        """Twice as large as the L2 cache of 1024 bytes."""
+
+        def __init__(self, numel: int, *, dtype: torch.dtype, device: str) -> None:
+            assert numel * dtype.itemsize >= 2048 and device == "cuda"
+
+        zero_ = staticmethod(log.named("overwritten"))
+
     for name, value in {
         "Stream": Stream, "current_stream": lambda: None, "stream": partial(entered, "side"), "CUDAGraph": Graph,
         "graph": partial(entered, "capture"), "Event": Event, "synchronize": log.named("host waits"),
@@ -326,14 +393,14 @@ def test_the_side_stream_waits_for_the_inputs_and_no_round_for_the_host(monkeypa
         "get_device_properties": lambda _: type("Properties", (), {"L2_cache_size": 1024}),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(timing.torch, "empty", lambda *size, device, **kind: empty(*size, **kind))
+    monkeypatch.setattr(timing.torch, "empty", Cache)
     clock = CudaClock()
     found = timing.measure(clock, [log.named("work")], 2)
     assert found.median == 2.0 and isinstance(timing.clock_of(CPU), HostClock)
     warm_up = ["side waits for current", "side begins", *["work"] * timing.WARM_UP, "side ends"]
     capture = [*warm_up, "host waits for side", "capture begins", "work", "capture ends"]
-    rounds = ["event", "replay", "event"] * 2
-    assert log.calls == [*capture, "replay", "host waits", "device sleeps", *rounds, "host waits"]
+    rounds = ["overwritten", "event", "replay", "event"] * 2
+    assert log.calls == [*capture, "replay", "overwritten", "host waits", "device sleeps", *rounds, "host waits"]
 
 
 def test_kernel_tables() -> None:
@@ -347,6 +414,8 @@ def test_kernel_tables() -> None:
         ("1b route N=1", "triton", "2 (1.5 to 2.5)", "50.0%", "2 (1.5 to 2.5)", "25.0%")
     ]
     assert tables.headline(found) == "triton forward 2 ms, backward 2 ms"
+    failed = entry("micro-step 1b 8", "failed", tokens_per_second=1.0)
+    assert len(tables.step_rows([failed])) == len(tables.block_rows([failed])) == 1
     assert nbytes([torch.ones(3), torch.ones(2, dtype=torch.int64)]) == 28
 
 

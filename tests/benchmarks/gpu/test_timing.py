@@ -6,6 +6,7 @@ A clock that writes down the order of its calls, and a dispatch mode that writes
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -155,6 +156,26 @@ def test_two_draws_differ_and_a_seed_repeats() -> None:
     first, again, other = (draw(build, CPU, torch.float32, seed) for seed in (1, 1, 2))
     assert torch.equal(first.tensors["hidden"], again.tensors["hidden"])
     assert not torch.equal(first.tensors["hidden"], other.tensors["hidden"])
+
+
+def test_every_set_of_inputs_is_drawn_anew() -> None:
+    """So are upstream gradients, which are no ones: of those a wrong sum may be a right one."""
+    build = partial(op_cases.sigma_moe_case, 20, 8, 4, 2, 8)
+    sets = timing.draw_sets(build, CPU, torch.bfloat16, 10 << 20, tiny=False)
+    assert len(sets) == 8
+    for tensors in ([s.tensors["x"] for s in sets], [s.tensors["index"] for s in sets], [s.upstream[0] for s in sets]):
+        assert not any(torch.equal(one, other) for one, other in itertools.combinations(tensors, 2))
+    assert all(0.5 < float(s.upstream[0].float().std()) < 2.0 for s in sets)
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.float16, 65536.0), (torch.bfloat16, 1.0), (torch.float32, 1.0)])
+def test_losses_are_scaled_in_fp16_alone(dtype: torch.dtype, scale: float) -> None:
+    """As in training: what a mean's gradients divided by the tokens are would be zeros in fp16."""
+    (plain,) = draw(partial(op_cases.loss_case, 20, 8, 30), CPU, torch.float32, 3).upstream
+    (found,) = draw(partial(op_cases.loss_case, 20, 8, 30), CPU, dtype, 3).upstream
+    assert float(found) == pytest.approx(scale * float(plain), rel=1e-2)
+    (rows,) = draw(partial(op_cases.sigma_moe_case, 20, 8, 4, 2, 8), CPU, dtype, 0).upstream
+    assert float(rows.float().std()) < 2.0
 
 
 def test_readings_become_a_median_with_its_spread() -> None:

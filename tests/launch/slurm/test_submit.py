@@ -113,7 +113,10 @@ def test_a_submission_keeps_its_own_copy_of_the_config(
         (["--sbatch=--ntasks=8"], "--sbatch=--ntasks=8: how many processes a node starts follows from"),
         (["--sbatch=--tasks-per-node=8"], "--sbatch=--tasks-per-node=8: how many processes a node starts follows from"),
         (["--sbatch=--distribution=cyclic"], "srun places the ranks, and would not follow it; --srun=--distribution"),
+        (["--sbatch=--dist=cyclic"], "--sbatch=--dist=cyclic: sbatch may take --dist for --distribution, which is"),
+        (["--sbatch=--tim=9"], "--sbatch=--tim=9: sbatch may take --tim for --time, which is refused here; write the"),
         (["--after=7", "--sbatch=--dependency=singleton"], "--sbatch=--dependency=singleton: --after 7 is such a"),
+        (["--after=7", "--sbatch=--depend=singleton"], "--sbatch=--depend=singleton: --after 7 is such a"),
         (["--job-name", "a\n#SBATCH --uid=0"], "cannot stand in a job script"),
         (["--set", "description=a\nb"], "cannot stand in a job script"),
         (["--python", "/nowhere/python"], "--python: /nowhere/python cannot be executed"),
@@ -280,6 +283,17 @@ def test_data_preparation_is_four_jobs_in_a_row(
     chain = re.search(r"^  train +python (\S+) (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert chain is not None and (REPOSITORY / chain[1]).is_file()
     assert chain[2].endswith(f"--set 'data.manifest={tmp_path}/out put' --after 44")
+
+
+def test_an_output_that_the_command_line_gives_is_handed_on_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = raw_config(tmp_path)
+    line = ["--config", str(config), "--tasks", "3", "--time", "60", "--allow-local", "--dry-run"]
+    overrides = ["--set", "workers=1", "--set", f"output={tmp_path}/else"]
+    assert preparation.main([*line, *overrides]) == 0
+    given = [text for text in capsys.readouterr().out.splitlines() if text.startswith("set -- ")]
+    assert len(given) == 4 and all(text.endswith(f"--set workers=1 --set output={tmp_path}/else") for text in given)
 
 
 def test_a_preparation_whose_file_may_hold_a_secret_is_not_copied_and_must_stay_as_it_is(

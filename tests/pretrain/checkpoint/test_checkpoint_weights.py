@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from common.errors import UserError
 from data_prep.shards.format import Manifest
 from model.language_model import build_model
 from pretrain.checkpoint import Checkpoint, list_checkpoints
+from pretrain.checkpoint.folder import DamagedCheckpoint
 from pretrain.checkpoint.initial import initial_checkpoint
 from pretrain.checkpoint.shapes import check_shapes, full_shapes
 from pretrain.checkpoint.tokenizer_file import StoredTokenizer
@@ -184,6 +185,32 @@ def test_a_second_first_start_begins_with_the_same_weights_of_a_run_that_goes_on
     assert first_lines(elsewhere, run)[2:] == [str(other / "checkpoints" / "step-00000001")]
     shutil.rmtree(first)
     assert first_lines(config, run)[3:] == [str(second)]
+
+
+def test_initial_weights_that_are_removed_between_the_list_and_the_read_are_looked_for_again(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the other run, which goes on. One that is there and damaged stays a refusal."""
+    live, weights = tmp_path / "live", written(tmp_path / "weights", prepared, parameters(prepared)).path
+    kept, removed = (live / "checkpoints" / f"step-0000000{number}" for number in (2, 1))
+    shutil.copytree(weights, removed)
+    newest_of = pretrain.checkpoint.initial.newest_of
+
+    def overtaken(found: Sequence[Path]) -> Path:
+        newest = newest_of(found)
+        if newest == removed:
+            shutil.copytree(weights, kept)
+            shutil.rmtree(removed)
+        return newest
+
+    monkeypatch.setattr(pretrain.checkpoint.initial, "newest_of", overtaken)
+    config = small_config(prepared, f"train.init_from={live}", "parallel.zero=0", TIED)
+    known = Sources.load(config).tokenizer.sha256
+    checked = initial_checkpoint(config, known)
+    assert checked is not None and checked.path == kept
+    (kept / "state.json").write_text("")
+    with pytest.raises(DamagedCheckpoint):
+        initial_checkpoint(config, known)
 
 
 def begun_late(rank: int, config: Config, folder: Path) -> dict[str, int]:

@@ -166,6 +166,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
         [*CONFIG, "--run-dir", "run"],
         "run/tensorboard is a file where the run needs a folder; move it away",
     ),
+    "manifest is empty": (
+        None,
+        [*RESUME, "data.manifest="],
+        "data.manifest: the place of a data set is empty; set it to",
+    ),
     # checkpoint.resume
     "resume is empty": (None, [*RESUME, "checkpoint.resume="], "checkpoint.resume: is empty; set it to auto, never or"),
     "resume is a run": (

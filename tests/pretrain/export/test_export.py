@@ -29,6 +29,7 @@ from pretrain.export.folder import CODE
 from pretrain.export.hf_config import hf_config, model_config
 from pretrain.export.origin import without_places
 from pretrain.export.reading import is_export, open_export
+from pretrain.export.verify import compared_tokens, largest_difference, largest_size
 from pretrain.export.weights import shards_of
 from tests.pretrain.export.models import MODELS, TIED, checkpoint_of, config_of, model_of
 from tests.pretrain.saved import rewrite_state
@@ -44,6 +45,9 @@ FILES = {
     "training.json",
     *CODE,
 }
+
+LONG = {128: 384, 1365: 4095, 2048: 4096, 8192: 8192}
+"""Tokens that --verify compares, by model.sequence_length, without memory."""
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,19 @@ def test_the_round_trip_is_bit_equal(
     assert again.state["weights_only"]["tokenizer"] == checkpoint.state["weights_only"]["tokenizer"]
     first, second = (load_file(place / "rank-00000.safetensors") for place in (checkpoint.path, again.path))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_check_of_a_model_of_long_windows_keeps_few_logits() -> None:
+    """At 8,192 tokens and 32,000 pieces three windows took four times 3 GB."""
+    lengths = {size: compared_tokens(config_of(TIED).model_copy(update={"sequence_length": size})) for size in LONG}
+    assert lengths == LONG
+    with_memory = next(config_of(name) for name in MODELS if config_of(name).memory_length)
+    assert compared_tokens(with_memory) == 3 * with_memory.sequence_length
+    one, other = torch.randn(1, 700, 5), torch.randn(1, 700, 5)
+    assert largest_difference(one, other) == float((one - other).abs().max())
+    assert largest_size(one) == float(one.abs().max())
+    one[0, 300, 2] = math.nan
+    assert math.isnan(largest_difference(one, other))
 
 
 def test_one_file_that_transformers_wrote_goes_before_an_index_that_it_left_behind(

@@ -18,7 +18,7 @@ HEAD = """
 import os, sys
 from pretrain.report import console
 console.PATIENCE_SECONDS = 0.05
-console.protect()
+console.protect(is_run=True)
 """
 
 

@@ -155,6 +155,20 @@ def test_a_branch_has_a_run_of_its_own(wandb: StandIn, tmp_path: Path) -> None:
     assert [sorted(rows) for rows in wandb.rows.values()] == [[1, 2, 3, 4, 5], [3, 4, 5, 6]]
 
 
+def test_a_branch_that_ends_before_its_first_step_leaves_no_empty_run(wandb: StandIn, tmp_path: Path) -> None:
+    """Its next start has none to go on with, and begins another: with all that was said before its first point."""
+    for start, end in ((2, 2), (2, 4)):
+        writer = WeightsAndBiases(tmp_path, OFFLINE, {"software": {"torch": "2"}}, anew=True)
+        writer.settings({"model.d_model": 24})
+        writer.event(start, "started", f"start to {end}")
+        for step in range(start + 1, end + 1):
+            writer.scalars(at(step), {"loss/train": float(step)})
+        writer.close()
+    ((run,), (rows,)) = wandb.runs, wandb.rows.values()
+    assert text_of(rows[2]["events/started"]) == "start to 4" and sorted(rows) == [2, 3, 4]
+    assert run.config.values["model.d_model"] == 24 and run.finished
+
+
 def test_two_events_of_one_step_are_both_there(wandb: StandIn, tmp_path: Path) -> None:
     """Settings that changed; and spikes after a rollback, which are earlier than the steps that W&B has."""
     writer = WeightsAndBiases(tmp_path, OFFLINE, {})

@@ -28,6 +28,7 @@ from pretrain.gpus import usable_device
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.report.run_paths import SWEEP_RECORD
 from pretrain.saved_model import Tokenizer, find_checkpoint, load_model, loading
+from pretrain.saved_model.loading import find_tokenizer
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
 from tests.pretrain.saved import rewrite_state, whole_tensors
@@ -79,6 +80,21 @@ def test_data_that_moved(run: Path, prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no tokenizer: data.manifest: there is no .*gone.*--data"):
         load_model(moved)
     assert load_model(moved, data=[tmp_path / "nowhere", prepared]).tokenizer.vocab_size == 400
+
+
+def test_data_that_were_made_anew_have_the_tokenizer_of_a_run_if_it_is_the_same(run: Path, tmp_path: Path) -> None:
+    """As after an upgrade: another version of the preparation gives another digest, not another tokenizer."""
+
+    def change(**entries: str) -> Path:
+        moved = shutil.copytree(run, tmp_path / "run", dirs_exist_ok=True)
+        rewrite_state(moved / "checkpoints" / "step-00000002", lambda state: state.update(entries))
+        return moved
+
+    saved = load_model(change(manifest_digest="0" * 64))
+    assert saved.tokenizer.decode(saved.tokenizer.encode(TEXT)) == TEXT
+    assert find_tokenizer(saved.checkpoint, [])[1] is None, "they are not the data that the run read"
+    with pytest.raises(UserError, match=r"no tokenizer: .* is not the data set that the run read \(another digest\)"):
+        load_model(change(manifest_digest="0" * 64, tokenizer_sha256="0" * 64))
 
 
 def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def test_a_run_whose_job_requeues_itself_is_not_to_be_started_beside_it(
     (folder / "slurm").mkdir()
     told = next_text(RunView.open(folder))
     assert ("start the same command again, unless its SLURM job is back in the queue (squeue); it" in told) == waits
+
+
+@pytest.mark.parametrize("code", [3, 4, 7])
+def test_of_a_run_that_saved_nothing_nothing_stands_and_no_change_needs_leave(tmp_path: Path, code: int) -> None:
+    folder = write(tmp_path / "run", exit_code=code, reason="x")
+    told = next_text(RunView.open(folder))
+    assert "what was saved stands" in told and ("(with checkpoint.allow_changes)" in told) == (code == 3)
+    shutil.rmtree(folder / "checkpoints")
+    told = next_text(RunView.open(folder))
+    assert "stands" not in told and "allow_changes" not in told and told.endswith("begins anew: nothing was saved")
 
 
 def test_no_checkpoint_is_named_to_go_on_from_where_a_start_found_none_whole(tmp_path: Path) -> None:

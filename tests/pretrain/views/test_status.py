@@ -104,6 +104,13 @@ def test_a_validation_has_its_moving_average_beside_it(tmp_path: Path) -> None:
     assert "best 4.5000 after step 4\n" in shown(write(tmp_path / "off", events=events))
 
 
+def test_a_hang_is_said_once(tmp_path: Path) -> None:
+    """The message begins as the event is called."""
+    message = "hang: step 5, forward does not end. Did not arrive: rank 1"
+    text = shown(write(tmp_path / "run", events=[{"event": "hang", "time": 2.0, "message": message}]), 200)
+    assert "hung: step 5, forward does not end\n" in text
+
+
 def test_an_explanation_is_wrapped_and_no_word_lost(tmp_path: Path) -> None:
     words = " ".join(f"word{number}" for number in range(40))
     events = [{"event": "skipped_checkpoint", "time": 2.0, "path": "step-00000009", "reason": words}]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from benchmarks.kernel_cases.recording import Launch, recording
 from model.kernels.backend import triton_limit
+from model.kernels.ops.route import Choice, group_choices
+from model.kernels.ops.sigma_moe import HeldExperts, sigma_moe
 from model.kernels.triton import sigma_moe as kernels
 from model.kernels.triton.tiles import Entry, placed
 from tests.model.kernels.checks import error
@@ -166,6 +168,22 @@ def test_shipped_tiles_in_fp16() -> None:
     assert [launch.kernel for launch in launches] == names
 
 
+def test_gates_and_sums_over_k_are_fp32(small_tiles: None) -> None:
+    """Both ways, to the last bit: all experts are the identity, so rows in bf16 are a gate times x, or times the
+    gradient, rounded once, and what is summed up over eight of them is rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad, scores = (0.5 + torch.rand(20, columns, generator=generator) for columns in (16, 16, 8))
+    x, grad = x.bfloat16().requires_grad_(), grad.bfloat16()
+    identity = torch.eye(16, dtype=torch.bfloat16).expand(8, 16, 16)
+    index = torch.rand(20, 8, generator=generator).argsort(1)
+    order, load = (t[0] for t in group_choices(index[:, None], 8, backend="reference"))
+    y = sigma_moe(x, Choice(scores, index, order, load), HeldExperts(identity, identity), backend="triton")
+    (grad_x,) = torch.autograd.grad(y, x, grad)
+    for found, given in ((y, x), (grad_x, grad)):
+        rows = (given.float()[:, None] * scores[:, :, None]).bfloat16()
+        assert torch.equal(found, rows.double().sum(1).bfloat16())
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", ["odd", "hidden in chunks", "chunks and choices", "one expert"])
 def test_the_sum_over_k_adds_the_residual_stream(name: str, dtype: torch.dtype, small_tiles: None) -> None:
@@ -183,6 +201,24 @@ def test_the_sum_over_k_adds_the_residual_stream(name: str, dtype: torch.dtype, 
         written = {name: traffic.store_bytes for name, traffic in launch.tensors.items() if traffic.store_bytes}
         assert read["residual_ptr"] == written["y_ptr"] == y.numel() * y.element_size()
         assert set(written) == {"y_ptr"}
+
+
+def test_parts_of_a_sum_are_not_rounded(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """257 and -256 from two programs are 1; a bf16 number has no 257. Of an expert's rows in four parts, and of a
+    gate's gradient by a hidden layer in two."""
+    monkeypatch.setattr(kernels, "weight_splits", lambda *_: 4)
+    order, load = torch.arange(64), torch.tensor([64])
+    x, grad, scores = torch.zeros(64, 16), torch.zeros(64, 16), torch.ones(64, 1)
+    x[:, 0], grad[:16, 0], grad[15, 0], grad[16:32, 0] = 1.0, 16.0, 17.0, -16.0
+    x, grad, scores = x.bfloat16(), grad.bfloat16(), scores.bfloat16().requires_grad_()
+    choice = Choice(scores, torch.zeros(64, 1, dtype=torch.int64), order, load)
+    down = torch.eye(16).bfloat16()[None].requires_grad_()
+    y = sigma_moe(x, choice, HeldExperts(torch.eye(16).bfloat16()[None], down), backend="triton")
+    assert torch.autograd.grad(y, down, grad)[0][0, 0, 0] == 1.0
+    up, down = torch.zeros(1, 16, 32, dtype=torch.bfloat16), torch.zeros(1, 32, 16, dtype=torch.bfloat16)
+    up[0, 0], down[0, :16, 0], down[0, 15, 0], down[0, 16:, 0] = 1.0, 16.0, 17.0, -16.0
+    y = sigma_moe(x, choice, HeldExperts(up, down), backend="triton")
+    assert torch.autograd.grad(y, scores, x)[0].eq(1.0).all()
 
 
 class Held(NamedTuple):
