@@ -6,6 +6,7 @@ Modules that import torch are imported inside functions, because launch/checkpoi
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -73,12 +74,14 @@ def _write_weights(checkpoint: Checkpoint, path: Path, kind: str) -> int:
     """Returns the size of the file in bytes. Holds one parameter in memory at a time."""
     import torch
 
+    from common.progress_bar import count_bytes
     from pretrain.checkpoint.loading import whole_parameters
     from pretrain.checkpoint.storage import Entry, write_safetensors
 
     parameter, shapes = whole_parameters(checkpoint, kind), checkpoint.state["parameters"]
     entries = [Entry(name, torch.float32, shape, partial(parameter, name)) for name, shape in shapes.items()]
-    return write_safetensors(path, entries)["bytes"]
+    wrote = count_bytes(MODEL, sum(4 * math.prod(shape) for shape in shapes.values()))
+    return write_safetensors(path, entries, wrote)["bytes"]
 
 
 @contextlib.contextmanager

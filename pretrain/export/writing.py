@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.files import write_file, write_json
 from common.folders import free_bytes, no_room
 from common.paths import REPOSITORY
-from common.progress_bar import count_bytes
+from common.progress_bar import count_bytes, heartbeat
 from data_prep.shards.format import Manifest
 from pretrain.checkpoint.folder import Checkpoint, while_they_are_there
 from pretrain.checkpoint.prepared_data import find_data
@@ -106,7 +106,8 @@ def _export(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> None:
         _write_rest(place, source, options, name=out.name)
         found = ""
         if options.verify:
-            found = verify(place, checkpoint, DTYPES[options.dtype], data=options.data, ema=options.ema)
+            with heartbeat("loading it with transformers and comparing logits"):  # half of the time that all takes
+                found = verify(place, checkpoint, DTYPES[options.dtype], data=options.data, ema=options.ema)
         count = len(list(place.iterdir()))
     kind = "weights' moving average" if options.ema else "weights"
     print(f"{out}: step {checkpoint.progress.step:,}, {size:,} bytes of {kind}, {count} files", flush=True)

@@ -180,6 +180,15 @@ def staging_bytes(config: Config, held: RankBytes, blocks: int, data_size: int) 
     return own + memory // (parallel.tensor if parallel.sequence else 1)
 
 
+def copy_beside_a_step(config: Config, num_ranks: int, stage: int, device_type: str) -> int:
+    """Bytes of `staging_bytes` that lie in the memory in which a rank of this stage computes: a CPU's."""
+    if device_type != "cpu":
+        return 0
+    data_size = config.data_size(num_ranks)
+    held, blocks = held_by_stages(config, data_size)[stage], blocks_of_stages(config)[stage]
+    return staging_bytes(config, held, blocks, data_size)
+
+
 def at_least(config: Config, machine: Machine) -> int:
     """Bytes of a rank that are there at the end of a forward pass in any case, without a trace: weights, optimizer, and
     the input of each block, which the backward pass needs, for every micro-step that a stage has begun. A bound below

@@ -53,12 +53,15 @@ class StepRehearsal:
             raise Blocked(str(error)) from error
 
     def _memory(self, found: Outcome, failed: str | None) -> str:
+        from pretrain.report.memory_text import copy_text
+
         self._need(failed)
         ends, said, most, many = self._ends(), [], 0, len(self._routings()) > 1
+        copy = self._copy()
         for routed in self._routings():
             peak, rank = max((self._peak(rank, routed), rank) for rank in ends)
             said.append(f"{peak / GIB:.2f} GiB on rank {rank:,}" + f", {SPLITS[routed]}" * many)
-            most = max(most, peak)
+            most = max(most, peak + copy)
         how = ", as many blocks add what the third one adds" if self._is_extrapolated else ""
         graphs = ""
         if (with_graphs := self._with_graphs()) is not None:
@@ -66,7 +69,8 @@ class StepRehearsal:
             words = "with what CUDA graphs keep (train.cuda_graph), which plan.py fit adds up"
             graphs = f"; {with_graphs / GIB:.2f} GiB {words}"
         return (
-            f"at the highest point of a step {'; '.join(said)} (rehearsed: rank {_listed(ends)}{how}){graphs}"
+            f"at the highest point of a step {'; '.join(said)} (rehearsed: rank {_listed(ends)}{how}){copy_text(copy)}"
+            f"{graphs}"
             f"{self._compared(found, most)}"
         )
 
@@ -88,6 +92,14 @@ class StepRehearsal:
                 f"train.recompute or divide the model (plan.py fit names one change)"
             )
         return f"; {text}"
+
+    def _copy(self) -> int:
+        """Bytes that a rank on a CPU keeps for its checkpoints besides, on the stage with most."""
+        from pretrain.planning.layout_plan import copy_beside_a_step
+
+        run = self._run
+        stages = range(run.config.parallel.pipeline)
+        return max(copy_beside_a_step(run.config, run.world_size, stage, run.device) for stage in stages)
 
     def _with_graphs(self) -> int | None:
         """Bytes with what CUDA graphs keep, which no rehearsal records; None where there are none."""

@@ -8,7 +8,7 @@ from pretrain.config.rules import check_ranks
 from pretrain.config.schema import Config
 from pretrain.planning.devices import device_of_card
 from pretrain.planning.gradients import fullest_rank
-from pretrain.planning.layout_plan import rehearsed, step_time
+from pretrain.planning.layout_plan import copy_beside_a_step, rehearsed, step_time
 from pretrain.planning.machine import MachineOptions, machine
 from pretrain.planning.measured import measurements
 from pretrain.planning.memory import USABLE, Fit, MemoryEstimate, estimate, largest_micro_batch, why_unknown
@@ -40,7 +40,8 @@ def run_estimate(
         return _rehearsed_estimate(config, num_ranks, device_type, seconds)
     found = estimate(config, check_ranks(config, num_ranks), device_type)
     row = _estimate_row(found)
-    return RunEstimate(found.total, device_type, f"{row.value} {row.formula}", seconds)
+    copy = copy_beside_a_step(config, num_ranks, 0, device_type)
+    return RunEstimate(found.total + copy, device_type, f"{row.value} {row.formula}{copy_text(copy)}", seconds)
 
 
 def _rehearsed_estimate(
@@ -48,10 +49,23 @@ def _rehearsed_estimate(
 ) -> RunEstimate:
     """Of a layout whose activations are not traced: of the rank that needs most."""
     data_size = check_ranks(config, num_ranks)
-    ranks = [fullest_rank(config, data_size, stage) for stage in range(config.parallel.pipeline)]
-    peak, rank = max((rehearsed(config, num_ranks, rank, device_type).peak, rank) for rank in ranks)
+    needs = []
+    for stage in range(config.parallel.pipeline):
+        rank = fullest_rank(config, data_size, stage)
+        peak = rehearsed(config, num_ranks, rank, device_type).peak
+        copy = copy_beside_a_step(config, num_ranks, stage, device_type)
+        needs.append((peak + copy, rank, peak, copy))
+    total, rank, peak, copy = max(needs)
     what = f"of rank {rank:,}, at the highest point of a rehearsed step"
-    return RunEstimate(peak, device_type, f"{peak / GIB:.2f} GiB estimated: {what}; {NOT_COUNTED}", seconds)
+    text = f"{peak / GIB:.2f} GiB estimated: {what}; {NOT_COUNTED}{copy_text(copy)}"
+    return RunEstimate(total, device_type, text, seconds)
+
+
+def copy_text(size: int) -> str:
+    """What `copy_beside_a_step` gives, beside the memory of a step."""
+    if not size:
+        return ""
+    return f"; {size / GIB:.2f} GiB more for the copy that a checkpoint is written from (checkpoint.asynchronous)"
 
 
 def _step_seconds(config: Config, num_ranks: int, card: str, ranks_per_node: int) -> tuple[float, float] | None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,28 @@ def test_convert(run_dir: Path, prepared: Path, tmp_path: Path, capsys: pytest.C
     assert main(["convert", str(newest.with_name("step-00000002")), "--to", str(tmp_path / "other")]) == 0
 
 
+@pytest.mark.parametrize("command", ["convert", "average"])
+def test_who_waits_for_weights_to_be_written_sees_how_far_they_are(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Those of a billion parameters take minutes on a slow disk."""
+    bars: dict[str, list[int]] = {}
+
+    def count_bytes(description: str, total: int) -> Callable[[int], None]:
+        counts = bars[description] = [total]
+        return counts.append
+
+    for module in ("common.progress_bar", "pretrain.checkpoint.average"):
+        monkeypatch.setattr(f"{module}.count_bytes", count_bytes)
+    paths = list_checkpoints(run_dir / "checkpoints")
+    assert main([command, *map(str, paths[-1:] if command == "convert" else paths), "--to", str(tmp_path / "out")]) == 0
+    total, *counts = bars["model.safetensors" if command == "convert" else "out"]
+    written = next((tmp_path / "out").glob("*.safetensors")).stat().st_size
+    parameters = load_file(next((tmp_path / "out").glob("*.safetensors"))).values()
+    assert total == sum(4 * parameter.numel() for parameter in parameters)
+    assert len(counts) > len(parameters) and sum(counts) == written  # a header, then a block or more of each
+
+
 def test_a_checkpoint_that_its_run_removes_meanwhile_is_not_called_damaged(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,7 +295,7 @@ def test_convert_leaves_what_it_did_not_write(
         (out / name).unlink()
     (out / "notes").write_text("mine")
 
-    def full(path: Path, entries: list[Any]) -> dict[str, Any]:
+    def full(path: Path, entries: list[Any], wrote: Any) -> dict[str, Any]:
         path.write_bytes(b"torn")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 

@@ -147,7 +147,9 @@ def test_transformers_loads_it_before_it_gets_its_name(
 ) -> None:
     out = tmp_path / "mine"
     assert main([str(checkpoint.path), "--to", str(out), "--verify"]) == 0
-    assert "transformers gives the same ids, and logits that differ by at most" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "transformers gives the same ids, and logits that differ by at most" in said.out
+    assert "comparing logits ...\n" in said.err, "of a billion parameters it takes a minute"
     shutil.rmtree(out)
     monkeypatch.setattr("pretrain.export.verify.TOLERANCE", -1.0)
     refused(checkpoint.path, out, "logits differ by", capsys, "--verify")

@@ -119,17 +119,21 @@ def test_the_memory_of_a_step_is_compared_with_that_of_the_device(
         return Rehearsal(1, {}, 0, {}, 9 * 2**30, {}, [], [])
 
     monkeypatch.setattr(rehearsal, "rehearse", rehearse)
-    graphs = "train.cuda_graph=off"
-    assert "of the device" not in rehearsed(prepared, 1, *SHORT, graphs).outcomes[1].said
+    keys = (*SHORT, "train.cuda_graph=off", "checkpoint.asynchronous=false")
+    assert "of the device" not in rehearsed(prepared, 1, *keys).outcomes[1].said
     for gib, fits in ((10, True), (9.9, False)):
-        memory = rehearsed(prepared, 1, *SHORT, graphs, memory=int(gib * 2**30)).outcomes[1]
+        memory = rehearsed(prepared, 1, *keys, memory=int(gib * 2**30)).outcomes[1]
         assert memory.passed and f"may fill {0.9 * gib:.2f} GiB of the device (90% of {gib:.1f})" in memory.said
         warned = [text.partition(",")[0] for text in memory.warnings]
         assert warned == ([] if fits else ["memory: a step needs about 9.00 GiB"])
     monkeypatch.setattr("pretrain.gpus.gpu_memory", lambda: 8 * 2**30)
-    (warning,) = rehearsed(prepared, 1, *SHORT, graphs, device="cuda").outcomes[1].warnings
+    (warning,) = rehearsed(prepared, 1, *keys, device="cuda").outcomes[1].warnings
     assert "may fill 7.20 GiB of this machine's GPU (90% of 8.0; --device-memory GIB is another's)" in warning
-    assert not rehearsed(prepared, 1, *SHORT, graphs).outcomes[1].warnings, "a run on CPUs"
+    assert not rehearsed(prepared, 1, *keys).outcomes[1].warnings, "a run on CPUs"
+    full = {kind: rehearsed(prepared, 1, *keys[:-1], device=kind, memory=10 * 2**30) for kind in ("cpu", "cuda")}
+    for kind, checks in full.items():  # beside a GPU the copy lies in CPU memory
+        memory, is_beside = checks.outcomes[1], kind == "cpu"
+        assert bool(memory.warnings) == ("more for the copy that a checkpoint" in memory.said) == is_beside
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
