@@ -103,8 +103,19 @@ def test_gradients_are_those_of_one_step() -> None:
     found = []
     for _ in range(2):
         step()
-        found.append({name: p.grad for name, p in step.model.named_parameters() if p.grad is not None})
+        found.append({name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None})
     assert len(found[0]) > 5 and all(torch.equal(found[1][name], grad) for name, grad in found[0].items())
+
+
+def test_documents_reach_the_model() -> None:
+    """Others than without them is what it computes."""
+    losses = []
+    for has_documents in (False, True):
+        torch.manual_seed(1)
+        step = Step(SMALL, CPU, 2, has_documents=has_documents)
+        step()
+        losses.append(float(step.loss))
+    assert losses[0] != losses[1]
 
 
 def test_utilisation_is_that_of_the_forward_and_the_backward_pass(
