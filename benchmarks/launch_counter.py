@@ -44,6 +44,7 @@ WRITES_ALONE = frozenset({"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach
 READ_NOTHING = frozenset({"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"})
 """They take a tensor for its dtype, device or shape alone."""
 GATHERS = frozenset({"embedding", "index", "index_select", "gather"})
+COPIES = frozenset({"_to_copy", "copy_"})
 WAITS = frozenset(
     {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
     | {"is_nonzero", "bincount", "_linalg_check_errors", "allclose"}
@@ -188,8 +189,9 @@ class LaunchCounter(TorchDispatchMode):
             return
         name, counts = func._opname, self.counts
         self._notice_copies(place, func, tensors, results)
-        if name == "_local_scalar_dense" or len({t.is_cuda for t in (*results, *tensors[-1:])}) > 1:
-            return  # a copy between host and GPU
+        crosses = len({t.is_cuda for t in (*results, *tensors[-1:])}) > 1
+        if name == "_local_scalar_dense" or (name in COPIES and crosses):
+            return  # a copy between host and GPU; a number of the host beside tensors of the GPU is an argument
         if name in NO_KERNEL or func.is_view:
             return
         moved = bytes_moved(func, given, result)
@@ -212,7 +214,7 @@ class LaunchCounter(TorchDispatchMode):
 
     def _notice_copies(self, place: str, func: Any, tensors: list[Tensor], results: list[Tensor]) -> None:
         counts = self.counts
-        if func._opname not in ("_to_copy", "copy_"):
+        if func._opname not in COPIES:
             return
         target, source = (results[0], tensors[0]) if func._opname == "_to_copy" else (tensors[0], tensors[-1])
         if target.is_cuda == source.is_cuda:

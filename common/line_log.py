@@ -17,6 +17,8 @@ from common.presence import exists, is_file
 from common.strict_json import dumps
 
 Row = dict[str, Any]
+BLOCK_BYTES = 1 << 18
+"""Read at once from the end of a file."""
 
 
 def is_event(row: Any) -> bool:
@@ -50,6 +52,21 @@ class LineLog:
         for _, row in self._lines():
             if row is not None:
                 yield row
+
+    def newest_first(self) -> Iterator[Row]:
+        """As `rows`, from the end of the file on: whoever wants its last rows reads no more of a long run's than these.
+        Raises OSError."""
+        if not exists(self.path):
+            return
+        with open(self.path, "rb") as file:
+            place, rest = file.seek(0, os.SEEK_END), b""
+            while place:
+                size = min(BLOCK_BYTES, place)
+                place = file.seek(place - size)
+                # What stands before the first end of a line may begin in an earlier block.
+                rest, *lines = (file.read(size) + rest).split(b"\n")
+                yield from filter(None, map(self._parsed, reversed(lines)))
+            yield from filter(None, [self._parsed(rest)])
 
     def append(self, row: Row) -> None:
         """One more line, after those that could not be written before."""

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.ceilings import ceilings
 from benchmarks.gpu.command import Context, Failed, Part, Unavailable
-from benchmarks.gpu.equality import DTYPES, TOLERANCE, errors, row_errors, row_limit, same_bits
+from benchmarks.gpu.equality import DTYPES, TOLERANCE, errors, furthest, row_errors, row_limit, same_bits
 from benchmarks.gpu.timing import Clock, Work, clock_of, measure
 
 BACKENDS = {
@@ -91,8 +91,8 @@ def equality(context: Context, *, model: str, dtype: str) -> dict[str, Any]:
         found, of_rows = errors(actual, wanted), row_errors(actual, wanted)
         failed = not all(value <= TOLERANCE[kind] for value in found.values())
         failed |= not all(value <= row_limit("attention", TOLERANCE[kind]) for value in of_rows.values())
-        row = {"backend": name, "error": max(found.values()), "errors": found, "repeats": same_bits(actual, again)}
-        rows.append(row | {"worst_row": max(of_rows.values()), "failed": failed})
+        row = {"backend": name, "error": found[furthest(found)], "errors": found, "repeats": same_bits(actual, again)}
+        rows.append(row | {"worst_row": of_rows[furthest(of_rows)], "failed": failed})
     result = {"shape": list(tensors[0].shape), "dtype": dtype, "backends": rows}
     bad = [row for row in rows if row.get("failed")]
     if bad:

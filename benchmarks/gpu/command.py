@@ -220,6 +220,8 @@ def _begin_anew(options: argparse.Namespace, seconds: float) -> None:
         words += ["--only", name]
     if options.results:
         words += ["--results", str(options.results)]
+    if options.shared:
+        words.append("--shared")
     os.execv(sys.executable, words)
 
 

@@ -6,6 +6,7 @@ chunks, and the gradients of what all tokens share are added up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -128,6 +129,12 @@ def row_errors(actual: Tensors, wanted: Tensors) -> dict[str, float]:
     return found
 
 
+def furthest(found: dict[str, float], limits: dict[str, float] | None = None) -> str:
+    """The name that is furthest off, in shares of its limit if these are given. Of a NaN nothing is further: to `max`
+    it is neither larger nor smaller than a number."""
+    return max(found, key=lambda n: (math.isnan(found[n]), found[n] / limits[n] if limits else found[n]))
+
+
 def row_limit(op: str, limit: float) -> float:
     """What a row may be off where the whole tensor may be off by `limit`."""
     return max(ROWS * limit, TIES_OF_A_ROW if op == "sigma_moe" else 0.0)
@@ -157,7 +164,7 @@ def check(
         limits = dict.fromkeys(found, max(TOLERANCE[dtype], ties))
     else:
         limits = {name: max(TOLERANCE[dtype], 1.05 * reference[name]) for name in found}
-    worst = max(found, key=lambda name: found[name] / limits[name])
+    worst = furthest(found, limits)
     # `not <=`: a NaN fails.
     failed = not all(found[name] <= limits[name] for name in found)
     of_rows = row_errors(actual, wanted)
@@ -165,7 +172,7 @@ def check(
     failed |= len(wrong) > 0
     failed |= not same and backend in REPEATING
     row: dict[str, Any] = {"backend": backend, "worst": worst, "error": found[worst], "errors": found, "repeats": same}
-    row["worst_row"] = max(of_rows.values())
+    row["worst_row"] = of_rows[furthest(of_rows)]
     if wrong:
         row["wrong_rows"] = {name: of_rows[name] for name in wrong}
     return row | {"failed": failed}, wanted

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -179,7 +180,7 @@ def _check_finite(losses: Sequence[Any], steps: int, result: dict[str, Any]) -> 
 
 def _check_near(losses: list[Any], wanted: list[Any], tolerance: float, words: str, result: dict[str, Any]) -> None:
     differences = [abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True)]
-    result["largest_difference"] = max(differences)
+    result["largest_difference"] = max(differences, key=lambda d: (math.isnan(d), d))  # else a NaN may hide
     if not all(difference <= tolerance for difference in differences):  # a NaN fails
         raise Failed(f"{words}: relative differences {differences}", result)
 

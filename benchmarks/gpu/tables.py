@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -153,8 +154,13 @@ def truth_rows(entries: list[Entry]) -> Rows:
     for name, members in groups.items():
         counts = [sum(e.status == status for e in members) for status in (PASSED, FAILED, SKIPPED)]
         found = [row["error"] for e in members for row in e.result.get("backends", ()) if "error" in row]
-        rows.append((name, str(len(members)), *map(str, counts), f"{max(found):.1e}" if found else "-"))
+        rows.append((name, str(len(members)), *map(str, counts), f"{max(found, key=_nan_last):.1e}" if found else "-"))
     return rows
+
+
+def _nan_last(error: float) -> tuple[bool, float]:
+    """A key for `max`, to which a NaN is not larger than a number."""
+    return math.isnan(error), error
 
 
 def race_rows(entries: list[Entry]) -> Rows:

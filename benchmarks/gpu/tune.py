@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.compiled_case import SHARED_BYTES
 from benchmarks.gpu import tuned_kernels
 from benchmarks.gpu.command import Context, Failed, Part, Unavailable
-from benchmarks.gpu.equality import TOLERANCE, errors, results, row_errors, row_limit, same_bits
+from benchmarks.gpu.equality import TOLERANCE, errors, furthest, results, row_errors, row_limit, same_bits
 from benchmarks.gpu.tile_compilation import Compiler, Launch, Resources
 from benchmarks.gpu.tile_search import Search, Tiles, candidates, pruned, text, tiles_of, warps_of
 from benchmarks.gpu.timing import Clock, Inputs, clock_of, draw_sets, measure
@@ -111,7 +111,7 @@ def timed(
     try:
         found, launches = outcome(search, tiles, sets[0])
         off = errors(found, wanted)
-        worst = max(off, key=lambda name: off[name])
+        worst = furthest(off)
         if not off[worst] <= TOLERANCE[torch.bfloat16]:  # not so for a NaN either
             return {"rejected": f"another result: {worst} is off by {off[worst]:.1e}"}
         op = sets[0].case.op

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.gpu import models, winners
 from benchmarks.gpu.command import Context, Failed, Part
-from benchmarks.gpu.equality import TOLERANCE, errors
+from benchmarks.gpu.equality import TOLERANCE, errors, furthest
 from benchmarks.gpu.micro_step import Step, name_of, profiled, timeline, utilisation
 from model.kernels.ops import route
 from model.kernels.triton.tiles import Entry, placed
@@ -156,6 +156,6 @@ def compared(
     tolerance = TOLERANCE[torch.bfloat16]
     off, of_noise = errors(found, wanted), errors(noise, wanted)
     limits = {name: max(tolerance, 0.0 if name == "loss" else 2 * of_noise[name]) for name in off}
-    worst = max(off, key=lambda name: off[name] / limits[name])
+    worst = furthest(off, limits)
     wrong = [f"{n} is off by {off[n]:.1e}, more than {limits[n]:.1e}" for n in off if not off[n] <= limits[n]]
     return {"loss": off["loss"], "worst": worst, "error": off[worst], "limit": limits[worst]}, wrong[:5]

@@ -116,7 +116,7 @@ class RawFile:
         with unpacked(self.path, member=member, binary=self.format in ID_FORMATS) as content:
             try:
                 head = content.peek(HEAD_BYTES)
-                if self._is_parquet(content, head):
+                if is_parquet(head) and not content.is_packed and self.format in ("auto", "parquet"):
                     content.finish()  # hashed first: no web server waits while the rows are read by another connection
                     records = self._rows()
                 else:
@@ -127,9 +127,6 @@ class RawFile:
                 raise
             self.sha256, self.bytes = content.finish()
         self._check_documents(head)
-
-    def _is_parquet(self, content: Unpacked, head: bytes) -> bool:
-        return is_parquet(head) and not content.is_packed and self.format in ("auto", "parquet")
 
     def _rows(self) -> Iterator[Document | Rejected]:
         self.format = "parquet"
@@ -260,7 +257,7 @@ class RawFile:
 
     def _pages(self, content: Unpacked) -> Iterator[Document]:
         for split, size in zip(SPLITS, self._split_bytes, strict=True):
-            offset = 0
+            offset = content.position
             lines = content.lines(max_bytes=self._max_bytes, limit_bytes=size)
             for page in documents(lines, starts=is_page_start, max_bytes=self._max_bytes):
                 yield Document(offset, split, page)

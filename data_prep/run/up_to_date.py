@@ -109,8 +109,10 @@ def is_up_to_date(resolved: ResolvedConfig, *, force: bool) -> bool:
     manifest = Manifest.load(resolved.output)
     changed = difference(resolved, manifest)
     if changed:
+        is_older = bool(changes_since(manifest.provenance.versions.get("data_prep")))
         raise DataError(
             f"{resolved.output} holds other data: {changed}; choose another `output`, or rebuild it with --force"
+            f"{' (training reads it as it is)' * is_older}"
         )
     manifest.check("size")
     return True

@@ -28,7 +28,7 @@ def attention_weights(layer: nn.Module, context: Tensor, num_queries: int, first
     stands for H: a token's chosen experts, best first. `first` [B, T]: of each query the first key that it sees (the
     first token of its document; RoPE, whose differences alone count); None: all do see the first."""
     if isinstance(layer, SwitchHeadAttention):
-        q, k = _switchhead(layer, context, num_queries)
+        q, k = _projected(layer, "query", context[:, -num_queries:]), _projected(layer, "key", context)
     elif isinstance(layer, DenseAttention):
         q, k = _dense(layer, context, num_queries)
     else:
@@ -65,11 +65,6 @@ def _dense(layer: DenseAttention, context: Tensor, T: int) -> tuple[Tensor, Tens
     """-> queries [B, T, H, h] and keys [B, L, H, h], not yet rotated."""
     H, h = layer.num_heads, layer.config.head_dim
     return layer.query(context[:, -T:]).unflatten(2, (H, h)), layer.key(context).unflatten(2, (H, h))
-
-
-def _switchhead(layer: SwitchHeadAttention, context: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """As `_dense`."""
-    return _projected(layer, "query", context[:, -T:]), _projected(layer, "key", context)
 
 
 def _projected(layer: SwitchHeadAttention, projection: Projection, x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from common.errors import UserError, kind_of
+from common.errors import kind_of
 from common.files import sync_directory, write_json
 from common.folders import room_text
 from pretrain.checkpoint.folder import (
@@ -97,7 +97,8 @@ def write_safetensors(
                 wrote(len(block))
             os.fsync(file.fileno())
     except OSError as error:
-        raise _no_space(error, path, 8 + len(text) + end, written) from None
+        wanted, room = 8 + len(text) + end, _room(error, path)
+        raise kind_of(error)(f"{path}: {error.strerror} after {written:,} of {wanted:,} bytes{room}") from None
     return {"bytes": written, "sha256": digest.hexdigest()}
 
 
@@ -118,10 +119,6 @@ def _write_all(file: Any, block: Any) -> int:
     while done < len(view):
         done += file.write(view[done:])
     return done
-
-
-def _no_space(error: OSError, path: Path, wanted: int, written: int) -> UserError:
-    return kind_of(error)(f"{path}: {error.strerror} after {written:,} of {wanted:,} bytes{_room(error, path)}")
 
 
 def _room(error: OSError, path: Path) -> str:

@@ -92,7 +92,7 @@ def _stage_1(config: Config, sizes: _Sizes, settings: dict[str, Any], data_size:
     item = 4 if is_flat else ITEM[config.train.precision]
     everything = item * sizes.all
     sums = everything if micro_steps > 1 else 0
-    buckets, bucket = _buckets(config, settings, item)
+    buckets, bucket = _buckets(settings, item)
     own = 4 * sizes.share if is_flat else item * sizes.touched
     joined = min(max(bucket, item * sizes.largest), everything)
     update = 0 if is_flat else _copies(config, sizes)
@@ -115,7 +115,7 @@ def _stage_2(config: Config, sizes: _Sizes, settings: dict[str, Any], data_size:
     """Every micro-step reduces its gradients during the backward pass, and gives the buckets back."""
     is_flat = config.train.precision == "bf16"
     item = ITEM[config.train.precision]
-    buckets, bucket = _buckets(config, settings, item)
+    buckets, bucket = _buckets(settings, item)
     own = 4 * sizes.share if is_flat else item * sizes.touched
     sums = own if micro_steps > 1 else 0
     first = sums + buckets
@@ -139,7 +139,7 @@ def _copies(config: Config, sizes: _Sizes) -> int:
     return 4 * sizes.share if config.train.precision == "fp32" else (2 + 4) * sizes.share
 
 
-def _buckets(config: Config, settings: dict[str, Any], item: int) -> tuple[int, int]:
+def _buckets(settings: dict[str, Any], item: int) -> tuple[int, int]:
     """Bytes of all buckets, and of one."""
     bucket = item * int(settings["reduce_bucket_size"])
     if not settings.get("contiguous_gradients", True):

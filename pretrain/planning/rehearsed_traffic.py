@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pretrain.config.schema import Config
 from pretrain.planning import layout_plan
 from pretrain.planning.links import Collective, groups_of_ranks
-from pretrain.planning.record import Call, Rehearsal
+from pretrain.planning.record import Call
 from pretrain.planning.same_calls import MESSAGE
 
 Kinds = Counter[tuple[str, str, int, int, str]]
@@ -29,14 +29,10 @@ def rehearsed_collectives(config: Config, num_ranks: int, stage: int, device_typ
             longer = layout_plan.rehearsed(config, num_ranks, rank, device_type, step.micro_steps + 1)
             one = names.counted(longer.calls) - found
         else:
-            one = names.counted(_first_micro_step(step))
+            # The last one may send gradients too; every other one is as the first.
+            one = names.counted(step.calls[step.starts[0] : step.starts[1]])
         found.update({call: repeats * count for call, count in one.items()})
     return [Collective(*call, count) for call, count in found.items()]
-
-
-def _first_micro_step(step: Rehearsal) -> list[Call]:
-    """The last one may send gradients too; every other one is as the first."""
-    return step.calls[step.starts[0] : step.starts[1]]
 
 
 class _Names:

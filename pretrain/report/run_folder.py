@@ -4,6 +4,7 @@ tensorboard/."""
 from __future__ import annotations
 
 import collections
+import itertools
 import secrets
 import sys
 import time
@@ -142,16 +143,14 @@ class RunFolder:
 
     def losses(self, last_step: int, count: int) -> list[float]:
         """The last `count` finite losses up to step `last_step`, from metrics.jsonl. Raises UserError."""
-        found: collections.deque[float] = collections.deque(maxlen=count)
-        for row in self._rows(self._metrics):
-            if row["step"] <= last_step and isinstance(row.get("loss"), int | float):
-                found.append(row["loss"])
-        return list(found)
+        rows = self._rows(self._metrics, newest_first=True)  # a long run's file has 800 bytes a step
+        losses = (row["loss"] for row in rows if row["step"] <= last_step and isinstance(row.get("loss"), int | float))
+        return list(itertools.islice(losses, count))[::-1]
 
     def newest_metrics(self, last_step: int) -> Row | None:
         """The line of metrics.jsonl of the newest step up to `last_step`. Raises UserError."""
-        rows = (row for row in self._rows(self._metrics) if row["step"] <= last_step)
-        return max(rows, key=lambda row: int(row["step"]), default=None)
+        rows = self._rows(self._metrics, newest_first=True)
+        return next((row for row in rows if row["step"] <= last_step), None)
 
     def was_validated(self, step: int, kind: str = "validation") -> bool:
         """Whether events.jsonl holds a validation (or another event of `kind`) after `step` that still counts: a start
@@ -182,10 +181,11 @@ class RunFolder:
             found = row["event"] == kind or (found and row["event"] != "started")
         return found
 
-    def _rows(self, log: LineLog) -> Iterator[Row]:
+    def _rows(self, log: LineLog, *, newest_first: bool = False) -> Iterator[Row]:
         """Nothing on ranks that do not write. Raises UserError if the file cannot be read."""
+        rows = log.newest_first if newest_first else log.rows
         try:
-            yield from log.rows() if self._writes else ()
+            yield from rows() if self._writes else ()
         except OSError as error:
             raise refusal(log.path, error, "read") from None
 

@@ -211,11 +211,8 @@ class Stop:
         is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
         self.leave(ExitCode.STOPPED, f"{reason} during start-up: nothing was trained" if is_speaker else "")
 
-    def _is_orphan(self) -> bool:
-        return self._parent >= 0 and os.getppid() != self._parent
-
     def _look_at_launcher(self) -> None:
-        if self._is_orphan():
+        if self._parent >= 0 and os.getppid() != self._parent:
             # Killed with the whole job (SLURM's USR1 reaches launchers that do not expect it), or killed alone?
             if self._reason is None:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -168,6 +168,9 @@ def differing_facts(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     rows = [(key, [found.get(key) for found in every]) for key in keys]
     meant = [(key, values, [as_meant(key, value) for value in values]) for key, values in rows]
     differing = [(key, values) for key, values, these in meant if any(value != these[0] for value in these)]
+    if not any(key.startswith(("data.manifest", "data.sources")) for key, _ in differing):
+        # That an earlier version has not recorded which data lay at the one place is no other data.
+        differing = [(key, values) for key, values in differing if key != DIGEST or len(set(values) - {None}) > 1]
     return [(key, values) for key, values in differing if _says_something(key, values, runs)]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +69,7 @@ BY_HAND: dict[str, tuple[Callable[[Tensor], Any], int, int]] = {
     "gathered": (lambda x: x[new(3, dtype=torch.int64)], 1, 3 * 8 + 2 * (ONE // 2)),
     "looked up": (lambda x: F.embedding(new(3, dtype=torch.int64), x), 1, 3 * 8 + 2 * (ONE // 2)),
     "product": (lambda x: x @ new(10, 4), 1, ONE + 160 + 96),
+    "with a number of the host": (lambda x: x + torch.tensor(1.0, device="cpu"), 1, 2 * ONE),
     "on the CPU": (lambda x: torch.empty(5) + 1.0, 0, 0),
     "a list": (lambda x: torch._foreach_add_([x, new(7)], 1.0), 1, 2 * (ONE + 28)),
     "a list, out of place": (lambda x: torch._foreach_mul([x, new(7)], [x, new(7)]), 1, 2 * ONE + 3 * 28),
@@ -88,6 +91,11 @@ def test_counts_by_hand(name: str, is_body: bool, monkeypatch: pytest.MonkeyPatc
     assert not counter.counts.waits and counter.counts.to_host == counter.counts.to_device == 0
 
 
+def multiplied(count: int) -> None:
+    """Two lists of so many tensors."""
+    torch._foreach_mul([new(5) for _ in range(count)], [new(5) for _ in range(count)])
+
+
 def test_lists_are_launched_in_pieces() -> None:
     """Of at most 770 tensors in one list, 448 in two, and 2240 blocks of 65,536 elements."""
     assert foreach_launches([5] * 770, 1) == 1 and foreach_launches([5] * 771, 1) == 2
@@ -98,6 +106,33 @@ def test_lists_are_launched_in_pieces() -> None:
     assert foreach_launches([65536 * 2241, *[1] * 770], 1) == 3
     found = counted(lambda: torch._foreach_add_([new(5) for _ in range(449)], [new(5) for _ in range(449)]))
     assert found.total.kernels == 2 and found.total.bytes == 3 * 449 * 20
+
+    # Two lists and that of the results; norms of tensors are sums of parts, and a sum of these.
+    for count, launched in ((336, 1), (337, 2)):
+        found = counted(partial(multiplied, count))
+        assert found.total.kernels == launched
+    assert counted(lambda: torch._foreach_norm([new(6, 10), new(7)])).total.kernels == 2
+
+
+def test_what_a_triton_kernel_is_given_is_moved() -> None:
+    """By position or by name; nothing of it is an operator's."""
+    with fake_cuda():
+        x, y = new(6, 10), new(7)
+        counter = LaunchCounter()
+        with counter.at("attention"):
+            counter.launched(SimpleNamespace(fn=SimpleNamespace(__name__="kernel")), (x, 3), {"y_ptr": y, "N": 5})
+    assert counter.counts.total == Tally(1, 1, ONE + 28, 0)
+
+
+def test_counts_are_added_and_taken_away() -> None:
+    one, two = Counts(), Counts()
+    one.add("norm", "mul", Tally(1, 0, 10, 10))
+    two.add("norm", "mul", Tally(2, 1, 4, 3))
+    two.to_host, two.waits["item"] = 1, 2
+    found = one.plus(two, 3)
+    assert found.total == Tally(7, 3, 22, 19) and found.by_operator["norm", "mul"] == 7
+    assert (found.to_host, found.to_device, found.waits["item"]) == (3, 0, 6)
+    assert found.plus(two, -3).total == one.total
 
 
 def test_a_triton_launch_is_counted_where_it_is_launched() -> None:
@@ -121,6 +156,7 @@ WAITS: dict[str, tuple[Callable[[Tensor], Any], int, int]] = {
     "copy to a tensor of the host": (lambda x: torch.empty(6, 10, device="cpu").copy_(x), 1, 0),
     "nonzero": (lambda x: x.nonzero(), 1, 0),
     "a mask as an index": (lambda x: x[x > 0], 1, 0),
+    "a mask that is written to": (lambda x: x.index_put_((x > 0,), x.new_empty(())), 1, 0),
     "equal": (lambda x: torch.equal(x, x + 1), 1, 0),
     "pageable": (lambda x: torch.empty(6, 10, device="cpu").to(x.device, non_blocking=True), 0, 1),
     "a number of the host": (lambda x: x.new_tensor(3.0), 0, 1),

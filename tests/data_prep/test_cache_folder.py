@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import numpy as np
 import pytest
 
 import data_prep.shards.cache as shard_cache
+import data_prep.shards.cache_folder as shard_cache_folder
 from common.errors import DataError, PassingError
+from common.locks import file_lock
 from data_prep.shards.cache import ShardCache
 from data_prep.shards.cache_folder import MARKER, NAME, CacheFolder
 from data_prep.shards.format import Manifest
@@ -70,6 +73,30 @@ def test_foreign_files_stay_under_pressure_and_do_not_count(remote: Path, tmp_pa
     assert {name: after[name] for name in before} == before
     assert {name for name in after if name.split("/")[0] not in (NAME,)} == set(before), "no lock beside them either"
     assert 0 < stored(folder) <= 2 * largest(remote)
+
+
+def test_room_is_counted_and_taken_by_one_process_at_a_time(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or two would count the same room as theirs."""
+    held = list[bool]()
+    free, truncate = shard_cache_folder.free_bytes, shard_cache_folder.partial
+
+    def looking(function: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def look(path: Path) -> Any:
+            with file_lock(tmp_path / NAME / "lock", wait=False) as is_free:
+                held.append(not is_free)
+            return function(path)
+
+        return look
+
+    monkeypatch.setattr(shard_cache_folder, "free_bytes", looking(free))
+    monkeypatch.setattr(shard_cache_folder, "partial", looking(truncate))
+    cache = ShardCache(f"file://{remote}", tmp_path, 2 * largest(remote))
+    folder, (first, *_) = cache.manifest.folder, cache.manifest.split("train")
+    stored_shard = shard_cache_folder.StoredShard(folder / first.file, folder / first.index_file)
+    CacheFolder(tmp_path, 2 * largest(remote)).reserve(stored_shard, (first.bytes, first.index_bytes))
+    assert len(held) > 2 and all(held)
 
 
 def test_foreign_files_inside_the_caches_own_folder_stay_too(remote: Path, tmp_path: Path) -> None:

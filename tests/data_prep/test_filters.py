@@ -15,6 +15,7 @@ from data_prep.config.tokenizer import TokenizerConfig
 from data_prep.run.up_to_date import changed_text
 from data_prep.shards.format import Manifest
 from data_prep.stages.c4_rules import clean_page
+from data_prep.stages.filter import FilterTask, summary
 from data_prep.stages.filters import (
     RULES,
     Filters,
@@ -25,6 +26,7 @@ from data_prep.stages.filters import (
     plain_newlines,
 )
 from data_prep.stages.tokenizer import train_tokenizer
+from data_prep.work.parts import Part
 from tests.data_prep.conftest import c4_line, write_dump
 from tests.data_prep.outcome import decoded
 from tests.data_prep.raw_corpus import GERMAN, SAMPLE, sample_texts
@@ -332,3 +334,19 @@ def test_an_unknown_language_is_refused_before_anything_is_read(
     assert main(["run", "--config", str(tmp_path / "config.json")]) == 2
     assert "filter.language: no 'eng'; py3langid knows" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/.work/ingest-*/*"))
+
+
+def test_what_the_parts_lost_is_summed_and_the_examples_are_of_all(tmp_path: Path) -> None:
+    """Those with the smallest hash, whatever the order of the work."""
+    tasks = []
+    for number, keys in enumerate(((7, 2), (9, 1))):
+        part = Part(name=f"part-{number}", documents=8, bytes=80, split="train")
+        body = {"counts": {RULES[0]: 1 + number, RULES[1]: 1}, "lines": 3 + number}
+        samples = {RULES[1]: [[key, {"hash": key}] for key in keys]}
+        (tmp_path / f"{part.name}.json").write_text(json.dumps({**body, "samples": samples}))
+        config = FilterConfig(samples=2)
+        tasks.append(FilterTask(config=config, part=part, ingest=tmp_path, folder=tmp_path))
+    for order in (tasks, tasks[::-1]):
+        found = summary(order)
+        assert found.counts == {RULES[0]: 3, RULES[1]: 2} and found.lines == 7
+        assert found.samples == [{"hash": 1}, {"hash": 2}]

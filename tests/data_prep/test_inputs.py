@@ -137,7 +137,13 @@ def test_json_lines_do_not_pass_for_plain_text(tmp_path: Path, words: str) -> No
     line = json.dumps({"id": 1, "text": words}).encode()
     with pytest.raises(NoDocumentError, match='holds JSON lines with the key text; set format to "auto"'):
         read(write(tmp_path / "a.jsonl", b"\n".join([line, line])), "text")
-    for text in (b'{"text": "one object"}\n', b"{a: 1}\n{b: 2}\n", b'{"id": 1}\n{"id": 2}\n', b'"text": "{\n{'):
+    for text in (
+        b'{"text": "one object"}\n',
+        b'{"text": "one object"}',
+        b"{a: 1}\n{b: 2}\n",
+        b'{"id": 1}\n{"id": 2}\n',
+        b'"text": "{\n{',
+    ):
         assert read(write(tmp_path / "a.txt", text), "text") == ([text.decode()], [])
 
 

@@ -229,11 +229,23 @@ def test_no_secret_of_a_signed_url_is_written_or_printed(
     assert SECRET not in out + err
 
 
+@pytest.mark.parametrize(
+    "status, passes", [(404, False), (410, False), (408, True), (425, True), (429, True), (500, True)]
+)
+def test_what_a_server_answers_for_a_while_is_asked_again(status: int, passes: bool) -> None:
+    error = OSError("no")
+    error.status = status  # type: ignore[attr-defined]
+    found = read_error(RemoteFile("https://host/a"), error)
+    assert isinstance(found, UnreachableError) == passes and f"the server answers {status} (" in str(found)
+
+
 def test_secrets_and_identities_of_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     url = "https://me:pass@host/a/b.json.gz?part=2&X-Amz-Signature=xyz&X-Amz-Expires=60&sig=q&token=t&se=1"
     file = RemoteFile(url)
     assert (str(file), file.name, repr(file)) == ("https://host/a/b.json.gz", "b.json.gz", "RemoteFile()")
     assert identity(file) == "https://host/a/b.json.gz?part=2"
+    kept = "https://host/a?section=1&step=2&token_count=3&signature_of=4"  # only begin as parts of signatures do
+    assert identity(RemoteFile(kept)) == kept
     text = f"failed: ClientError(403, url='{url}') and s3://key:word@bucket/x?versionId=1 but a?b stays"
     assert without_secrets(text) == (
         "failed: ClientError(403, url='https://host/a/b.json.gz') and s3://bucket/x but a?b stays"

@@ -136,6 +136,7 @@ def test_a_file_that_is_damaged_for_one_copy_alone(task: IngestTask, monkeypatch
 
 def test_a_damaged_file_takes_nothing_of_the_one_before_it(task: IngestTask, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose last documents stand in a part that is still open when the parts of the damaged one begin."""
+    monkeypatch.setattr("data_prep.stages.part_cutter.PENDING_BYTES", 10_000)  # one has fewer, the other has more
     serve(monkeypatch, cut)
     ingest_batch(replace(task, files=task.files[::-1], part_bytes=1 << 20))
     left = read_state(task)

@@ -173,6 +173,14 @@ def replace(name: str, make: Callable[[np.ndarray], np.ndarray]) -> Callable[[di
     return change
 
 
+def empty_document(arrays: dict[str, np.ndarray]) -> None:
+    arrays["document_start"][1] = 0
+
+
+def document_behind_the_last_id(arrays: dict[str, np.ndarray]) -> None:
+    arrays["document_start"][-1] = arrays["member_tokens"].sum()
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -185,6 +193,8 @@ def replace(name: str, make: Callable[[np.ndarray], np.ndarray]) -> Callable[[di
         (add("document_start", 0, 1), "document starts must rise from 0"),
         (add("document_start", -1, 1 << 40), "document starts must rise from 0"),
         (replace("document_start", lambda a: a[::-1]), "document starts must rise from 0"),
+        (empty_document, "document starts must rise from 0"),
+        (document_behind_the_last_id, "document starts must rise from 0"),
         (replace("document_start", lambda a: a[:-1]), r"\d+ document starts, the manifest says"),
         (replace("member_offset", lambda a: a[:-1]), "member offsets for"),
         (replace("member_tokens", lambda a: a.astype(np.int32)), "expected the int64 vectors"),

@@ -85,12 +85,14 @@ def test_a_recorded_failure_stays_one(parts: Parts) -> None:
 
 
 def test_some_parts_alone(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
-    listed = [parts.part(name) for name in ("equal a", "equal b", "repeat a")]
+    listed = [parts.part(name) for name in ("equal a", "equal b", "repeat a", "not equal a")]
     assert parts.run(listed, only=["equal"]) == 0
     assert parts.ran == ["equal a", "equal b"]
     assert parts.run(listed, list=True) == 0 and parts.ran == []
     lines = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.split()[-1] for line in lines] == ["passed", "passed", "-"]
+    assert [line.split()[-1] for line in lines] == ["passed", "-", "-"]
+    assert parts.run(listed, only=["repeat", "equal a"], again=True) == 0 and parts.ran == ["equal a", "repeat a"]
+    capsys.readouterr()
     parts.ran = []
     for only in (["spede"], ["equal", "spede"]):
         assert parts.run(listed, only=only) == 2 and parts.ran == []
@@ -127,6 +129,40 @@ def test_a_part_knows_what_earlier_ones_measured(parts: Parts) -> None:
     parts.run([first, Part("second", compute)])
     parts.run([first, Part("third", compute)])
     assert seen[0] == {"first": {"ms": 3.0}} and seen[1]["first"] == {"ms": 3.0}
+
+
+def test_what_a_failed_part_measured_is_not_known_to_later_ones(parts: Parts) -> None:
+    """Neither in this call nor in the next: a ceiling that failed would be one all the same."""
+    seen: list[set[str]] = []
+
+    def compute(context: Context) -> dict[str, Any]:
+        seen.append(set(context.measured))
+        return {}
+
+    failed = parts.part("failed", Failed("no", {"ms": 3.0}))
+    for name in ("second", "third"):
+        parts.run([failed, parts.part("passed"), Part(name, compute)])
+    assert seen == [{"passed"}, {"passed", "second"}]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_fresh_process_goes_on_where_cuda_is_unusable(
+    shared: bool, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is left of the time, and all that was asked for; not after a part that failed by a check alone."""
+    begun: list[list[str]] = []
+    monkeypatch.setattr(command.os, "execv", lambda program, words: begun.append(words))
+    listed = [parts.part("a", Failed("no")), parts.part("b")]
+    for usable in (True, False):
+        monkeypatch.setattr(command, "_usable", lambda usable=usable: usable)
+        parts.run(listed, device="cuda", only=["a", "b"], shared=shared, again=True, seconds=60.0)
+        assert bool(begun) is not usable
+    options = command.argparse.ArgumentParser()
+    command.add_options(options)
+    (words,) = begun
+    assert words[1:4] == ["-m", "benchmarks.gpu", "truth"]
+    found = options.parse_args(words[4:])
+    assert (found.seconds, found.only, found.shared, found.results) == (50.0, ["a", "b"], shared, parts.folder)
 
 
 def test_a_part_that_hangs_is_recorded_as_cut(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ The op here is a product whose backends are wrong by as much as they are told, s
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,17 @@ class OneNaN(Product):
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 def test_a_nan_fails_whoever_gives_it(backend: str) -> None:
     """Also in a backend that promises no bits."""
-    assert fails(OneNaN(), torch.bfloat16, backend, EXACT)
+    row, _ = equality.check(OneNaN().drawn(torch.bfloat16), torch.bfloat16, backend, None, EXACT)
+    assert row["failed"] and row["worst"] == "output 0"
+    assert math.isnan(row["error"]) and math.isnan(row["worst_row"])
+
+
+def test_nothing_is_further_off_than_a_nan() -> None:
+    """Wherever it stands: `max` keeps what it has before one."""
+    for found in ({"a": 1.0, "b": math.nan, "c": 2.0}, {"b": math.nan, "a": 1.0}, {"a": 1.0, "b": math.nan}):
+        assert equality.furthest(found) == equality.furthest(found, dict.fromkeys(found, 0.5)) == "b"
+    assert equality.furthest({"a": 1.0, "b": 2.0}) == "b"
+    assert equality.furthest({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 4.0}) == "a"
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-5])

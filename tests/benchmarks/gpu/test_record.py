@@ -88,6 +88,10 @@ def test_the_hash_of_the_sources_sees_contents_and_names(tmp_path: Path) -> None
     second = record.sources(tmp_path)
     path.rename(path.with_name("b.py"))
     assert len({first, second, record.sources(tmp_path)}) == 3
+    for name in ("tiles.json", "route.cu"):  # these decide what runs, too
+        before = record.sources(tmp_path)
+        (tmp_path / "model" / name).write_text("[]")
+        assert record.sources(tmp_path) != before
 
 
 def test_the_page_has_the_tables_of_the_records() -> None:
@@ -108,13 +112,18 @@ def test_a_table_comes_from_the_last_identity_and_the_last_entry(tmp_path: Path)
     book = Record(tmp_path, "truth", H100)
     for speed in (2e12, 3e12):
         book.append("ceiling copy", PASSED, 1.0, times | {"bytes_per_second": speed})
+    rows = [{"backend": name, "error": error} for name, error in (("a", 0.1), ("b", float("nan")), ("c", 0.2))]
+    book.append("equal 262m fp32 route", FAILED, 1.0, {"backends": rows})
     for backend, error in (("triton", 0.002), ("cpu", 0.003)):
         rows = [{"backend": backend, "error": error}]
         book.append(f"equal 1b bf16 route {backend}", PASSED, 1.0, {"backends": rows})
+    for number, status in enumerate((FAILED, SKIPPED, SKIPPED, PASSED)):
+        book.append(f"equal 262m bf16 route {number}", status, 1.0, {})
     full = tables.updated(text, tmp_path)
     assert "| copy | 3 TB/s | 0.9, 1.1 |" in full and "1 TB/s" not in full and "2 TB/s" not in full
     assert "NVIDIA H100 80GB HBM3, driver 580.1, Python 3.12.3, torch 2.11.0+cu130, triton 3.6.0" in full
     assert "| equal 1b bf16 | 2 | 2 | 0 | 0 | 3.0e-03 |" in full
+    assert "| equal 262m bf16 | 4 | 1 | 1 | 2 | - |" in full and "| equal 262m fp32 | 1 | 0 | 1 | 0 | nan |" in full
     assert tables.updated(full, tmp_path) == full
     with pytest.raises(ValueError, match="has the tables"):
         tables.updated(text.replace("benchmarks.gpu truth", "benchmarks.gpu lies"), tmp_path)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -106,8 +108,10 @@ def test_losses_beside_the_cpus(launches: type[FakeLaunch], monkeypatch: pytest.
     (tmp_path / carry.LOSSES).write_text(json.dumps({"losses": [3.0, 2.5, 2.0]}))
     for losses in ([3.0, float("nan"), 2.0], [3.0, None, 2.0]):
         launches.losses = losses  # type: ignore[assignment]
-        with pytest.raises(Failed, match=r"losses differ|not finite"):
+        with pytest.raises(Failed, match=r"losses differ|not finite") as failure:
             run.tiny_losses(context(tmp_path))
+        if None not in losses:
+            assert math.isnan(failure.value.result["largest_difference"])
 
 
 @pytest.mark.parametrize("name", ["1b", "262m"])
@@ -131,7 +135,10 @@ def test_compiled_blocks_may_round(launches: type[FakeLaunch], tmp_path: Path) -
     launches.later = [3.003, 2.5, 2.0]
     result = run.compiled(context(tmp_path), steps=3)
     assert result["losses"] == [3.003, 2.5, 2.0] and result["largest_difference"] == pytest.approx(1e-3)
-    assert [s[-2] for s in launches.settings] == ["train.compile=off", "train.compile=on"]
+    assert [s[-2:] for s in launches.settings] == [
+        ["train.compile=off", "train.cuda_graph=off"],
+        ["train.compile=on", "train.cuda_graph=off"],
+    ]
     launches.later = [3.3, 2.5, 2.0]
     with pytest.raises(Failed, match="compiled blocks give other losses"):
         run.compiled(context(tmp_path), steps=3)
@@ -161,6 +168,30 @@ def test_two_runs_are_compared_by_bits_and_steps() -> None:
     assert different(one, lines([3.0, 2.0])) == []
     assert different(one, lines([3.0])) == ["step 2 loss", "step 2 grad_norm"]
     assert different(one, lines([3.0, 2.0000001])) == ["step 2 loss"]
+    assert different({1: {"loss": 3.0}}, {1: {"loss": 3.0}}) == ["step 1 grad_norm"]  # of nothing nothing is known
+
+
+@pytest.mark.parametrize(
+    "code, outcome, ends_well, is_stopped",
+    [(0, 0, True, True), (1, 0, False, True), (0, 1, False, False), (0, None, False, False), (85, 85, False, True)],
+)
+def test_how_a_run_may_end(
+    code: int, outcome: int | None, ends_well: bool, is_stopped: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """At its end the launcher and the run itself both say 0; after SIGUSR1 the run says that it stopped, or that it was
+    through already. Its own word is missing where it died."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    launch = object.__new__(run.Launch)
+    launch.run_dir, launch._process = tmp_path, SimpleNamespace(pid=-1)  # type: ignore[assignment]
+    for name, value in {"_wait": code, "_outcome": outcome, "_said": "it said so", "_until": None}.items():
+        monkeypatch.setattr(launch, name, lambda *_, value=value: value)
+    monkeypatch.setattr(run, "ranks_below", lambda pid: [])
+    for is_well, ends in ((ends_well, launch.finish), (is_stopped, lambda: launch.stop_after(1))):
+        if is_well:
+            assert ends() in ({1: {"step": 1}, 2: {"step": 2}}, 2)
+        else:
+            with pytest.raises(Failed, match="it said so"):
+                ends()
 
 
 def test_of_a_step_that_was_computed_twice_the_last_line_counts(tmp_path: Path) -> None:

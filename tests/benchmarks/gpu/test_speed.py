@@ -183,9 +183,10 @@ def test_the_sparse_product_is_that_of_all_experts(monkeypatch: pytest.MonkeyPat
     assert list(rows) == ["cuBLAS, all experts", "cuSPARSELt", "cuSPARSELt, algorithm 3", "compression"]
     assert all(row["forward"]["ms"] > 0 for row in rows.values())
     assert all(row["relative_error"] < 1e-2 for name, row in rows.items() if name != "compression")
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda packed, weights, alg_id=0: packed @ weights.roll(1, 0))
-    with pytest.raises(Failed, match=r"cuSPARSELt differs by .*; cuSPARSELt, algorithm 3 differs by"):
-        sparse.compute(context(tmp_path))
+    for wrong in (lambda y: 1.03 * y, lambda y: y.roll(1, 0), lambda y: y * torch.nan):
+        monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda packed, weights, alg_id=0, f=wrong: f(packed @ weights))
+        with pytest.raises(Failed, match=r"cuSPARSELt differs by .*; cuSPARSELt, algorithm 3 differs by"):
+            sparse.compute(context(tmp_path))
 
 
 def test_half_of_the_gated_rows_is_zero_of_each_head() -> None:
@@ -315,6 +316,7 @@ def test_counters_are_read_and_named() -> None:
     [
         ("echo '==ERROR== ERR_NVGPUCTRPERM - no permission'; exit 1", Unavailable, "may not read the counters"),
         ("echo broken; exit 1", Failed, "ncu ended with 1: broken"),
+        (f"cat <<'END'\n{NCU}END\nexit 3", Failed, "ncu ended with 3"),  # it counted some and died
     ],
 )
 def test_ncu_that_cannot_count(
@@ -412,6 +414,8 @@ def test_kernel_tables() -> None:
         ("1b route N=1", "triton", "2 (1.5 to 2.5)", "50.0%", "2 (1.5 to 2.5)", "25.0%")
     ]
     assert tables.headline(found) == "triton forward 2 ms, backward 2 ms"
+    failed = entry("micro-step 1b 8", "failed", tokens_per_second=1.0)
+    assert len(tables.step_rows([failed])) == len(tables.block_rows([failed])) == 1
     assert nbytes([torch.ones(3), torch.ones(2, dtype=torch.int64)]) == 28
 
 

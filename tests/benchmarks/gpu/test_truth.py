@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import model.dropout
 from benchmarks import compiled, op_cases, op_shapes
 from benchmarks.fake_cuda import backward, fake_cuda
-from benchmarks.gpu import dropout, equality, sanitizer, truth
+from benchmarks.gpu import compilation, dropout, equality, launched, sanitizer, truth
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import Failed, Unavailable
 from benchmarks.gpu.record import ROOT, read
@@ -217,6 +219,91 @@ def test_what_the_sanitizer_says(
     on_the_path(tmp_path, "compute-sanitizer", script, monkeypatch)
     with pytest.raises(error, match=words):
         sanitizer.check(context(tmp_path), tool="racecheck", model="tiny", number=0)
+
+
+def test_how_the_sanitizer_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """So that its exit status says what it found, it says all of it, and torch's cache hides no access beyond a
+    tensor."""
+    script = f'echo "$@" > "{tmp_path}/line"; env > "{tmp_path}/variables"; echo "{sanitizer.LAUNCHED}{{}}"'
+    on_the_path(tmp_path, "compute-sanitizer", script, monkeypatch)
+    sanitizer.check(context(tmp_path), tool="memcheck", model="tiny", number=0)
+    line = (tmp_path / "line").read_text()
+    assert line.startswith("--tool memcheck --error-exitcode 9 --print-limit 1000 ")
+    assert line.endswith("-m benchmarks.gpu.launched tiny 0 cpu\n")
+    assert "PYTORCH_NO_CUDA_MEMORY_CACHING=1\n" in (tmp_path / "variables").read_text()
+
+
+def test_memcheck_excuses_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It reads and writes what an op gave it."""
+    on_the_path(tmp_path, "compute-sanitizer", f"{OF_CUBLAS}; {SUMMARY}; echo '{sanitizer.LAUNCHED}{{}}'; exit 9",
+                monkeypatch)  # fmt: skip
+    assert sanitizer.check(context(tmp_path), tool="racecheck", model="tiny", number=0)["others"] == [
+        "nvjet_sm90_tss_192x128_h"
+    ]
+    with pytest.raises(Failed, match=r"memcheck found: .*nvjet"):
+        sanitizer.check(context(tmp_path), tool="memcheck", model="tiny", number=0)
+
+
+def test_what_racecheck_reached_is_what_it_saw_in_8_warps() -> None:
+    by_race = {"kernels": {"gradients_kernel": [4, 8], "value_backward_kernel": [4]}}
+    by_memory = {"kernels": {"value_backward_kernel": [8]}}
+    seen, others = sanitizer.reached({"racecheck a": by_race, "memcheck a": by_memory})
+    assert seen == {"gradients_kernel"} and "value_backward_kernel" in others
+
+
+def test_a_launch_that_names_no_warps_has_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    for kind in (JITFunction, InterpretedFunction):
+        monkeypatch.setattr(kind, "run", lambda self, *args, **options: None)
+    launches = launched.watch()
+    kernel: Any = InterpretedFunction(test_a_wrong_choice_is_seen)
+    kernel.run()
+    assert launches == {"test_a_wrong_choice_is_seen": {4}}
+    kernel.run(num_warps=8)
+    assert launches == {"test_a_wrong_choice_is_seen": {4, 8}}
+
+
+def test_a_kernel_that_does_not_compile_fails_the_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The others are compiled all the same."""
+
+    class AtOnce:
+        def __init__(self, processes: int, mp_context: Any) -> None:
+            self.shutdown = lambda **_: None
+
+        def submit(self, function: Any, number: int, *arguments: Any) -> Future[float]:
+            future: Future[float] = Future()
+            future.set_exception(RuntimeError("it spills")) if number == 1 else future.set_result(0.5)
+            return future
+
+    monkeypatch.setattr(compilation, "ProcessPoolExecutor", AtOnce)
+    with pytest.raises(Failed, match=r"sigma_moe .* bf16: RuntimeError: it spills") as failure:
+        compilation.compile_all(context(tmp_path))
+    result = failure.value.result
+    assert len(result["errors"]) == 1 and len(result["seconds"]) == len(CASES) - 1 and not result["not_in_time"]
+
+
+@pytest.mark.parametrize("what", ["keep_mask", "dropout"])
+def test_torchs_own_masks_and_what_is_dropped_are_compared(
+    what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The second of two calls, which is the device's, is off by one number."""
+    module: Any = model.dropout if what == "keep_mask" else elementwise
+    right, calls = getattr(module, what), []
+
+    def second_is_wrong(*arguments: Any, **settings: Any) -> Tensor:
+        found: Tensor = right(*arguments, **settings)
+        calls.append(found)
+        if len(calls) == 2:
+            found = found.clone()
+            found[0, 0, 0] = ~found[0, 0, 0] if found.dtype == torch.bool else found[0, 0, 0] + 1.0
+        return found
+
+    monkeypatch.setattr(module, what, second_is_wrong)
+    monkeypatch.setattr(dropout, "backends_on", lambda *_: {})  # which draw masks of their own
+    with pytest.raises((Failed, AssertionError), match=r"torch's operators|not close"):
+        dropout.masks(context(tmp_path))
 
 
 ABSENT = ("pydantic", "deepspeed", "megatron", "numpy", "sentencepiece", "webdataset", "pretrain", "data_prep")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor
 from benchmarks.compiled import RECORDS
 from benchmarks.compiled_records import read_records
 from benchmarks.gpu import candidates as candidates_command
-from benchmarks.gpu import tables, tile_compilation, tune, tuned_kernels
+from benchmarks.gpu import tables, tile_compilation, timing, tune, tuned_kernels
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import Failed, Unavailable
 from benchmarks.gpu.equality import TOLERANCE, errors, same_bits
@@ -235,6 +236,43 @@ def test_a_candidate_with_another_result_is_rejected(
     assert not said[0] + said[2] and found["best"]["tiles"]["tile"] == 1024
 
 
+@pytest.mark.parametrize("off, is_right", [(0.019, True), (0.021, False), (float("nan"), False)])
+def test_how_far_a_candidate_may_be_off(
+    off: float, is_right: bool, four: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = draw(four.build, torch.device("cpu"), torch.bfloat16, 0)
+    wanted, _ = tune.outcome(four, four.today, inputs)
+    monkeypatch.setattr(tune, "errors", lambda *_: {"output 0": 0.0, "output 1": off})
+    found = tune.timed(four, four.today, [inputs], wanted, HostClock(), 1)
+    assert ("ms" in found) is is_right and (is_right or found["rejected"].startswith("another result: output 1"))
+
+
+def test_a_candidate_is_timed_on_every_set_of_inputs_by_one_phase_alone(
+    four: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RoPE's kernel turns back in the backward pass, too: that is no launch of the forward pass."""
+    sets = [draw(four.build, torch.device("cpu"), torch.bfloat16, seed) for seed in range(3)]
+    wanted, launches = tune.outcome(four, four.today, sets[0])
+    assert len(launches) == 1
+    replayed: list[Launch] = []
+    monkeypatch.setattr(
+        tune, "measure", lambda clock, works, rounds: [work() for work in works] and timing.times([1.0])
+    )
+    monkeypatch.setattr(tune, "replay", replayed.extend)
+    assert tune.timed(four, four.today, sets, wanted, HostClock(), 1)["ms"] == 1.0
+    read = [next(a for a in launch.args if isinstance(a, Tensor)) for launch in replayed]
+    assert [torch.equal(one, inputs.tensors["q"]) for one, inputs in zip(read, sets, strict=True)] == [True] * 3
+
+
+def test_todays_tiles_that_fail_at_the_end_fail_the_part(
+    four: Search, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = iter([{"ms": 4.0}, {"ms": 3.0}, {"ms": 5.0}, {"ms": 6.0}, {"rejected": "it died"}])
+    monkeypatch.setattr(tune, "timed", lambda *_: next(rows))
+    with pytest.raises(Failed, match="today's tiles: it died"):
+        tune.compute(context(tmp_path), search=four, compiled=compiled(FINE, FINE, FINE, FINE))
+
+
 @pytest.mark.parametrize("row, limit", [(0.19, True), (0.21, False), (float("nan"), False)])
 def test_a_row_that_is_another_rejects_a_candidate(
     row: float, limit: bool, four: Search, monkeypatch: pytest.MonkeyPatch
@@ -319,6 +357,22 @@ def test_candidates_that_spill_are_pruned(
     assert main(["candidates", "--only", "nothing"]) == 2
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert main(["candidates"]) == 2
+
+
+def test_of_several_kernels_the_largest_need_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each number by itself."""
+
+    class Compiled:
+        def __init__(self, usage: tuple[int, int], shared: int) -> None:
+            self.asm, self.metadata = {"cubin": usage}, SimpleNamespace(shared=shared)
+
+    needs = iter([Compiled((32, 0), 4096), Compiled((16, 8), 1024)])
+    kernel = SimpleNamespace(run=lambda *args, **options: next(needs))
+    launch = Launch(kernel, (1,), (), {})
+    monkeypatch.setattr(tile_compilation, "launches_on_fake_cuda", lambda search, every: [[launch, launch]])
+    monkeypatch.setattr(tile_compilation, "_usage", lambda cubin: {"REG": cubin[0], "STACK": cubin[1]})
+    found = tile_compilation.compile_tiles(ROPE, ROPE.today, 90)
+    assert found == Resources(registers=32, stack_bytes=8, shared_bytes=4096)
 
 
 def test_parts_that_are_left_are_compiled_in_their_order_while_others_are_timed(

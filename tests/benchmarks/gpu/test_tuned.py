@@ -83,6 +83,7 @@ def test_what_is_a_winner(tmp_path: Path) -> None:
     (found,) = winners.of_here(context(tmp_path))
     assert (found.kernel, found.tiles, found.capability) == ("norm forward", {"warps": 2}, (9, 0))
     passed = list(Record(tmp_path, "tune", identity("cpu")).done().values())
+    assert not winners.winners([dataclasses.replace(one, status="failed") for one in passed])
     assert len(winners.winners(passed, 10.0)) == 1 and not winners.winners(passed, 10.1)
     assert found.measured["before"] == "warps 1" and (found.measured["ms"], found.measured["before_ms"]) == (1.8, 2.0)
 
@@ -143,11 +144,13 @@ def test_todays_tiles_are_timed_beside_the_winners(
 
     def times(step: Any) -> tuple[float, float]:
         timed.append((step, now()))
-        return 1.0, 0.5
+        return (1.0, 0.5) if now() is None else (0.8, 0.25)
 
     monkeypatch.setattr(tuned_step, "choosing", noting)
     monkeypatch.setattr(tuned_step.Step, "timed", times)
-    tuned_step.compute(context(tmp_path), name="tiny", sequences=1, kind="tuned")
+    times_found = tuned_step.compute(context(tmp_path), name="tiny", sequences=1, kind="tuned")
+    assert (times_found["ratio"], times_found["wall_ms"], times_found["host_ms"]) == (0.8, 800.0, 250.0)
+    assert times_found["today"]["wall_ms"] == 1000.0
     won = {"warps": 2}
     assert [found for _, found in timed] == [*[None] * 2, *[won] * 2, *[None, won] * 2, won]  # the profiler's last
     today, tuned = timed[0][0], timed[2][0]
@@ -187,7 +190,8 @@ def test_how_far_a_gradient_may_be_off() -> None:
     assert wrong == ["a is off by 1.1e-01, more than 1.0e-01"] and found["worst"] == "a"
     assert compared(wanted | {"b": one * 1.03}, wanted, noise)[1] == ["b is off by 3.0e-02, more than 2.0e-02"]
     assert len(compared(wanted | {"loss": one[0] * 1.03}, wanted, noise)[1]) == 1
-    assert len(compared(wanted | {"b": one * float("nan")}, wanted, noise)[1]) == 1
+    found, wrong = compared(wanted | {"b": one * float("nan")}, wanted, noise)
+    assert len(wrong) == 1 and found["worst"] == "b"
 
 
 def test_routers_choose_what_they_chose_before() -> None:

@@ -177,3 +177,14 @@ def test_every_module_of_the_table_computes_its_op() -> None:
                 assert [names[-1] == "residual" for names in parameters] == fusing, (op, function)
                 names = [[n for n in found if n not in ("total", "residual")] for found in parameters]
                 assert all(found == names[0] for found in names), (op, function)
+
+
+def test_attention_in_fp32_is_left_to_torch_on_cuda() -> None:
+    """Of narrow heads too; the interpreter takes them."""
+    said = backend.attention_limit("cuda", torch.float32, (64,))
+    assert said == "its Triton kernels take bfloat16 and float16 on CUDA, not torch.float32"
+    assert (
+        backend.attention_limit("cpu", torch.float32, (64,))
+        is None
+        is backend.attention_limit("cuda", torch.bfloat16, (64,))
+    )

@@ -73,6 +73,15 @@ def test_wide_heads_of_transformer_xl_are_left_to_torch(name: str, backend: str)
     assert asked.relative_attention == "triton"
 
 
+def test_the_border_is_where_tiles_are_filled_up() -> None:
+    model = load_config(CONFIGS / "paper" / "c4_switchhead_262m.json", []).model
+    for head_dim, backend in ((128, "triton"), (129, "reference"), (255, "reference"), (256, "triton")):
+        attention = model.attention.model_copy(update={"head_dim": head_dim})
+        changed = model.model_copy(update={"attention": attention})
+        found = Backends.choose("auto", changed, device_type="cuda", dtype=torch.bfloat16)
+        assert found.relative_attention == backend
+
+
 def test_attention_is_limited_only_where_the_model_computes_it(logged: list[logging.LogRecord]) -> None:
     """Of wide heads with RoPE the kernels take none; without documents and memory nothing asks for them."""
     model = load_config(CONFIGS / "paper" / "wt103_dense_2heads_262m.json", []).model

@@ -171,5 +171,5 @@ def test_windows_across_shards_keep_their_tokens(folder: Path) -> None:
         rows = split.read_rows(starts, 700)
         for row, start in zip(rows, starts.tolist(), strict=True):
             np.testing.assert_array_equal(row, everything[start : start + 700])
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match="windows of 700 tokens leave"):
             split.read_rows(np.array([len(everything) - 699]), 700)

@@ -6,14 +6,18 @@ import gzip
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from common.errors import UserError
 from pretrain.evaluation.cbt import detokenized
 from pretrain.evaluation.examples import limited
+from pretrain.evaluation.files import json_lines
+from pretrain.evaluation.likelihood import Limits
 from pretrain.evaluation.results import notes_of
 from pretrain.evaluation.tasks import TASKS, TaskResult
+from pretrain.evaluation.training import RunTasks
 from tests.pretrain.evaluation import published
 
 
@@ -48,6 +52,21 @@ def test_a_mean_over_some_of_the_published_files_says_so() -> None:
     assert note.startswith("blimp: the mean is over 3 of the 67 published files")
     assert notes("cbt", "NE", "V")[0].startswith("cbt: the mean is over 2 of the 4 published files")
     assert not notes("blimp", *published.ALL_SETS) and not notes("cbt", "NE", "CN", "V", "P") and not notes("lambada")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"text": "one"}\n\n{"text": "\ufefftwo"}\r\n'.encode())
+    assert list(json_lines(path, ("text",))) == [(1, {"text": "one"}), (3, {"text": "\ufefftwo"})]
+
+
+def test_a_run_that_stops_records_no_task_of_a_step_whose_tasks_are_not_all_there() -> None:
+    found = TaskResult("lambada", {"accuracy": 0.5}, {}, 9, 0, 0)
+    whole, stopped = (Mock(evaluate=Mock(return_value=one)) for one in (found, None))
+    for tasks, recorded in (((whole, whole), 2), ((whole, stopped), 0), ((stopped, whole), 0)):
+        monitor = Mock()
+        RunTasks(tasks, 1, Limits(1, 1)).evaluate(Mock(), Mock(), monitor, 4, lambda done: False)
+        assert monitor.evaluation.call_count == recorded
 
 
 def test_a_question_of_cbt_is_the_page_before_and_ten_ends(tmp_path: Path) -> None:

@@ -43,9 +43,15 @@ def test_all_is_gathered_twice_where_nothing_may_stay_and_once_an_update_where_a
     config = small_config(prepared, "parallel.zero=3")
     everything = gathered(config).update
     assert gathered(config) == (0, everything), "all tensors are small"
+    half = {"zero_optimization": {"stage3_model_persistence_threshold": everything // 2}}
+    some = gathered(small_config(prepared, "parallel.zero=3", f"deepspeed={json.dumps(half)}"))
+    assert 0 < some.update <= everything // 2 and some.micro_step > 0
     twice = gathered(small_config(prepared, "parallel.zero=3", NOTHING_STAYS))
     # The embedding is followed by a block, the output layer by its own backward pass, and each module by itself.
     assert twice.update == 0 and everything < twice.micro_step <= 2 * everything
+    # As the rehearsed step below gathers: what is fetched ahead leaves room for what is there.
+    keys = ("parallel.zero=3", "model.num_layers=4", "batch.micro_sequences=2", SOME_STAYS)
+    assert gathered(small_config(prepared, *keys)) == (64_336, 432)
 
 
 DENSE = 'model.attention={"type": "dense", "num_heads": 2, "head_dim": 6}'

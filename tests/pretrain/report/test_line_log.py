@@ -9,6 +9,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -43,6 +44,36 @@ def disk_of(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 18])
+def test_a_file_read_from_its_end_has_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(common.line_log, "BLOCK_BYTES", block)
+    log = LineLog(tmp_path / "metrics.jsonl", is_step)
+    assert not list(log.newest_first())
+    lines = [json.dumps(row).encode() + b"\n" for row in ROWS]
+    for content in (b"", b"\n", b"".join(lines), lines[0] + b"17\n \n\n" + lines[1] + lines[2] + b'{"step": 4, "lo'):
+        log.path.write_bytes(content)
+        assert list(log.newest_first()) == list(log.rows())[::-1]
+
+
+def test_a_start_reads_the_last_steps_of_a_long_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, parsed = RunFolder(tmp_path / "run", writes=True), list[bytes]()
+    for step in range(1, 101):
+        folder.metrics({"step": step, "loss": None if step == 88 else float(step)})
+    original = LineLog._parsed
+
+    def counted(log: LineLog, line: bytes) -> dict[str, Any] | None:
+        parsed.append(line)
+        return original(log, line)
+
+    monkeypatch.setattr(LineLog, "_parsed", counted)
+    assert folder.losses(90, 3) == [87.0, 89.0, 90.0] and len(parsed) < 20
+    newest = folder.newest_metrics(90)
+    assert newest is not None and newest["step"] == 90 and len(parsed) < 40
+    assert folder.newest_metrics(0) is None and folder.losses(2, 10) == [1.0, 2.0]
 
 
 def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_the_first_and_last_step_of_a_start_are_printed_and_the_last_is_shown(
     assert notes.flops == {step: step * 128 * per_token + EXTRA for step in (8, 11)}
     of_peak = 512 * per_token / (2 * 1e9)  # of two ranks
     assert notes.points["speed/share of the peak FLOP per second"] == [(8, of_peak), (11, of_peak)]
-    teraflops = pytest.approx(512 * per_token / 10**12)
+    teraflops: Any = pytest.approx(512 * per_token / 10**12)
     assert notes.points["speed/model TFLOP per second"] == [(8, teraflops), (11, teraflops)]
     assert notes.points["memory of rank 0 in GiB/now"] == [(8, 1.5), (11, 1.5)]
     assert [row["flops_utilization"] for row in metrics(tmp_path)] == [of_peak] * 5

@@ -49,6 +49,7 @@ def test_a_file_is_what_its_entries_say(tmp_path: Path) -> None:
         ({"tiles": {"warps": 64}}, "warps 64"),
         ({"tiles": {"warps": "4"}}, "warps '4'"),
         ({"tiles": {"warps": 4, "stages": 2}}, "its tiles are warps"),
+        ({"kernel": "norm backward", "tiles": {"warps": 4}}, "its tiles are warps, resident"),
         ({"kernel": "route place", "tiles": {"placers": 64, "counts": 0}}, "counts 0"),
         ({"dtype": "int8"}, "dtype 'int8' is not among"),
         ({"shape": {}}, "shape and rows are whole numbers"),
