@@ -108,10 +108,7 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
         device, backend = torch.device("cpu"), "gloo"
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else DeepSpeed would look for a device by itself
 
-    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates: a line per rank that no user can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # Said of every barrier that names none, although torch takes this rank's own, which the first one named (_meet).
-    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
+    leave_out_warnings()
     import deepspeed
 
     if device.type == "cpu":
@@ -123,6 +120,16 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
         _prepare_connections(ranks.world_size, by_nccl=backend == "nccl")
         _meet(ranks, device, backend, timeout_seconds)
     return device
+
+
+def leave_out_warnings() -> None:
+    """Of libraries: what no user can act on, and every rank would say."""
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, and so do we, in the terms that balance
+    # experts over ranks; of those torch names our own line.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"torch\.distributed\.nn\..* is deprecated")
+    # Said of every barrier that names none, although torch takes this rank's own, which the first one named (_meet).
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
 
 
 def _prepare_connections(world_size: int, *, by_nccl: bool = False) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,3 +179,19 @@ def test_groups_without_a_limit_of_their_own_follow_ours(monkeypatch: pytest.Mon
     monkeypatch.setenv(gpus.NCCL_HEARTBEAT, "2000")
     gpus.let_the_watchdog_speak_first(1830.0, speaks=False)
     assert dist.distributed_c10d._get_default_timeout(dist.Backend("nccl")) == timedelta(seconds=1830)
+
+
+def test_names_that_torch_deprecates_are_not_said_by_every_rank() -> None:
+    """Torch blames the line that calls, which is DeepSpeed's or our own; other warnings are heard."""
+    old = "torch.distributed.nn.functional.all_reduce is deprecated, use another instead."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        device.leave_out_warnings()
+        for text, module in (
+            (old, "model.routing"),
+            ("anything", "torch.distributed.distributed_c10d"),
+            ("barrier(): using the device under current context", "torch.distributed.distributed_c10d"),
+            ("torch.other is deprecated", "a.layer"),
+        ):
+            warnings.warn_explicit(text, FutureWarning, "file.py", 1, module=module)
+    assert [str(warning.message) for warning in said] == ["torch.other is deprecated"]
