@@ -29,20 +29,23 @@ def settled(
     drop_scores: bool = False,
     heads: slice = slice(None),
     first_token: int = 0,
+    training: bool = True,
 ) -> Routing:
     """`routing` of B sequences, [B L, R, ...], as the `choices` of its routers, R / len(routers) heads each, will have
-    it; itself where they are None or only record. `keep` and `drop_scores` are those of `route`: where
-    dropout spares the scores, neither is needed."""
-    if routers[0].choices is None:
+    it, or without `training` their `choices_in_use`; itself where they are None or only record. `keep` and
+    `drop_scores` are those of `route`: where dropout spares the scores, neither is needed."""
+    if (routers[0].choices if training else routers[0].choices_in_use) is None:
         return routing
     place = Place(sequence_index, heads, first_token)
     own, logits = (t.detach().unflatten(0, (len(sequence_index), -1)) for t in (routing.index, routing.logits))
-    num_heads, chosen = own.shape[2] // len(routers), []
+    num_heads, chosen, replaces = own.shape[2] // len(routers), [], False
     with torch.no_grad():
         for router, part, of_part in zip(routers, own.split(num_heads, 2), logits.split(num_heads, 2), strict=True):
-            assert router.choices is not None
-            chosen.append(router.choices.settle(part, of_part, place, is_repeated=router.is_paused))
-        if not any(router.choices.replaces for router in routers):  # type: ignore[union-attr]
+            choices = router.choices if training else router.choices_in_use
+            assert choices is not None
+            chosen.append(choices.settle(part, of_part, place, is_repeated=router.is_paused))
+            replaces |= choices.replaces
+        if not replaces:
             # Bit-equal to an unrecorded run, and to tensor-parallel ranks that do not record.
             return routing
         index = torch.cat(chosen, 2).flatten(0, 1)

@@ -123,6 +123,8 @@ class RoutingStatistics(Counts):
         """While this is set nothing is counted, because a forward pass is being repeated (model/recompute.py)."""
         self.choices: Choices | None = None
         """Records the router's choices in training, or replaces them; None: neither."""
+        self.choices_in_use: Choices | None = None
+        """The same of a model that is not in training."""
         self.tracks_probability = tracks_probability
         self.tracks_balance = tracks_balance
         self.waiting: list[Entry] = []

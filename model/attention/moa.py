@@ -152,4 +152,4 @@ class MoAAttention(nn.Module):
             shape = (sequence_index.shape[0], T, E)
             keep = keep_mask(shape, draw, backend=self.backends.elementwise).view(-1, 1, E)
         routing = route(tokens, self.selector[None], self.config.num_heads, keep=keep, backend=self.backends.route)
-        return settled(routing, [self.statistics], sequence_index) if self.training else routing
+        return settled(routing, [self.statistics], sequence_index, training=self.training)

@@ -238,9 +238,8 @@ class SwitchHeadAttention(nn.Module):
         flat, routing = route_handing_on(
             tokens.reshape(B * L, d), weight, self.config.active_experts, keep=keep, backend=self.backends.route
         )
-        if self.training:
-            routers = [getattr(self, f"{owner}_statistics") for owner in owners]
-            routing = settled(routing, routers, sequence_index, heads=heads)
+        routers = [getattr(self, f"{owner}_statistics") for owner in owners]
+        routing = settled(routing, routers, sequence_index, heads=heads, training=self.training)
         found = {}
         parts = zip(*(t.split(H, dim) for t, dim in zip(routing.choice, (1, 1, 0, 0), strict=True)), strict=True)
         for owner, part in zip(owners, parts, strict=True):

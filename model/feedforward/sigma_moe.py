@@ -101,8 +101,15 @@ class SigmaMoE(nn.Module):
             drop_scores=True,
             backend=self.backends.route,
         )
-        if self.training:
-            found = settled(found, [self.statistics], sequence_index, keep=keep, drop_scores=True, first_token=first)
+        found = settled(
+            found,
+            [self.statistics],
+            sequence_index,
+            keep=keep,
+            drop_scores=True,
+            first_token=first,
+            training=self.training,
+        )
         routing = Routing(*(t.squeeze(dim) for t, dim in zip(found, (1, 1, 1, 0, 0), strict=True)))
         # The regulariser sees the clean logits: expert dropout must not teach the router to look balanced.
         auxiliary_loss = probability = None

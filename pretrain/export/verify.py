@@ -15,6 +15,7 @@ from model.decoding import uncached_logits
 from model.documents import document_index
 from model.language_model import LanguageModel
 from pretrain.checkpoint.folder import Checkpoint
+from pretrain.export.same_choices import kept_choices, taking
 from pretrain.saved_model.loading import load_model
 from pretrain.saved_model.tokenizer import Tokenizer
 
@@ -65,8 +66,11 @@ def verify(
     tokens = torch.tensor([(ids * (1 + length // len(ids)))[:length]])
     if (end := saved.document_end) is not None:
         tokens[0, length // 3] = end  # what stands before is not seen behind it
+    chunk = saved.config.model.sequence_length if saved.config.model.memory_length else length
+    passes = [min(chunk, length - first) for first in range(0, length, chunk)]
     with torch.no_grad():
-        exact = expected = logits_of(saved.model, tokens, end)
+        with kept_choices(saved.model, passes) as kept:
+            exact = expected = logits_of(saved.model, tokens, end)
         if not bool(exact.isfinite().all()):
             raise UserError(
                 f"checkpoint {checkpoint.path}: its outputs are not finite, so it has diverged or its numbers "
@@ -75,17 +79,19 @@ def verify(
         if dtype != torch.float32:
             for parameter in saved.model.parameters():
                 parameter.copy_(parameter.to(dtype))
-            expected = logits_of(saved.model, tokens, end)
+            with kept_choices(saved.model, passes) as kept:
+                expected = logits_of(saved.model, tokens, end)
         del saved  # one model in memory at a time
         model = SwitchAllForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        found = model(tokens).logits
+        with taking(kept) as taken:
+            found = model(tokens).logits
     difference, largest = largest_difference(found, expected), largest_size(expected)
     if not difference <= TOLERANCE * max(1.0, largest):
         raise UserError(
-            f"{folder}: logits differ by {difference:.1e} from those of the checkpoint; this is an error of the "
-            f"exporter, please report it"
+            f"{folder}: logits differ by {difference:.1e} from those of the checkpoint{taken.wrong}; this is an error "
+            f"of the exporter, please report it"
         )
-    same = f"transformers gives {found_ids}logits that differ by at most {difference:.1e}"
+    same = f"transformers gives {found_ids}logits that differ by at most {difference:.1e}{taken.told}"
     if dtype == torch.float32:
         return same
     moved = largest_difference(expected, exact)
