@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from common.tables import counted
 from model.language_model import LanguageModel, routing_statistics
 from model.routing import Place
 
@@ -79,7 +80,7 @@ class Taken:
     @property
     def told(self) -> str:
         """What was taken over, for a message."""
-        return f" (with {self.tokens:,} choices of experts that rounding decides, as there)" if self.tokens else ""
+        return f" (rounding decides {counted(self.tokens, 'choice')} of experts, taken as there)" if self.tokens else ""
 
     def __call__(self, gates: Tensor, index: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """`gates` [..., R, E], `index` [..., R, k] and `scores` [..., R, E] of the next router -> gates and index, with
