@@ -82,7 +82,7 @@ def test_dry_run_prints_a_script_and_writes_nothing(
 def test_a_submission_keeps_its_own_copy_of_the_config(
     prepared: Path, tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / "a run"
     assert submit(prepared, run_dir, "--sbatch=--mail-type=END,FAIL") == 0
     [[parsable, path]] = calls(sbatch)
     assert parsable == "--parsable" and Path(path).parent == run_dir / "slurm"
@@ -91,7 +91,10 @@ def test_a_submission_keeps_its_own_copy_of_the_config(
     [copy] = (run_dir / "slurm").glob("config-*.json")
     assert str(copy) in text and copy.read_bytes() == Path(TINY).read_bytes()
     output = capsys.readouterr().out
-    assert "submitted job 41: 2 nodes x 1 rank," in output and "scancel 41" in output
+    assert "submitted job 41: 2 nodes x 1 rank," in output and "  cancel     scancel 41\n" in output
+    # As docs/operations.md says it: told to stop, but not to be requeued.
+    assert f"tail -F '{run_dir}/slurm/41.log' '{run_dir}/slurm/41.rank0.log'\n" in output
+    assert "save, stop scontrol update JobId=41 Requeue=0 && scancel --signal=USR1 41\n" in output
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,8 @@ def test_a_submission_keeps_its_own_copy_of_the_config(
         (["--time", "1", "--signal-seconds", "60"], "--signal-seconds 60: must be below --time (60 s)"),
         (["--env", "1A=b"], "--env 1A=b: write it as NAME=VALUE"),
         (["--env", "HF_TOKEN=hf_x"], "--env HF_TOKEN: looks like a secret"),
+        (["--env", "HF_TOKEN_2=hf_x"], "--env HF_TOKEN_2: looks like a secret"),
+        (["--env", "GCP_CREDENTIALS=hf_x"], "--env GCP_CREDENTIALS: looks like a secret"),
         (["--env", "PROXY=http://me:word@proxy"], "--env PROXY: looks like a secret"),
         (["--sbatch", "gres=gpu:8"], "--sbatch gres=gpu:8: write a long option"),
         (["--sbatch=--nodes=4"], "--sbatch=--nodes=4: --nodes follows from this command's own options"),
