@@ -60,19 +60,25 @@ def test_an_alert_outlives_slurms_end_of_the_job(bench: Bench) -> None:
     assert "--event requeued --text job 7: stopped by a signal" in got.read_text()
 
 
-@pytest.mark.parametrize("where", ["file", "option"])
-def test_the_users_command_hears_of_a_first_start_that_was_refused(bench: Bench, where: str) -> None:
-    """It has written no configuration into the run folder. A run that is called as the folder is."""
+@pytest.mark.parametrize("where", ["file", "option", "folder"])
+@pytest.mark.parametrize("joint", [" ", "="])
+def test_the_users_command_hears_of_a_first_start_that_was_refused(bench: Bench, where: str, joint: str) -> None:
+    """It has written no configuration into the run folder. A run that is called as the folder is, by either way to
+    write an option; `folder`: by that of another run, whose configuration is meant."""
     got = bench.folder / "got"
     write = f"import sys; print(sys.argv[1], file=open({str(got)!r}, 'a'))"
     words = shlex.join([sys.executable, "-c", write])
     tree = json.loads((REPOSITORY / "configs" / "switchall_tiny.json").read_text())
-    if where == "file":
+    if where != "option":
         tree["monitor"] = {"alert_command": words}
-    write_json(bench.folder / "c.json", tree)
-    more = ["--set", f"monitor.alert_command={words}"] if where == "option" else []
-    script = job.FOLDER / "pretrain.sbatch"
-    code, output = bench.start(script, "--config", "c.json", *more, "--set", "train.seed=1", SRUN_CODE="2")
+    config = "other/config.json" if where == "folder" else "c.json"
+    (bench.folder / "other").mkdir()
+    write_json(bench.folder / config, tree)
+    given = [("--config", config.removesuffix("/config.json"))]
+    given += [("--set", f"monitor.alert_command={words}")] if where == "option" else []
+    given += [("--set", "train.seed=1")]
+    line = [word for pair in given for word in ([f"{pair[0]}={pair[1]}"] if joint == "=" else pair)]
+    code, output = bench.start(job.FOLDER / "pretrain.sbatch", *line, SRUN_CODE="2")
     assert code == 2 and not (bench.run_dir / "config.json").exists()
     assert got.read_text().startswith(f"run {bench.run_dir.name}: job ended: job 7: refused (exit code 2)"), output
 

@@ -268,7 +268,7 @@ def test_data_preparation_is_four_jobs_in_a_row(
 ) -> None:
     config = raw_config(tmp_path)
     line = ["--config", str(config), "--tasks", "3", "--time", "60", "--cpus-per-task", "2", "--allow-local"]
-    assert preparation.main([*line, "--requeues", "2"]) == 0
+    assert preparation.main([*line, "--requeues", "2", "--env", "TMPDIR=/scratch"]) == 0
     submitted = calls(sbatch)
     assert [call[:-1] for call in submitted] == [
         ["--parsable"],
@@ -280,12 +280,15 @@ def test_data_preparation_is_four_jobs_in_a_row(
     assert copy.read_bytes() == config.read_bytes()
     for text, (step, is_array) in zip(texts, preparation.STEPS, strict=True):
         assert "export REQUEUES=2\n" in text and "CONFIG_SUM=" not in text.partition("\nset -- ")[0]
+        assert "export TMPDIR=/scratch\n" in text and "#SBATCH --cpus-per-task=2\n" in text
         place = f"--config '{copy}' --set 'output={tmp_path}/out put'"
         assert f"set -- {step} {place}\n" in text
         assert ("#SBATCH --array=0-2\n" in text) == is_array == ("export TASKS=3\n" in text)
         pattern = "%A_%a" if is_array else "%j"
         assert f'#SBATCH --output="{tmp_path}/out put/slurm/{pattern}.log"\n' in text
-    chain = re.search(r"^  train +python (\S+) (.*)$", capsys.readouterr().out, re.MULTILINE)
+    said = capsys.readouterr()
+    assert said.err == "", "that they are submitted is no error"
+    chain = re.search(r"^  train +python (\S+) (.*)$", said.out, re.MULTILINE)
     assert chain is not None and (REPOSITORY / chain[1]).is_file()
     assert chain[2].endswith(f"--set 'data.manifest={tmp_path}/out put' --after 44")
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from common.paths import REPOSITORY
+from data_prep.run import disk_estimate
 from launch.slurm import job, preparation, training
 from pretrain.config.loading import load_config
 from tests.launch.slurm.test_submit import TINY, calls, raw_config, submit
@@ -67,6 +69,11 @@ def test_an_interpreter_that_nobody_may_execute_is_refused(
         assert f"error: --python: {name} cannot be executed here" in capsys.readouterr().err
 
 
+def put(path: Path, content: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+
+
 def prepare(folder: Path, *arguments: str) -> int:
     return preparation.main(["--config", str(raw_config(folder)), "--tasks", "3", "--dry-run", *arguments])
 
@@ -84,7 +91,7 @@ def test_a_preparation_runs_in_a_container_too(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_what_a_preparation_reads_must_be_shared_but_a_configuration_that_is_copied(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     local, shared = tmp_path / "local", tmp_path / "shared"
     monkeypatch.setattr(job, "LOCAL_FOLDERS", (str(local),))  # wherever this repository and its Python are
@@ -100,6 +107,10 @@ def test_what_a_preparation_reads_must_be_shared_but_a_configuration_that_is_cop
     assert f"--config {shared}/out/slurm/config-" in printed
     for what in ("output", "the repository", "--python", "raw files"):
         assert said.count(f"warning: {what}: ") == 1, said
+    put(local / "given.model", (prepared / "tokenizer.model").read_bytes())
+    given = ("--set", f"tokenizer.model={local}/given.model", "--set", "tokenizer.allow_lossy=true")
+    assert prepare(shared, *to_output, *given) == 2
+    assert f"error: tokenizer.model: {local}/given.model is below {local}" in capsys.readouterr().err
     secret = local / "secret.json"
     secret.write_text('{"input": "pipe:cat /dev/null", "output": "%s"}' % (shared / "out"))
     assert preparation.main(["--config", str(secret), "--tasks", "1", "--dry-run", "--time", "60"]) == 2
@@ -137,7 +148,42 @@ def test_a_preparation_that_is_done_or_would_be_refused_waits_in_no_queue(
     assert f"error: {prepared} holds other data: `tokenizer.vocab_size` was 400, is now 300" in capsys.readouterr().err
     assert not sbatch.exists()
     assert preparation.main([*other, "--force", "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("#!/bin/bash\n") == len(preparation.STEPS)
+    scripts = capsys.readouterr().out
+    assert scripts.count("#!/bin/bash\n") == len(preparation.STEPS)
+    assert len(re.findall(r"(?m)^set -- .* --force$", scripts)) == len(preparation.STEPS)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda out: out.touch(), "output: {out} is a file"),
+        (
+            lambda out: put(out / "manifest.json", b'{"name": "an app"}'),
+            "{out} holds manifest.json, which no preparation",
+        ),
+        (lambda out: put(out / "tokenizer.model", b"somebody's"), "output: {out} holds tokenizer.model"),
+        (lambda out: put(out.with_name("given.model"), b"none"), "given.model"),
+        (lambda out: None, "make room, or choose another `output`"),
+    ],
+    ids=["output", "manifest", "files", "tokenizer", "disk"],
+)
+def test_what_every_job_of_a_preparation_would_refuse_waits_in_no_queue(
+    tmp_path: Path,
+    sbatch: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[Path], None],
+    words: str,
+) -> None:
+    out = tmp_path / "out"
+    make(out)
+    if "room" in words:
+        monkeypatch.setattr(disk_estimate, "free_bytes", lambda folder: 0)
+    given = ("--set", f"tokenizer.model={tmp_path}/given.model") if "given" in words else ()
+    line = ["--config", str(raw_config(tmp_path)), "--tasks", "3", "--time", "60", "--allow-local"]
+    assert preparation.main([*line, "--set", f"output={out}", *given]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words.format(out=out) in said and not sbatch.exists()
 
 
 @pytest.mark.parametrize("time, seconds", [("2:00:00", 60), ("1", 30)])
