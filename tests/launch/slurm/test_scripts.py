@@ -336,6 +336,9 @@ def test_the_port_is_the_jobs_and_free(bench: Bench) -> None:
             other.listen()
         bench.train()
     assert bench.calls("srun")[1][1] == str(int(port) + len(places))
+    # Of a later start another one, and none from 32768 on, where the kernel takes those of outgoing connections from.
+    bench.train(SLURM_JOB_ID="400", SLURM_RESTART_COUNT="2")
+    assert bench.calls("srun")[2][1] == str(10000 + (400 * 131 + 2) % 20000) == "22402"
 
 
 def test_data_preparation_takes_its_slice_and_requeues_its_task_alone(bench: Bench) -> None:
