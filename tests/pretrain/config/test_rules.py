@@ -287,3 +287,12 @@ def test_weights_that_gpus_alone_quantize_are_refused_on_the_cpu() -> None:
     with pytest.raises(ConfigError, match=r"^deepspeed\.zero_optimization\.zero_quantized_weights: needs CUDA"):
         check_device(config, "cpu")
     check_device(config, "cuda")
+
+
+def test_heads_too_wide_for_the_kernel_of_documents_are_refused_where_there_are_documents() -> None:
+    wide = ["kernels.backend=triton", "model.attention.head_dim=512", "train.precision=bf16"]
+    check_device(load_config(TINY, wide), "cuda")
+    with pytest.raises(
+        ConfigError, match=r"^kernels\.backend: kernels\.backend=triton cannot compute causal_attention"
+    ):
+        check_device(load_config(TINY, [*wide, "data.document_mask=true"]), "cuda")
