@@ -330,8 +330,6 @@ def test_options_of_a_step_reach_its_rehearsal(
     said = capsys.readouterr().out
     assert ", 2 (--rank), which stand for all" in said and "may fill 1.80 GiB of the device (90% of 2.0)" in said
     assert "warning: memory: a step needs about 2." in said
-    assert main([*line, "--no-step"]) == 2
-    assert "--rank: a step of it is to be rehearsed, but --no-step rehearses none" in capsys.readouterr().err
     assert main(["check", "c.json", "--device-memory", "2", "--no-step"]) == 2
     assert "--device-memory: is for the memory of a step, but --no-step" in capsys.readouterr().err
 
