@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -246,9 +247,10 @@ def test_refusals_by_other_keys() -> None:
 
 
 def test_what_is_only_printed_needs_its_level() -> None:
-    for key in ("memory_breakdown", "dump_state", "comms_logger.enabled"):
+    quiet: tuple[list[str], ...] = ([], ["deepspeed.log_level=warning"])
+    for key, more in product(("memory_breakdown", "dump_state", "comms_logger.enabled"), quiet):
         with pytest.raises(ConfigError, match=rf"deepspeed\.{key}: is printed only at DeepSpeed's level info; set"):
-            load_config(TINY, [f"deepspeed.{key}=true"])
+            load_config(TINY, [f"deepspeed.{key}=true", *more])
     with pytest.raises(ConfigError, match=r"log_level to info and deepspeed\.comms_logger\.verbose to true"):
         load_config(TINY, ["deepspeed.comms_logger.enabled=true", "deepspeed.log_level=info"])
 
