@@ -203,7 +203,10 @@ def test_keys_with_which_no_run_works_may_be_off(key: str) -> None:
         ("zero_optimization.reduce_bucket_size=0", "greater than 0 (given 0)"),
         ("zero_optimization.reduce_bucket_size=1.5", "(given 1.5)"),
         ("zero_optimization.reduce_bucket_size=true", "(given true)"),
-        ("zero_optimization.stage3_max_live_parameters=5", "only with parallel.zero = 3, but it is 1; remove this key"),
+        (
+            "zero_optimization.stage3_max_live_parameters=5",
+            "only with parallel.zero = 3, but it is 1; remove this key, or set parallel.zero to 3",
+        ),
         ("checkpoint.tag_validation=fail", "deepspeed.checkpoint: has no effect here (is for DeepSpeed's own check"),
         ("comet.api_key=x", "deepspeed.comet.api_key: has no effect here (is a secret"),
         ("pipeline.partition=best", "deepspeed.pipeline.partition: has no effect here (it is decided by parallel.pipe"),
