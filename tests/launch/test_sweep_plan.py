@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from common.files import write_file
 from launch.sweeps.plan import LONGEST_NAME, combinations, configurations, run_name, values_of, varied
 
 RATE = "optimizer.learning_rate"
@@ -90,11 +91,13 @@ def test_what_is_no_list_of_values_is_refused_with_its_key(given: list[str], wor
     assert words in str(refused.value)
 
 
-def test_a_name_that_no_file_system_takes_is_refused() -> None:
+def test_a_name_that_no_file_system_takes_is_refused(tmp_path: Path) -> None:
     keys = {f"model.key_of_section_{n}": ["x" * 30] for n in range(4)}
     name = run_name("c", {key: of[0] for key, of in keys.items()})
     config = "c" * (LONGEST_NAME - len(name) + 1)
-    assert [len(run.name) for run in combinations([config], keys)] == [LONGEST_NAME]
+    (longest,) = combinations([config], keys)
+    assert len(longest.name) == LONGEST_NAME
+    write_file(tmp_path / f"{longest.name}.log", b"")  # whose name is longer while it is written
     with pytest.raises(UserError, match="is too long for the name of a folder; vary fewer keys"):
         combinations([config + "c"], keys)
 
