@@ -15,6 +15,7 @@ RATE = "optimizer.learning_rate"
 
 def test_a_comma_within_brackets_or_quotes_belongs_to_its_value() -> None:
     assert values_of("1e-3, 2e-3") == ["1e-3", "2e-3"]
+    assert values_of('"a,b",c') == ['"a,b"', "c"]
     assert values_of('[0.9,0.95],[0.9,0.99],{"a":[1,2],"b":"],"}') == [
         "[0.9,0.95]",
         "[0.9,0.99]",
@@ -73,6 +74,7 @@ def test_a_sweep_has_every_combination_of_configurations_and_values() -> None:
     [
         (["optimizer.learning_rate"], "--vary optimizer.learning_rate: write it as KEY=A,B"),
         (["a=1,,2"], "write it as KEY=A,B"),
+        ([" =1,2"], "write it as KEY=A,B"),
         (["a=1e-3,0.001"], "--vary a: 1e-3,0.001 has a value twice"),
         (["a=0,0.0"], "--vary a: 0,0.0 has a value twice"),
         (["a=[1.0],[1]"], "has a value twice"),
