@@ -26,6 +26,7 @@ def test_a_comma_within_brackets_or_quotes_belongs_to_its_value() -> None:
 def test_names_show_the_values_and_are_safe_as_the_name_of_a_file() -> None:
     assert run_name("x", {RATE: "1e-3"}) == "x,learning_rate=1e-3"
     assert run_name("x", {}) == "x"
+    assert run_name("x", {"a": '"naïve σ"'}) == "x,a=na-ve-"
     assert run_name("x", {"data.manifest": "/my data/c4", "optimizer.betas": "[0.9,0.95]"}) == (
         "x,manifest=-my-data-c4,betas=0.9-0.95"
     )
