@@ -24,6 +24,7 @@ EXPERTS = ("parallel.expert=2", "parallel.zero=1")
 MEMORY = 'model.position={"type": "xl", "memory_chunks": 1}'
 URL = "data.manifest=s3://bucket/c4"
 TWO = mixture(("a", 1), ("b", 1))
+HANG = "resilience.hang_timeout_seconds"
 REFUSED: list[tuple[tuple[str, ...], str, list[tuple[str, ...]]]] = [
     # Settings that are refused, how the message begins (`...`: whatever) and ends, and settings that are legal.
     (
@@ -59,7 +60,7 @@ REFUSED: list[tuple[tuple[str, ...], str, list[tuple[str, ...]]]] = [
     (
         ("resilience.hang_timeout_seconds=0.5",),
         "resilience.hang_timeout_seconds: 0.5 s is shorter than any step...",
-        [("resilience.hang_timeout_seconds=1",), ("resilience.hang_timeout_seconds=0",)],
+        [("resilience.hang_timeout_seconds=1",), ("resilience.hang_timeout_seconds=0",), (f"{HANG}={7 * 86400}",)],
     ),
     (
         ("resilience.step_timeout_factor=1.5",),
@@ -186,7 +187,10 @@ REFUSED: list[tuple[tuple[str, ...], str, list[tuple[str, ...]]]] = [
     (
         (mixture(("far/a", 1), ("a/manifest.json", 1)),),
         "data.sources: two sources are called a; give each a `name` of its own",
-        [('data.sources=[{"manifest": "a", "weight": 1}, {"manifest": "a", "weight": 1, "name": "b"}]',)],
+        [
+            ('data.sources=[{"manifest": "a", "weight": 1}, {"manifest": "a", "weight": 1, "name": "b"}]',),
+            (mixture(("far/c4.1", 1), ("far/c4.2", 1)),),
+        ],
     ),
     ((URL,), "data.cache_dir: s3://bucket/c4 is a URL; name a folder...", [(URL, "data.cache_dir=/cache")]),
     (
