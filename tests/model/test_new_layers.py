@@ -105,7 +105,8 @@ def test_they_train_alike_in_every_layout_that_they_do_not_lack(prepared: Path) 
 def test_advice_names_what_a_layer_has() -> None:
     """Of experts that collapse: no key that the user would look for in vain."""
     both = [Collapsed(f"blocks.0.{place}", None, 0.9, 100) for place in ("attention.value", "feedforward")]
-    assert advice(new_model(), both) == "lower optimizer.learning_rate"
+    assert advice(new_model(), both) == "raise model.feedforward.entropy_weight, or lower optimizer.learning_rate"
+    assert advice(new_model(), both[:1]) == "lower optimizer.learning_rate"
     known = load_config(TINY).model
     keys = "model.feedforward.entropy_weight and model.attention.expert_dropout"
     assert advice(known, both) == f"raise {keys}, or lower optimizer.learning_rate"
