@@ -48,8 +48,8 @@ def test_a_loss_that_depends_on_the_layout_is_told(prepared: Path, capsys: pytes
         print_derived(config, 2, Sources.load(config), prepared / "run")
         rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines() if "regulariser" in row]
         assert rows == [
-            f"a regulariser's batch 4 of 8 sequences micro_sequences x DP; another product is another loss (model.{key} "
-            f"= micro_batch)"
+            "a regulariser's batch 4 of 8 sequences micro_sequences x DP; another product is another loss "
+            f"(model.{key} = micro_batch)"
             for key in keys
         ]
 
