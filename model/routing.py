@@ -15,10 +15,9 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from model.kernels.ops.elementwise import entropy, linear_entropy
-from model.parallel.collectives import leave_shards
+from model.parallel.collectives import leave_shards, sum_for_each
 from model.parallel.context import ParallelContext
 
 
@@ -303,7 +302,7 @@ def entropy_regularizer(
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=token_group)
     scaled = _mean_over(token_group, (log_share - maximum).exp().mean(0))
     if parallel.data_size > 1:
-        scaled = differentiable_all_reduce(scaled, group=parallel.data_group) / parallel.data_size
+        scaled = sum_for_each(scaled, parallel.data_group) / parallel.data_size
     log_probability = scaled.log() + maximum
     return config.entropy_weight * (log_probability.exp() * log_probability).sum(), None
 
