@@ -1,8 +1,8 @@
 """Keys and values of the tokens that were read, so that a new token costs one pass of itself (generation).
 
 A layer keeps what attention reads of a token: H x head_dim keys and values of SwitchHead, after its value (and key)
-experts, and of dense attention, one pair of width head_dim of MoA. Each is computed once, when the token is new. Keys
-are kept after RoPE.
+experts, those of its K heads of keys and values of dense attention, one pair of width head_dim of MoA. Each is computed
+once, when the token is new. Keys are kept after RoPE.
 
 Token n of a text (from 0) sees what it saw in training, where texts are read in chunks of sequence_length = T tokens
 with the last M = memory_length tokens before the chunk as memory: the tokens from max(0, floor(n / T) T - M) to n. So a
@@ -13,7 +13,7 @@ With RoPE and a memory positions count from the first token of the memory, which
 are kept before RoPE, and rotated whenever they are read.
 
 Shape legend: R rows of the cache, B of them in a call, n new tokens of each, S slots, H heads, G heads of keys and
-values (1 with MoA), h head_dim.
+values (1 with MoA, num_kv_heads of dense attention), h head_dim.
 """
 
 from __future__ import annotations

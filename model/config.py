@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from common.json_config import Section
 from model.layer_section import Lacks, LayerSection, Routers
@@ -115,21 +115,44 @@ class SwitchHeadConfig(LayerSection):
 
 
 class DenseAttentionConfig(LayerSection):
-    """Multi-head attention without experts: the baseline."""
+    """Multi-head attention without experts: the baseline, also with grouped queries."""
 
     label = "dense attention"
     lacks: ClassVar[Lacks] = {}
-    divided: ClassVar[tuple[str, ...]] = ("num_heads",)
+    divided: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads")
     type: Literal["dense"] = "dense"
     """Kind of attention."""
     num_heads: Heads = 8
     """Attention heads per layer (H)."""
+    num_kv_heads: Heads | None = None
+    """Heads of keys and values (K, a divisor of H), all that the cache keeps: grouped-query attention (arXiv
+    2305.13245). Head i attends with those of head i // (H / K). null: as many as num_heads."""
     head_dim: HeadDim = 64
     """Width of a query, key and value vector (h)."""
 
+    @model_validator(mode="after")
+    def _whole_groups(self) -> DenseAttentionConfig:
+        if self.num_heads % self.key_heads:
+            raise ValueError(
+                f"num_kv_heads is {self.key_heads}, which does not divide num_heads = {self.num_heads}; set "
+                f"num_kv_heads to a divisor of {self.num_heads}, or null for one of each head"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the key where it is null: checkpoints and exports of such models are those of before it."""
+        return {key: value for key, value in dump(self).items() if (key, value) != ("num_kv_heads", None)}
+
+    @property
+    def key_heads(self) -> int:
+        """K."""
+        return self.num_kv_heads or self.num_heads
+
     @property
     def sizes(self) -> str:
-        return f"{self.num_heads} heads of {self.head_dim}"
+        groups = "" if self.num_kv_heads is None else f", {self.num_kv_heads} of keys and values"
+        return f"{self.num_heads} heads of {self.head_dim}{groups}"
 
     @property
     def routers(self) -> Routers | None:

@@ -11,7 +11,8 @@ They differ only for SwitchHead: with Transformer-XL memory, 262M on C4, 2.36G a
 although C T are projected, a selector once instead of per head, position logits not at all. `model.counted_costs`
 counts the built model.
 
-Symbols: d d_model, T sequence_length, C 1 + memory chunks, H heads (attention matrices), h head_dim, E experts,
+Symbols: d d_model, T sequence_length, C 1 + memory chunks, H heads (attention matrices), K heads of keys and values
+(and of keys of distances; H but with num_kv_heads, which the paper has not), h head_dim, E experts,
 k active experts, G expert_size, N feed-forward experts, L layers, V vocab_size.
 
 SwitchHead's formula is the paper's for value and output experts. For other `expert_projections` each expert projection
@@ -67,7 +68,8 @@ def attention_macs(config: ModelConfig, convention: Convention = "published") ->
     H, h = attention.num_heads, attention.head_dim
     matrices = 2 * H * h * T * T * C  # logits and weighted sum
     if isinstance(attention, DenseAttentionConfig):
-        return matrices + 4 * d * H * h * T + xl * 2 * H * d * T * h * C
+        K = attention.key_heads
+        return matrices + 2 * d * (H + K) * h * T + xl * 2 * K * d * T * h * C
     if isinstance(attention, MoAConfig):
         E = attention.num_experts
         # Query and output per head, one key and one value; the gates of a head's query and output.
@@ -94,7 +96,8 @@ def attention_memory(config: ModelConfig) -> int:
     H, h = attention.num_heads, attention.head_dim
     matrices = 2 * H * T * T * C  # logits and probabilities
     if isinstance(attention, DenseAttentionConfig):
-        return matrices + 4 * H * h * T + xl * 2 * H * T * h * C
+        K = attention.key_heads
+        return matrices + 2 * (H + K) * h * T + xl * 2 * K * T * h * C
     if isinstance(attention, MoAConfig):
         return matrices + (2 * H + 2) * h * T + attention.num_experts * T * C + xl * 2 * T * h
     if not isinstance(attention, SwitchHeadConfig):
@@ -104,12 +107,15 @@ def attention_memory(config: ModelConfig) -> int:
 
 
 def cache_floats(config: ModelConfig) -> int:
-    """Numbers that a cache of keys and values keeps of one token in all layers (model/cache.py): 2 L H h; one head
-    with MoA, whose keys and values are shared."""
+    """Numbers that a cache of keys and values keeps of one token in all layers (model/cache.py): 2 L K h; K is 1
+    with MoA, whose keys and values are shared, and H with SwitchHead."""
     attention = config.attention
-    if not isinstance(attention, MoAConfig | SwitchHeadConfig | DenseAttentionConfig):
+    if isinstance(attention, DenseAttentionConfig):
+        heads = attention.key_heads
+    elif isinstance(attention, MoAConfig | SwitchHeadConfig):
+        heads = 1 if isinstance(attention, MoAConfig) else attention.num_heads
+    else:
         _no_costs(attention)
-    heads = 1 if isinstance(attention, MoAConfig) else attention.num_heads
     return 2 * config.num_layers * heads * attention.head_dim
 
 
@@ -199,7 +205,8 @@ def _attention_parameters(config: ModelConfig) -> _Parts:
     H, h = attention.num_heads, attention.head_dim
     if isinstance(attention, DenseAttentionConfig):
         # With Transformer-XL also W_pos, content and position bias (u, v), and the scale of the logits.
-        return _Parts(matrices=(4 + xl) * d * H * h, vectors=xl * (2 * H * h + 1))
+        K = attention.key_heads
+        return _Parts(matrices=(2 * H + (2 + xl) * K) * d * h, vectors=xl * (2 * H * h + 1))
     if isinstance(attention, MoAConfig):
         E = attention.num_experts
         # Query and output experts, one shared key and value (and W_pos), the selector, the scale of the logits.

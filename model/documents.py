@@ -50,10 +50,10 @@ Seen = Documents | LayerCache
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, documents: Seen | None, *, backend: str, shared: bool = False
 ) -> Tensor:
-    """Fused attention of q [B, H, T, h], the last T tokens of a context of L = M + T, over k and v [B, H, L, h] ([B, 1,
-    L, h] if `shared` by the heads); with `documents` inside each document, and without memory (M = 0); with a cache of
-    T = L new tokens over what it keeps too. `backend` is a resolved one of the op for documents and memory. Without
-    either torch's fastest kernels know causality, and a cache is read with torch's operators."""
+    """Fused attention of q [B, H, T, h], the last T tokens of a context of L = M + T, over k and v [B, H, L, h] ([B, K,
+    L, h] if `shared`, by H / K heads each); with `documents` inside each document, and without memory (M = 0); with a
+    cache of T = L new tokens over what it keeps too. `backend` is a resolved one of the op for documents and memory.
+    Without either torch's fastest kernels know causality, and a cache is read with torch's operators."""
     T, L = q.shape[2], k.shape[2]
     if isinstance(documents, LayerCache):
         q, k, v = documents.extend(q, k, v)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.cache import LayerCache
 from model.documents import Seen
+from model.kernels.ops.causal_attention import of_each_head
 from model.kernels.ops.relative_attention import Inputs, weighted
 from model.kernels.ops.relative_attention import relative_attention as attend
 
@@ -56,8 +57,8 @@ def relative_attention(
 ) -> Tensor:
     """softmax over j of scale * ((q_i + u) . k_j + (q_i + v) . W_pos r(i - j)), causal, times the values.
 
-    `q` [B, H, T, h] are the last T positions of a context of L = M + T; `k`, `v` [B, H or 1, L, h] (1: shared by the
-    heads); `position_weight` [H h or h, d_model] maps r, of the layer's `kept_sinusoids`, to all heads' position keys;
+    `q` [B, H, T, h] are the last T positions of a context of L = M + T; `k`, `v` [B, K, L, h] (shared by H / K heads
+    each); `position_weight` [K h, d_model] maps r, of the layer's `kept_sinusoids`, to their position keys;
     u = `content_bias` and v = `position_bias` [H, h]. Returns [B, H, T, h] in the dtype of `q`; the softmax is fp32.
     With a cache in `seen` k and v are those of the T new tokens, and the context is what it keeps. `backend` is a
     resolved one; a cache is read with torch's operators.
@@ -90,6 +91,8 @@ def _cached_attention(
     position_keys = cache.position_keys(
         lambda distances: _position_keys(sinusoids(distances, width).to(q.dtype), position_weight, q)
     )
+    k, v = (of_each_head(t, q.shape[1], dim=1) for t in (k, v))
+    position_keys = of_each_head(position_keys, q.shape[1], dim=0)
     for_content, for_position = _queries(q, scale, content_bias, position_bias)
     distance = cache.now.distance[:, None].expand(-1, q.shape[1], -1, -1)
     logits = for_content @ k.transpose(2, 3) + (for_position @ position_keys.transpose(1, 2)).gather(3, distance)
@@ -97,7 +100,7 @@ def _cached_attention(
 
 
 def _position_keys(r: Tensor, position_weight: Tensor, q: Tensor) -> Tensor:
-    """[H or 1, D, h] of `r` [D, d_model], in the dtype of the queries `q` [B, H, T, h]."""
+    """[K, D, h] of `r` [D, d_model], in the dtype of the queries `q` [B, H, T, h]."""
     return F.linear(r, position_weight).view(len(r), -1, q.shape[3]).transpose(0, 1)
 
 

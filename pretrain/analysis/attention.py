@@ -14,6 +14,7 @@ from model.attention.rope import apply_rope, last_rows
 from model.attention.switchhead import SwitchHeadAttention
 from model.attention.xl import sinusoids
 from model.config import Projection
+from model.kernels.ops.causal_attention import of_each_head
 from model.kernels.ops.expert_linear import expert_linear
 from model.kernels.ops.relative_attention import relative_shift
 from model.kernels.ops.route import Choice, group_choices
@@ -38,7 +39,7 @@ def attention_weights(layer: nn.Module, context: Tensor, num_queries: int, first
     if layer.rope is not None:
         tables = layer.rope(None, L, context.device)
         q, k = apply_rope(q, *last_rows(tables, T)), apply_rope(k, *tables)
-    q, k = q.transpose(1, 2).float(), k.transpose(1, 2).float()
+    q, k = q.transpose(1, 2).float(), of_each_head(k, q.shape[2], dim=2).transpose(1, 2).float()
     if layer.rope is not None:
         logits = q @ k.transpose(2, 3) * h**-0.5
     else:
@@ -54,6 +55,7 @@ def _relative_logits(layer: SwitchHeadAttention | DenseAttention | MoAAttention,
     L, h = k.shape[2:]
     r = sinusoids(torch.arange(L - 1, -1, -1, device=q.device), layer.position.weight.shape[1])
     position_keys = F.linear(r, layer.position.weight.float()).view(L, -1, h).transpose(0, 1)
+    position_keys = of_each_head(position_keys, q.shape[1], dim=0)
     for_content = for_position = q
     if isinstance(layer, DenseAttention):
         for_content, for_position = q + layer.content_bias[:, None], q + layer.position_bias[:, None]
@@ -62,9 +64,9 @@ def _relative_logits(layer: SwitchHeadAttention | DenseAttention | MoAAttention,
 
 
 def _dense(layer: DenseAttention, context: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """-> queries [B, T, H, h] and keys [B, L, H, h], not yet rotated."""
-    H, h = layer.num_heads, layer.config.head_dim
-    return layer.query(context[:, -T:]).unflatten(2, (H, h)), layer.key(context).unflatten(2, (H, h))
+    """-> queries [B, T, H, h] and keys [B, L, K, h], not yet rotated."""
+    h = layer.config.head_dim
+    return layer.query(context[:, -T:]).unflatten(2, (-1, h)), layer.key(context).unflatten(2, (-1, h))
 
 
 def _projected(layer: SwitchHeadAttention, projection: Projection, x: Tensor) -> Tensor:

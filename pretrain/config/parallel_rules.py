@@ -20,15 +20,18 @@ def check_tensor(config: Config) -> None:
             )
         if place == "feedforward" and config.parallel.expert > 1:
             continue  # experts are divided over expert-parallel ranks instead
-        divided |= {f"model.{place}.{key}": getattr(layer, key) for key in layer.divided}
+        sizes = {key: getattr(layer, key) for key in layer.divided}
+        divided |= {f"model.{place}.{key}": size for key, size in sizes.items() if size is not None}
     divided["model.vocab_size"] = model.vocab_size
     common = math.gcd(*divided.values())
     for key, value in divided.items():
         if value % tensor:
             fits = largest_divisor(common, tensor)
+            # Not every multiple divides num_heads, which is divided: it comes before.
+            instead = "null" if key == "model.attention.num_kv_heads" else -(-value // tensor) * tensor
             raise ConfigError(
                 f"parallel.tensor: {tensor} does not divide {key} = {value}; set parallel.tensor to {fits}, or {key} "
-                f"to {-(-value // tensor) * tensor}"
+                f"to {instead}"
             )
 
 

@@ -56,7 +56,8 @@ class SwitchAllConfig(PretrainedConfig):
             kwargs["layer_types"] = ["sliding_attention"] * num_hidden_layers
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.num_attention_heads = self.attention["num_heads"]
-        self.num_key_value_heads = 1 if self.attention["type"] == "moa" else self.attention["num_heads"]
+        shared = 1 if self.attention["type"] == "moa" else self.attention.get("num_kv_heads")
+        self.num_key_value_heads = shared or self.attention["num_heads"]
         self.head_dim = self.attention["head_dim"]
         self.max_position_embeddings = self.memory_length + sequence_length
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from common.errors import ConfigError, UserError
 from common.json_config import validate
-from model.config import MoAConfig, ModelConfig
+from model.config import DenseAttentionConfig, MoAConfig, ModelConfig
 
 MODEL_TYPE = "switchall"
 AUTO_MAP = {
@@ -50,7 +50,11 @@ def hf_config(
     """The content of config.json. `dtype`: float32, bfloat16 or float16. `special`: token ids by name, such as
     eos_token_id. `document_end`: the id behind which nothing before is seen (`document_end_of`)."""
     tree = model.model_dump(mode="json")
-    is_moa = isinstance(model.attention, MoAConfig)
+    key_heads = model.attention.num_heads
+    if isinstance(model.attention, DenseAttentionConfig):
+        key_heads = model.attention.key_heads
+    elif isinstance(model.attention, MoAConfig):
+        key_heads = 1
     window: dict[str, Any] = {}
     if model.memory_length:
         window = {
@@ -63,7 +67,7 @@ def hf_config(
         "model_type": MODEL_TYPE,
         **{theirs: tree[ours] for ours, theirs in NAMES.items()},
         "num_attention_heads": model.attention.num_heads,
-        "num_key_value_heads": 1 if is_moa else model.attention.num_heads,
+        "num_key_value_heads": key_heads,
         "head_dim": model.attention.head_dim,
         "max_position_embeddings": model.memory_length + model.sequence_length,
         **window,

@@ -1,7 +1,8 @@
 """Attention and feed-forward layers of SwitchAll models, without transformers. Exported models carry this file.
 
-Letters of shapes: B batch, T new tokens, L keys (tokens of the cache and new ones), d hidden_size, H heads, h head_dim,
-E experts, k chosen experts, N = B T. Parameters have the names of the model that was exported.
+Letters of shapes: B batch, T new tokens, L keys (tokens of the cache and new ones), d hidden_size, H heads, K heads
+of keys and values (H or a divisor), h head_dim, E experts, k chosen experts, N = B T. Parameters have the names of the
+model that was exported.
 """
 
 from __future__ import annotations
@@ -122,10 +123,11 @@ def gates_of(x: Tensor, selector: Tensor, k: int, dropout: float, *, zeroed: boo
 def attend(
     q: Tensor, k: Tensor, v: Tensor, places: Places, *, scale: float, bias: Tensor | None, eager: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of `q` [B, H, T, h] over `k` and `v` [B, H or 1, L, h]; `bias` [B, H, T, L] is added to the
-    scaled logits. -> [B, H, T, h], and with `eager` the weights [B, H, T, L]."""
+    """Causal attention of `q` [B, H, T, h] over `k` and `v` [B, K, L, h]; `bias` [B, H, T, L] is added to the scaled
+    logits. -> [B, H, T, h], and with `eager` the weights [B, H, T, L]."""
     mask = places.mask(k.shape[2])
     mask = None if mask is None else mask.to(q.device)
+    k, v = (of_each_head(t, q.shape[1], 1) for t in (k, v))
     if not eager:
         k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
         is_causal = mask is None and q.shape[2] > 1
@@ -136,6 +138,12 @@ def attend(
     logits = _causal(logits if bias is None else logits + bias, mask)
     weights = logits.softmax(-1, dtype=torch.float32).to(q.dtype)
     return weights @ v, weights
+
+
+def of_each_head(keys: Tensor, num_heads: int, dim: int) -> Tensor:
+    """Keys or values of K heads along `dim`, each repeated for its H / K of H = `num_heads`; of one head as it is."""
+    heads = keys.shape[dim]
+    return keys if heads in (1, num_heads) else keys.repeat_interleave(num_heads // heads, dim)
 
 
 def _causal(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -170,7 +178,7 @@ class PositionKeys(nn.Module):
         self._d, self._h = d, h
 
     def forward(self, L: int) -> Tensor:
-        """[H or 1, L, h] of the distances L - 1 down to 0."""
+        """[K, L, h] of the distances L - 1 down to 0."""
         device, d = self.weight.device, self._d
         wide = torch.float32 if device.type == "mps" else torch.float64
         exponent = torch.arange(0, d, 2, dtype=wide, device=device) / d
@@ -205,7 +213,7 @@ class Attention(nn.Module):
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, places: Places, cache: Any, eager: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """`q` [B, T, H, h], `k` and `v` [B, T, H or 1, h] of the new tokens -> [B, T, H, h], and with `eager` the
+        """`q` [B, T, H, h], `k` and `v` [B, T, K, h] of the new tokens -> [B, T, H, h], and with `eager` the
         weights [B, H, T, L]."""
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if places.rope is not None:
@@ -222,7 +230,8 @@ class Attention(nn.Module):
             content, position = getattr(self, "content_bias", None), getattr(self, "position_bias", None)
             for_content = (q if content is None else q + content[:, None]) * self.scale
             for_position = (q if position is None else q + position[:, None]) * self.scale
-            bias = relative_shift(for_position @ self._position_keys(L, cache).transpose(1, 2))
+            distances = of_each_head(self._position_keys(L, cache), self.H, 0)
+            bias = relative_shift(for_position @ distances.transpose(1, 2))
             mixed, weights = attend(for_content, k, v, places, scale=1.0, bias=bias, eager=eager)
         return mixed.transpose(1, 2), weights
 
@@ -239,18 +248,19 @@ class Attention(nn.Module):
 
 
 class DenseAttention(Attention):
-    """Multi-head attention; with relative positions it has the biases u and v and a learned scale of the logits."""
+    """Multi-head attention, whose heads may share keys, values and keys of distances in K groups; with relative
+    positions it has the biases u and v and a learned scale of the logits."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__(config, layer)
-        width = self.H * self.h
-        self.query, self.key, self.value = (nn.Linear(self.d, width, bias=False) for _ in range(3))
+        width, K = self.H * self.h, config.num_key_value_heads
+        self.query = nn.Linear(self.d, width, bias=False)
+        self.key, self.value = (nn.Linear(self.d, K * self.h, bias=False) for _ in range(2))
         self.output = nn.Linear(width, self.d, bias=False)
-        self.add_positions(self.H, learned_scale=True, biases=True)
+        self.add_positions(K, learned_scale=True, biases=True)
 
     def forward(self, x: Tensor, places: Places, cache: Any, eager: bool) -> tuple[Tensor, Tensor | None]:
-        heads = (*x.shape[:2], self.H, self.h)
-        q, k, v = (layer(x).view(heads) for layer in (self.query, self.key, self.value))
+        q, k, v = (layer(x).unflatten(2, (-1, self.h)) for layer in (self.query, self.key, self.value))
         mixed, weights = self.mix(q, k, v, places, cache, eager)
         return self.output(mixed.flatten(2)), weights
 

@@ -168,6 +168,11 @@ def _dense(state: State, at: str, config: ModelConfig, settings: DenseAttentionC
     """The baselines of a training checkpoint: keys and values of one product, head by head with Transformer-XL, one
     after the other with RoPE."""
     H, h, d = settings.num_heads, settings.head_dim, config.d_model
+    if settings.key_heads != H:
+        raise UserError(
+            f"model.attention.num_kv_heads: is {settings.key_heads}, but the authors' layers have keys and values of "
+            f"each head; set it to null"
+        )
     is_xl = isinstance(config.position, XLConfig)
     both = state.take(f"{at}.data_to_kv.weight", 2 * H * h, d)
     key, value = both.view(H, 2, h, d).unbind(1) if is_xl else both.view(2, H, h, d).unbind(0)

@@ -57,6 +57,7 @@ def odd(attention: dict, *, position: dict | None = None, feedforward: dict | No
 
 SWITCHHEAD = {"type": "switchhead", "num_heads": 3, "head_dim": 8, "num_experts": 5, "active_experts": 2}
 DENSE = {"type": "dense", "num_heads": 3, "head_dim": 8}
+GROUPED = {"type": "dense", "num_heads": 6, "num_kv_heads": 2, "head_dim": 4}
 MOA = {"type": "moa", "num_heads": 3, "head_dim": 8, "num_experts": 6}
 XL = {"type": "xl", "memory_chunks": 1}
 ODD = {
@@ -70,6 +71,7 @@ ODD = {
         "switchhead_each": SWITCHHEAD | {"expert_projections": ["key", "value", "output"], "selection": "projection"},
         "switchhead_shared": SWITCHHEAD | {"selection": "shared"},
         "dense": DENSE,
+        "grouped": GROUPED,
         "moa": MOA,
     }.items()
     for position in (None, XL)
@@ -272,6 +274,8 @@ def test_counted_macs_by_hand() -> None:
     dense = count_macs(odd(DENSE, feedforward={"type": "dense", "hidden_size": 31}))
     assert dense.attention == 4 * 11 * 20 * 24 + matrices
     assert dense.feedforward == 2 * 11 * 20 * 31
+    grouped = count_macs(odd(GROUPED))  # 6 heads of 4, 2 of keys and values
+    assert grouped.attention == 2 * 11 * 20 * 24 + 2 * 11 * 20 * 8 + matrices == attention_macs(odd(GROUPED))
 
 
 def test_counted_macs_include_the_memory() -> None:
@@ -284,6 +288,8 @@ def test_counted_macs_include_the_memory() -> None:
         assert counted == (11 + L + L) * 20 * 24 + experts + selectors + matrices
         counted = count_macs(odd(DENSE, position=position)).attention
         assert counted == (2 * 11 + 2 * L + L) * 20 * 24 + matrices
+        counted = count_macs(odd(GROUPED, position=position)).attention
+        assert counted == 2 * 11 * 20 * 24 + (2 * L + L) * 20 * 8 + matrices  # W_pos has heads of keys
         counted = count_macs(odd(MOA, position=position)).attention
         assert counted == (2 * 3 * 11 + 2 * L + L) * 20 * 8 + 11 * 6 * 20 + matrices  # keys, values, W_pos are shared
 
@@ -296,6 +302,8 @@ def test_counted_macs_include_the_memory_of_rotary_positions() -> None:
         assert counted == (11 + L) * 20 * 24 + (3 * 2 * 20 * 8 + 3 * 5 * 20) * (L + 11) + matrices
         counted = count_macs(odd(DENSE, position=position)).attention
         assert counted == (2 * 11 + 2 * L) * 20 * 24 + matrices
+        counted = count_macs(odd(GROUPED, position=position)).attention
+        assert counted == 2 * 11 * 20 * 24 + 2 * L * 20 * 8 + matrices
         counted = count_macs(odd(MOA, position=position)).attention
         assert counted == (2 * 3 * 11 + 2 * L) * 20 * 8 + 11 * 6 * 20 + matrices
 
@@ -339,9 +347,23 @@ def test_the_cache_is_two_to_four_times_smaller_than_the_dense_models() -> None:
     assert [cache_floats(odd(attention)) for attention in (SWITCHHEAD, MOA)] == [2 * 3 * 3 * 8, 2 * 3 * 8]
 
 
+@pytest.mark.parametrize("position, C, xl", [(None, 1, 0), (XL, 2, 1)])
+def test_costs_of_grouped_queries_by_hand(position: dict | None, C: int, xl: int) -> None:
+    """6 heads of 4, 2 of keys and values, in 3 layers: of keys of distances too."""
+    config = odd(GROUPED, position=position)
+    assert cache_floats(config) == 2 * 3 * 2 * 4
+    assert attention_macs(config) == 2 * 24 * 11 * 11 * C + 2 * 20 * (24 + 8) * 11 + xl * 2 * 8 * 20 * 11 * C
+    assert attention_memory(config) == 2 * 6 * 11 * 11 * C + 2 * (24 + 8) * 11 + xl * 2 * 8 * 11 * C
+
+
 def test_training_flops_are_three_forward_passes() -> None:
     """Without memory: backward costs two forward passes, and the counted model has no other matrix products."""
-    for config in (odd(SWITCHHEAD), odd(MOA), odd(DENSE, feedforward={"type": "dense", "hidden_size": 31})):
+    for config in (
+        odd(SWITCHHEAD),
+        odd(MOA),
+        odd(GROUPED),
+        odd(DENSE, feedforward={"type": "dense", "hidden_size": 31}),
+    ):
         assert training_flops_per_token(config) * config.sequence_length == 6 * count_macs(config).model
 
 

@@ -19,6 +19,7 @@ SWITCHHEAD = {"type": "switchhead", "num_heads": 2, "head_dim": 6, "num_experts"
 ALL_EXPERTS = {**SWITCHHEAD, "expert_projections": ["query", "key", "value", "output"]}
 MOA = {"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 5}
 DENSE = {"type": "dense", "num_heads": 3, "head_dim": 5}
+GROUPED = {"type": "dense", "num_heads": 6, "num_kv_heads": 2, "head_dim": 6}
 FEEDFORWARD = {"type": "dense", "hidden_size": 9}
 SIGMA_MOE = {"type": "sigma_moe", "num_experts": 5, "expert_size": 7, "active_experts": 2}
 XL = {"type": "xl", "memory_chunks": 1}
@@ -30,6 +31,9 @@ CASES: dict[str, dict[str, Any]] = {
     "xl without memory": {"attention": SWITCHHEAD, "position": {"type": "xl", "memory_chunks": 0}},
     "dense": {"attention": DENSE, "feedforward": {"type": "swiglu", "hidden_size": 9}},
     "dense xl": {"attention": DENSE, "position": XL, "tied_embedding": True},
+    "grouped queries": {"attention": GROUPED},
+    "grouped queries, rope with memory": {"attention": GROUPED, "position": {"type": "rope", "memory_chunks": 1}},
+    "grouped queries xl": {"attention": GROUPED, "position": XL},
     "moa": {"attention": MOA},
     "moa sigmoid xl": {"attention": {**MOA, "router": "sigmoid"}, "position": XL},
     "key and query experts": {"attention": {**SWITCHHEAD, "expert_projections": ["query", "key"]}},
@@ -142,8 +146,10 @@ def test_nothing_is_written_behind_the_last_slot() -> None:
 
 
 def test_sizes() -> None:
-    """2 layers of 2 heads x 6 keys and as many values, 4 bytes each, for every slot; 1 head with MoA."""
-    for case, heads, slots in (("switchhead xl", 2, 10), ("switchall xl", 2, 15), ("moa", 1, 19)):
+    """2 layers of 2 heads x 6 keys and as many values, 4 bytes each, for every slot; 1 head with MoA, 2 of
+    6 with grouped queries."""
+    cases = ("switchhead xl", 2, 10), ("switchall xl", 2, 15), ("moa", 1, 19)
+    for case, heads, slots in (*cases, ("grouped queries", 2, 19), ("grouped queries xl", 2, 10)):
         decoding = Decoding(tiny(case), 3)
         assert decoding.cache.bytes == 0
         decoding.read(some_texts(4, 2, 1))

@@ -40,6 +40,12 @@ MODELS = {
         *DROPOUT,
         "model.position.type=xl",
     ),
+    "dense xl, grouped queries": (
+        'model.attention={"type": "dense", "num_heads": 4, "num_kv_heads": 2, "head_dim": 5}',
+        *DENSE_FEEDFORWARD,
+        *DROPOUT,
+        "model.position.type=xl",
+    ),
     "moa": MOA,
     "moa xl": (*MOA, *DROPOUT, "model.attention.expert_dropout=0.2", "model.position.type=xl"),
 }

@@ -26,6 +26,11 @@ MODELS = {
         'model.attention={"type": "dense", "num_heads": 4, "head_dim": 5}',
         'model.feedforward={"type": "dense", "hidden_size": 22}',
     ),
+    "dense, grouped queries": (
+        *SIZES,
+        'model.attention={"type": "dense", "num_heads": 4, "num_kv_heads": 2, "head_dim": 5}',
+        'model.feedforward={"type": "dense", "hidden_size": 22}',
+    ),
     "moa": (
         *SIZES,
         'model.attention={"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 5, "z_loss_weight": 0.01, '
@@ -51,7 +56,7 @@ seed that gave less than 1e-5 on another."""
 def dropouts(model: str) -> tuple[str, ...]:
     """Overrides that turn on every dropout that the model has."""
     keys = ["model.dropout=0.1"]
-    if model != "dense":
+    if not model.startswith("dense"):
         keys += ["model.attention.expert_dropout=0.2", "model.feedforward.expert_dropout=0.2"]
     return tuple(keys)
 

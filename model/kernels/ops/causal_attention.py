@@ -4,7 +4,7 @@ with a memory before the chunk. A query sees a range of keys, so no mask is need
     out[i] = sum over first[i] <= j <= M + i of  softmax_j(q[i] . k[j] / sqrt(h)) v[j]
 
 The T queries are the last of a context of L = M + T tokens. Shapes: B sequences, H heads, h head_dim, K heads of keys
-and values, H or 1 (shared).
+and values, each of which H / K heads share, one after the other. Kernels are given H or 1: others are copied before.
 
 The reference gives scaled_dot_product_attention a mask [B, 1, T, L], for which it computes all of [T, L] on CUDA.
 """
@@ -42,7 +42,15 @@ def causal_attention(inputs: Inputs, *, backend: str) -> Tensor:
     """-> [B, H, T, h] in the dtype of the queries; differentiable in q, k and v. `backend` is a resolved one."""
     if backend == "reference":
         return causal_attention_reference(inputs)
-    return _causal_attention(*inputs, backend)[0]
+    k, v = (of_each_head(t, inputs.q.shape[1], dim=1) for t in inputs[1:3])
+    return _causal_attention(*inputs._replace(k=k, v=v), backend)[0]
+
+
+def of_each_head(keys: Tensor, num_heads: int, *, dim: int) -> Tensor:
+    """Keys or values of K heads along `dim` -> those of H = `num_heads`, head i of which has those of i // (H / K). As
+    they are with K = 1, which broadcasting or a kernel shares, or K = H."""
+    groups = keys.shape[dim]
+    return keys if groups in (1, num_heads) else keys.repeat_interleave(num_heads // groups, dim)
 
 
 def causal_attention_reference(inputs: Inputs) -> Tensor:

@@ -5,8 +5,9 @@
 The T queries are the last of a context of L = M + T tokens; row c of the position keys p, a place, is that of distance
 L - 1 - c. The content queries a and the position queries b hold biases and the scale of the logits already.
 
-Shapes: B sequences, H heads, h head_dim; K heads of keys and values and P heads of position keys, each H or 1 (shared).
-The softmax is fp32 whatever the storage dtype.
+Shapes: B sequences, H heads, h head_dim; K heads of keys and values and P heads of position keys, each shared by H / K
+or H / P heads, one after the other. Kernels are given H or 1: others are copied before. The softmax is fp32 whatever
+the storage dtype.
 
 The reference makes [T, L] matrices of all heads, four of them at a time; kernels keep one number per query and head.
 """
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from model.kernels.backend import implementation
 from model.kernels.op import op
+from model.kernels.ops.causal_attention import of_each_head
 
 
 class Inputs(NamedTuple):
@@ -44,6 +46,9 @@ def relative_attention(inputs: Inputs, *, backend: str) -> Tensor:
     """-> [B, T, H, h] in the dtype of the queries; differentiable in every tensor. `backend` is a resolved one."""
     if inputs.position_queries is inputs.content_queries:
         inputs = inputs._replace(position_queries=None)
+    H = inputs.content_queries.shape[2]
+    k, v = (of_each_head(t, H, dim=2) for t in (inputs.k, inputs.v))
+    inputs = inputs._replace(k=k, v=v, position_keys=of_each_head(inputs.position_keys, H, dim=1))
     if backend == "reference":
         return relative_attention_reference(inputs)
     return _relative_attention(*inputs, backend)[0]

@@ -38,7 +38,9 @@ SHAPES = {
     "documents cross tiles, width 11": Shape(T=51, h=11, lengths=((3, 25, 23), (20, 1, 1, 29)), H=1, K=1),
     "documents end where tiles end": Shape(T=64, h=16, lengths=((32, 32), (16, 48)), H=1, K=1),
     "shared keys": Shape(T=37, h=20, lengths=((9, 28),), B=1, H=3, K=1),
+    "grouped queries": Shape(T=37, h=20, lengths=((9, 28),), B=1, H=6, K=2),
     "memory": Shape(T=17, h=8, M=40),
+    "memory, grouped queries": Shape(T=13, h=8, M=9, B=1, H=6, K=3),
     "memory, shared keys, width 20": Shape(T=28, h=20, M=5, K=1),
     "one token, long memory": Shape(T=1, h=8, M=37, B=1),
     "large logits": Shape(T=41, h=8, lengths=((20, 21), (5, 36)), H=1, K=1, scale=9.0),
@@ -79,7 +81,8 @@ def oracle(shape: Shape, inputs: Inputs) -> dict[str, Tensor]:
             for i in range(shape.T):
                 before = int((index[b, :i] != index[b, i]).sum())  # tokens of other documents
                 seen = slice(before, shape.M + i + 1)
-                keys, values = k[b, head % shape.K, seen], v[b, head % shape.K, seen]
+                group = head // (shape.H // shape.K)
+                keys, values = k[b, group, seen], v[b, group, seen]
                 rows.append(((keys @ q[b, head, i]) / math.sqrt(shape.h)).softmax(0) @ values)
     out = torch.stack(rows).view(q.shape)
     grads = torch.autograd.grad(out, (q, k, v), upstream(inputs).double())

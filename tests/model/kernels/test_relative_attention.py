@@ -38,6 +38,8 @@ SHAPES = {
     "tiles are full": Shape(T=32, M=32, h=16, B=1, H=1, K=1, P=1),
     "memory longer than the chunk, shared keys": Shape(T=17, M=40, h=20, B=1, H=2, K=1, P=1),
     "shared position keys": Shape(T=11, M=3, h=8, B=2, H=2, K=2, P=1),
+    "grouped queries": Shape(T=13, M=9, h=8, B=2, H=6, K=2, P=2, biases=True),
+    "grouped queries, position keys of each head": Shape(T=9, M=4, h=8, B=1, H=6, K=3, P=6),
     "large logits": Shape(T=21, M=10, h=8, B=1, scale=6.0, biases=True),
 }
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -78,8 +80,9 @@ def oracle(inputs: Inputs) -> dict[str, Tensor]:
         distances = torch.arange(seen - 1, -1, -1)  # of the keys that query i sees
         heads = []
         for head in range(H):
-            keys, values = k[:, :seen, head % k.shape[2]], v[:, :seen, head % k.shape[2]]
-            places = position_keys[L - 1 - distances, head % position_keys.shape[1]]
+            group, of_places = (head * t // H for t in (k.shape[2], position_keys.shape[1]))
+            keys, values = k[:, :seen, group], v[:, :seen, group]
+            places = position_keys[L - 1 - distances, of_places]
             logits = torch.einsum("bh,bjh->bj", content[:, i, head], keys) + position[:, i, head] @ places.t()
             heads.append(torch.einsum("bj,bjh->bh", logits.softmax(-1), values))
         results.append(torch.stack(heads, 1))

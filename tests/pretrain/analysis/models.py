@@ -16,6 +16,7 @@ from pretrain.analysis.trace import Request, trace_text
 
 SWITCHHEAD = {"type": "switchhead", "num_heads": 2, "head_dim": 6, "num_experts": 3, "active_experts": 2}
 ALL_EXPERTS = {**SWITCHHEAD, "expert_projections": ["query", "key", "value", "output"]}
+GROUPED = {"type": "dense", "num_heads": 6, "num_kv_heads": 2, "head_dim": 5}
 MOA = {"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 5}
 XL = {"type": "xl", "memory_chunks": 1}
 SIGMA_MOE = {"type": "sigma_moe", "num_experts": 5, "expert_size": 7, "active_experts": 2}
@@ -35,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dense": {"attention": {"type": "dense", "num_heads": 3, "head_dim": 5}, "feedforward": DENSE},
     "dense xl": {"attention": {"type": "dense", "num_heads": 3, "head_dim": 5}, "position": XL, "feedforward": DENSE},
+    "grouped queries": {"attention": GROUPED, "feedforward": DENSE},
+    "grouped queries xl": {"attention": GROUPED, "position": XL, "feedforward": DENSE},
     "moa": {"attention": MOA, "feedforward": SIGMA_MOE},
     "moa sigmoid xl": {"attention": {**MOA, "router": "sigmoid"}, "position": XL, "feedforward": DENSE},
 }

@@ -103,6 +103,15 @@ REFUSED: list[tuple[tuple[str, ...], str, list[tuple[str, ...]]]] = [
         [("parallel.tensor=4", "parallel.sequence=true", *EXPERTS, "model.feedforward.num_experts=6")],
     ),
     (
+        ("parallel.tensor=2", *DENSE, "model.attention.num_heads=6", "model.attention.num_kv_heads=3"),
+        "parallel.tensor: 2 does not divide model.attention.num_kv_heads = 3; set parallel.tensor to 1, or "
+        "model.attention.num_kv_heads to null",
+        [
+            ("parallel.tensor=2", *DENSE, "model.attention.num_heads=6", "model.attention.num_kv_heads=2"),
+            ("parallel.tensor=2", *DENSE, "model.attention.num_heads=6", "model.attention.num_kv_heads=null"),
+        ],
+    ),
+    (
         ("parallel.tensor=8", "parallel.sequence=true", *EXPERTS),
         "parallel.tensor: 8 does not divide model.attention.num_heads = 4; set parallel.tensor to 4...",
         [],

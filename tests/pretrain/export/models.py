@@ -24,6 +24,7 @@ VOCAB, CHUNK, WIDTH = 403, 7, 22  # the tokenizer of the small corpus has 400 pi
 SWITCHHEAD = {"type": "switchhead", "num_heads": 3, "head_dim": 6, "num_experts": 4, "active_experts": 2}
 SIGMA_MOE = {"type": "sigma_moe", "num_experts": 5, "expert_size": 9, "active_experts": 2}
 DENSE = {"type": "dense", "num_heads": 3, "head_dim": 5}
+GROUPED = {"type": "dense", "num_heads": 6, "num_kv_heads": 2, "head_dim": 5}
 MOA = {"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 5}
 RELU, SWIGLU = {"type": "dense", "hidden_size": 31}, {"type": "swiglu", "hidden_size": 21}
 ALL = ["query", "key", "value", "output"]
@@ -61,6 +62,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "position": {"type": "rope", "fraction": 1.0, "base": 500.0},
     },
     "dense xl": {"attention": DENSE, "feedforward": SWIGLU, "position": {"type": "xl"}},
+    "grouped queries": {"attention": GROUPED, "feedforward": RELU},
+    "grouped queries xl": {"attention": GROUPED, "feedforward": SWIGLU, "position": {"type": "xl"}},
     "sigma-moe": {"attention": DENSE, "feedforward": SIGMA_MOE, "tied_embedding": True},
     "moa": {"attention": MOA, "feedforward": RELU},
     "moa xl, sigmoid": {

@@ -27,6 +27,7 @@ FAST = {
     ("switchall xl", 4): (3,),
     ("moa xl", 2): (0,),
     ("dense xl", 2): (0,),
+    ("dense xl, grouped queries", 2): (0,),
     ("all projections experts", 2): (0,),
 }
 """What every commit runs with sequence parallelism, with its ZeRO stages. All others are as long and go to the slow
