@@ -24,8 +24,10 @@ def shaped(parameters: dict[str, Tensor], H: int, h: int) -> dict[str, Tensor]:
     for name, value in parameters.items():
         if name == "output.weight":
             found["output"] = value.view(-1, H, h).transpose(0, 1)
+        elif name.endswith(".weight"):
+            found[name.removesuffix(".weight")] = value.view(-1, h, value.shape[1])
         else:
-            found[name.removesuffix(".weight")] = value.view(H, h, -1) if name.endswith("weight") else value
+            found[name] = value
     return found
 
 
@@ -45,7 +47,8 @@ def attention(
 
     `p` holds, for each of query, key, value: NAME [H, h, d] or NAME_experts [H, E, d, h]; output [H, d, h] or
     output_experts [H, E, h, d]; OWNER_selector [H, E, d]. `rope` (fraction, base), or None for relative positions with
-    position [H, h, d] and, if present, content_bias and position_bias [H, h].
+    position [H, h, d] and, if present, content_bias and position_bias [H, h]. key, value and position may have K heads,
+    each of H / K heads.
     """
     (L, d), T = context.shape, num_queries
     H = next(value.shape[0] for name, value in p.items() if name.startswith("query"))
@@ -59,9 +62,12 @@ def attention(
         choosing = [float(v.detach()) if kept is None or bool(kept[e]) else -math.inf for e, v in enumerate(logits)]
         return {e: 1 / (1 + torch.exp(-logits[e])) for e in choose(choosing, k)}
 
+    def shared(name: str, head: int) -> Tensor:
+        return p[name][head * len(p[name]) // H]
+
     def project(projection: str, head: int, token: int) -> Tensor:
         if projection in p:
-            return p[projection][head] @ context[token]
+            return shared(projection, head) @ context[token]
         experts = p[f"{projection}_experts"][head]
         return sum_of(s * (context[token] @ experts[e]) for e, s in gates(projection, head, token).items())
 
@@ -78,7 +84,7 @@ def attention(
                 logits = torch.stack([rotate(q, i, fraction=rope[0], base=rope[1]) @ keys[j] for j in range(i + 1)])
             else:
                 u, v = (p[name][head] if name in p else 0.0 for name in ("content_bias", "position_bias"))
-                far = [p["position"][head] @ sinusoid(i - j, d) for j in range(i + 1)]
+                far = [shared("position", head) @ sinusoid(i - j, d) for j in range(i + 1)]
                 logits = torch.stack([(q + u) @ keys[j] + (q + v) @ far[j] for j in range(i + 1)])
             weights = torch.exp(scale * logits - (scale * logits).max().detach())
             weights = weights / weights.sum()

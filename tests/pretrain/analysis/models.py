@@ -36,8 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dense": {"attention": {"type": "dense", "num_heads": 3, "head_dim": 5}, "feedforward": DENSE},
     "dense xl": {"attention": {"type": "dense", "num_heads": 3, "head_dim": 5}, "position": XL, "feedforward": DENSE},
-    "grouped queries": {"attention": GROUPED, "feedforward": DENSE},
-    "grouped queries xl": {"attention": GROUPED, "position": XL, "feedforward": DENSE},
+    "dense, grouped queries": {"attention": GROUPED, "feedforward": DENSE},
+    "dense xl, grouped queries": {"attention": GROUPED, "position": XL, "feedforward": DENSE},
     "moa": {"attention": MOA, "feedforward": SIGMA_MOE},
     "moa sigmoid xl": {"attention": {**MOA, "router": "sigmoid"}, "position": XL, "feedforward": DENSE},
 }

@@ -84,8 +84,11 @@ def test_cache_and_padding(name: str) -> None:
             cache = output.cache
             parts.append(output.logits)
         assert torch.allclose(torch.cat(parts, dim=1), logits, atol=TOLERANCE, rtol=0)
+        assert cache is not None
+        heads = 1 if ours.config.attention.type == "moa" else ours.config.attention.num_heads
+        heads = 2 if name.startswith("grouped") else heads  # of 6
+        assert cache.layers[0].keys.shape[1] == cache.layers[0].values.shape[1] == heads
         if ours.config.memory_length:
-            assert cache is not None
             kept = cache.layers[0].keys.shape[2]
             assert kept == min(LENGTH, ours.config.memory_length + CHUNK - 1) < LENGTH
 

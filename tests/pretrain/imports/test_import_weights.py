@@ -363,6 +363,12 @@ def test_what_does_not_fit_is_named(
         "--set",
         'model.feedforward={"type": "swiglu", "hidden_size": 8}',
     )
+    refused(
+        "model.attention.num_kv_heads: is 1, but the authors' layers have keys and values of each head; set it to null",
+        state,
+        "--set",
+        'model.attention={"type": "dense", "num_heads": 2, "num_kv_heads": 1, "head_dim": 5}',
+    )
     refused("holds more than tensors", {"model": state, "more": Executes()})
     refused("weights_only=False", None)
     refused("holds no state dict and no `model` that is one", {"model": 3})
