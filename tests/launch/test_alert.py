@@ -106,8 +106,11 @@ def test_a_script_may_tell_of_a_run_without_a_command_and_a_test_says_that_there
     )
     assert main([given, "--set", "monitor.alert_command=echo"]) == 0
     assert main([given, "--set", "monitor.alert_command=no-such-program"]) == 2
-    assert main([given, "--event", "failed"]) == 2
-    assert "--event: goes with --text" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("error: monitor.alert_command: there is no program") and "printed" not in said
+    for half in (["--event", "failed"], ["--text", "why"]):
+        assert main([given, *half]) == 2
+        assert "--event: goes with --text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", get_args(AlertKind))
