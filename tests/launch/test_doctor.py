@@ -194,6 +194,8 @@ def test_a_python_that_does_not_do_is_missing(monkeypatch: pytest.MonkeyPatch, m
     monkeypatch.setattr(doctor.sys, "version_info", (3, minor, 0))
     found = next(doctor.python())
     assert found.is_needed and (found.fix == "") == usable
+    names = {finding.name for finding in doctor.examine()}
+    assert "gcc" in names and ("deepspeed" in names) == (minor >= 11), "an older one cannot read pyproject.toml"
 
 
 def test_its_pythons_are_those_of_pyproject() -> None:
