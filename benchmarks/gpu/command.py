@@ -1,7 +1,7 @@
 """How a command goes through its parts: most important first, within a time, one line of its record after each.
 
 A part is a function from `Context` to a dictionary. It raises `Failed` with what it measured where a check does not
-hold, and `Unavailable` where this machine lacks what it needs.
+hold, `Unavailable` where this machine lacks what it needs, and `Late` where the time was over before it ended.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ class Unavailable(Exception):
     """This machine lacks what the part needs; the message says what."""
 
 
+class Late(Exception):
+    """The time was over before the part ended. It is tried again behind all others: it may hang."""
+
+
 class Failed(Exception):
     """A check did not hold. `result` is recorded beside the message."""
 
@@ -52,6 +56,8 @@ class Context:
     """Folder of the records: a part may read what an earlier one measured."""
     remaining: Callable[[], float]
     """Seconds that are left for this part and all after it."""
+    asked: frozenset[str] = frozenset()
+    """Parts that this command will compute, those that it has computed among them."""
     shared: bool = False
     """Whether others use the device too: speeds of training are not recorded."""
     say: Callable[[str], None] = print
@@ -134,7 +140,10 @@ def run_parts(
     cut = book.cut()
     parts = sorted(parts, key=lambda part: part.name in cut)  # behind all others
     device = torch.device(options.device)
-    context = Context(device=device, tiny=options.tiny, results=folder, remaining=remaining, shared=options.shared)
+    asked = frozenset(part.name for part in parts if options.again or part.name not in done)
+    context = Context(
+        device=device, tiny=options.tiny, results=folder, remaining=remaining, asked=asked, shared=options.shared
+    )
     context.measured.update({name: entry.result for name, entry in done.items() if entry.status == PASSED})
     on = book.identity
     print(f"{on.card}, driver {on.driver}, torch {on.torch}, triton {on.triton}, revision {record.revision()}")
@@ -174,6 +183,8 @@ def run_part(part: Part, context: Context, book: Record, clock: Callable[[], flo
             result = part.compute(context)
         except Unavailable as why:
             return end(SKIPPED, {"reason": str(why)})
+        except Late as why:
+            return end(CUT, {"reason": str(why)})
         except Failed as why:
             return end(FAILED, why.result | {"reason": str(why)})
         except Exception as error:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import csv
 import functools
+import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.gpu import micro_step
-from benchmarks.gpu.command import Context, Failed, Part, Unavailable
+from benchmarks.gpu.command import Context, Failed, Late, Part, Unavailable
+from benchmarks.gpu.processes import captured
 from benchmarks.gpu.record import ROOT
 
 KERNELS = 5
@@ -48,17 +49,9 @@ def compute(context: Context, *, model: str, sequences: int) -> dict[str, Any]:
     line = [program, "--target-processes", "all", "--clock-control", "none", "--csv", "--page", "raw"]
     line += ["--metrics", ",".join(METRICS), "--kernel-name-base", "function", "--kernel-name", pattern]
     limit = max(context.remaining(), 1.0)
-    try:
-        done = subprocess.run(
-            [*line, "--launch-count", "60", *child],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise Failed(f"ncu did not end in {limit:.0f} s") from None
+    done = captured([*line, "--launch-count", "60", *child], limit, ROOT, os.environ)
+    if done is None:
+        raise Late(f"ncu did not end in {limit:.0f} s")
     said = done.stdout + done.stderr
     for words in NOT_PERMITTED:
         if words in said:

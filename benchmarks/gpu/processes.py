@@ -6,7 +6,9 @@ import contextlib
 import os
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from subprocess import CompletedProcess
 
 
 def below(pid: int) -> dict[int, list[str]]:
@@ -48,6 +50,21 @@ def within(line: list[str], seconds: float, cwd: Path) -> int | None:
     with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may keep what is killed
         process.wait(5)
     return None
+
+
+def captured(line: list[str], seconds: float, cwd: Path, env: Mapping[str, str]) -> CompletedProcess[str] | None:
+    """What a command said, or None where it was ended after so many seconds with all that it started: subprocess.run
+    would end the command alone, and wait for what that had started."""
+    process = subprocess.Popen(line, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=seconds)
+        return CompletedProcess(line, process.returncode, out, err)
+    except subprocess.TimeoutExpired:
+        end_all_below(process.pid)
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=5)
+        return None
 
 
 def end_all_below(pid: int) -> None:

@@ -104,8 +104,11 @@ class Record:
             command=without_places(shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])),
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(entry)) + "\n"
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            text = "\n" + text  # a line that a kill or a full disk has cut is not to take this one with it
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(entry)) + "\n")
+            file.write(text)
         return entry
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.gpu import models, winners
 from benchmarks.gpu.command import Context, Failed, Part
 from benchmarks.gpu.equality import TOLERANCE, errors, furthest
-from benchmarks.gpu.micro_step import Step, name_of, profiled, timeline, utilisation
+from benchmarks.gpu.micro_step import Step, free_memory, name_of, profiled, timeline, utilisation
 from model.kernels.ops import route
 from model.kernels.triton.tiles import Entry, placed
 
@@ -57,7 +57,7 @@ def _measured(context: Context, name: str, sequences: int, kind: str, entries: l
     on_gpu = context.device.type == "cuda"
     backend = "sets" if "sets" in kind else "triton" if context.tiny else "auto"
     if on_gpu:
-        torch.cuda.empty_cache()
+        free_memory()
 
     def new() -> Step:
         return Step(config, context.device, sequences, backend)
@@ -81,7 +81,7 @@ def _measured(context: Context, name: str, sequences: int, kind: str, entries: l
     result["errors"], wrong = compared(found, wanted, noise)
     del found, wanted, noise, choices
     if on_gpu:
-        torch.cuda.empty_cache()  # what was launched one by one leaves its memory to the graphs
+        free_memory()  # what was launched one by one leaves its memory to the graphs
 
     def timed(step: Step) -> tuple[float, float]:
         with placed(entries if step is tuned else ()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 import time
@@ -98,6 +99,9 @@ def visit(options: argparse.Namespace, stops: Sequence[Stop], *, run: Runner, cl
     if options.list:
         print(markdown(_rows(plan, {name: book.last() for name, book in books.items()})))
         return 0
+    if not is_writable(folder):
+        print(f"benchmarks.gpu visit: nothing can be written to {folder}: no part would be recorded", file=sys.stderr)
+        return 2
     going = _Call(options, folder, books, begin + options.seconds, run, clock)
     # What hung or died before is tried again behind all others.
     order = sorted(enumerate(plan, start=1), key=lambda item: not going.missing(item[1], going.cut(item[1])))
@@ -114,6 +118,15 @@ def visit(options: argparse.Namespace, stops: Sequence[Stop], *, run: Runner, cl
     if left_out:
         print(f"{left_out} parts are left: the same command goes on with them")
     return 1 if any(entry.status == FAILED for entry in found) else TIME_OVER if left_out else 0
+
+
+def is_writable(folder: Path) -> bool:
+    """Makes it, too."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def of(command: str, only: str, seconds: int, why: str) -> Stop:
 STOPS = [
     of(
         "truth",
-        "compile, equal 1b bf16, dropout masks, repeat 1b bf16",
+        "compile bf16, equal 1b bf16, dropout masks, repeat 1b bf16",
         110,
         """never ran on a GPU: attention inside documents, `kernels.backend=sets`, the router's one launch, the entropy
         regulariser's three, σ-MoE's sum that adds the residual stream, its backward in pieces and its wide weight
@@ -88,8 +88,8 @@ STOPS = [
         "truth",
         "racecheck 1b switchhead, racecheck 1b sigma_moe, racecheck 1b route, racecheck 1b causal_attention, "
         "racecheck 1b elementwise",
-        180,
-        "races of the kernels that never ran",
+        120,
+        "races of the kernels that never ran; eight processes at a time, as in 2026",
     ),
     of(
         "speed",

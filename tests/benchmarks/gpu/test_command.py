@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu import command, record
 from benchmarks.gpu.__main__ import COMMANDS, main
-from benchmarks.gpu.command import TIME_OVER, Context, Failed, Part, Unavailable
+from benchmarks.gpu.command import TIME_OVER, Context, Failed, Late, Part, Unavailable
 from benchmarks.gpu.record import read
 from tests.benchmarks.gpu.cases import ON_CPU
 
@@ -82,6 +82,25 @@ def test_a_recorded_failure_stays_one(parts: Parts) -> None:
     listed = [parts.part("a", Failed("no"))]
     assert [parts.run(listed), parts.run(listed)] == [1, 1]
     assert parts.ran == []
+
+
+def test_what_came_too_late_is_no_failure(parts: Parts) -> None:
+    """It is tried again, behind the others."""
+    assert parts.run([parts.part("a", Late("it did not end in 9 s")), parts.part("b")], only=["a"]) == 0
+    assert parts.statuses == {"a": "cut"}
+    assert parts.run([parts.part("a"), parts.part("b")]) == 0 and parts.ran == ["b", "a"]
+    assert parts.statuses == {"a": "passed", "b": "passed"}
+
+
+def test_a_part_knows_what_is_asked_for(parts: Parts) -> None:
+    """Not what is recorded, unless it is repeated."""
+    told: list[frozenset[str]] = []
+    listed = [parts.part(name) for name in ("a", "b", "c")]
+    asking = Part("ask", lambda context: told.append(context.asked) or {})  # type: ignore[func-returns-value]
+    parts.run(listed, only=["a"])
+    for again in (False, True):
+        parts.run([*listed, asking], only=["a", "b", "ask"], again=again)
+    assert told == [{"b", "ask"}, {"a", "b", "ask"}]
 
 
 def test_some_parts_alone(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:

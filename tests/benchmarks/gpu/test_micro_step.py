@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,26 @@ def test_three_steps_come_before_those_that_are_timed(monkeypatch: pytest.Monkey
     with pytest.raises(Failed, match="the loss is not finite") as failure:
         micro_step.compute(context(tmp_path), name="tiny", sequences=1)
     assert failure.value.result["tokens"] == 16 and log == ["step"] * 3 + ["timed", "step"] * 3  # the last: profiled
+
+
+def test_graphs_of_parts_before_leave_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the cache is emptied: what a cycle of objects holds is not in the cache."""
+    log = list[str]()
+
+    class Graphs:
+        def __del__(self) -> None:
+            log.append("freed")
+
+    held: Any = Graphs()
+    held.itself = held
+    gc.disable()
+    try:
+        del held
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("emptied"))
+        micro_step.free_memory()
+    finally:
+        gc.enable()
+    assert log == ["freed", "emptied"]
 
 
 def test_gradients_are_those_of_one_step() -> None:

@@ -57,6 +57,17 @@ def test_what_counts_as_done(tmp_path: Path) -> None:
         assert other.path == book.path and other.done() == {}
 
 
+def test_a_line_that_was_cut_takes_no_other_with_it(tmp_path: Path) -> None:
+    book = Record(tmp_path, "truth", H100)
+    for name in "ab":
+        book.append(name, "passed", 1.0, {})
+    book.path.write_bytes(book.path.read_bytes()[:-20])
+    assert list(book.done()) == ["a"]
+    for name in "cd":
+        book.append(name, "passed", 1.0, {})
+    assert list(book.done()) == ["a", "c", "d"] and book.path.read_text().count("\n") == 4
+
+
 def test_the_revision_with_and_without_git(tmp_path: Path) -> None:
     file = tmp_path / ".carry" / "REVISION"
     tree = tmp_path / "tree"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ from benchmarks import compiled, op_cases, op_shapes
 from benchmarks.fake_cuda import backward, fake_cuda
 from benchmarks.gpu import compilation, dropout, equality, launched, sanitizer, truth
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.command import Failed, Unavailable
+from benchmarks.gpu.command import Failed, Late, Unavailable
 from benchmarks.gpu.record import ROOT, read
 from benchmarks.gpu.timing import Inputs, draw, tensors_of
 from benchmarks.launch_counter import LaunchCounter
@@ -233,6 +235,44 @@ def test_how_the_sanitizer_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "PYTORCH_NO_CUDA_MEMORY_CACHING=1\n" in (tmp_path / "variables").read_text()
 
 
+def test_a_tool_that_is_too_late_has_found_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    on_the_path(tmp_path, "compute-sanitizer", "sleep 600", monkeypatch)
+    for remaining, words in ((1.2, "racecheck did not end in 1 s"), (0.5, "the time was over before it began")):
+        with pytest.raises(Late, match=words):
+            sanitizer.check(context(tmp_path, remaining=remaining), tool="racecheck", model="tiny", number=0)
+
+
+@pytest.mark.parametrize("cores, most", [(8, 3), (4, 2), (1, 1)])
+def test_cases_that_are_asked_for_run_at_the_same_time(
+    cores: int, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each once, and each part has its own: what one fails of, another does not."""
+    parts = [part for part in sanitizer.parts(tiny=True) if part.name.startswith("racecheck")]
+    names = [part.name for part in parts]
+    begun, running, together = list[int](), list[int](), list[int]()
+
+    def check(context: Any, *, tool: str, model: str, number: int) -> dict[str, Any]:
+        assert (tool, model) == ("racecheck", "tiny")
+        begun.append(number)
+        running.append(number)
+        time.sleep(0.2)
+        together.append(len(running))
+        running.remove(number)
+        if number == 2:
+            raise Failed("a race", {"number": number})
+        return {"number": number}
+
+    monkeypatch.setattr(sanitizer, "check", check)
+    monkeypatch.setattr(sanitizer.os, "cpu_count", lambda: cores)
+    asked = dataclasses.replace(context(tmp_path), asked=frozenset({"compile bf16", *(names[n] for n in (1, 2, 4))}))
+    assert parts[1].compute(asked) == {"number": 1}
+    with pytest.raises(Failed, match="a race"):
+        parts[2].compute(asked)
+    assert parts[4].compute(asked) == {"number": 4}
+    assert sorted(begun) == [1, 2, 4] and max(together) == most
+    assert parts[0].compute(asked) == {"number": 0} and len(begun) == 4  # nobody asked
+
+
 def test_memcheck_excuses_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It reads and writes what an op gave it."""
     on_the_path(tmp_path, "compute-sanitizer", f"{OF_CUBLAS}; {SUMMARY}; echo '{sanitizer.LAUNCHED}{{}}'; exit 9",
@@ -279,7 +319,7 @@ def test_a_kernel_that_does_not_compile_fails_the_part(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(compilation, "ProcessPoolExecutor", AtOnce)
     with pytest.raises(Failed, match=r"sigma_moe .* bf16: RuntimeError: it spills") as failure:
-        compilation.compile_all(context(tmp_path))
+        compilation.compile_all(context(tmp_path), dtype="bf16")
     result = failure.value.result
     assert len(result["errors"]) == 1 and len(result["seconds"]) == len(CASES) - 1 and not result["not_in_time"]
 

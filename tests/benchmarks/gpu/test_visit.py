@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from benchmarks.gpu import carry, quality_run, record, tables, visit, visit_numbers
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import TIME_OVER, Context, Failed, Unavailable
+from benchmarks.gpu.processes import captured
 from benchmarks.gpu.record import Record, read
 from benchmarks.gpu.visit import END_SECONDS, START_SECONDS
 from benchmarks.gpu.visit_list import STOPS, Stop
@@ -178,6 +180,12 @@ def test_records_are_where_the_call_names_them(machine: Machine, monkeypatch: py
     assert machine.visit(ROWS, results=Path(".")) == 0
 
 
+def test_nothing_is_begun_where_nothing_could_be_recorded(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    (machine.folder / "file").write_text("")
+    assert machine.visit(ROWS, results=machine.folder / "file" / "folder") == 2 and machine.begun == []
+    assert "visit: nothing can be written to" in capsys.readouterr().err
+
+
 def test_what_needs_more_time_than_is_left_is_not_begun(machine: Machine) -> None:
     """A shorter stop behind it is."""
     (longest,) = (part for part in parts_of("run") if part.name == "cuda graphs 1b")
@@ -214,6 +222,17 @@ def test_a_process_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) 
     if told.exists():
         state = Path("/proc", told.read_text(), "stat")  # killed, and gone as soon as its new parent has waited for it
         assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_what_is_captured_does_not_outlive_its_time(tmp_path: Path) -> None:
+    """Nor is it waited for: a child holds the pipes that its parent, killed alone, would leave open."""
+    begin = time.monotonic()
+    assert captured(["/bin/sh", "-c", "sleep 600 & echo $! > pid; wait"], 0.5, tmp_path, {}) is None
+    assert time.monotonic() - begin < 60.0
+    state = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+    done = captured(["/bin/sh", "-c", "echo $word; echo no >&2; exit 3"], 60.0, tmp_path, {"word": "yes"})
+    assert done is not None and (done.returncode, done.stdout, done.stderr) == (3, "yes\n", "no\n")
 
 
 def test_a_part_that_was_cut_comes_behind_the_others(parts: Parts) -> None:  # noqa: F811
