@@ -260,20 +260,39 @@ def _suggestion(model: type[BaseModel], key: str) -> str:
         section = key.rsplit(".", 1)[0]
         return f" for this {section}.type; it belongs to {section}.type = {' or '.join(owners)}"
     nearest = nearest_key(model, key)
-    return f"; the nearest known key is {nearest}" if nearest else "; see --help for all keys"
+    if nearest:
+        return f"; the nearest known key is {nearest}"
+    section = key.rpartition(".")[0]
+    is_one_kind = len({known.section for known in keys(model) if known.dotted.rpartition(".")[0] == section}) == 1
+    if section and is_one_kind:
+        return f"; {section} has {', '.join(_names_in(model, section))}"
+    return "; see --help for all keys"
+
+
+def _names_in(model: type[BaseModel], section: str) -> list[str]:
+    """The keys and sections in a section ("": the top level), in order, of all its kinds; empty if there is none."""
+    start = f"{section}." if section else ""
+    inside = (known.dotted.removeprefix(start) for known in keys(model) if known.dotted.startswith(start))
+    return list(dict.fromkeys(name.partition(".")[0] for name in inside))
 
 
 def nearest_key(model: type[BaseModel], key: str) -> str | None:
-    """The known key or section that is most like an unknown one, compared by the whole name, else by the last part (a
-    key in the wrong section); None if nothing is like it."""
+    """The known key or section that is most like an unknown one; None if nothing is like it. In a known section that is
+    a key of it, else one of another section that is called almost the same. The whole names are compared only where the
+    section is unknown too: all keys of a section are alike in their first half, and none of `parallel` means what
+    `parallel.context` would."""
+    section, _, leaf = key.rpartition(".")
     dotted = {known.dotted for known in keys(model)}
-    known = sorted(dotted | {name.rsplit(".", 1)[0] for name in dotted})
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if close:
-        return close[0]
+    known = sorted(dotted | {name.rpartition(".")[0] for name in dotted} - {""})
     last_parts = {name.rpartition(".")[2]: name for name in reversed(known)}
-    close = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1, cutoff=0.6)
-    return last_parts[close[0]] if close else None
+    last_parts.pop("type", None)  # which kind a section is says nothing of another section
+    name, here = leaf, {name: f"{section}.{name}".lstrip(".") for name in _names_in(model, section)}
+    if not here:
+        name, here = key, {name: name for name in known}
+    for wanted, among, cutoff in (name, here, 0.8), (leaf, last_parts, 0.9), (name, here, 0.6):
+        if close := difflib.get_close_matches(wanted, among, n=1, cutoff=cutoff):
+            return among[close[0]]
+    return None
 
 
 def describe_keys(model: type[BaseModel], note: Callable[[FieldInfo], str] = lambda field: "") -> list[str]:

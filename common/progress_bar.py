@@ -1,5 +1,5 @@
-"""Progress on stderr: a byte bar with an ETA, and a heartbeat for work that cannot report its own
-progress."""
+"""Progress on stderr: a byte bar with an ETA, a bar or lines for a phase of a job, and a heartbeat for work that cannot
+report its own progress."""
 
 import contextlib
 import sys
@@ -56,6 +56,35 @@ def count_bytes(description: str, total: int) -> Callable[[int], None]:
             bar.close()
 
     return count
+
+
+@contextlib.contextmanager
+def phase_progress(description: str, unit: str, *, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """For a phase of a job whose log is kept: a callback that takes how many `unit` are done, and of how many. On a
+    terminal it draws a bar, removed at the end; elsewhere it prints a line every 15 s. A phase that is over sooner, or
+    on a terminal within a second, leaves nothing."""
+    if not enabled:
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
+        with tqdm(desc=description, unit=f" {unit}", leave=False, mininterval=_interval_seconds(), delay=1.0) as bar:
+
+            def draw(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield draw
+    else:
+        started = said = time.monotonic()
+
+        def say(done: int, total: int) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= LOG_INTERVAL_SECONDS:
+                said = now
+                line = f"{description}: {done:,} of {total:,} {unit} after {now - started:.0f} s"
+                print(line, file=sys.stderr, flush=True)
+
+        yield say
 
 
 @contextlib.contextmanager

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from model.config import MoAConfig
+from model.parallel.collectives import sum_for_each
 from model.parallel.context import ParallelContext
 from model.routing import RoutingStatistics, chosen_gates
 
@@ -55,7 +55,7 @@ def balance_losses(
         choice_share = load.to(logits.dtype) / index.numel()
         if parallel.data_size > 1:
             means = torch.stack([mean_probability, gate_mean, choice_share])
-            means = differentiable_all_reduce(means, group=parallel.data_group) / parallel.data_size
+            means = sum_for_each(means, parallel.data_group) / parallel.data_size
             mean_probability, gate_mean, choice_share = means.unbind()
         cv = squared_variation(gate_mean)
     switch = config.num_experts * (choice_share * mean_probability).sum()

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
-from model.config import SigmaMoEConfig
 from model.kernels.ops.elementwise import entropy, linear_entropy
-from model.parallel.collectives import leave_shards
+from model.parallel.collectives import leave_shards, sum_for_each
 from model.parallel.context import ParallelContext
 
 
@@ -254,9 +252,21 @@ def chosen_gates(gates: Tensor, index: Tensor, num_experts: int) -> Tensor:
     return gates.new_zeros(gates.shape[0], num_experts).scatter(1, index, gates)
 
 
+class Regularised(Protocol):
+    """The keys of a layer's section that `entropy_regularizer` reads."""
+
+    @property
+    def entropy_weight(self) -> float:
+        """gamma."""
+
+    @property
+    def entropy_scope(self) -> Literal["global_batch", "micro_batch"]:
+        """Batch whose mean p it uses."""
+
+
 def entropy_regularizer(
     logits: Tensor,
-    config: SigmaMoEConfig,
+    config: Regularised,
     statistics: RoutingStatistics,
     parallel: ParallelContext,
     *,
@@ -292,7 +302,7 @@ def entropy_regularizer(
         dist.all_reduce(maximum, dist.ReduceOp.MAX, group=token_group)
     scaled = _mean_over(token_group, (log_share - maximum).exp().mean(0))
     if parallel.data_size > 1:
-        scaled = differentiable_all_reduce(scaled, group=parallel.data_group) / parallel.data_size
+        scaled = sum_for_each(scaled, parallel.data_group) / parallel.data_size
     log_probability = scaled.log() + maximum
     return config.entropy_weight * (log_probability.exp() * log_probability).sum(), None
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.progress_bar import count_bytes
 from common.tables import beginning
 from model.decoding import head_logits, hidden_states, uncached_logits
 from model.layer_section import Ability
@@ -206,8 +207,9 @@ class OpenModel:
     def save(self, folder: str | Path, source: str = "a program") -> Path:
         """Writes the weights as `model` has them now (trained on, interpolated, ...) as a new checkpoint of weights
         alone, with the tokenizer: `open_model`, every command that reads a checkpoint, and train.init_from take it.
-        `source`: what the weights are, in a few words that are recorded with them. Raises UserError."""
-        opened = self.checkpoint.path
+        `source`: what the weights are, in a few words that are recorded with them. Shows a progress bar on a terminal.
+        Raises UserError."""
+        place, opened = Path(folder), self.checkpoint.path
         if is_export(opened):
             origin = replace(open_export(opened).weights_origin(), source=source, loss=None, validation_loss=None)
         else:
@@ -218,7 +220,8 @@ class OpenModel:
             for name in parameters
             if owner_of(name, self.config.model) == name
         }
-        return write_weights(Path(folder), origin, tensors, option="folder").path
+        bar = count_bytes(place.name, sum(4 * parameters[name].numel() for name in tensors))
+        return write_weights(place, origin, tensors, option="folder", wrote=bar).path
 
     def _trace(self, ids: Sequence[int], request: Request) -> Trace:
         return trace_text(self.model, ids, request, document_end=self.saved.document_end)

@@ -124,10 +124,8 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
 
 def leave_out_warnings() -> None:
     """Of libraries: what no user can act on, and every rank would say."""
-    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, and so do we, in the terms that balance
-    # experts over ranks; of those torch names our own line.
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    warnings.filterwarnings("ignore", category=FutureWarning, message=r"torch\.distributed\.nn\..* is deprecated")
     # Said of every barrier that names none, although torch takes this rank's own, which the first one named (_meet).
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
 

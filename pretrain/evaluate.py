@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
+from common.progress_bar import phase_progress
 from common.strict_json import finite, without_nan
 from model.memory import layer_memories, separate_streams
 from model.parallel.context import ParallelContext
@@ -89,12 +90,13 @@ def evaluate(
     parallel: ParallelContext,
     device: torch.device,
     *,
-    before_batch: Callable[[], bool] = lambda: True,
+    before_batch: Callable[[int, int], bool] = lambda done, total: True,
 ) -> dict[str, float] | None:
     """Loss, perplexity, number of tokens and, for tokens that are bytes, bits per byte; of a mixture also loss/NAME and
     tokens/NAME of every source that has a window. Collective. A rank whose stream has ended, or that has none left,
     computes a window that does not count, because under ZeRO 3 every forward pass is collective. `before_batch`, which
-    is collective too, says whether to go on; if not, the result is None."""
+    is collective too, hears how many micro-batches of this rank are done, and of how many, and says whether to go on;
+    if not, the result is None."""
     windows, blocks = _deal(evaluation_windows(reader, config), config.batch.micro_sequences, parallel)
     batches = _batches(reader, config, windows, blocks)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -105,10 +107,10 @@ def evaluate(
     at_once = 4 * parallel.pipeline_size  # few enough to stop soon, many enough to fill the pipeline
     streams = torch.from_numpy(np.concatenate(blocks)).to(device)
     with separate_streams(executor.module, streams, windows.shape[1]):
-        for row, row_sources in zip(windows, sources, strict=True):
+        for step, (row, row_sources) in enumerate(zip(windows, sources, strict=True)):
             losses: list[torch.Tensor] = []
             for first in range(0, len(blocks), at_once):
-                if not before_batch():
+                if not before_batch(step * len(blocks) + first, len(windows) * len(blocks)):
                     return None
                 some = itertools.islice(batches, len(blocks[first : first + at_once]))
                 losses += executor.evaluate([batch.to(device) for batch in some])
@@ -157,20 +159,23 @@ def validate(
     if reader is None:
         return None
 
-    def goes_on() -> bool:
-        phases.enter("validation")  # every batch is a sign of life
-        return not stopping()
-
     phases.enter("validation")
     setup = trainer.setup
 
-    def evaluated() -> dict[str, float] | None:
-        return evaluate(trainer.executor, reader, config, setup.parallel, setup.device, before_batch=goes_on)
+    def evaluated(what: str) -> dict[str, float] | None:
+        with phase_progress(what, "batches", enabled=monitor is not None) as progress:
 
-    values = evaluated()
+            def goes_on(done: int, total: int) -> bool:
+                phases.enter("validation")  # every batch is a sign of life
+                progress(done, total)
+                return not stopping()
+
+            return evaluate(trainer.executor, reader, config, setup.parallel, setup.device, before_batch=goes_on)
+
+    values = evaluated(f"validation after step {step}")
     if values is not None and config.evaluate.ema and trainer.average is not None:
         with trainer.average.in_place_of_weights():
-            averaged = evaluated()
+            averaged = evaluated(f"validation of the moving average after step {step}")
         values = None if averaged is None else values | _of_average(averaged)
     if values is None:
         return None

@@ -8,6 +8,7 @@ from time import monotonic
 
 from pretrain.checkpoint import Retention
 from pretrain.checkpoint.saver import Outcome, Saver
+from pretrain.checkpoint.tokenizer_file import StoredTokenizer
 from pretrain.config.loading import to_json
 from pretrain.data.progress import Progress
 from pretrain.report.run_folder import RunFolder
@@ -42,6 +43,7 @@ def save(
             "config": to_json(config),
             "manifest_digest": sources.digest,
             "tokenizer_sha256": sources.tokenizer.sha256,
+            "tokenizer_use": StoredTokenizer.of(sources.sources[0].manifest).use,
             "branch_start": branch_start,
             **losses,
         },

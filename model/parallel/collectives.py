@@ -1,11 +1,33 @@
-"""Collectives of tensor and sequence parallelism that autograd knows, for tensors of any memory layout; without a group
-they do nothing. They are megatron-core's, called through model/parallel/megatron_core.py, which makes any memory layout
-right."""
+"""Collectives that autograd knows, for tensors of any memory layout; without a group they do nothing. Those of tensor
+and sequence parallelism are megatron-core's, called through model/parallel/megatron_core.py, which makes any memory
+layout right."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(gradient, ctx.group), None
+
+
+def sum_for_each(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over `group` of `x`, of which each rank computes a loss of its own: the gradient is the sum of those of
+    all ranks' losses."""
+    return x if group is None else _Sum.apply(x, group)
 
 
 def enter_shards(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

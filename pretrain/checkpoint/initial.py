@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from common.errors import UserError, kind_of
+from common.errors import PassingError, UserError, kind_of
 from common.line_log import LineLog, is_event
 from common.presence import exists, is_dir
 from model.parallel.context import ParallelContext
@@ -27,7 +27,7 @@ from pretrain.config.keys import flatten
 from pretrain.config.loading import to_json
 from pretrain.config.schema import Config
 from pretrain.data.patience import Patience, patient_seconds
-from pretrain.parallel.agreement import agreed, from_first_rank
+from pretrain.parallel.agreement import PeerFailed, agree, agreed, from_first_rank
 
 KEY = "train.init_from"
 INITIAL_WEIGHTS = "initial_weights"
@@ -117,7 +117,8 @@ def load_initial(
 ) -> None:
     """Fills a model that ZeRO has not yet sharded with this rank's part of those weights, after all ranks together have
     checked the files. `place`: their checkpoint, as `initial_place` gave it, the same on all ranks. The first rank says
-    where the weights come from, and which settings of the model differ. Collective; raises UserError, agreed."""
+    where the weights come from, and which settings of the model differ. Collective; raises UserError, agreed; where the
+    checkpoint was removed meanwhile and there is another, a PassingError."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     patience = Patience(patient_seconds(config.resilience), rank=rank)
     # Looked up by one: a run that goes on has another newest one for who looks later.
@@ -133,12 +134,30 @@ def load_initial(
 
     from pretrain.checkpoint.loading import load_weights_together  # imports DCP, which a new start does without
 
-    checkpoint = agreed(check)
-    load_weights_together(checkpoint, model, parallel)
+    try:
+        checkpoint = agreed(check)
+        load_weights_together(checkpoint, model, parallel)
+    except (UserError, PeerFailed):  # which all ranks have agreed on
+        agree(_removed(path, named, patience))
+        raise
     if parallel.is_first:
         print(f"initial weights: {checkpoint.path} (step {checkpoint.progress.step})", flush=True)
         for key, (then, now) in model_changes(checkpoint, config).items():
             print(f"  not as there: {key}: {json.dumps(then)} -> {json.dumps(now)}", flush=True)
+
+
+def _removed(path: Path, named: str, patience: Patience) -> UserError | None:
+    """What to say where `path`, which `named` meant, is gone; None where it is there."""
+    if os.path.isdir(path):
+        return None
+    try:
+        newest = initial_place(named, patience=patience)
+    except UserError as error:
+        return error
+    return PassingError(
+        f"{KEY}: {path} was removed before it was read, as by a run that goes on (checkpoint.keep_last); start again: "
+        f"the run then begins with {newest}"
+    )
 
 
 def model_changes(checkpoint: Checkpoint, config: Config) -> dict[str, tuple[Any, Any]]:

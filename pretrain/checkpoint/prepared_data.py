@@ -33,17 +33,18 @@ def stored_tokenizer_of(checkpoint: Checkpoint, place: str | None = None) -> tup
 
 
 def same_tokenizer(checkpoint: Checkpoint, places: Sequence[str]) -> StoredTokenizer | None:
-    """The tokenizer, by its sha256, of data that the run did not read, as those that another version has made anew of
-    the same text: of the first of `places` that has it."""
-    sha256 = checkpoint.state.get("tokenizer_sha256")
+    """The tokenizer of data that the run did not read, as those that another version has made anew of the same text: of
+    the first of `places` that has it, by its sha256, and uses it as the run's data did (`StoredTokenizer.use`, which
+    checkpoints of older versions do not say)."""
+    sha256, use = checkpoint.state.get("tokenizer_sha256"), checkpoint.state.get("tokenizer_use")
     for place in places if sha256 else ():
         with contextlib.suppress(UserError, OSError):
             if URL.match(place):
                 continue
-            manifest = Manifest.load(find_input(place))
-            entry = manifest.tokenizer
-            if entry.file is not None and entry.sha256 == sha256 == sha256_file(manifest.folder / entry.file):
-                return StoredTokenizer.of(manifest)
+            found = StoredTokenizer.of(Manifest.load(find_input(place)))
+            is_same = found.entry.sha256 == sha256 and use in (None, found.use)
+            if is_same and found.path is not None and sha256_file(found.path) == sha256:
+                return found
     return None
 
 

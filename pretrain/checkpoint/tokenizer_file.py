@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -39,6 +40,12 @@ class StoredTokenizer:
             return cls(entry=entry, folder=checkpoint.path, by_line=bool(found["by_line"]))
         except (ValidationError, KeyError, TypeError):
             raise DamagedCheckpoint(f"checkpoint {checkpoint.path}: its tokenizer cannot be read") from None
+
+    @property
+    def use(self) -> dict[str, Any]:
+        """How the data use the file, which its sha256 does not say: what ends a document (tokenizer.separator), and
+        what is encoded at once (tokenizer.sentences). Checkpoints record it."""
+        return {"eos_id": self.entry.eos_id, "by_line": self.by_line}
 
     @property
     def path(self) -> Path | None:

@@ -262,8 +262,9 @@ def _validate(opened: OpenedModel, found: HeldOut, *, is_other: bool) -> dict[st
     config = config.replaced("batch", micro_sequences=min(config.batch.micro_sequences, share))
     with _bar(opened, "validation", " batches") as bar:
 
-        def before_batch() -> bool:
-            bar.update(1)
+        def before_batch(done: int, total: int) -> bool:
+            bar.total = total
+            bar.update(done - bar.n)
             return True
 
         values = validation(opened.evaluator, reader, config, place.parallel, place.device, before_batch=before_batch)

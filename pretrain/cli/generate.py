@@ -244,13 +244,13 @@ def _report(saved: SavedModel, settings: Settings, cost: Cost) -> str:
     from model.costs import cache_floats, dense_cache_floats
 
     parts = [
-        f"{cost.tokens:,} tokens in {cost.seconds:.2f} s, {cost.prompt_seconds:.2f} s of them for the prompts' "
-        f"{cost.prompt_tokens:,} and the first after each"
+        f"{cost.tokens:,} tokens in {cost.seconds:.2f} s: {cost.prompt_seconds:.2f} s to read the prompts "
+        f"({cost.prompt_tokens:,} tokens) and write each text's first"
     ]
     # The first pass of a process also pays for what it loads, so it is no part of the rate.
     if further := cost.tokens - cost.first_tokens:
         speed = further / max(cost.seconds - cost.prompt_seconds, 1e-9)
-        parts.append(f"after that {speed:,.1f} tokens/s {'with' if settings.is_cached else 'without'} a cache")
+        parts.append(f"then {speed:,.1f} tokens/s {'with' if settings.is_cached else 'without'} a cache")
     if settings.is_cached:
         config = saved.config.model
         own, dense = 4 * cache_floats(config), 4 * dense_cache_floats(config)

@@ -166,7 +166,9 @@ def _memory(report: FitReport) -> Iterator[str]:
     if offloaded:
         yield f"CPU memory for the offloaded optimizer: {offloaded / GIB:.3f} GiB a rank"
     staging = max(stage.staging for stage in report.stages)
-    if staging:
+    if staging and report.machine.device.device_type == "cpu":
+        yield "highest is with the copy that a checkpoint is written from (none with checkpoint.asynchronous=false)"
+    elif staging:
         node = staging * report.machine.gpus_per_node
         yield (
             f"CPU memory for a checkpoint on its way: {staging / GIB:.3f} GiB a rank, up to {node / GIB:.2f} GiB a "

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from common.errors import ConfigError
+from model.config import ModelConfig
 from pretrain.config.schema import Config
 
 
@@ -44,13 +45,18 @@ def of_the_host(config: Config, data_size: int | None, *, instead: str) -> Itera
 
 def _collective_regularisers(config: Config, data_size: int) -> Iterator[Obstacle]:
     """Regularisers that sum over ranks in every micro-step."""
-    model = config.model
+    for name in of_a_micro_batch(config.model):
+        reason = f"it is a collective of {data_size} ranks in each layer"
+        yield Obstacle(f"{name} = micro_batch", reason, f", or {name} to global_batch")
+
+
+def of_a_micro_batch(model: ModelConfig) -> Iterator[str]:
+    """The keys by which a regulariser is one of a micro-step's sequences on all data-parallel ranks: with them the loss
+    depends on batch.micro_sequences x DP, which may change at every start."""
     for section, key, weights in (
         ("feedforward", "entropy_scope", ("entropy_weight",)),
         ("attention", "loss_scope", ("switch_loss_weight", "cv_loss_weight")),
     ):
         layer = getattr(model, section)
         if getattr(layer, key, None) == "micro_batch" and any(getattr(layer, weight) for weight in weights):
-            name = f"model.{section}.{key}"
-            reason = f"it is a collective of {data_size} ranks in each layer"
-            yield Obstacle(f"{name} = micro_batch", reason, f", or {name} to global_batch")
+            yield f"model.{section}.{key}"

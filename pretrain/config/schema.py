@@ -82,7 +82,8 @@ class BatchConfig(Section):
     """Sequences per optimizer step, over all ranks and micro-steps."""
     micro_sequences: PositiveInt = Field(8, json_schema_extra=FREE)
     """Sequences per forward pass of one rank. global_sequences must be a multiple of micro_sequences x DP; the
-    quotient is the number of micro-steps."""
+    quotient is the number of micro-steps. It changes no number but by rounding, unless a regulariser has the scope
+    micro_batch."""
 
 
 class UndecayedGroupConfig(Section):

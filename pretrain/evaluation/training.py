@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import Problem, UserError, refuse
+from common.progress_bar import phase_progress
 from common.strict_json import without_nan
 from pretrain.config.schema import Config
 from pretrain.data.sources import Sources
@@ -88,7 +89,7 @@ class RunTasks(NamedTuple):
         is collective too, asks to stop (see `answer`). Collective."""
         results: list[TaskResult] = []
         for task in self.prepared:
-            found = task.evaluate(evaluator, self.limits, place, goes_on=goes_on)
+            found = self._evaluate_one(task, evaluator, place, step, goes_on, says=monitor is not None)
             if found is None:
                 return
             results.append(found)
@@ -97,6 +98,24 @@ class RunTasks(NamedTuple):
         for result in results:
             values = without_nan(result.values)
             monitor.evaluation(step, result.name, values, examples=result.examples, limit=self.first)
+
+    def _evaluate_one(
+        self,
+        task: PreparedTask,
+        evaluator: Evaluator,
+        place: Place,
+        step: int,
+        goes_on: Callable[[int], bool],
+        *,
+        says: bool,
+    ) -> TaskResult | None:
+        with phase_progress(f"{task.task.name} after step {step}", "texts", enabled=says) as progress:
+
+            def heard(done: int) -> bool:
+                progress(done, len(task.queries))
+                return goes_on(done)
+
+            return task.evaluate(evaluator, self.limits, place, goes_on=heard)
 
 
 def _prepared(name: str, path: Path, encoder: Encoder, limits: Limits, first: int | None) -> PreparedTask:

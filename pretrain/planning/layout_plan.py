@@ -32,7 +32,7 @@ class StageMemory:
     parts: dict[str, int]
     """What for, in the order of a table; not all of it is there at once."""
     total: int
-    """At the highest point of a step."""
+    """At the highest point of a step; on a CPU with `staging`, which lies in the same memory."""
     staging: int
     """In CPU memory, for a checkpoint that is written while training goes on."""
     offloaded: int
@@ -97,13 +97,14 @@ def stage_memories(config: Config, machine: Machine, stages: Sequence[int] | Non
             rank = fullest_rank(config, data_size, stage)
             rehearsal = rehearsed(config, machine.num_gpus, rank, machine.device.device_type)
             parts, total, offloaded = _rehearsed_parts(rehearsal), rehearsal.peak, rehearsal.elsewhere
+        beside = copy_beside_a_step(config, machine.num_gpus, stage, machine.device.device_type)
         found.append(
             StageMemory(
                 stage=stage,
                 blocks=blocks,
                 parameters=held[stage].parameters,
-                parts=parts,
-                total=total,
+                parts={**parts, "checkpoint's copy": beside},
+                total=total + beside,
                 staging=staging_bytes(config, held[stage], blocks, data_size),
                 offloaded=offloaded,
             )

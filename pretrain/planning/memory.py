@@ -122,15 +122,15 @@ class Fit:
     needed_next: int | None
 
 
-def largest_micro_batch(config: Config, data_size: int, device_type: str, capacity: int) -> Fit:
+def largest_micro_batch(config: Config, data_size: int, device_type: str, capacity: int, *, beside: int = 0) -> Fit:
     """Among the micro-batches that divide the rank's share of a step. An estimate rises with the micro-batch, so a
     bisection finds it: a few traces. The largest possible one is asked first: of a single micro-step no sums are kept,
-    so that it may need less than the one before."""
+    so that it may need less than the one before. `beside`: bytes that are there besides, whatever the micro-batch."""
     share = config.batch.global_sequences // data_size
     sizes = [size for size in range(1, share + 1) if share % size == 0]
 
     def needed(index: int) -> int:
-        return estimate(config, data_size, device_type, micro_sequences=sizes[index]).total
+        return estimate(config, data_size, device_type, micro_sequences=sizes[index]).total + beside
 
     last = len(sizes) - 1
     fits, does_not = (last, last + 1) if needed(last) <= USABLE * capacity else (-1, last)

@@ -24,9 +24,12 @@ def memory_rows(config: Config, data_size: int, device_type: str, capacity: int)
     unknown = why_unknown(config)
     if unknown is not None:
         return [DerivedValue("memory of a rank", "not estimated", unknown)]
+    copy = copy_beside_a_step(config, data_size, 0, device_type)  # of a model in one piece: a rank has one stage
+    row = _estimate_row(estimate(config, data_size, device_type))
+    fit = largest_micro_batch(config, data_size, device_type, capacity, beside=copy)
     return [
-        _estimate_row(estimate(config, data_size, device_type)),
-        _fit_row(largest_micro_batch(config, data_size, device_type, capacity)),
+        DerivedValue(row.name, row.value, f"{row.formula}{copy_text(copy)}"),
+        _fit_row(fit, " with that copy" if copy else ""),
     ]
 
 
@@ -103,16 +106,18 @@ def _estimate_row(found: MemoryEstimate) -> DerivedValue:
     )
 
 
-def _fit_row(found: Fit) -> DerivedValue:
+def _fit_row(found: Fit, of_what: str) -> DerivedValue:
     capacity = f"{USABLE:.0%} of {found.capacity / GIB:.1f} GiB"
     if found.largest is None:
-        what = f"one sequence needs {found.needed / GIB:.2f} GiB, more than {capacity}: divide the model or recompute"
-        return DerivedValue("largest micro-batch", "none", what)
+        needed = f"one sequence needs {found.needed / GIB:.2f} GiB{of_what}"
+        return DerivedValue(
+            "largest micro-batch", "none", f"{needed}, more than {capacity}: divide the model or recompute"
+        )
     more = ""
     if found.next_larger is not None and found.needed_next is not None:
         more = f"; {found.next_larger} would need {found.needed_next / GIB:.2f}"
     return DerivedValue(
         "largest micro-batch",
         f"{found.largest}",
-        f"batch.micro_sequences that fits {capacity}: {found.needed / GIB:.2f} GiB{more}",
+        f"batch.micro_sequences that fits {capacity}: {found.needed / GIB:.2f} GiB{of_what}{more}",
     )

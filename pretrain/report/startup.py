@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from model.attention.rope import rotated_width
 from model.config import RopeConfig
+from pretrain.config.obstacles import of_a_micro_batch
 from pretrain.config.schedule import warmup_steps
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
@@ -52,6 +53,7 @@ def derived_values(
         *_size_values(config, data_size, sum(sizes), sum(reads), progress),
         *_layout_values(config, data_size),
         *_divided_values(config),
+        *_regulariser_values(config, data_size),
         *_optional_values(config, sum(sizes), stages[-1], sources.tokenizer.vocab_size),
     ]
 
@@ -121,6 +123,14 @@ def _divided_values(config: Config) -> list[DerivedValue]:
         experts = model.feedforward.routers.num_experts // parallel.expert
         values.append(DerivedValue("experts per rank", f"{experts}", formula))
     return values
+
+
+def _regulariser_values(config: Config, data_size: int) -> list[DerivedValue]:
+    """What the loss of a step depends on that layouts may change: nothing, but for these regularisers."""
+    batch = config.batch
+    value = f"{batch.micro_sequences * data_size} of {batch.global_sequences} sequences"
+    formula = "micro_sequences x DP; another product is another loss ({} = micro_batch)"
+    return [DerivedValue("a regulariser's batch", value, formula.format(key)) for key in of_a_micro_batch(config.model)]
 
 
 def _optional_values(config: Config, windows: int, stage: Stage, num_pieces: int) -> list[DerivedValue]:

@@ -72,3 +72,20 @@ def test_a_table_replaces_what_stood_between_its_marks() -> None:
     )
     with pytest.raises(ValueError, match="lacks <!-- y: begin -->"):
         with_table(text, "y", "")
+
+
+def test_a_page_that_was_changed_by_hand_is_found_and_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, document = page.DOCUMENT.read_text(encoding="utf-8"), tmp_path / "page.md"
+    begin = "<!-- benchmarks.page families: begin -->\n"
+    document.write_text(right.replace(begin, f"{begin}by hand\n"), encoding="utf-8")
+    monkeypatch.setattr(page, "DOCUMENT", document)
+    monkeypatch.setattr(page, "draw", list)
+    assert page.main(["--check"]) == 1 and "by hand" in document.read_text(encoding="utf-8")
+    assert page.main([]) == 0 and document.read_text(encoding="utf-8") == right
+    assert page.main(["--check"]) == 0
+    document.write_text("no marks", encoding="utf-8")
+    capsys.readouterr()
+    assert page.main([]) == 2 and document.read_text(encoding="utf-8") == "no marks"
+    assert capsys.readouterr().err.startswith("error: the page has the tables []")

@@ -31,7 +31,7 @@ from benchmarks.quality.records import RESULTS, SHIPPED, Record, digest_of, keep
 from benchmarks.quality.table import page, picture, short_table, table
 from common.errors import DataError
 from common.paths import REPOSITORY
-from model.costs import formula_parameters
+from model.costs import formula_parameters, training_flops_per_token
 from pretrain.config.loading import load_config
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config, train_runs
@@ -60,6 +60,14 @@ def test_models_have_equally_many_parameters_and_differ_in_the_layers_alone() ->
     assert all(tree == same[0] for tree in same) and all(tree == same_runs[0] for tree in same_runs)
     batch = configs["dense"].batch.global_sequences * configs["dense"].model.sequence_length
     assert batch * TUNED_STEPS >= 2e6 and batch * STEPS >= 8e6
+
+
+def test_a_run_has_its_rate_seed_and_length() -> None:
+    training = Training("moa", 0.00025, 2, STEPS)
+    config = load_config(training.config, training.overrides)
+    assert (config.optimizer.learning_rate, config.train.seed) == (0.00025, 2)
+    assert (config.train.steps, config.schedule.warmup_steps) == (1000, 100)
+    assert config.model == load_config(CONFIGS / "moa.json").model and training.name == "moa-1000-0.00025-2"
 
 
 def trained_until_nothing_is_missing(best: dict[str, float]) -> list[Training]:
@@ -180,9 +188,13 @@ def test_what_is_kept_of_a_run(prepared: Path, tmp_path: Path) -> None:
     assert [step for step, _ in found.validations] == [10, 20] and found.steps == 20
     assert found.tokens_per_step == 8 * 16 and found.last_loss == found.validations[-1][1]
     assert found.seconds[1] == pytest.approx(sum(row["step_seconds"] for row in rows), abs=0.1)
+    assert found.flops_per_token == pytest.approx(training_flops_per_token(config.model), rel=1e-3)
     assert set(found.origin) >= {"torch", "processor", "began", "data"}
     keep(found, tmp_path / "results")
     assert read_records(tmp_path / "results") == [found]
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"^--runs: .* has no metrics; remove it and start again"):
+        record_of(Training("dense", 0.004, 0, 20), tmp_path / "run", prepared, diverged=False)
 
 
 def test_the_command_trains_what_is_missing_and_stops_where_a_run_stops(

@@ -238,6 +238,39 @@ def test_what_makes_a_result_another_one_is_named(tmp_path: Path, capsys: pytest
     assert rows["c4_switchall_259m"][0]["state"] == "finished; differs in entropy over 32 of 64 sequences"
 
 
+@pytest.mark.parametrize(
+    "ranks, divided, differs",
+    [
+        (8, [], ""),
+        (16, ["parallel.tensor=2"], ""),
+        (8, ["parallel.tensor=2"], "; differs in entropy over 32 of 64 sequences"),
+        (16, ["parallel.tensor=2", "parallel.pipeline=2"], "; differs in entropy over 32 of 64 sequences"),
+    ],
+)
+def test_the_regulariser_sees_what_data_parallel_ranks_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: int, divided: list[str], differs: str
+) -> None:
+    run = write_run(tmp_path / "a", "c4_switchall_259m", *divided, losses={100_000: 3.0}, ranks=ranks)
+    assert shown(capsys, run)["c4_switchall_259m"][0]["state"] == f"finished{differs}"
+
+
+def test_runs_are_looked_for_where_the_commands_put_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["table"]) == 0
+    assert " finished" not in capsys.readouterr().out
+    write_run(tmp_path / "runs" / "paper" / "c4_dense_47m", "c4_dense_47m", losses={100_000: 3.0})
+    assert main(["table"]) == 0
+    assert capsys.readouterr().out.count(" finished ") == 1
+
+
+def test_a_loss_that_is_no_number_is_no_perplexity() -> None:
+    assert [runs.figure(loss, bits=bits) for loss in (math.nan, math.inf) for bits in (False, True)] == [
+        "not finite"
+    ] * 4
+
+
 def test_run_folders_that_are_no_row_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "wide", "c4_dense_47m", "model.dropout=0.5")
     write_run(tmp_path / "which", "c4_dense_47m", "description=mine", "data.manifest=/far/away")

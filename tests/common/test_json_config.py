@@ -72,6 +72,8 @@ def test_keys_are_the_leaves_of_every_kind() -> None:
         ({"nam": 1}, "nam: unknown key; the nearest known key is name (and 1 more)"),
         ({"name": "a", "radius": 1.0}, "radius: unknown key; the nearest known key is shape.radius"),
         ({"name": "a", "qqq": 1}, "qqq: unknown key; see --help for all keys"),
+        ({"name": "a", "paint": {"hue": 1}}, "paint.hue: unknown key; paint has red"),
+        ({"name": "a", "shape": {"type": "round", "qqq": 1}}, "shape.qqq: unknown key; see --help for all keys"),
         ({}, "name: is required and missing"),
         ({"name": "a", "shape": {"side": 2.0, "type": "round"}}, "belongs to shape.type = square"),
         (

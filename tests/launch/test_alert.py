@@ -185,6 +185,7 @@ def test_the_home_of_no_user_is_refused_in_a_sentence(capsys: pytest.CaptureFixt
         (b"", "must hold one address that begins with https:// or http://"),
         (b"file:///etc/secret", "must hold one address"),
         (b"https://host/secret\nhttps://host/secret", "must hold one address"),
+        (b"https://host/secret # of the team", "must hold one address"),
     ],
 )
 def test_a_file_without_an_address_is_refused_in_a_sentence(

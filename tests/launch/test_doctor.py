@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.specifiers import SpecifierSet
@@ -101,6 +102,16 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
         ("550.54.15", None, "make -B install CUDA=cu126"),
         ("550.54.15", "12.6", ""),
         ("580.65.06", None, "make -B install CUDA=cu130"),
+        (
+            "579.99",
+            "13.0",
+            "CUDA 13.0, which torch was built with, needs driver 580 or newer: update the driver, or take the build "
+            "for CUDA 12: make -B install CUDA=cu126",
+        ),
+        ("580.00", "13.0", ""),
+        ("525.60.13", "12.6", ""),
+        ("524.99", "12.6", "CUDA 12.6, which torch was built with, needs driver 525 or newer: update the driver"),
+        ("524.99", "13.0", "CUDA 13.0, which torch was built with, needs driver 580 or newer: update the driver"),
     ],
 )
 def test_driver_and_build_of_torch_go_together(
@@ -123,6 +134,45 @@ def test_a_version_that_does_not_fit_is_missing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(doctor, "installed", lambda name: "0.19.7" if name == "deepspeed" else "1")
     found = {finding.name: finding for finding in doctor.packages()}
     assert found["deepspeed"] == ("deepspeed", "0.19.7 (needed: deepspeed==0.19.8)", "make -B install", True)
+
+
+def test_a_torch_that_does_not_fit_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed", lambda name: "1.0")
+    found = {finding.name: finding for finding in doctor.torch_and_gpu()}
+    assert re.fullmatch(r"make -B install \(torch\S* is needed\)", found["torch"].fix) and found["torch"].is_needed
+
+
+def test_sizes_are_those_of_the_system_and_what_is_too_small_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> dict[str, doctor.Finding]:
+        return {finding.name: finding for finding in doctor.machine()}
+
+    monkeypatch.setattr(doctor, "memory_limit", lambda: float("inf"))
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    sizes = re.fullmatch(r"([\d.]+) of ([\d.]+) GB available", found()["memory"].found)
+    assert sizes is not None and float(sizes[2]) == pytest.approx(total / 1e9, abs=0.11) and sizes[1] != "0.0"
+    monkeypatch.setattr(doctor, "memory_limit", lambda: 3e9)
+    assert found()["memory"].found.endswith(" GB available, limited to 3.0 GB by its cgroup")
+    for size, needs in ((10.1e9, (False, False)), (9.9e9, (True, False)), (0.9e9, (True, True))):
+        monkeypatch.setattr(
+            doctor.shutil, "disk_usage", lambda place, size=size: SimpleNamespace(total=size, free=size)
+        )
+        assert (bool(found()["disk"].fix), bool(found()["/dev/shm"].fix)) == needs
+        assert f"{size / 1e9:.1f} GB free in " in found()["disk"].found
+
+
+def test_the_version_of_a_program_is_the_last_one_that_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvcc says when it was built first. One that fails, or says nothing, is there all the same."""
+    for name, says in (("nvcc", "echo 'Copyright 2005.1'; echo 'release 13.0, V13.0.88'"), ("ninja", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
+    found = {finding.name: finding for finding in doctor.programs()}
+    assert found["nvcc"] == ("nvcc", f"13.0.88 ({tmp_path / 'nvcc'})", "", False)
+    assert (
+        found["ninja"].found == f"found ({tmp_path / 'ninja'})"
+        and found["numactl"].fix == "Debian: apt install numactl"
+    )
 
 
 def test_a_broken_torch_costs_the_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,13 @@ import torch.distributed as dist
 from common.paths import REPOSITORY as ROOT
 from pretrain.checkpoint.folder import digest_entry
 from pretrain.config.loading import to_json
+from pretrain.report.exit_codes import ExitCode
 from pretrain.smoke import cli, collectives
 from pretrain.smoke.collectives import check_collectives, distances
 from tests.harness import run_ranks
 from tests.pretrain.runs import small_config
+
+HALF = ("all_gather", "reduce_scatter", "all_to_all")
 
 
 def small_file(prepared: Path, folder: Path) -> Path:
@@ -58,10 +61,66 @@ def test_two_ranks_pass_and_leave_no_checkpoint(prepared: Path, tmp_path: Path) 
 
 
 def test_one_rank_tries_no_collective_and_says_so(prepared: Path, tmp_path: Path) -> None:
+    """In the folder of a run that has something there: it is none of the test's."""
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
     assert run_ranks(smoke, 1, small_file(prepared, tmp_path), tmp_path / "run") == [0]
     [verdict] = said(tmp_path)
     assert verdict.startswith("smoke: PASSED: no collectives, as there is one rank; ")
     assert "resume equal in every bit" in verdict and "GB/s" not in verdict
+
+
+def ending(rank: int, how: str, config: Path, run_dir: Path) -> int:
+    """A smoke test of which one part ends in another way."""
+    if how == "collective":
+        collectives.check_collectives = lambda num_bytes, device: ([], [f"all_reduce of {num_bytes:,} bytes: wrong"])
+    elif how == "resume":
+        cli.differences = lambda folder, steps: ["loss of step 4 is another"]
+    else:
+        from pretrain import loop
+
+        def train(*_: object) -> ExitCode:
+            if how == "stop":
+                return ExitCode.STOPPED
+            raise RuntimeError("the first line\nand more")
+
+        loop.train = train  # type: ignore[assignment]
+    return smoke(rank, config, run_dir)
+
+
+@pytest.mark.parametrize(
+    "how, ranks, code, words",
+    [
+        ("collective", 2, 1, "FAILED: a wrong result of a collective, all_reduce of 1,048,576 bytes: wrong (2 ranks "),
+        ("resume", 1, 1, "FAILED: resume is not equal in every bit: loss of step 4 is another; see {run}/smoke-1 ("),
+        ("stop", 1, 85, "STOPPED by a signal before it was done ("),
+        ("fault", 1, 1, "FAILED: RuntimeError: the first line (1 rank on 1 node, "),
+    ],
+    ids=["collective", "resume", "stop", "fault"],
+)
+def test_what_is_wrong_has_its_verdict_and_exit_code(
+    prepared: Path, tmp_path: Path, how: str, ranks: int, code: int, words: str
+) -> None:
+    run_dir = tmp_path / "run"
+    assert run_ranks(ending, ranks, how, small_file(prepared, tmp_path), run_dir) == [code] * ranks
+    assert said(tmp_path)[-1].startswith(f"smoke: {words.format(run=run_dir)}")
+    if how == "resume":
+        assert len(list((run_dir / "smoke-1").rglob("step-*"))) == 3, "to look at"
+
+
+def measured(rank: int) -> list[tuple[str, float, float]]:
+    """As if every call took 0.5 s on rank 0 and 1.5 s on rank 1."""
+    collectives._median_seconds = lambda call, device: 0.5 + rank
+    found, faults = check_collectives(4100, torch.device("cpu"))
+    assert not faults
+    return [(one.name, one.seconds, one.bytes_per_second) for one in found]
+
+
+def test_bandwidths_are_those_of_nccl_tests_on_the_slowest_rank() -> None:
+    """Bus bandwidth, worked out by hand: of 4,096 bytes, which two ranks divide, half crosses the link; of a sum twice
+    that. A pair sends all of them."""
+    wanted = [("all_reduce", 1.5, 4096 / 1.5), *((name, 1.5, 2048 / 1.5) for name in HALF)]
+    assert run_ranks(measured, 2) == [[*wanted, ("slowest pair (0 to 1)", 1.5, 4096 / 1.5)]] * 2
+    assert str(collectives.Measured("all_reduce", 0.5, 2.5e9)) == "all_reduce 2.5 GB/s"
 
 
 def lies(rank: int, names: list[str]) -> list[list[str]]:
@@ -138,13 +197,19 @@ def test_a_resume_that_differs_is_named(tmp_path: Path) -> None:
     for name, last, bits in (("unbroken", 0.25, b"\x00"), ("resumed", 0.2500000001, b"\x01")):
         folder = tmp_path / name / "checkpoints" / "step-00000004"
         folder.mkdir(parents=True)
-        lines = [{"step": 3, "loss": 0.5, "grad_norm": 1.0}, {"step": 4, "loss": last, "grad_norm": 1.0}]
+        other = 0.0 if name == "unbroken" else 1.0
+        lines = [{"step": n, "loss": 0.5, "grad_norm": 1.0, "auxiliary_loss": 0.0} for n in (2, 3, 4)]
+        lines[0] |= {"loss": other}  # before the checkpoint
+        lines[1] |= {"grad_norm": 1.0 + other, "auxiliary_loss": other}
+        lines[2] |= {"loss": last}
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "rank-00000.safetensors").write_bytes(bits)
         state = {"format_version": 2, "files": {p.name: digest_entry(p) for p in folder.iterdir()}}
         (folder / "state.json").write_text(json.dumps(state))
         (folder / "commit.json").write_text(json.dumps(digest_entry(folder / "state.json")))
     assert cli.differences(tmp_path, 2) == [
+        "auxiliary_loss of step 3 is 1.0 after the resume, 0.0 without",
+        "grad_norm of step 3 is 2.0 after the resume, 1.0 without",
         "loss of step 4 is 0.2500000001 after the resume, 0.25 without",
         "rank-00000.safetensors of step-00000004 holds other bits",
     ]
@@ -157,6 +222,7 @@ def test_refusals(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for arguments, words in (
         (["--steps", "1"], "error: --steps: 1 is too small; write 2 or more"),
+        (["--mebibytes", "0"], "error: --mebibytes: 0 is too small; write 1 or more"),
         (["--set", "train.stepz=1"], "error: train.stepz: unknown key"),
         (["--set", "data.manifest=nowhere"], "error: data.manifest: there is no"),
         (["--set", "monitor.wandb=online"], "error: monitor.wandb: is online, but the package wandb is not installed"),
@@ -164,6 +230,13 @@ def test_refusals(
         assert cli.main(["--config", str(config), "--run-dir", str(tmp_path / "run"), *arguments]) == 2
         assert capsys.readouterr().err.startswith(words)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_first_two_steps_which_allocate_are_no_speed(tmp_path: Path) -> None:
+    speeds = {1: 1.0, 2: 2.0, 3: 50.0, 4: 40.0, 5: 60.0, 6: 45.0}
+    lines = [json.dumps({"step": step, "tokens_per_second": speed}) for step, speed in speeds.items()]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert cli.tokens_per_second(tmp_path) == 47.5
 
 
 def test_nothing_is_sent_to_boards_or_people(prepared: Path, tmp_path: Path) -> None:

@@ -56,6 +56,27 @@ def test_a_dry_run_prints_every_command_and_writes_nothing(case: Case, capsys: p
     assert not case.dir.exists()
 
 
+def test_a_dry_run_of_a_sweep_that_has_begun_prints_its_own_copy(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert case.run("--vary", f"{RATE}=1e-3") == 0
+    capsys.readouterr()
+    assert main(case.line(*VARY, "--dry-run")) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if "pretrain.py" in line]
+    assert [line[3] for line in lines] == [str(case.dir / "configs" / "x.json")] * 2
+    assert not (case.dir / "x,learning_rate=2e-3").exists()
+
+
+def test_runs_are_checked_for_the_ranks_that_train_them(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that --ranks says of the launcher, or the fewest that the layout allows; without a launcher one."""
+    divided = ("--set", "parallel.pipeline=2", "--dry-run")
+    assert case.run(*VARY, "--ranks", "3", "--dry-run") == 2
+    assert "batch.global_sequences: 8 is not divisible by" in capsys.readouterr().err
+    assert case.run(*VARY, *divided) == 0 == case.run(*VARY, *divided, "--ranks", "2")
+    assert main(case.line(*VARY, *divided)) == 2
+    assert "parallel: 1 rank cannot be divided into groups of tensor x pipeline = 2" in capsys.readouterr().err
+
+
 def test_the_weight_of_a_source_is_varied_as_a_key_of_its_entry(
     case: Case, prepared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +195,7 @@ def test_the_same_command_skips_what_finished_or_diverged_and_tries_again_what_f
     assert case.run(*rates) == 1, "the one that diverged stays so"
     assert case.trained == ["1e-3", "2e-3", "3e-3", "4e-3", "5e-3", "2e-3", "3e-3", "5e-3"]
     assert "failed" not in capsys.readouterr().out.partition("tokens/s")[2]
+    assert (case.dir / "x,learning_rate=2e-3.log").read_text() == 2 * "trains 2e-3\n", "why the first failed stays"
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -286,18 +308,27 @@ def test_a_reader_that_leaves_at_once_ends_no_sweep(case: Case) -> None:
     assert process.returncode == 0 and case.trained == ["1e-3", "2e-3"]
 
 
+WRONG = (
+    "--sweep-dir: {dir} holds no sweep",
+    "--table: goes with --sweep-dir alone",
+    "--sweep-dir: {dir} holds other files and no sweep",
+    "--sweep-dir: {dir}/sweep.json is no record",
+)
+
+
 def test_a_folder_of_other_files_and_a_damaged_record_are_refused(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case.dir.mkdir()
     assert main(["--sweep-dir", str(case.dir), "--table"]) == 2
+    assert main(["--sweep-dir", str(case.dir), "--table", "--config", str(case.config)]) == 2
     (case.dir / "notes").touch()
     assert case.run(*VARY) == 2
     (case.dir / "sweep.json").write_text('{"runs": 1}')
     assert case.run(*VARY) == 2
     said = capsys.readouterr().err.splitlines()
-    for line, words in zip(said, ("holds no sweep", "holds other files and no sweep", "is no record"), strict=True):
-        assert line.startswith("error: --sweep-dir: ") and words in line
+    for line, words in zip(said, WRONG, strict=True):
+        assert line.startswith(f"error: {words.format(dir=case.dir)}")
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,46 @@ def test_a_run_that_another_process_trains_is_submitted_as_no_job(
     assert not sbatch.exists()
 
 
+def test_a_dry_run_needs_no_slurm_and_a_submission_says_so_before_all_else(
+    case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(case.folder))
+    assert main(case.line(*VARY, "--submit", "--dry-run", *JOB)) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "submit.py" in line]
+    assert len(lines) == 2 and all(line[-len(JOB) + 1 :] == list(JOB[1:]) for line in lines)
+    assert main(case.line(*VARY, "--submit", *JOB)) == 2
+    printed, said = capsys.readouterr()
+    assert printed == "" and said.startswith("error: sbatch is not on the PATH") and not case.dir.exists()
+
+
+def test_runs_that_have_finished_are_no_jobs_but_a_table(
+    case: Case, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert case.run(*VARY) == 0
+    capsys.readouterr()
+    assert main(case.line(*VARY, "--submit", *JOB)) == 0
+    assert capsys.readouterr().out.count(" finished ") == 2 and not sbatch.exists()
+
+
+@pytest.mark.parametrize("option", queue.OWN)
+def test_an_option_of_the_sweep_is_none_for_its_jobs(
+    case: Case, sbatch: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(case.line(*VARY, "--submit", *JOB, f"{option}=x" if option == "--job-name" else option)) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option}: stands behind -- and is not for every run of a sweep")
+
+
+def test_an_option_that_submit_does_not_know_is_refused_for_all_runs_at_once(
+    case: Case, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(case.line(*VARY, "--submit", *JOB, "--nods", "2")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: there is no option --nods; did you mean --nodes?") and line.endswith(
+        "(in every run)"
+    )
+    assert not sbatch.exists()
+
+
 def test_what_the_job_would_refuse_is_said_before_any_is_submitted(
     case: Case,
     sbatch: Path,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from common.files import write_file
 from launch.sweeps.plan import LONGEST_NAME, combinations, configurations, run_name, values_of, varied
 
 RATE = "optimizer.learning_rate"
@@ -14,6 +15,7 @@ RATE = "optimizer.learning_rate"
 
 def test_a_comma_within_brackets_or_quotes_belongs_to_its_value() -> None:
     assert values_of("1e-3, 2e-3") == ["1e-3", "2e-3"]
+    assert values_of('"a,b",c') == ['"a,b"', "c"]
     assert values_of('[0.9,0.95],[0.9,0.99],{"a":[1,2],"b":"],"}') == [
         "[0.9,0.95]",
         "[0.9,0.99]",
@@ -24,6 +26,7 @@ def test_a_comma_within_brackets_or_quotes_belongs_to_its_value() -> None:
 def test_names_show_the_values_and_are_safe_as_the_name_of_a_file() -> None:
     assert run_name("x", {RATE: "1e-3"}) == "x,learning_rate=1e-3"
     assert run_name("x", {}) == "x"
+    assert run_name("x", {"a": '"naïve σ"'}) == "x,a=na-ve-"
     assert run_name("x", {"data.manifest": "/my data/c4", "optimizer.betas": "[0.9,0.95]"}) == (
         "x,manifest=-my-data-c4,betas=0.9-0.95"
     )
@@ -72,6 +75,7 @@ def test_a_sweep_has_every_combination_of_configurations_and_values() -> None:
     [
         (["optimizer.learning_rate"], "--vary optimizer.learning_rate: write it as KEY=A,B"),
         (["a=1,,2"], "write it as KEY=A,B"),
+        ([" =1,2"], "write it as KEY=A,B"),
         (["a=1e-3,0.001"], "--vary a: 1e-3,0.001 has a value twice"),
         (["a=0,0.0"], "--vary a: 0,0.0 has a value twice"),
         (["a=[1.0],[1]"], "has a value twice"),
@@ -90,11 +94,13 @@ def test_what_is_no_list_of_values_is_refused_with_its_key(given: list[str], wor
     assert words in str(refused.value)
 
 
-def test_a_name_that_no_file_system_takes_is_refused() -> None:
+def test_a_name_that_no_file_system_takes_is_refused(tmp_path: Path) -> None:
     keys = {f"model.key_of_section_{n}": ["x" * 30] for n in range(4)}
     name = run_name("c", {key: of[0] for key, of in keys.items()})
     config = "c" * (LONGEST_NAME - len(name) + 1)
-    assert [len(run.name) for run in combinations([config], keys)] == [LONGEST_NAME]
+    (longest,) = combinations([config], keys)
+    assert len(longest.name) == LONGEST_NAME
+    write_file(tmp_path / f"{longest.name}.log", b"")  # whose name is longer while it is written
     with pytest.raises(UserError, match="is too long for the name of a folder; vary fewer keys"):
         combinations([config + "c"], keys)
 

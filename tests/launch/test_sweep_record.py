@@ -110,6 +110,26 @@ def test_a_sweep_keeps_its_own_copy_of_a_configuration_that_is_edited(folder: Pa
     assert again.config("x").read_bytes() == before
 
 
+def test_a_description_may_be_edited_and_keys_may_be_given_in_any_order(folder: Path, configs: dict[str, Path]) -> None:
+    (path,) = configs.values()
+    keys = [RATE, "train.seed"]
+    Sweep.open(folder, keys, [], configs).begin(configs)
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps(tree | {"description": "what it is for, in better words"}))
+    assert Sweep.open(folder, keys[::-1], [], configs).keys == keys
+
+
+def test_a_record_of_an_earlier_version_is_read(folder: Path, configs: dict[str, Path]) -> None:
+    """That knew no --equal-parameters."""
+    sweep = Sweep.open(folder, [RATE], [], configs)
+    sweep.begin(configs)
+    record = json.loads((folder / "sweep.json").read_text())
+    assert record.pop("solved") is None
+    (folder / "sweep.json").write_text(json.dumps(record))
+    found = Sweep.load(folder)
+    assert found is not None and found.solved is None and found.keys == [RATE]
+
+
 def test_a_key_that_an_edit_adds_or_removes_is_refused_as_not_given(folder: Path, configs: dict[str, Path]) -> None:
     (path,) = configs.values()
     whole = path.read_text()

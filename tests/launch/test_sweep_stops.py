@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -95,3 +97,31 @@ def test_the_progress_of_a_run_says_that_its_loss_is_not_finite(
     finally:
         lock.release()
     assert capsys.readouterr().out == "run 1 of 2: step 1, loss not finite\n"
+
+
+def test_the_time_that_is_left_is_that_of_the_runs_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On average, for the run that begins and those after it; a run that is passed over takes none."""
+    clock, goes_on = [0.0], SimpleNamespace(goes_on=True)
+    runs: Any = [SimpleNamespace(name=name) for name in ("a", "elsewhere", "b", "c")]
+    sweep: Any = SimpleNamespace(
+        result=lambda run: SimpleNamespace(state=goes_on if run.name == "elsewhere" else None),
+        arguments=lambda run: [],
+        run_dir=lambda run: Path(run.name),
+    )
+
+    def train(*_: object) -> int:
+        clock[0] += 60
+        return 0
+
+    monkeypatch.setattr(training, "_train", train)
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    assert training.train_all(sweep, runs, ["train"]) == 0
+    titles = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
+    assert titles == [
+        "run 1 of 4  a",
+        f"run 2 of 4  elsewhere  (about {training.duration(180)} for those that are left)",
+        f"run 3 of 4  b  (about {training.duration(120)} for those that are left)",
+        f"run 4 of 4  c  (about {training.duration(60)} for those that are left)",
+    ]

@@ -20,7 +20,7 @@ from model.layer_section import Lacks, LayerSection, Routers
 from model.layers import ATTENTIONS, FEEDFORWARDS
 from model.parallel.context import ParallelContext
 from model.parameter_spec import Experts, ParameterSpec, Specs
-from model.routing import RoutingStatistics
+from model.routing import RoutingStatistics, entropy_regularizer
 
 
 class TopPConfig(LayerSection):
@@ -95,7 +95,7 @@ class TopPAttention(nn.Module):
 
     def forward(
         self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Seen | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, None]:
         B, L, T, H = len(context), context.shape[1], num_queries, self.config.num_heads
         chunk = context[:, L - T :]
         q, k = self.query(chunk).view(B, T, H, -1), self.key(context).view(B, L, H, -1)
@@ -106,7 +106,7 @@ class TopPAttention(nn.Module):
         attended = causal_attention(q, k, v, documents, backend=self.backends.causal_attention).transpose(1, 2)
         gates = self._gates(chunk, self.output_selector, self.output_statistics, T)
         y = torch.einsum("bthe,bthk,hekd->btd", gates, attended, self.output_experts)
-        return y, y.new_zeros((), dtype=torch.float32)
+        return y, None
 
     def _gates(self, x: Tensor, selector: Tensor, statistics: RoutingStatistics, T: int) -> Tensor:
         """x [B, n, d] -> [B, n, H, E], 0 where an expert is not chosen. Counts the choices of the last T tokens."""
@@ -119,7 +119,7 @@ class TopPAttention(nn.Module):
 
 
 class SoftmaxMoEConfig(LayerSection):
-    """SwiGLU experts with the softmax of the chosen logits as gates."""
+    """SwiGLU experts with the softmax of the chosen logits as gates, and sigma-MoE's loss for an even load."""
 
     label = "softmax MoE"
     lacks: ClassVar[Lacks] = {
@@ -138,6 +138,10 @@ class SoftmaxMoEConfig(LayerSection):
     """Hidden width of one expert (G)."""
     active_experts: int = 2
     """Experts chosen per token (k)."""
+    entropy_weight: float = 0.01
+    """As sigma-MoE's."""
+    entropy_scope: Literal["global_batch", "micro_batch"] = "global_batch"
+    """As sigma-MoE's."""
 
     @property
     def sizes(self) -> str:
@@ -167,22 +171,25 @@ class SoftmaxMoE(nn.Module):
         self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, name: str, seed: int
     ) -> None:
         super().__init__()
-        self.config = cast("SoftmaxMoEConfig", config.feedforward)
+        self.config, self.parallel = cast("SoftmaxMoEConfig", config.feedforward), parallel
         d, E, G = config.d_model, self.config.num_experts, self.config.expert_size
         self.router = nn.Parameter(torch.empty(E, d))
         self.up_experts = nn.Parameter(torch.empty(E, d, 2 * G))
         self.down_experts = nn.Parameter(torch.empty(E, G, d))
-        self.statistics = RoutingStatistics((E,), tracks_probability=False)
+        self.statistics = RoutingStatistics((E,), tracks_probability=True)
 
-    def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, sequence_index: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = F.linear(x, self.router).float()
         best, index = logits.topk(self.config.active_experts)
         gates = torch.zeros_like(logits).scatter(-1, index, best.softmax(-1)).to(x.dtype)
+        loss = None
         if self.training:
-            self.statistics.record(torch.zeros_like(logits).scatter(-1, index, 1.0).sum((0, 1)).long(), None)
+            flat = logits.flatten(0, 1)
+            loss, _ = entropy_regularizer(flat, self.config, self.statistics, self.parallel)
+            self.statistics.record(torch.zeros_like(logits).scatter(-1, index, 1.0).sum((0, 1)).long(), flat)
         gate, up = torch.einsum("btd,edg->bteg", x, self.up_experts).chunk(2, -1)
         y = torch.einsum("bte,bteg,egd->btd", gates, F.silu(gate) * up, self.down_experts)
-        return y, y.new_zeros((), dtype=torch.float32)
+        return y, loss
 
 
 def make_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ with its own words, and what nobody has said of it is asked for, not guessed. ne
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,10 @@ def test_they_train_count_and_read_on() -> None:
     torch.manual_seed(0)
     model = build_model(new_model(), seed=3)
     tokens = torch.randint(50, (2, 7))
-    model(tokens, tokens.roll(1, 1), torch.arange(2))[0].backward()
+    objective, _, auxiliary_loss = model(tokens, tokens.roll(1, 1), torch.arange(2))
+    objective.backward()
+    # Of both layers the regulariser, at the even p of a first step.
+    assert float(auxiliary_loss) == pytest.approx(-2 * 0.01 * math.log(5), rel=1e-5)
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
     load = {name: statistics.load for name, statistics in routing_statistics(model)}
     recorders = {recorder for b in model.modules() if isinstance(b, Block) for recorder in b.recorders}
@@ -105,7 +109,8 @@ def test_they_train_alike_in_every_layout_that_they_do_not_lack(prepared: Path) 
 def test_advice_names_what_a_layer_has() -> None:
     """Of experts that collapse: no key that the user would look for in vain."""
     both = [Collapsed(f"blocks.0.{place}", None, 0.9, 100) for place in ("attention.value", "feedforward")]
-    assert advice(new_model(), both) == "lower optimizer.learning_rate"
+    assert advice(new_model(), both) == "raise model.feedforward.entropy_weight, or lower optimizer.learning_rate"
+    assert advice(new_model(), both[:1]) == "lower optimizer.learning_rate"
     known = load_config(TINY).model
     keys = "model.feedforward.entropy_weight and model.attention.expert_dropout"
     assert advice(known, both) == f"raise {keys}, or lower optimizer.learning_rate"

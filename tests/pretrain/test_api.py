@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,22 @@ def test_what_a_program_made_of_the_weights_is_a_checkpoint(opened: OpenModel, t
         assert (found.checkpoint.path / "tokenizer.model").exists(), "no data are needed to read text"
     with pytest.raises(UserError, match=r"^folder: .*tuned 0"):
         tuned.save(tmp_path / "tuned 0")
+
+
+def test_who_saves_a_large_model_sees_how_far_it_is(
+    opened: OpenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: dict[str, list[int]] = {}
+
+    def count_bytes(description: str, total: int) -> Callable[[int], None]:
+        counts = bars[description] = [total]
+        return counts.append
+
+    monkeypatch.setattr("pretrain.api.count_bytes", count_bytes)
+    written = next(opened.save(tmp_path / "mine").glob("*.safetensors"))
+    total, *counts = bars["mine"]
+    assert total == sum(4 * parameter.numel() for parameter in opened.model.parameters())
+    assert len(counts) > 1 and sum(counts) == written.stat().st_size
 
 
 def test_a_text_ends_where_it_is_told(opened: OpenModel) -> None:

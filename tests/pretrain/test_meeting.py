@@ -182,16 +182,16 @@ def test_groups_without_a_limit_of_their_own_follow_ours(monkeypatch: pytest.Mon
 
 
 def test_names_that_torch_deprecates_are_not_said_by_every_rank() -> None:
-    """Torch blames the line that calls, which is DeepSpeed's or our own; other warnings are heard."""
-    old = "torch.distributed.nn.functional.all_reduce is deprecated, use another instead."
+    """Where DeepSpeed calls them; other warnings are heard, also of our own lines."""
+    ours = "torch.distributed.nn.functional.all_reduce is deprecated, use another instead."
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         device.leave_out_warnings()
         for text, module in (
-            (old, "model.routing"),
+            (ours, "model.routing"),
             ("anything", "torch.distributed.distributed_c10d"),
             ("barrier(): using the device under current context", "torch.distributed.distributed_c10d"),
             ("torch.other is deprecated", "a.layer"),
         ):
             warnings.warn_explicit(text, FutureWarning, "file.py", 1, module=module)
-    assert [str(warning.message) for warning in said] == ["torch.other is deprecated"]
+    assert [str(warning.message) for warning in said] == [ours, "torch.other is deprecated"]

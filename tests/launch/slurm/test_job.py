@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,8 @@ server:/home /home nfs4 rw 0 0
 scratch /scratch\\040space lustre rw 0 0
 /dev/sdb1 /home/local ext4 rw 0 0
 gcs /data fuse.gcsfuse rw 0 0
+server:/big /var/tmp nfs4 rw 0 0
+tmpfs /fast tmpfs rw 0 0
 """
 
 
@@ -32,13 +35,13 @@ def test_which_folders_the_nodes_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {path: job.filesystem_type(Path(path), MOUNTS) for path in kinds} == kinds
     of_host = job.filesystem_type
     monkeypatch.setattr(job, "filesystem_type", lambda path: of_host(path, MOUNTS))
-    for shared in ("/home/me/runs", "/scratch space/a", "/data/a"):
+    for shared in ("/home/me/runs", "/scratch space/a", "/data/a", "/var/tmp/x"):
         assert job.check_shared("--run-dir", Path(shared), allow_local=False) is None
     for unknown in ("/homework", "/home/local/x"):
         assert "make sure that every node sees it" in str(
             job.check_shared("--run-dir", Path(unknown), allow_local=False)
         )
-    for local in ("/dev/shm/x", "/tmp/x"):
+    for local in ("/dev/shm/x", "/tmp/x", "/fast/x"):
         with pytest.raises(UserError, match=r"--run-dir: .* do not share; name a folder on a shared file system"):
             job.check_shared("--run-dir", Path(local), allow_local=False)
         assert job.check_shared("--run-dir", Path(local), allow_local=True) is None
@@ -52,6 +55,37 @@ def test_values_are_quoted_for_sbatchs_own_parser(value: str, written: str) -> N
     template = job.Template(options={"comment": "none"}, body="")
     text = job.script(template, options={"comment": value}, more_options=[], settings={}, setup=[], arguments=["x"])
     assert text.splitlines()[1] == f"#SBATCH --comment={written}"
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\rb", "a\x1b[2Kb", "a\x00b"])
+def test_what_steers_a_terminal_or_ends_a_line_stands_in_no_script(value: str) -> None:
+    template = job.Template(options={}, body="")
+    for options, settings, arguments in (({"comment": value}, {}, []), ({}, {"A": value}, []), ({}, {}, [value])):
+        with pytest.raises(UserError, match="cannot stand in a job script"):
+            job.script(template, options=options, more_options=[], settings=settings, setup=[], arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    "says, words",
+    [
+        ("echo 41; echo 'no such account' >&2; exit 1", "sbatch refused the job: no such account "),
+        ("echo 'thank you'", "sbatch refused the job: thank you "),
+    ],
+)
+def test_a_job_has_a_number_and_an_sbatch_that_did_not_fail(sbatch: Path, says: str, words: str) -> None:
+    (sbatch.parent / "bin" / "sbatch").write_text(f"#!/bin/sh\n{says}\n")
+    with pytest.raises(UserError) as refused:
+        job.submit(sbatch.parent / "a.sbatch")
+    assert str(refused.value) == f"{words}(script: {sbatch.parent}/a.sbatch)"
+
+
+def test_a_controller_that_does_not_answer_is_said(sbatch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(line: list[str], *, timeout: float, **options: object) -> None:
+        raise subprocess.TimeoutExpired(line, timeout)
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    with pytest.raises(UserError, match=r"^sbatch gave no answer within 120 s; is the controller up"):
+        job.submit(sbatch.parent / "a.sbatch")
 
 
 def test_a_percent_sign_in_a_folder_begins_no_pattern() -> None:

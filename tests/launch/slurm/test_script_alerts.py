@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -58,21 +59,36 @@ def test_an_alert_outlives_slurms_end_of_the_job(bench: Bench) -> None:
     code, output = bench.train(SRUN_CODE="85", PYTHON=str(python), ENDS="1")
     assert code == 85 and "not sent" not in output, output
     assert "--event requeued --text job 7: stopped by a signal" in got.read_text()
+    # And where SLURM ends it at its limit, while the ranks save.
+    waits = {"SRUN_SECONDS": "1", "SRUN_CODE": "85", "REASON": "TimeLimit", "REQUEUES": "0", "PYTHON": str(python)}
+    process = bench.open(job.FOLDER / "pretrain.sbatch", "--config", "c.json", **waits)
+    deadline = time.monotonic() + 20
+    while len(bench.calls("srun")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert "--event job_ended --text job 7: time limit reached before the ranks were done; not req" in got.read_text()
 
 
-@pytest.mark.parametrize("where", ["file", "option"])
-def test_the_users_command_hears_of_a_first_start_that_was_refused(bench: Bench, where: str) -> None:
-    """It has written no configuration into the run folder. A run that is called as the folder is."""
+@pytest.mark.parametrize("where", ["file", "option", "folder"])
+@pytest.mark.parametrize("joint", [" ", "="])
+def test_the_users_command_hears_of_a_first_start_that_was_refused(bench: Bench, where: str, joint: str) -> None:
+    """It has written no configuration into the run folder. A run that is called as the folder is, by either way to
+    write an option; `folder`: by that of another run, whose configuration is meant."""
     got = bench.folder / "got"
     write = f"import sys; print(sys.argv[1], file=open({str(got)!r}, 'a'))"
     words = shlex.join([sys.executable, "-c", write])
     tree = json.loads((REPOSITORY / "configs" / "switchall_tiny.json").read_text())
-    if where == "file":
+    if where != "option":
         tree["monitor"] = {"alert_command": words}
-    write_json(bench.folder / "c.json", tree)
-    more = ["--set", f"monitor.alert_command={words}"] if where == "option" else []
-    script = job.FOLDER / "pretrain.sbatch"
-    code, output = bench.start(script, "--config", "c.json", *more, "--set", "train.seed=1", SRUN_CODE="2")
+    config = "other/config.json" if where == "folder" else "c.json"
+    (bench.folder / "other").mkdir()
+    write_json(bench.folder / config, tree)
+    given = [("--config", config.removesuffix("/config.json"))]
+    given += [("--set", f"monitor.alert_command={words}")] if where == "option" else []
+    given += [("--set", "train.seed=1")]
+    line = [word for pair in given for word in ([f"{pair[0]}={pair[1]}"] if joint == "=" else pair)]
+    code, output = bench.start(job.FOLDER / "pretrain.sbatch", *line, SRUN_CODE="2")
     assert code == 2 and not (bench.run_dir / "config.json").exists()
     assert got.read_text().startswith(f"run {bench.run_dir.name}: job ended: job 7: refused (exit code 2)"), output
 

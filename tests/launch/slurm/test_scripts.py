@@ -242,7 +242,8 @@ def test_options_of_srun_follow_ours_and_words_in_quotes_stay_one(bench: Bench) 
     bench.train(SRUN_OPTIONS="--container-image='/shared/a b.sqsh' --cpu-bind=none")
     [(arguments, _, _)] = bench.calls("srun")
     given = ["--container-image=/shared/a b.sqsh", "--cpu-bind=none"]
-    assert arguments[:4] == ["--distribution=block:block", *given, "--kill-on-bad-exit=0"]  # the last one counts
+    # Of two values of an option the last one counts. 120 s: ranks may still save when the first has left.
+    assert arguments[:5] == ["--distribution=block:block", *given, "--kill-on-bad-exit=0", "--wait=120"]
     bench.start(job.FOLDER / "data_prep.sbatch", "dedup", SRUN_OPTIONS="--container-image='/shared/a b.sqsh'")
     assert bench.calls("srun")[1][0][:2] == ["--container-image=/shared/a b.sqsh", "--ntasks=1"]
 
@@ -335,6 +336,9 @@ def test_the_port_is_the_jobs_and_free(bench: Bench) -> None:
             other.listen()
         bench.train()
     assert bench.calls("srun")[1][1] == str(int(port) + len(places))
+    # Of a later start another one, and none from 32768 on, where the kernel takes those of outgoing connections from.
+    bench.train(SLURM_JOB_ID="400", SLURM_RESTART_COUNT="2")
+    assert bench.calls("srun")[2][1] == str(10000 + (400 * 131 + 2) % 20000) == "22402"
 
 
 def test_data_preparation_takes_its_slice_and_requeues_its_task_alone(bench: Bench) -> None:

@@ -82,7 +82,7 @@ def test_dry_run_prints_a_script_and_writes_nothing(
 def test_a_submission_keeps_its_own_copy_of_the_config(
     prepared: Path, tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = tmp_path / "run"
+    run_dir = tmp_path / "a run"
     assert submit(prepared, run_dir, "--sbatch=--mail-type=END,FAIL") == 0
     [[parsable, path]] = calls(sbatch)
     assert parsable == "--parsable" and Path(path).parent == run_dir / "slurm"
@@ -91,7 +91,10 @@ def test_a_submission_keeps_its_own_copy_of_the_config(
     [copy] = (run_dir / "slurm").glob("config-*.json")
     assert str(copy) in text and copy.read_bytes() == Path(TINY).read_bytes()
     output = capsys.readouterr().out
-    assert "submitted job 41: 2 nodes x 1 rank," in output and "scancel 41" in output
+    assert "submitted job 41: 2 nodes x 1 rank," in output and "  cancel     scancel 41\n" in output
+    # As docs/operations.md says it: told to stop, but not to be requeued.
+    assert f"tail -F '{run_dir}/slurm/41.log' '{run_dir}/slurm/41.rank0.log'\n" in output
+    assert "save, stop scontrol update JobId=41 Requeue=0 && scancel --signal=USR1 41\n" in output
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,8 @@ def test_a_submission_keeps_its_own_copy_of_the_config(
         (["--time", "1", "--signal-seconds", "60"], "--signal-seconds 60: must be below --time (60 s)"),
         (["--env", "1A=b"], "--env 1A=b: write it as NAME=VALUE"),
         (["--env", "HF_TOKEN=hf_x"], "--env HF_TOKEN: looks like a secret"),
+        (["--env", "HF_TOKEN_2=hf_x"], "--env HF_TOKEN_2: looks like a secret"),
+        (["--env", "GCP_CREDENTIALS=hf_x"], "--env GCP_CREDENTIALS: looks like a secret"),
         (["--env", "PROXY=http://me:word@proxy"], "--env PROXY: looks like a secret"),
         (["--sbatch", "gres=gpu:8"], "--sbatch gres=gpu:8: write a long option"),
         (["--sbatch=--nodes=4"], "--sbatch=--nodes=4: --nodes follows from this command's own options"),
@@ -263,7 +268,7 @@ def test_data_preparation_is_four_jobs_in_a_row(
 ) -> None:
     config = raw_config(tmp_path)
     line = ["--config", str(config), "--tasks", "3", "--time", "60", "--cpus-per-task", "2", "--allow-local"]
-    assert preparation.main([*line, "--requeues", "2"]) == 0
+    assert preparation.main([*line, "--requeues", "2", "--env", "TMPDIR=/scratch"]) == 0
     submitted = calls(sbatch)
     assert [call[:-1] for call in submitted] == [
         ["--parsable"],
@@ -275,12 +280,15 @@ def test_data_preparation_is_four_jobs_in_a_row(
     assert copy.read_bytes() == config.read_bytes()
     for text, (step, is_array) in zip(texts, preparation.STEPS, strict=True):
         assert "export REQUEUES=2\n" in text and "CONFIG_SUM=" not in text.partition("\nset -- ")[0]
+        assert "export TMPDIR=/scratch\n" in text and "#SBATCH --cpus-per-task=2\n" in text
         place = f"--config '{copy}' --set 'output={tmp_path}/out put'"
         assert f"set -- {step} {place}\n" in text
         assert ("#SBATCH --array=0-2\n" in text) == is_array == ("export TASKS=3\n" in text)
         pattern = "%A_%a" if is_array else "%j"
         assert f'#SBATCH --output="{tmp_path}/out put/slurm/{pattern}.log"\n' in text
-    chain = re.search(r"^  train +python (\S+) (.*)$", capsys.readouterr().out, re.MULTILINE)
+    said = capsys.readouterr()
+    assert said.err == "", "that they are submitted is no error"
+    chain = re.search(r"^  train +python (\S+) (.*)$", said.out, re.MULTILINE)
     assert chain is not None and (REPOSITORY / chain[1]).is_file()
     assert chain[2].endswith(f"--set 'data.manifest={tmp_path}/out put' --after 44")
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from model.kernels.ops.linear_cross_entropy import linear_cross_entropy
-from model.parallel.collectives import enter_shards, gather_last, gather_tokens, leave_shards, scatter_tokens
+from model.parallel.collectives import (
+    enter_shards,
+    gather_last,
+    gather_tokens,
+    leave_shards,
+    scatter_tokens,
+    sum_for_each,
+)
 from model.parallel.context import ParallelContext
 from model.parallel.overlap import enter_overlapped, own_tokens
 from model.parallel.regions import enter_region
@@ -111,10 +121,60 @@ def test_tokens_are_gathered_and_scattered(ranks: int) -> None:
     run_ranks(collectives, ranks)
 
 
+def sums_for_each(rank: int) -> None:
+    """Terms of a mean over ranks, of each of which every rank makes a loss of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # ours calls nothing that torch deprecates
+        sums_of(rank, sum_for_each, {})
+    ours, theirs = dict[str, Tensor](), dict[str, Tensor]()
+    sums_of(rank, sum_for_each, ours)
+    sums_of(rank, all_reduce_of_torch, theirs)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), f"{name}: another bit than torch's"
+
+
+def all_reduce_of_torch(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The function that torch 2.13 deprecates, with the same meaning."""
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(x, group=group)
+
+
+def sums_of(rank: int, sum_over: Any, found: dict[str, Tensor]) -> None:
+    """Puts values and gradients, first and second ones, into `found`; the gradients are checked by arithmetic."""
+    ranks, group = dist.get_world_size(), dist.group.WORLD
+    for dtype in (torch.float32, torch.float64):
+        for shape in ((5,), (3, 7), (1, 1), (4, 3, 2)):
+            parts = [strided(full(f"part {r}", *shape).to(dtype)) for r in range(ranks)]
+            weights = [strided(full(f"weight {r}", *shape).to(dtype)) for r in range(ranks)]
+            x = parts[rank].clone(memory_format=torch.preserve_format).requires_grad_()
+            total = sum_over(x, group)
+            torch.testing.assert_close(total.detach(), torch.stack(parts).sum(0))
+            loss = (weights[rank] * total.square()).sum()
+            (first,) = torch.autograd.grad(loss, x, create_graph=True)
+            slopes = torch.stack(weights).sum(0)
+            torch.testing.assert_close(first.detach(), 2 * slopes * torch.stack(parts).sum(0))
+            (second,) = torch.autograd.grad(first.sum(), x)  # of all ranks' sums of first gradients
+            torch.testing.assert_close(second, 2 * ranks * slopes)
+            (even,) = torch.autograd.grad(sum_over(x, group).mean(), x)  # an expanded gradient comes back
+            torch.testing.assert_close(even, torch.full_like(even, ranks / x.numel()))
+            assert torch.equal(x, parts[rank]), "the input was modified"
+            found |= {
+                f"{what} {dtype} {shape}": t for what, t in (("sum", total), ("first", first), ("second", second))
+            }
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_sum_of_which_every_rank_makes_a_loss_is_torchs_bit_for_bit(ranks: int) -> None:
+    run_ranks(sums_for_each, ranks)
+
+
 def test_without_a_group_nothing_happens() -> None:
     x = full("x", 2, 3, 4)
     assert gather_tokens(x, None) is x and scatter_tokens(x, None) is x
     assert enter_shards(x, None) is x and leave_shards(x, None) is x and gather_last(x, None) is x
+    assert sum_for_each(x, None) is x
     divided, alike, late = enter_overlapped(x, ParallelContext(), (x,))
     assert divided is x and alike is x and late == [((x,), None)]
 

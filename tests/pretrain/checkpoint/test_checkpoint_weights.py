@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
 import pretrain.checkpoint.initial
+import pretrain.checkpoint.loading
 import pretrain.data.patience
 from common.errors import UserError
 from data_prep.shards.format import Manifest
@@ -29,6 +31,7 @@ from pretrain.cli.checkpoint import main
 from pretrain.config.schema import Config
 from pretrain.data.patience import Patience
 from pretrain.data.sources import Sources
+from pretrain.parallel.agreement import PeerFailed
 from pretrain.resume import changed_settings
 from pretrain.saved_model import load_model
 from tests.harness import RankFailed, run_ranks
@@ -211,6 +214,51 @@ def test_initial_weights_that_are_removed_between_the_list_and_the_read_are_look
     (kept / "state.json").write_text("")
     with pytest.raises(DamagedCheckpoint):
         initial_checkpoint(config, known)
+
+
+def refused_where_removed(rank: int, config: Config, removed: Path, before: str) -> tuple[str, str, str]:
+    """What a rank raises whose initial weights are removed `before` it opens, or reads them, after they were found."""
+    module, name = {"opening": (Checkpoint, "open"), "reading": (pretrain.checkpoint.loading, "load_weights")}[before]
+    function = getattr(module, name)
+
+    def late(*arguments: Any, **named: Any) -> Any:
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(removed)
+        dist.barrier()
+        return function(*arguments, **named)
+
+    setattr(module, name, late)  # this process ends with the test
+    try:
+        trainer_of(config)
+    except PeerFailed as error:
+        return "peer failed", error.kind.__name__, error.words
+    except UserError as error:
+        return "raised", type(error).__name__, str(error)
+    raise AssertionError("the weights are not there")
+
+
+@pytest.mark.parametrize("before", ["opening", "reading"])
+def test_a_start_whose_initial_weights_are_removed_under_it_says_so_once_and_may_begin_again(
+    prepared: Path, tmp_path: Path, before: str
+) -> None:
+    """Of a run that goes on the next start finds others. Where none are left, none will be."""
+    live, weights = tmp_path / "live", written(tmp_path / "weights", prepared, parameters(prepared)).path
+    kept, removed = (live / "checkpoints" / f"step-0000000{number}" for number in (1, 2))
+    for path in (kept, removed):
+        shutil.copytree(weights, path)
+    config = small_config(prepared, f"train.init_from={live}", "parallel.zero=0", TIED)
+    first, second = run_ranks(refused_where_removed, 2, config, removed, before)
+    said = (
+        f"train.init_from: {removed} was removed before it was read, as by a run that goes on (checkpoint.keep_last); "
+        f"start again: the run then begins with {kept}"
+    )
+    assert first == ("raised", "PassingError", said)
+    assert second == ("peer failed", "PassingError", f"rank 0: {said}")
+    shutil.copytree(weights, removed)
+    named = config.replaced("train", init_from=str(removed))
+    for how, kind, words in run_ranks(refused_where_removed, 2, named, removed, before):
+        assert kind == "UserError" and f"train.init_from: there is no folder {removed}; name a" in words, how
 
 
 def begun_late(rank: int, config: Config, folder: Path) -> dict[str, int]:

@@ -50,7 +50,8 @@ def test_a_text_with_and_without_a_cache(trained: Path, generate: Callable[..., 
     code, text, said = generate(trained, *options)
     assert code == 0 and text.startswith(PROMPT) and len(text) > len(PROMPT) + 1 and text.endswith("\n")
     # 2 layers of 2 heads x 6, keys and values, 4 bytes; as wide as the model: 24.
-    assert " tokens in " in said and "for the prompts' 7 " in said and "tokens/s with a cache" in said
+    assert " tokens in " in said and "to read the prompts (7 tokens) and write" in said
+    assert "tokens/s with a cache" in said
     assert "tokens/s" not in generate(trained, *options[:2], "--tokens", 1)[2], "one token has no rate"
     assert "0.2 KiB a token" in said
     assert "= d_model = 24) keeps 0.4 KiB, 2.00 times" in said

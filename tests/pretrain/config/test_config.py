@@ -105,6 +105,10 @@ def test_another_type_of_layer_starts_from_its_defaults() -> None:
         ("train.stepz=3", ["train.stepz", "unknown key", "train.steps"]),
         ("model.attention.num_head=2", ["model.attention.num_head", "model.attention.num_heads"]),
         ("steps=3", ["steps: unknown key", "train.steps"]),
+        ("optimizer.lr=1", ["optimizer.lr: unknown key; optimizer has learning_rate, betas, eps, weight_decay"]),
+        ("parallel.context=2", ["parallel.context: unknown key; parallel has tensor, pipeline, sequence, expert"]),
+        ("optimizer.warmup_steps=2", ["the nearest known key is schedule.warmup_steps"]),
+        ("seed=3", ["the nearest known key is train.seed"]),
         ("model.attention.active_experts=9", ["model.attention", "active_experts is 9", "at most 4"]),
         ("model.feedforward.active_experts=17", ["model.feedforward", "17", "num_experts = 16"]),
         ("batch.global_sequences=30", ["batch.global_sequences", "30", "micro_sequences = 8", "set it to 32"]),
@@ -193,7 +197,10 @@ def test_fp16_is_refused_on_the_cpu_with_the_reason() -> None:
     check_device(config, "cuda")
 
 
-MOA_LOSSES = 'model.attention={"type": "moa", "cv_loss_weight": 0.1, "loss_scope": "micro_batch"}'
+MOA_LOSSES = [
+    f'model.attention={{"type": "moa", "{name}_loss_weight": 0.1, "loss_scope": "micro_batch"}}'
+    for name in ("cv", "switch")
+]
 NEITHER = {
     # What neither graphs nor compiled blocks go with: what the message names, and what it offers.
     "parallel.tensor=2": (r"parallel\.tensor = 2 \(collectives", r"parallel\.tensor to 1"),
@@ -236,7 +243,7 @@ def test_blocks_are_compiled_where_it_is_asked_for_and_possible(override: str) -
 
 
 @pytest.mark.parametrize("key", ["train.cuda_graph", "train.compile"])
-@pytest.mark.parametrize("override", ["model.feedforward.entropy_scope=micro_batch", MOA_LOSSES])
+@pytest.mark.parametrize("override", ["model.feedforward.entropy_scope=micro_batch", *MOA_LOSSES])
 def test_graphs_and_programs_hold_no_collective_of_data_parallel_ranks(key: str, override: str) -> None:
     keys = [override, "model.feedforward.entropy_weight=0.01", f"{key}=on"]
     config = load_config(TINY, keys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,10 @@ def test_keys_with_which_no_run_works_may_be_off(key: str) -> None:
         ("zero_optimization.reduce_bucket_size=0", "greater than 0 (given 0)"),
         ("zero_optimization.reduce_bucket_size=1.5", "(given 1.5)"),
         ("zero_optimization.reduce_bucket_size=true", "(given true)"),
-        ("zero_optimization.stage3_max_live_parameters=5", "only with parallel.zero = 3, but it is 1; remove this key"),
+        (
+            "zero_optimization.stage3_max_live_parameters=5",
+            "only with parallel.zero = 3, but it is 1; remove this key, or set parallel.zero to 3",
+        ),
         ("checkpoint.tag_validation=fail", "deepspeed.checkpoint: has no effect here (is for DeepSpeed's own check"),
         ("comet.api_key=x", "deepspeed.comet.api_key: has no effect here (is a secret"),
         ("pipeline.partition=best", "deepspeed.pipeline.partition: has no effect here (it is decided by parallel.pipe"),
@@ -246,9 +250,10 @@ def test_refusals_by_other_keys() -> None:
 
 
 def test_what_is_only_printed_needs_its_level() -> None:
-    for key in ("memory_breakdown", "dump_state", "comms_logger.enabled"):
+    quiet: tuple[list[str], ...] = ([], ["deepspeed.log_level=warning"])
+    for key, more in product(("memory_breakdown", "dump_state", "comms_logger.enabled"), quiet):
         with pytest.raises(ConfigError, match=rf"deepspeed\.{key}: is printed only at DeepSpeed's level info; set"):
-            load_config(TINY, [f"deepspeed.{key}=true"])
+            load_config(TINY, [f"deepspeed.{key}=true", *more])
     with pytest.raises(ConfigError, match=r"log_level to info and deepspeed\.comms_logger\.verbose to true"):
         load_config(TINY, ["deepspeed.comms_logger.enabled=true", "deepspeed.log_level=info"])
 

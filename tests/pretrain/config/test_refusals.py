@@ -331,4 +331,6 @@ def test_a_dry_run_reads_the_checkpoint_that_a_start_would(place: Path, capsys: 
         captured = capsys.readouterr()
         words = f"checkpoint {path.parent}: rank-00000.safetensors does not match its sha256"
         assert words in (captured.out if code == 0 else captured.err)
+        if code == 0:
+            assert f"continues from {place}/run/checkpoints/step-00000001, step 1: every file has its" in captured.out
     assert captured.err.startswith("error: no checkpoint is whole (")

@@ -45,12 +45,33 @@ def test_a_key_that_the_checkpoint_did_not_know_had_its_default_of_that_kind_of_
     """SwitchHead has 4 experts by default, MoA 8."""
     tree = json.loads(json.dumps(to_json(load_config(TINY))))
     assert tree["model"]["attention"].pop("num_experts") == 4
-    del tree["optimizer"]["eps"]
+    del tree["optimizer"]["eps"], tree["model"]["attention"]["selection"]  # of which there is one
     assert not changes(then=tree)
     with pytest.raises(UserError, match=r"^model\.attention\.num_experts: was 4 "):
         changes("model.attention.num_experts=8", then=tree)
     with pytest.raises(UserError, match=r"^optimizer\.eps: was 1e-08 .* is 1e-06 now"):
         changes("optimizer.eps=1e-6", then=tree)
+
+
+def test_what_is_advised_allows_no_more_than_what_changed() -> None:
+    with pytest.raises(UserError, match=r"allow_changes=\[\"deepspeed\.zero_optimization\.reduce_bucket_size\"\]'$"):
+        changes("deepspeed.zero_optimization.reduce_bucket_size=5000")
+
+
+def test_a_run_that_is_to_end_where_it_is_keeps_its_schedule() -> None:
+    with pytest.raises(UserError, match=r"^train\.steps: was 200 .* \(schedule\.shape = cosine spans the whole run; "):
+        changes("train.steps=5")
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_another_model_can_be_allowed_if_the_saved_weights_fit_it(fits: bool) -> None:
+    saved = SavedRun("the checkpoint", to_json(load_config(TINY)), "a" * 64, 5)
+    with pytest.raises(UserError, match=r"^model\.dropout: was 0\.0 ") as refused:
+        changes_since(saved, load_config(TINY, ["model.dropout=0.1"]), "a" * 64, lambda: fits)
+    assert (
+        "or allow the change with --set 'checkpoint.allow_changes=[\"model.dropout\"]'" in str(refused.value)
+    ) == fits
+    assert str(refused.value).endswith("the saved weights have other sizes, so the change cannot be allowed") != fits
 
 
 def test_a_section_is_above_its_keys_and_not_above_names_that_begin_like_it() -> None:

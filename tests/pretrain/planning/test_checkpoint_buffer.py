@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from common.units import GIB
 from pretrain.checkpoint.saver import _layout_in_buffer
 from pretrain.checkpoint.state import owned_state
 from pretrain.config.schema import Config
 from pretrain.data.progress import Progress
+from pretrain.planning.fit import fit
 from pretrain.planning.layout_plan import staging_bytes
+from pretrain.planning.machine import MachineOptions, machine
+from pretrain.planning.memory import USABLE, estimate
 from pretrain.planning.step_time import held_by_stages
+from pretrain.report.memory_text import memory_rows
 from tests.harness import run_ranks
 from tests.pretrain.runs import one_step, small_config, trainer_of
 
@@ -51,3 +58,37 @@ def test_the_buffer_of_a_checkpoint_holds_a_ranks_share_of_the_state(prepared: P
             assert least * expected <= size <= expected + RANDOM_STATE + OF_A_TENSOR * tensors, (config, rank)
         waiting = config.replaced("checkpoint", asynchronous=False)
         assert staging_bytes(waiting, stages[0], 2, data_size) == 0
+
+
+@pytest.mark.parametrize("keys", [(), ("parallel.pipeline=2",)])
+def test_a_run_that_fits_a_cpu_without_the_copy_alone_does_not_fit(prepared: Path, keys: tuple[str, ...]) -> None:
+    """Of a whole model, which is traced, and of stages, which are rehearsed. Beside a GPU the copy takes none of it."""
+    config = small_config(prepared, *keys)
+    waiting = config.replaced("checkpoint", asynchronous=False)
+
+    def report(config: Config, size: float, gpu: str = "cpu") -> tuple[bool | None, int]:
+        found = fit(config, machine(MachineOptions(gpu=gpu, gpus=2, memory_gib=size / GIB)))
+        return found.fits, found.needed
+
+    alone, (_, with_copy) = report(waiting, GIB)[1], report(config, GIB)
+    data_size, stages = config.data_size(2), config.parallel.pipeline
+    copies = [staging_bytes(config, held, 2 // stages, data_size) for held in held_by_stages(config, data_size)]
+    assert 0 < min(copies) <= with_copy - alone <= max(copies)
+    between = (alone + with_copy) / 2 / USABLE
+    assert report(waiting, between)[0] is True
+    assert report(config, between)[0] is False
+    on_gpus = [report(each, GIB, "h100-80gb") for each in (config, waiting)]
+    assert on_gpus[0] == on_gpus[1]
+
+
+def test_the_largest_micro_batch_leaves_room_for_the_copy(prepared: Path) -> None:
+    """Of two ranks with a sequence each."""
+    config = small_config(prepared, "batch.global_sequences=2", "batch.micro_sequences=1")
+    waiting = config.replaced("checkpoint", asynchronous=False)
+    copy = staging_bytes(config, held_by_stages(config, 2)[0], 2, 2)
+    capacity = int((estimate(config, 2, "cpu").total + copy / 2) / USABLE)
+    with_copy, without = memory_rows(config, 2, "cpu", capacity), memory_rows(waiting, 2, "cpu", capacity)
+    assert [rows[1].value for rows in (with_copy, without)] == ["none", "1"]
+    assert "more for the copy that a checkpoint is written from" in with_copy[0].formula
+    assert "GiB with that copy" in with_copy[1].formula and "copy" not in without[0].formula + without[1].formula
+    assert memory_rows(config, 2, "cuda", capacity) == memory_rows(waiting, 2, "cuda", capacity)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +13,17 @@ import pytest
 from common.errors import ConfigError
 from common.units import GIB
 from pretrain.cli.plan import main
-from pretrain.cli.plan_fit import steps_done, verdict, whole_run
+from pretrain.cli.plan_fit import as_json, steps_done, verdict, whole_run
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.planning import fit as planning
 from pretrain.planning import layout_plan
 from pretrain.planning.fit import changes, fit, with_overrides
-from pretrain.planning.layout_plan import traffic
+from pretrain.planning.layout_plan import StepTime, traffic
 from pretrain.planning.links import Collective
 from pretrain.planning.machine import Machine, MachineOptions, machine
 from pretrain.planning.record import Call, Rehearsal
-from pretrain.planning.step_time import held_by_stages
+from pretrain.planning.step_time import Terms, held_by_stages
 from pretrain.planning.stops import CannotRehearse, StepStops
 
 ONE_BILLION = Path(__file__).resolve().parents[3] / "configs" / "switchall_1b.json"
@@ -281,6 +282,21 @@ def test_what_is_left_of_a_run_is_priced(tmp_path: Path, by_hand: ByHand, done: 
     report = fit(load_config(TINY, [f"train.stop_after_steps={stop}"]), h100(2), results=NOWHERE)
     assert steps_done(tmp_path / "config.json") == done and steps_done(TINY) == 0 and report.time is not None
     assert said in whole_run(report, report.time, done)
+
+
+def test_hours_and_tokens_are_those_of_a_step_of_the_run() -> None:
+    """36 to 72 s a step of 4,096 tokens, on two GPUs, of 200 steps of which 100 are done."""
+    report = fit(load_config(TINY, ["model.num_layers=1"]), h100(2), results=NOWHERE)
+    time = StepTime(Terms(compute=30.0, inside=6.0), Terms(compute=72.0))
+    assert whole_run(report, time, 100) == (
+        "36 s to 72 s a step, 56 to 113 tokens a second; the 100 of 200 steps that are left take 1 to 2 h, 2 to 4 "
+        "GPU-hours, without validation and start-up"
+    )
+    told = as_json(replace(report, time=time), 100)
+    fast = told["seconds"]["fast"]
+    assert (fast["run_hours"], fast["run_gpu_hours"], fast["hours_left"]) == (2.0, 4.0, 1.0)
+    assert fast["tokens_per_second"] == 4096 / 36 and (told["steps_done"], told["steps_left"]) == (100, 100)
+    assert told["machine"]["usable_bytes"] == int(0.9 * told["machine"]["memory_bytes"])
 
 
 def test_a_cpu_is_called_no_gpu(by_hand: ByHand) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from gzip import BadGzipFile
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from pretrain.cli.plan import main
 from pretrain.cli.plan_check import summary
 from pretrain.cli.train import main as train_main
 from pretrain.config.loading import load_config, to_json
+from pretrain.planning.record import Rehearsal
 from pretrain.preflight.checklist import Blocked, Checklist, Outcome
 from pretrain.report.disk_space import checkpoint_space
 from tests.corpus import with_another_tokenizer
@@ -62,6 +64,7 @@ def test_a_good_run_passes_and_nothing_is_written(place: Path, capsys: pytest.Ca
     report = json.loads(capsys.readouterr().out)
     assert (report["passed"], report["ranks"], report["device"]) == (True, 4, "cpu")
     assert "1 rank = pipeline 1" in checked(capsys)[1]
+    assert "2 ranks = pipeline 2" in checked(capsys, "--set", "parallel.pipeline=2")[1], "the fewest that it needs"
     assert all(check["passed"] is True for check in report["checks"])
 
 
@@ -157,6 +160,7 @@ def test_a_step_that_was_not_rehearsed_is_never_a_check_that_passed(
         assert program(arguments) == code
         printed = capsys.readouterr()
         warned = printed.out.count("warning: collectives: not checked; step: it cannot be rehearsed")
+        assert printed.out.count("warning: memory: not checked; step: it cannot be rehearsed") == warned
         if code == 0:
             assert printed.err == "" and warned == 1
         else:
@@ -198,6 +202,8 @@ def test_what_the_system_refuses_names_what_is_known(error: OSError, words: str)
         (["c.json", "--set", "train.steps=-3"], "train.steps: input should be greater than"),
         (["c.json", "--set", "train.device=cpu", "--device", "cuda"], "--device: is cuda, but train.device is cpu"),
         (["c.json", "--set", "data.manifest=gone"], "data.manifest: there is no"),
+        (["c.json", "--set", 'data.manifest=" "'], "data.manifest: the place of a data set is empty"),
+        (["c.json", "--set", "monitor.alert_command=no-such-program"], "monitor.alert_command: there is no"),
     ],
 )
 def test_one_mistake_is_one_sentence(
@@ -286,6 +292,48 @@ def test_a_folder_without_its_shards_is_told_in_a_few_lines(place: Path, capsys:
     assert "more of its files are wrong; copy the data set again" in wrong[5]
 
 
+def test_one_file_more_than_are_told_is_told_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = sorted(path for path in (place / "data").iterdir() if path.suffix in (".tar", ".safetensors"))
+    for path in files[:6]:
+        path.unlink()
+    code, _, wrong = checked(capsys)
+    assert code == 2 and [line.partition("missing file ")[0] for line in wrong] == ["error: data.manifest: "] * 6
+
+
+def test_a_byte_that_only_the_sha256_shows_is_found_where_it_is_asked_for(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = place / "data" / "train-00001.tar"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    code, said, _ = checked(capsys)
+    assert code == 0 and "each has its size (data.verify=full hashes them)" in said
+    code, _, wrong = checked(capsys, "--set", "data.verify=full")
+    assert code == 2 and wrong[-1].startswith(f"error: data.manifest: {shard} does not match"), "behind the progress"
+
+
+def test_what_is_legal_and_may_be_a_mistake_is_a_warning(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said, wrong = checked(capsys, "--set", "model.vocab_size=800", "--set", "train.steps=100000")
+    assert (code, wrong) == (0, [])
+    assert "warning: model.vocab_size: 400 of 800 rows are no piece of the tokenizer" in said
+    assert re.search(r"warning: data\.manifest: the run reads the [\d,]+ tokens of .* times", said)
+
+
+def test_options_of_a_step_reach_its_rehearsal(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = Rehearsal(1, {}, 0, {}, 2 * 2**30, {}, [], [])
+    monkeypatch.setattr("pretrain.planning.rehearsal.rehearse", lambda *_, **__: result)
+    line = ["check", "c.json", "--ranks", "4", "--rank", "2", "--device-memory", "2"]
+    assert main(line) == 0
+    said = capsys.readouterr().out
+    assert ", 2 (--rank), which stand for all" in said and "may fill 1.80 GiB of the device (90% of 2.0)" in said
+    assert "warning: memory: a step needs about 2." in said
+    assert main(["check", "c.json", "--device-memory", "2", "--no-step"]) == 2
+    assert "--device-memory: is for the memory of a step, but --no-step" in capsys.readouterr().err
+
+
 def test_a_shard_that_may_not_be_read(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -336,3 +384,16 @@ def test_a_list_of_checks_goes_on_where_a_start_ends() -> None:
     assert heard == ["two", "again", "late", "good"]
     with pytest.raises(UserError, match=r"^a$"):
         Checklist(stops=True).do("two", two)
+    with pytest.raises(PermissionError):
+        Checklist(stops=True).do("shards", Mock(side_effect=PermissionError(13, "Permission denied")))
+
+
+def test_a_check_that_finds_something_new_beside_what_is_said_already_has_failed() -> None:
+    def found(*names: str) -> Callable[[Outcome], str]:
+        return lambda outcome: "".join(outcome.problem(UserError(name)) or "" for name in names)  # type: ignore[func-returns-value]
+
+    checks = Checklist()
+    checks.do("first", found("a"))
+    checks.do("second", found("a", "b"))
+    assert [outcome.passed for outcome in checks.outcomes] == [False, False]
+    assert [str(error) for error in checks.problems] == ["a", "b"]

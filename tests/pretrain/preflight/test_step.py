@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from common.errors import UserError
 from model.layers import Block
 from pretrain.config.rules import check_ranks
 from pretrain.config.schema import Config
@@ -134,6 +135,44 @@ def test_the_memory_of_a_step_is_compared_with_that_of_the_device(
     for kind, checks in full.items():  # beside a GPU the copy lies in CPU memory
         memory, is_beside = checks.outcomes[1], kind == "cpu"
         assert bool(memory.warnings) == ("more for the copy that a checkpoint" in memory.said) == is_beside
+
+
+def test_what_is_rehearsed_stands_for_the_whole_run(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GiB for each block and one beside them: many blocks of a model in one piece are added up from three, both
+    ends of a pipeline are rehearsed whole, and with expert-parallel ranks two splits of tokens."""
+
+    def rehearse(config: Config, num_ranks: int, rank: int, device: str, *, routed: str) -> Rehearsal:
+        peak = (1 + config.model.num_layers) * 2**30 + (rank + 1) * (routed == "worst") * 2**30
+        return Rehearsal(1, {}, 0, {}, peak, {}, [], [])
+
+    monkeypatch.setattr(rehearsal, "rehearse", rehearse)
+    keys = ("model.num_layers=7", "checkpoint.asynchronous=false", "batch.micro_sequences=2")
+    collectives, memory = rehearsed(prepared, 4, *keys, rank=2).outcomes
+    assert "8.00 GiB on rank 2 (rehearsed: rank 0 and 2, as many blocks add what the third one adds)" in memory.said
+    assert ", 2 (--rank), which stand for all, with 2 of the 7 blocks" in collectives.said
+    memory = rehearsed(prepared, 2, *keys, "parallel.pipeline=2").outcomes[1]
+    assert "8.00 GiB on rank 1 (rehearsed: rank 0 and 1)" in memory.said
+    memory = rehearsed(prepared, 2, *keys, "parallel.expert=2", "model.feedforward.num_experts=6").outcomes[1]
+    assert "8.00 GiB on rank 0, tokens evenly split over experts; 9.00 GiB on rank 0, as many tokens" in memory.said
+
+
+def test_what_cuda_graphs_keep_may_be_too_much(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_, **__: Rehearsal(1, {}, 0, {}, 0, {}, [], []))
+    keys = (*SHORT, "train.precision=bf16", "train.cuda_graph=auto")
+    total = estimate(small_config(prepared, *keys), 1, "cuda").total
+    for has, warns in ((round(total / 0.9) + 9, False), (total, True)):
+        assert bool(rehearsed(prepared, 1, *keys, device="cuda", memory=has).outcomes[1].warnings) == warns
+
+
+@pytest.mark.parametrize("name", ["rules", "layout", "device"])
+def test_no_step_is_rehearsed_of_a_run_that_cannot_be(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_, **__: pytest.fail("it was rehearsed"))
+    checks = Checklist()
+    checks.do(name, lambda found: found.problem(UserError("train.steps: is wrong")) or "")  # type: ignore[func-returns-value]
+    StepRehearsal(PlannedRun(small_config(prepared), 1, None, "cpu", data_size=1)).check(checks)
+    assert [outcome.blocked_by for outcome in checks.outcomes[1:]] == [f"{name} has a fault"] * 2
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

@@ -33,6 +33,27 @@ def test_a_changed_model_is_described_as_it_is(prepared: Path, capsys: pytest.Ca
     assert epochs == f"{7 * config.batch.global_sequences / windows:.2f}" and not float(epochs).is_integer()
 
 
+def test_a_loss_that_depends_on_the_layout_is_told(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of regularisers that are summed over a micro-step, on all ranks; none of weight 0, none of the global batch."""
+    entropy = "model.feedforward.entropy_scope=micro_batch"
+    moa = MOA.replace('"moa"', '"moa", "loss_scope": "micro_batch", "switch_loss_weight": 0.01')
+    told: dict[tuple[str, ...], list[str]] = {
+        (entropy, "model.feedforward.entropy_weight=0.1"): ["feedforward.entropy_scope"],
+        (entropy, "model.feedforward.entropy_weight=0"): [],
+        ("model.feedforward.entropy_weight=0.1",): [],
+        (moa, entropy, "model.feedforward.entropy_weight=0.1"): ["feedforward.entropy_scope", "attention.loss_scope"],
+    }
+    for overrides, keys in told.items():
+        config = small_config(prepared, "batch.micro_sequences=2", "batch.global_sequences=8", *overrides)
+        print_derived(config, 2, Sources.load(config), prepared / "run")
+        rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines() if "regulariser" in row]
+        assert rows == [
+            "a regulariser's batch 4 of 8 sequences micro_sequences x DP; another product is another loss "
+            f"(model.{key} = micro_batch)"
+            for key in keys
+        ]
+
+
 @pytest.mark.parametrize("name_of_copy", ["config.json", "config-5f0c7a9be1d2.json"])
 def test_the_description_of_a_run_keeps_what_it_began_with(tmp_path: Path, name_of_copy: str) -> None:
     """However often it is continued with --set: the name of its own configuration says nothing, nor that of a job's

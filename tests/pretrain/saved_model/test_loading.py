@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common.errors import PassingError, UserError
-from data_prep.shards.format import Manifest
+from data_prep.shards.format import Manifest, manifest_digest
 from data_prep.stages.tokenizer import TextTokenizer
 from model.language_model import build_model
 from pretrain.checkpoint import Checkpoint
@@ -95,6 +95,34 @@ def test_data_that_were_made_anew_have_the_tokenizer_of_a_run_if_it_is_the_same(
     assert find_tokenizer(saved.checkpoint, [])[1] is None, "they are not the data that the run read"
     with pytest.raises(UserError, match=r"no tokenizer: .* is not the data set that the run read \(another digest\)"):
         load_model(change(manifest_digest="0" * 64, tokenizer_sha256="0" * 64))
+
+
+def test_data_that_use_the_same_file_in_another_way_have_another_tokenizer(
+    run: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """With it no text would end, or be of other pieces. A checkpoint of an older version does not say how it was."""
+    moved, path = shutil.copytree(run, tmp_path / "run"), tmp_path / "anew" / "manifest.json"
+    newest = moved / "checkpoints" / "step-00000002"
+    shutil.copytree(prepared, path.parent)
+    manifest = json.loads(path.read_text())
+
+    def change(state: dict[str, Any]) -> None:
+        state["config"]["data"]["manifest"], state["manifest_digest"] = str(path), "0" * 64
+
+    rewrite_state(newest, change)
+    eos = load_model(moved).tokenizer.eos_id
+    assert eos is not None
+    provenance = manifest["provenance"]
+    settings = provenance["config"] | {"tokenizer": provenance["config"]["tokenizer"] | {"sentences": "lines"}}
+    text_ends_documents = {"tokenizer": manifest["tokenizer"] | {"eos_id": None}}
+    lines_are_encoded_one_by_one = {"provenance": provenance | {"config": settings}}
+    for changed in (text_ends_documents, lines_are_encoded_one_by_one):
+        body = manifest | changed
+        path.write_text(json.dumps(body | {"digest": manifest_digest(body)}))
+        with pytest.raises(UserError, match=r"no tokenizer: .* is not the data set that the run read"):
+            load_model(moved)
+    rewrite_state(newest, lambda state: state.pop("tokenizer_use"))
+    assert load_model(moved).tokenizer.eos_id == eos, "of the last ones"
 
 
 def test_refusals(run: Path, prepared: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pretrain.config.loading import config_tree
+from pretrain.config.validated import reads_streams
 from pretrain.views.comparison import differing_facts
 from pretrain.views.comparison_text import text
 from pretrain.views.reading import RunView
@@ -101,6 +102,20 @@ def test_streams_count_where_they_have_an_effect(tmp_path: Path, memory: int, pl
     assert resumed.best_validation() == ((8, 3.5) if has_effect else (4, 3.0))
     runs = runs_of(*(write_run(tmp_path / str(n), [{"step": 1, "loss": 5.0}], config(n)) for n in (8, 64)))
     assert [key for key, _ in differing_facts(runs)] == ["evaluate.streams"] * has_effect
+
+
+@pytest.mark.parametrize(
+    "position, placement, reads_on",
+    [
+        (None, "spread", False),  # of another program, or of a version that had no memory
+        ({"memory_chunks": 0}, "spread", False),
+        ({"memory_chunks": 1}, "spread", True),
+        ({"memory_chunks": 1}, "start", False),
+    ],
+)
+def test_what_reads_on_from_window_to_window(position: dict[str, int] | None, placement: str, reads_on: bool) -> None:
+    config = {"model": {} if position is None else {"position": position}, "evaluate": {"placement": placement}}
+    assert reads_streams(config) is reads_on
 
 
 def test_a_comparison_says_after_which_step_a_resume_changed_the_windows(tmp_path: Path) -> None:
