@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.cache import LayerCache
-from model.kernels.ops.causal_attention import Inputs
+from model.kernels.ops.causal_attention import Inputs, torch_attention
 from model.kernels.ops.causal_attention import causal_attention as attend
 
 
@@ -58,10 +58,10 @@ def causal_attention(
     if isinstance(documents, LayerCache):
         q, k, v = documents.extend(q, k, v)
         mask = None if documents.now.is_first else documents.now.seen
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared)
+        return torch_attention(q, k, v, mask=mask, shared=shared)
     if documents is not None:
         assert L == T, "documents of a memory are not known; refused by the configuration"
         return attend(Inputs(q, k, v, documents.first, documents.end), backend=backend)
     if L == T:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+        return torch_attention(q, k, v, mask=None, shared=shared)
     return attend(Inputs(q, k, v), backend=backend)

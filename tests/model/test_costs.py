@@ -339,11 +339,16 @@ def test_attention_costs_generalise_to_other_expert_projections() -> None:
 
 
 def test_the_cache_is_two_to_four_times_smaller_than_the_dense_models() -> None:
-    """H h of each against H h of the dense model with as many parameters; MoA has one head of keys and values."""
+    """H h of each against H h of the dense model with as many parameters, and against K h of it with grouped queries
+    (docs/use.md); MoA has one head of keys and values."""
     for corpus, size, ratio in (("c4", "47m", 2.70), ("c4", "262m", 2.29), ("wt103", "262m", 3.88)):
         dense, switchhead = (paper(f"{corpus}_{kind}_{size}") for kind in ("dense", "switchhead"))
         assert round(cache_floats(dense) / cache_floats(switchhead), 2) == ratio
         assert dense_cache_floats(switchhead) == pytest.approx(cache_floats(dense), rel=0.005)
+        of_groups = {4: 0.97 if corpus == "wt103" else 0.57, 2: 0.48 if corpus == "wt103" else 0.29}
+        for K, ratio in of_groups.items() if size == "262m" else [(2, 0.54)]:
+            grouped = dense.model_copy(update={"attention": dense.attention.model_copy(update={"num_kv_heads": K})})
+            assert round(cache_floats(grouped) / cache_floats(switchhead), 2) == ratio
     assert [cache_floats(odd(attention)) for attention in (SWITCHHEAD, MOA)] == [2 * 3 * 3 * 8, 2 * 3 * 8]
 
 

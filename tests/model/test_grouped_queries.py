@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from common.errors import ConfigError
 from common.json_config import validate
@@ -16,6 +18,7 @@ from model.attention.dense import DenseAttention
 from model.config import DenseAttentionConfig, ModelConfig, RopeConfig
 from model.documents import Documents
 from model.kernels.choice import Backends
+from model.kernels.ops.causal_attention import torch_attention
 from model.language_model import build_model
 from model.parallel.context import ParallelContext
 from tests.model.oracles import rotate, sinusoid
@@ -139,6 +142,35 @@ def test_keys_and_values_of_each_head_are_the_layer_without_the_key(position: fl
     assert found[0].keys() == found[1].keys()
     for name, (value, gradient) in found[0].items():
         assert torch.equal(value, found[1][name][0]) and torch.equal(gradient, found[1][name][1]), name
+
+
+@pytest.mark.parametrize(
+    "device, dtype, h, masked, copied",
+    [
+        ("cpu", torch.float32, 8, True, False),
+        ("cuda", torch.bfloat16, 8, False, False),
+        ("cuda", torch.bfloat16, 8, True, True),
+        ("cuda", torch.bfloat16, 264, False, True),
+        ("cuda", torch.float32, 8, False, True),
+    ],
+)
+def test_keys_are_copied_where_no_fused_kernel_of_torch_takes_groups(
+    device: str, dtype: torch.dtype, h: int, masked: bool, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On fake tensors, so without a GPU: what torch is given."""
+    given: list[int] = []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        assert k.shape == v.shape
+        given.append(k.shape[1])
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    with FakeTensorMode(), torch.device(device):
+        q, k = (torch.empty(1, heads, 5, h, dtype=dtype) for heads in (6, 2))
+        mask = torch.ones(5, 5, dtype=torch.bool) if masked else None
+        torch_attention(q, k, k, mask=mask, shared=True)
+    assert given == [6 if copied else 2]
 
 
 def test_a_part_of_a_group_is_refused() -> None:
