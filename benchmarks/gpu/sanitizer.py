@@ -63,8 +63,8 @@ class _Together:
             pool = ThreadPoolExecutor(max(1, min(JOBS, (os.cpu_count() or 2) // 2)))
             asked = [each for each in self._names if each in context.asked and each not in self._found]
             for other in dict.fromkeys([name, *asked]):
-                case = {"tool": self._tool, "model": self._model, "number": self._names.index(other)}
-                self._found[other] = pool.submit(check, context, **case)
+                number = self._names.index(other)
+                self._found[other] = pool.submit(check, context, tool=self._tool, model=self._model, number=number)
             pool.shutdown(wait=False)  # what is begun goes on
         return self._found[name].result()
 
