@@ -13,7 +13,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +70,35 @@ def updated(text: str, results: Path) -> str:
 
 
 def document_table(results: Path, command: str, rows_of: Callable[[list[Entry]], Rows]) -> str:
-    """The newest entries of every card, card by card, each under a line that says on what and when."""
+    """The newest entries of every card, card by card, each under a line that says on what and when; below them what was
+    measured before by other versions, sources or drivers and not since, as after a visit that did not reach its end."""
     pieces = []
     for path in sorted(results.glob(f"*/{command}.jsonl")):
-        entries = latest(record.read(path))
-        rows = rows_of(entries)
-        if len(rows) < 2:
-            continue
-        one = entries[-1]
-        on = one.identity
-        versions = f"driver {on['driver']}, Python {on['python']}, torch {on['torch']}, triton {on['triton']}"
-        pieces.append(f"{on['card']}, {versions}; {one.date[:10]}, revision {one.revision}:\n\n{markdown(rows)}")
+        for number, entries in enumerate((latest(record.read(path)), *_measured_before(record.read(path)))):
+            rows = rows_of(entries)
+            if len(rows) < 2:
+                continue
+            one = entries[-1]
+            on = one.identity
+            versions = f"driver {on['driver']}, Python {on['python']}, torch {on['torch']}, triton {on['triton']}"
+            when = f"{one.date[:10]}, revision {one.revision}"
+            before = ", by earlier sources or versions and not since" if number else ""
+            pieces.append(f"{on['card']}, {versions}; {when}{before}:\n\n{markdown(rows)}")
     return "\n".join(pieces) if pieces else EMPTY
+
+
+def _measured_before(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """The parts that passed on an earlier identity and have not ended on a later one, the newest identity first."""
+    ended: set[str] = set()
+    others = list(entries)
+    while others:
+        mine = [e for e in others if e.identity == others[-1].identity]
+        others = [e for e in others if e.identity != mine[-1].identity]
+        if mine[-1] is not entries[-1]:
+            last = {e.part: e for e in mine}
+            if left := [e for part, e in last.items() if e.status == PASSED and part not in ended]:
+                yield left
+        ended |= {e.part for e in mine if e.status in (PASSED, FAILED)}
 
 
 def latest(entries: Sequence[Entry]) -> list[Entry]:

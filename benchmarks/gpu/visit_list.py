@@ -89,7 +89,7 @@ STOPS = [
         "racecheck 1b switchhead, racecheck 1b sigma_moe, racecheck 1b route, racecheck 1b causal_attention, "
         "racecheck 1b elementwise",
         120,
-        "races of the kernels that never ran; eight processes at a time, as in 2026",
+        "races of the kernels that never ran",
     ),
     of(
         "speed",

@@ -76,7 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=a_path, metavar="FOLDER", help="folder of the JSON files (default: RUN/evaluation/step-...)"
     )
-    add_overrides(parser, "a key of parallel (the layout), evaluate (the held-out split) or kernels, or model.position.memory_chunks; repeatable")
+    keys = "of parallel (the layout), evaluate (the held-out split) or kernels, or model.position.memory_chunks"
+    add_overrides(parser, f"a key {keys}; repeatable")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser
 

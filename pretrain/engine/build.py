@@ -19,7 +19,7 @@ from model.parameters import parameter_specs
 from pretrain.config.schema import Config
 from pretrain.engine import zero_1
 from pretrain.engine.deepspeed_json import deepspeed_json
-from pretrain.engine.gradient_norm import GradientNorm, ask_once, sum_as_we_do
+from pretrain.engine.gradient_norm import GradientNorm, ask_once, see_copies, sum_as_we_do
 from pretrain.engine.micro_steps import Executor, PlainExecutor
 from pretrain.engine.optimizer import build_optimizer
 from pretrain.parallel.experts import declare_experts
@@ -81,6 +81,8 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
         _keep_until_reduced(engine.optimizer)
         if config.parallel.offload_optimizer:
             _drop_skipped_gradients(engine.optimizer)
+    if config.parallel.zero == 3 and parallel.tensor_size > 1:
+        see_copies(engine.optimizer)
     if zero_1.is_used(config):
         zero_1.add_without_a_copy(engine.optimizer)
     if engine.fp16_enabled():

@@ -49,6 +49,12 @@ def _in_rows(tensor: Tensor) -> Tensor:
     return torch.cat([torch.linalg.vector_norm(part, dim=1) for part in rows]).double().square().sum()
 
 
+def zero_if_finite(tensors: list[Tensor]) -> Tensor:
+    """A scalar in fp64 that adds nothing to a norm, but makes it no number where an element of `tensors`, which it does
+    not count, is not finite."""
+    return 0.0 * sum_of_squares(tensors)
+
+
 def deepspeed_norm(engine: Any, device: torch.device) -> Tensor:
     """DeepSpeed's global gradient norm of the last step, before clipping (ZeRO 1 to 3, where it also clips): scalar on
     `device`, infinite if it skipped the update, because the norm was not finite."""
@@ -101,6 +107,34 @@ def sum_as_we_do(optimizer: Any, *, in_stages: bool = False) -> None:
     optimizer.get_grad_norm_direct = norm_of
     if in_stages:
         optimizer.scaled_global_norm = norm_of_all
+
+
+def see_copies(optimizer: Any) -> None:
+    """Lets DeepSpeed's optimizer of ZeRO 3 see a gradient that is not finite also of a parameter that all
+    tensor-parallel ranks hold, on a rank whose copy the norm does not count: there one that it counts becomes NaN for
+    it. The norm keeps its bits. fp16, which is asked about values, needs none of it; offloaded gradients are in CPU
+    memory."""
+    from deepspeed.runtime.zero import stage3  # here: device.start prepares its import
+
+    if optimizer.model_parallel_rank == 0 or optimizer.offload_optimizer:
+        return
+    norm_of = optimizer.get_grad_norm_direct
+
+    def norm_with_copies(gradients: Iterable[Tensor], parameters: Iterable[Any], norm_type: int = 2) -> Tensor:
+        given, owners = list(gradients), list(parameters)
+        counted = [n for n, owner in enumerate(owners) if stage3.is_model_parallel_parameter(owner)]
+        copies = [n for n in range(len(owners)) if n not in counted]
+        if not copies:
+            return norm_of(given, owners, norm_type)
+        shown = zero_if_finite([given[n] for n in copies])
+        if counted:
+            smallest = min(counted, key=lambda n: given[n].numel())
+            given[smallest] = given[smallest] + shown
+            return norm_of(given, owners, norm_type)
+        with mock.patch.object(owners[0], "tensor_model_parallel", True):  # nothing else counts here
+            return norm_of([shown, *given[1:]], owners, norm_type)
+
+    optimizer.get_grad_norm_direct = norm_with_copies
 
 
 def ask_once(optimizer: Any) -> None:
@@ -156,6 +190,9 @@ class GradientNorm:
             if p.grad is not None and (p.tensor_model_parallel or self._parallel.tensor_rank == 0)
         ]
         squares = sum_of_squares(counted)
+        if len(counted) < len(gradients):
+            copies = [p.grad for p in parameters if p.grad is not None and not p.tensor_model_parallel]
+            squares = squares + zero_if_finite(copies)
         if self._parallel.tensor_group is not None:
             dist.all_reduce(squares, group=self._parallel.tensor_group)
         self._own = squares.sqrt()

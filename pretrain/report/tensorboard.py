@@ -5,7 +5,8 @@ TensorBoard draws against steps. The losses against tokens and against FLOPs are
 computes steps again hides their points, and no event.
 
 TensorBoard's own reader hides a text behind a later one of its tag whose step is not above its own: of two events in
-one step the first, and after a rollback all that happened beyond. So a text that would hide others begins with them.
+one step the first, and after a rollback all that happened beyond. So a text that would hide others begins with them:
+with the newest, or starts that come to nothing, one after the other, would each write down all before.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from pretrain.report.board import Board, texts_of
 from pretrain.report.writer import Position
 
 MEGA = 1e6
+MOST_TEXTS = 50
+"""Events of one kind that a text holds."""
+EARLIER = "Earlier ones: events.jsonl."
 FURTHER_AXES = "loss/train", "loss/validation", "loss/test split"
 """The curves that are drawn against tokens and FLOPs too."""
 
@@ -62,7 +66,10 @@ class TensorBoard:
 
     def event(self, step: int, kind: str, text: str) -> None:
         tag = f"events/{kind}"
-        text = "\n\n".join([*self._hide(tag, step), text])
+        texts = "\n\n".join([*self._hide(tag, step), text]).split("\n\n")
+        if len(texts) > MOST_TEXTS:
+            texts = [EARLIER, *texts[-MOST_TEXTS:]]
+        text = "\n\n".join(texts)
         self._told[tag].append((step, text))
         self._events.add(step, summaries.text(tag, text))
 

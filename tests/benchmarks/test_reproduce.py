@@ -133,10 +133,12 @@ def test_unfinished_rows_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[st
         tmp_path / "a", "c4_dense_47m", steps=41_000, losses={40_000: math.log(26.0)}, exit_code=STOPPED
     )
     short = write_run(tmp_path / "b", "c4_dense_47m", "train.steps=500", steps=500, losses={500: 5.0})
-    first, second = shown(capsys, stopped, short)["c4_dense_47m"]
+    early = write_run(tmp_path / "c", "c4_dense_47m", steps=100, exit_code=STOPPED)
+    first, second, third = shown(capsys, stopped, short, early)["c4_dense_47m"]
     assert first["state"] == "unfinished: stopped after step 41,000, ours is of step 40,000"
     assert first["ours"] == "26.00" and first["tokens"] == f"{41_000 * 64 * 256:,}"
     assert second["state"] == "unfinished: ended after step 500, as it was told; differs in train.steps"
+    assert (third["ours"], third["state"]) == ("-", "unfinished: stopped after step 100")
 
 
 def test_missing_rows_come_with_their_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +167,16 @@ def test_a_row_of_another_split_waits_for_its_evaluation(tmp_path: Path, capsys:
     assert [row["ours"] for row in shown(capsys, run)["wt103_switchhead_47m"]] == ["12.40", "12.30", "12.30"]
 
 
+def test_a_newer_evaluation_of_another_split_is_none_of_the_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "a", "wt103_switchhead_47m", losses={99_000: math.log(12.4)})
+    (run / "evaluation" / "step-00100000").mkdir(parents=True)
+    result = {"split": "validation", "loss": math.log(12.3), "step": 100_000, "limit": None}
+    (run / "evaluation" / "step-00100000" / "validation.json").write_text(json.dumps(result))
+    assert [row["ours"] for row in shown(capsys, run)["wt103_switchhead_47m"]] == ["12.40", "12.30", "12.30"]
+
+
 def test_the_newest_evaluation_of_a_split_counts_whatever_its_file_is_called(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,7 +202,8 @@ def test_zero_shot_tasks_are_read_from_a_run_and_from_evaluations(
     assert "launch/evaluate.py runs/paper/c4_switchhead_262m --tasks lambada,blimp,cbt" in capsys.readouterr().out
     with open(run / "events.jsonl", "a") as file:
         event = {"event": "evaluation", "step": 100_000, "task": "lambada", "accuracy": 0.301}
-        file.write(json.dumps(event) + "\n")
+        some = {"event": "evaluation", "step": 100_000, "task": "blimp", "accuracy": 0.9, "limit": 5}
+        file.write(json.dumps(event) + "\n" + json.dumps(some) + "\n")
     folder = run / "evaluation" / "step-00090000"
     folder.mkdir(parents=True)
     for task in ("lambada", "blimp"):
@@ -214,10 +227,11 @@ def test_a_run_is_the_row_of_its_corpus(tmp_path: Path, name: str) -> None:
         write_run(tmp_path / "moved", name, "data.manifest=/far/away/manifest.json", "train.seed=3"),
         write_run(tmp_path / "described", name, "description=mine"),
         write_run(tmp_path / "both", name, f"data.manifest={kept}", "description=mine"),
+        write_run(tmp_path / "of another kind", name, f"data.manifest={kept.replace('/paper/', '/mine/')}"),
     ]
-    assert [recognised(RunView.open(run)) for run in folders] == [name] * 4
+    assert [recognised(RunView.open(run)) for run in folders] == [name] * 5
     data = [any("data.manifest" in key for key in runs.PaperRun(name, RunView.open(f)).differences()) for f in folders]
-    assert data == [False, True, False, False]
+    assert data == [False, True, False, False, True]
 
 
 def test_every_published_model_is_recognised(tmp_path: Path) -> None:
@@ -274,12 +288,15 @@ def test_a_loss_that_is_no_number_is_no_perplexity() -> None:
 def test_run_folders_that_are_no_row_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "wide", "c4_dense_47m", "model.dropout=0.5")
     write_run(tmp_path / "which", "c4_dense_47m", "description=mine", "data.manifest=/far/away")
+    both = "/".join(Path(str(config_of(f"{corpus}_dense_47m").data.manifest)).parent.name for corpus in ("c4", "pes2o"))
+    write_run(tmp_path / "which too", "c4_dense_47m", "description=mine", f"data.manifest=/far/{both}")
     (write_run(tmp_path / "torn", "c4_dense_47m") / "config.json").write_text('{"model": {')
     assert main(["table", "--runs", str(tmp_path)]) == 0
     listed = capsys.readouterr().out.partition("Run folders that are in no table:\n")[2].splitlines()
     assert listed[0] == f"  {tmp_path / 'torn'}: its config.json has no model section, or cannot be read"
     assert "which: its model is that of c4_dense_47m, pes2o_dense_47m, wt103_dense_47m: neither" in listed[1]
-    assert listed[2] == f"  {tmp_path / 'wide'}: its model section is that of no file in configs/paper"
+    assert "which too: its model is that of c4_dense_47m, pes2o_dense_47m, wt103_dense_47m: neither" in listed[2]
+    assert listed[3] == f"  {tmp_path / 'wide'}: its model section is that of no file in configs/paper"
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,6 +305,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         (["table", "--runs", str(tmp_path / "gone")], f"--runs: there is no folder {tmp_path / 'gone'}"),
         (["table", "--runs", str(tmp_path / "empty")], "holds no run folder"),
         (["hours", "--gpu", "h20"], "--gpu: 'h20' is not in the table of devices"),
+        (["hours", "--gpu", "cpu"], "--gpu: the peak of cpu in bf16 is not in the table of devices"),
         (["hours", "--results", str(tmp_path / "gone")], "--results: there is no folder"),
     ):
         assert main(arguments) == 2

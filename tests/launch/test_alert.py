@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -106,8 +107,11 @@ def test_a_script_may_tell_of_a_run_without_a_command_and_a_test_says_that_there
     )
     assert main([given, "--set", "monitor.alert_command=echo"]) == 0
     assert main([given, "--set", "monitor.alert_command=no-such-program"]) == 2
-    assert main([given, "--event", "failed"]) == 2
-    assert "--event: goes with --text" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("error: monitor.alert_command: there is no program") and "printed" not in said
+    for half in (["--event", "failed"], ["--text", "why"]):
+        assert main([given, *half]) == 2
+        assert "--event: goes with --text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", get_args(AlertKind))
@@ -140,6 +144,27 @@ def test_a_signal_ends_the_command_too(tmp_path: Path, number: signal.Signals) -
         process.kill()
         if not has_ended(pid):
             os.killpg(pid, signal.SIGKILL)
+
+
+def test_a_signal_that_its_caller_ignores_ends_no_alert(tmp_path: Path) -> None:
+    """The job's script, which tells of its end while SLURM ends it."""
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    waits = f"touch {begun}; until [ -e {go} ]; do sleep 0.05; done; true"
+    given = str(config(tmp_path, alert_command=f"sh -c '{waits}'"))
+    taken = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen([sys.executable, str(ROOT / "launch" / "alert.py"), given], stdout=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGTERM, taken)
+    try:
+        until(begun.exists)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        go.touch()
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, said) == (0, b"sent: run night: test: a test of its alerts\n")
 
 
 def test_a_command_that_hangs_is_said_to_hang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,3 +30,14 @@ def test_other_scripts_keep_their_bytes() -> None:
         assert mended(first + SCRIPT) == first + SCRIPT
     long = b"#!/" + b"x" * 200 + b"/python"
     assert mended(long + SCRIPT).startswith(b"#!/bin/sh\n'''exec' \"/xxx")
+    for length, stays in ((127, True), (128, False)):
+        line = b"#!/" + b"x" * (length - 10) + b"/python"
+        assert len(line) == length and (mended(line + SCRIPT) == line + SCRIPT) == stays
+
+
+def test_what_a_link_of_the_environment_leads_to_is_none_of_its_scripts(tmp_path: Path) -> None:
+    script, folder = tmp_path / "script", tmp_path / "bin"
+    script.write_bytes(b"#!/a b/python" + SCRIPT)
+    folder.mkdir()
+    (folder / "script").symlink_to(script)
+    assert mend(folder) == [] and script.read_bytes() == b"#!/a b/python" + SCRIPT

@@ -53,7 +53,8 @@ def test_bytecode_that_is_never_written_is_named_with_the_command_that_writes_it
     for name in ("torch", "deepspeed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("")
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launch import doctor; "
+    script = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from launch import doctor; "
+    script += "'DENY' in os.environ and setattr(os, 'access', lambda *_: False); "  # root may write everywhere
     script += f"sys.path.insert(0, {str(tmp_path)!r}); print(*(one.found + '|' + one.fix for one in doctor.bytecode()))"
 
     def found(**variables: str) -> str:
@@ -61,6 +62,7 @@ def test_bytecode_that_is_never_written_is_named_with_the_command_that_writes_it
         return subprocess.run(line, env=variables, capture_output=True, text=True, check=True).stdout
 
     assert found() == "\n", "the first run writes it"
+    assert found(DENY="").startswith("none, and its folder cannot be written|")
     told = found(PYTHONDONTWRITEBYTECODE="1")
     assert told.startswith("none, and PYTHONDONTWRITEBYTECODE is set|")
     command = re.search(r"anew: once, (.*)", told)
@@ -128,6 +130,8 @@ def test_driver_and_build_of_torch_go_together(
     assert found["GPU"].found == "NVIDIA H100 80GB HBM3, 81559 MiB" and found["NVIDIA driver"].found == driver
     assert [finding.fix for finding in found.values() if finding.fix] == ([missing] if missing else [])
     assert found["NVIDIA driver"].is_needed
+    monkeypatch.setattr(doctor, "installed", lambda name: None)
+    assert "torch for the GPU" not in [finding.name for finding in doctor.torch_and_gpu()], "it is said to be missing"
 
 
 def test_a_version_that_does_not_fit_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +187,15 @@ def test_a_broken_torch_costs_the_environment_alone(tmp_path: Path, monkeypatch:
     found = next(doctor.torch_and_gpu())
     assert "does not import: OSError: libcudart.so.13" in found.found
     assert (found.fix, found.is_needed) == ("rm -r .venv && make install", True)
+
+
+@pytest.mark.parametrize("minor, usable", [(10, False), (11, True), (14, True), (15, False)])
+def test_a_python_that_does_not_do_is_missing(monkeypatch: pytest.MonkeyPatch, minor: int, usable: bool) -> None:
+    monkeypatch.setattr(doctor.sys, "version_info", (3, minor, 0))
+    found = next(doctor.python())
+    assert found.is_needed and (found.fix == "") == usable
+    names = {finding.name for finding in doctor.examine()}
+    assert "gcc" in names and ("deepspeed" in names) == (minor >= 11), "an older one cannot read pyproject.toml"
 
 
 def test_its_pythons_are_those_of_pyproject() -> None:

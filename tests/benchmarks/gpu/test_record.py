@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import record, tables
-from benchmarks.gpu.record import CUT, FAILED, PASSED, SKIPPED, Identity, Record
+from benchmarks.gpu.record import CUT, FAILED, PASSED, SKIPPED, Entry, Identity, Record
 
 H100 = Identity(
     card="NVIDIA H100 80GB HBM3", driver="580.1", python="3.12.3", torch="2.11.0+cu130", cuda="13.0", triton="3.6.0",
@@ -138,3 +138,26 @@ def test_a_table_comes_from_the_last_identity_and_the_last_entry(tmp_path: Path)
     assert tables.updated(full, tmp_path) == full
     with pytest.raises(ValueError, match="has the tables"):
         tables.updated(text.replace("benchmarks.gpu truth", "benchmarks.gpu lies"), tmp_path)
+
+
+def test_what_was_not_measured_again_stays_below(tmp_path: Path) -> None:
+    times = {"ms": 1.0, "low": 0.9, "high": 1.1}
+
+    def measure(sources: str, part: str, speed: float, status: str = PASSED) -> None:
+        book = Record(tmp_path, "truth", dataclasses.replace(H100, sources=sources))
+        book.append(part, status, 1.0, times | {"bytes_per_second": speed})
+
+    for speed in (1e12, 2e12):
+        measure("first", "ceiling copy", speed)
+    measure("first", "ceiling other", 3e12)
+    measure("second", "ceiling other", 4e12, FAILED)
+    measure("third", "ceiling copy", 5e12, CUT)
+
+    def rows(entries: list[Entry]) -> tables.Rows:
+        return [("copy", ""), *((entry.part, tables.headline(entry)) for entry in entries)]
+
+    table = tables.document_table(tmp_path, "truth", rows)
+    newest, *before = table.split("NVIDIA H100")[1:]
+    assert "5 TB/s" in newest and "not since" not in newest
+    assert len(before) == 1, "a part that failed later has no number of before, and one that was cut has"
+    assert "not since" in before[0] and "2 TB/s" in before[0] and before[0].count("TB/s") == 1

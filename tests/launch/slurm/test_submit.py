@@ -153,7 +153,7 @@ def test_without_gpus_a_submission_says_cpu(
         "to train on CPUs"
     )
     assert not sbatch.exists() and not (tmp_path / "run").exists()
-    for both in (("--cpu", "--gpus-per-node", "2"), ("--gpus-per-node", "0")):
+    for both in (("--cpu", "--gpus-per-node", "2"), ("--gpus-per-node", "0"), ("--cpu", "--faults", "0")):
         with pytest.raises(SystemExit) as refused:
             submit(prepared, tmp_path / "run", where=both)
         assert refused.value.code == 2

@@ -50,3 +50,14 @@ def test_weights_of_every_attention(case: str, memory: int) -> None:
         assert expected.std() > 0.05, "so even that a mistake would not be seen"
         assert (weights - expected).abs().max() < 1e-5
         assert (y - expected_output).abs().max() < 1e-4 * expected_output.abs().max()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if isinstance(tiny(case).config.position, RopeConfig)])
+def test_weights_of_a_document_are_those_without_what_stands_before_it(case: str) -> None:
+    """RoPE's, of which differences of positions alone count: a document of 4 tokens behind one of 3."""
+    layer: Any = tiny(case).blocks[1].attention
+    context = torch.randn(1, 7, 12, generator=torch.Generator().manual_seed(1))
+    found = attention_weights(layer, context, 7, torch.tensor([[0, 0, 0, 3, 3, 3, 3]]))
+    one, other = (attention_weights(layer, part, part.shape[1]) for part in (context[:, :3], context[:, 3:]))
+    assert (found[..., 3:, :3] == 0).all() and other.std() > 0.05
+    assert torch.allclose(found[..., :3, :3], one, atol=1e-5) and torch.allclose(found[..., 3:, 3:], other, atol=1e-5)

@@ -165,6 +165,12 @@ def test_the_only_expert_is_chosen_evenly() -> None:
     assert (counts.entropy, counts.load_max, counts.dead) == (1.0, 1.0, 0)
 
 
+def test_an_expert_that_one_token_chose_is_not_dead_and_the_worst_head_counts() -> None:
+    index = np.array([[0, 0], [0, 1], [0, 0], [1, 1]])[..., None]
+    counts = Counts.of(RouterTrace(0, "r", "r", 2, index, np.ones(index.shape)))
+    assert counts.load.tolist() == [[3, 1], [2, 2]] and (counts.dead, counts.load_max) == (0, 1.5)
+
+
 def test_gates_stand_at_their_experts() -> None:
     trace = router_trace()
     matrix = gate_matrix(trace, slice(3, 9))

@@ -11,6 +11,8 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from pretrain.analysis.report import write
+from common.errors import UserError
+from pretrain.analysis.report import Settings, encoded, write
 from pretrain.api import open_model
 from pretrain.cli.analyze import main
 from pretrain.saved_model import load_model
@@ -114,6 +117,10 @@ def test_two_runs_side_by_side(runs: Path, capsys: pytest.CaptureFixture[str]) -
         "blocks.0.attention.output",
         "blocks.0.feedforward",
     ]
+    for router in told["runs"][0]["routers"]:
+        load = arrays[f"switchall/{router['name']}/load"]
+        assert router["load_max"] == pytest.approx(float((load.max(1) / load.mean(1)).max()))
+        assert (router["experts"], router["dead_experts"]) == (load.size, int((load == 0).sum()))
     assert not told["runs"][1]["routers"]
 
 
@@ -156,6 +163,20 @@ def test_the_program_of_the_page(
     monkeypatch.chdir(tmp_path)
     exec(compile(program, str(page), "exec"), {})
     assert "'blocks.1.attention.output', 'blocks.1.feedforward'" in capsys.readouterr().out
+
+
+def test_the_window_of_the_maps_is_one_that_the_tokens_fill() -> None:
+    """Of 9 tokens, in windows of 4: three, of which the first 8 tokens have two."""
+    tokenizer = SimpleNamespace(encode=lambda text: list(range(9)))
+    saved: Any = SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(model=SimpleNamespace(sequence_length=4)))
+    assert encoded(saved, "", Settings(window=2)) == list(range(9))
+    assert encoded(saved, "", Settings(tokens=8, window=1)) == list(range(8))
+    for settings, said in (
+        (Settings(window=3), "9 tokens in 3 windows"),
+        (Settings(tokens=8, window=2), "8 tokens in 2"),
+    ):
+        with pytest.raises(UserError, match=rf"^--window: the text has {said}"):
+            encoded(saved, "", settings)
 
 
 def test_a_second_analysis_leaves_no_picture_of_the_first(tmp_path: Path) -> None:

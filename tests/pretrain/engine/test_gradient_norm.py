@@ -26,6 +26,7 @@ from pretrain.engine.gradient_norm import (
     ask_once,
     deepspeed_norm,
     poisoned_unless_finite,
+    see_copies,
     sum_as_we_do,
     sum_of_squares,
 )
@@ -290,3 +291,37 @@ def test_where_the_norm_does_not_tell_the_values_are_asked(layout: str) -> None:
     ask_once(ordinary)
     ask_once(other)
     assert vars(other).items() >= methods.items() and print not in vars(ordinary).values()
+
+
+@pytest.mark.parametrize("has_divided", [True, False])
+@pytest.mark.parametrize("model_parallel_rank", [0, 1])
+@pytest.mark.parametrize("wrong", [1.0, math.nan, math.inf])
+def test_a_copy_that_no_norm_counts_shows_where_it_is_not_finite(
+    has_divided: bool, model_parallel_rank: int, wrong: float
+) -> None:
+    """DeepSpeed's norm of ZeRO 3, written down; the numbers are the same, and no gradient is changed."""
+
+    def norm(gradients: list[torch.Tensor], parameters: list[Any], norm_type: int = 2) -> float:
+        counted = [
+            gradient.double().norm(norm_type)
+            for gradient, parameter in zip(gradients, parameters, strict=True)
+            if parameter.tensor_model_parallel or model_parallel_rank == 0
+        ]
+        return float(torch.stack(counted).square().sum().sqrt()) if counted else 0.0
+
+    optimizer: Any = SimpleNamespace(
+        model_parallel_rank=model_parallel_rank, offload_optimizer=False, get_grad_norm_direct=norm
+    )
+    see_copies(optimizer)
+    parameters = [
+        SimpleNamespace(tensor_model_parallel=divided) for divided in (False, has_divided, has_divided, False)
+    ]
+    generator = torch.Generator().manual_seed(3)
+    gradients = [torch.randn(size, generator=generator).bfloat16() for size in (3, 600, 7, 5)]
+    gradients[3][2] = wrong
+    before = [gradient.clone() for gradient in gradients]
+    found, plain = optimizer.get_grad_norm_direct(gradients, parameters), norm(gradients, parameters)
+    assert found == plain if wrong == 1.0 else not math.isfinite(found)
+    assert [parameter.tensor_model_parallel for parameter in parameters] == [False, has_divided, has_divided, False]
+    for one, other in zip(gradients, before, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=0.0, equal_nan=True)

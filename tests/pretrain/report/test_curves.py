@@ -168,6 +168,22 @@ def test_the_reader_that_tensorboard_uses_by_default_hides_no_event(tmp_path: Pa
     }
 
 
+def test_the_texts_of_starts_that_come_to_nothing_grow_no_more_than_their_number(tmp_path: Path) -> None:
+    """Each start says what the ones before it said at this step, of which the reader shows the last text alone."""
+    sizes = []
+    for number in range(120):
+        before = set(tmp_path.glob("events/*"))
+        board = TensorBoard(tmp_path, Position(7, 0, 0.0))
+        board.event(7, "started", f"start {number:03d}")
+        board.close()
+        (written,) = set(tmp_path.glob("events/*")) - before
+        sizes.append(written.stat().st_size)
+    assert sizes[0] < sizes[40] and len(set(sizes[55:])) == 1, "else a year of starts fills the disk"
+    ((step, text),) = texts_shown(tmp_path / "events")["events/started/text_summary"]
+    newest = [f"start {number:03d}" for number in range(70, 120)]
+    assert (step, text.split("\n\n")) == (7, ["Earlier ones: events.jsonl.", *newest])
+
+
 @pytest.fixture(scope="module")
 def finished(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     """A run of three steps with a board."""

@@ -28,8 +28,8 @@ from pretrain.trainer import LaunchedStep, StepInput, Trainer
 
 def spoil_gradient(trainer: Trainer, is_wrong: Callable[[], bool]) -> None:
     """One parameter's gradient on this rank is NaN in one element whenever `is_wrong()`; that of an expert which no
-    other rank holds, if there are such; at ZeRO 1 and 2 that of a parameter which all tensor-parallel ranks hold, and
-    which the norm therefore counts on the first of them alone."""
+    other rank holds, if there are such; of tensor-parallel ranks that of a parameter which all of them hold, and which
+    the norm counts on the first alone."""
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
         if is_wrong():
@@ -39,7 +39,7 @@ def spoil_gradient(trainer: Trainer, is_wrong: Callable[[], bool]) -> None:
 
     parameters = list(trainer.engine.module.parameters())
     own = [parameter for parameter in parameters if not getattr(parameter, "allreduce", True)]
-    if trainer.setup.parallel.tensor_size > 1 and trainer.engine.zero_optimization_stage() in (1, 2):
+    if trainer.setup.parallel.tensor_size > 1:
         own = own or [parameter for parameter in parameters if not parameter.tensor_model_parallel]
     (own or parameters)[0].register_hook(spoil)
 

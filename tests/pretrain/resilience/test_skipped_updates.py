@@ -26,14 +26,15 @@ QUICK = [
     ("train.precision=fp32", "parallel.pipeline=2"),
     ("train.precision=bf16", "parallel.offload_optimizer=true", "parallel.zero=2"),
     ("train.precision=fp32", "parallel.tensor=2", "parallel.zero=1", "model.feedforward.num_experts=6"),
+    ("train.precision=fp32", "parallel.tensor=2", "parallel.zero=0", "model.feedforward.num_experts=6"),
+    ("train.precision=bf16", "parallel.tensor=2", "parallel.zero=3", "model.feedforward.num_experts=6"),
 ]
 THOROUGH = [
     ("train.precision=bf16", "parallel.zero=1"),
     ("train.precision=fp32", "parallel.zero=2"),
     ("train.precision=bf16", "parallel.zero=3"),
     ("train.precision=bf16", "parallel.pipeline=2"),
-    ("train.precision=fp32", "parallel.tensor=2", "parallel.zero=0", "model.feedforward.num_experts=6"),
-    ("train.precision=bf16", "parallel.tensor=2", "parallel.zero=3", "model.feedforward.num_experts=6"),
+    ("train.precision=fp32", "parallel.tensor=2", "parallel.zero=3", "model.feedforward.num_experts=6"),
     ("train.precision=fp32", "parallel.expert=2", "parallel.zero=1", "model.feedforward.num_experts=6"),
     ("train.precision=bf16", "parallel.expert=2", "parallel.zero=2", "model.feedforward.num_experts=6"),
     ("train.precision=fp32", "parallel.offload_optimizer=true", "parallel.zero=2"),

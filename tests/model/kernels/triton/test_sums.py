@@ -185,6 +185,7 @@ def test_sums_of_a_norms_gradients(resident: int, monkeypatch: pytest.MonkeyPatc
     assert max(found["gradient of bias"], found["gradient of weight"]) <= 2**-7
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # numpy's, of what is masked
 @pytest.mark.parametrize("kind", ["relative", "causal"])
 def test_means_of_values(kind: str) -> None:
     """Over the keys of a memory, to all of which a query of zeros attends alike."""
