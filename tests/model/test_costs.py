@@ -170,8 +170,8 @@ PUBLISHED_MILLIONS |= {f"ablation_{projections}_47m": 47.2 for projections in AB
 PRINTED_MILLIONS = {"mac_63m": 63, "mac_376m": 376, "rope_mac_54m": 54, "rope_mac_314m": 314}
 PRINTED_MILLIONS |= {"shared_47m": 47, "shared_262m": 262}
 PRINTED = [name for name in PAPER if name.partition("switchhead_")[2] in PRINTED_MILLIONS]
-# Built by the code of github.com/RobertCsordas/moe with the settings of its sweeps: size -> printed millions, parameters.
-# Each of its layers has a scalar, s_bias, that nothing reads.
+# Built by the code of github.com/RobertCsordas/moe with the settings of its sweeps: size -> printed millions,
+# parameters. Each of its layers has a scalar, s_bias, that nothing reads.
 SIGMA_MOE_PAPER = {
     "sigma_moe_41m": (41, 41_240_805),
     "sigma_moe_47m": (47, 47_260_248),
