@@ -274,7 +274,8 @@ def _validate(opened: OpenedModel, found: HeldOut, *, is_other: bool) -> dict[st
     if size := opened.tokenizer.bytes_of(counts):
         values["bits_per_byte"] = bits_per_byte(values["loss"], values["tokens"], size)
     unigram = unigram_perplexity(counts)
-    content = {"task": "validation", "split": config.evaluate.split, **values, "unigram_perplexity": unigram}
+    content: dict[str, Any] = {"task": "validation", "split": config.evaluate.split, **values}
+    content["unigram_perplexity"] = unigram
     chunks = opened.config.model.position.memory_chunks
     if chunks != config_of(opened.checkpoint).model.position.memory_chunks:
         content |= {"task": "validation with other memory", "memory_chunks": chunks}  # not what a model card shows

@@ -366,6 +366,8 @@ def test_refusals(runs: Path, prepared: Path, tmp_path: Path, capsys: pytest.Cap
     refused("--device: is cuda, but torch finds no usable GPU", "--device", "cuda")
     refused("--out: .*lambada_test.jsonl is a file", "--out", str(runs / "lambada_test.jsonl"))
     refused("--set train.steps=3: an evaluation takes keys of parallel", "--set", "train.steps=3")
+    memory = "model.position.memory_chunks"
+    refused(f"--set {memory}: is of a validation alone", "--set", f"{memory}=4", "--tasks", "validation,cbt")
     refused("parallel: 1 rank cannot be divided", "--set", "parallel.tensor=2")
     refused(f"lambada: there is no {tmp_path / 'none'}; download", "--tasks", f"lambada={tmp_path / 'none'}")
     for last in (f"cbt={tmp_path / 'none'}", "validation=x"):  # before the first is computed
