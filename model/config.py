@@ -323,10 +323,12 @@ class ModelConfig(Section):
     """Position information inside attention: `type` is rope or xl."""
     feedforward: FeedForwardConfig = SigmaMoEConfig()
     """Feed-forward layer: `type` is sigma_moe, dense or swiglu."""
-    initialization: Literal["normal", "published"] = "normal"
+    initialization: Literal["normal", "published", "published_sigma_moe"] = "normal"
     """Distributions of the initial weights. normal: all matrices normal, the output layer with standard deviation 1 /
     sqrt(d_model) and no bias. published: as in the paper's experiments, the output layer and its bias uniform within 1
-    / sqrt(d_model) (PyTorch's default: a third of the variance), the weights of dense layers truncated normal."""
+    / sqrt(d_model) (PyTorch's default: a third of the variance), the weights of dense layers truncated normal.
+    published_sigma_moe: as in the experiments of the σ-MoE paper, the embedding too is uniform, within sqrt(6 /
+    (vocab_size + d_model))."""
     init_scale: Literal["paper", "library"] = "paper"
     """s in the initial standard deviations of the blocks: sqrt(2 / L), the experiments' value, or sqrt(1 / L), which
     the authors' stand-alone library recommends."""

@@ -78,4 +78,4 @@ def dense_layer_weight(config: ModelConfig, fan_in: int) -> Distribution:
     """For a weight that is an nn.Linear in the authors' code too, as all of a dense layer's are. (The dense projections
     of SwitchHead and MoA are plain parameters there, drawn from an untruncated normal distribution.)"""
     std = block_std(config, fan_in)
-    return TruncatedNormal(std) if config.initialization == "published" else Normal(std)
+    return TruncatedNormal(std) if config.initialization != "normal" else Normal(std)

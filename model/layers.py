@@ -118,7 +118,10 @@ class Embedding(nn.Module):
     @staticmethod
     def parameter_specs(config: ModelConfig) -> Specs:
         """Classes are divided."""
-        shape, initial = (config.vocab_size, config.d_model), Normal(1.0 / math.sqrt(config.d_model))
+        shape = V, d = config.vocab_size, config.d_model
+        initial: Distribution = Normal(1.0 / math.sqrt(d))
+        if config.initialization == "published_sigma_moe":
+            initial = Uniform(math.sqrt(6.0 / (V + d)))  # xavier_uniform_ in their code: standard deviation by V too
         return {"weight": ParameterSpec(shape=shape, divided=0, experts=None, decayed=True, initial=initial)}
 
     def __init__(self, config: ModelConfig, *, parallel: ParallelContext, backends: Backends, seed: int) -> None:
@@ -257,7 +260,7 @@ class Head(nn.Linear):
         V, d = config.vocab_size, config.d_model
         weight: Distribution = Normal(1.0 / math.sqrt(d))
         bias: Distribution = Constant(0.0)
-        if config.initialization == "published":
+        if config.initialization != "normal":
             weight = bias = Uniform(1.0 / math.sqrt(d))  # as in torch.nn.Linear: standard deviation 1 / sqrt(3 d)
         return {
             "weight": ParameterSpec(shape=(V, d), divided=0, experts=None, decayed=True, initial=weight),

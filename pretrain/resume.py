@@ -15,6 +15,7 @@ from common.tables import counted
 from pretrain.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, set_aside_newer
 from pretrain.checkpoint.folder import AT_ONCE, STATE_FILE, UnreadCheckpoint, newest_of
 from pretrain.config.loading import to_json
+from pretrain.config.obstacles import of_a_micro_batch
 from pretrain.config.resume_rules import SavedRun, changes_since
 from pretrain.config.schema import Config
 from pretrain.data.patience import Patience, patient_seconds
@@ -208,14 +209,21 @@ def _refuse_without(reasons: list[UserError]) -> None:
         )
 
 
-def environment_changes(checkpoint: Checkpoint, engine_layout: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{name: (then, now)} of data-parallel size and versions that differ from the checkpoint's. The other sizes are
-    keys of the configuration, which `changed_settings` compares."""
+def environment_changes(
+    checkpoint: Checkpoint, config: Config, engine_layout: dict[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """{name: (then, now)} of data-parallel size and versions that differ from the checkpoint's, and of what a loss over
+    a micro-step depends on. The other sizes are keys of the configuration, which `changed_settings` compares."""
     # Here: it imports model/, which a check before the start does not need.
     from pretrain.checkpoint.state import versions
 
-    then = {"data-parallel size": checkpoint.state["layout"].get("data"), **checkpoint.state["versions"]}
+    state = checkpoint.state
+    then = {"data-parallel size": state["layout"].get("data"), **state["versions"]}
     now = {"data-parallel size": engine_layout["data"], **versions()}
+    for key in of_a_micro_batch(config.model):
+        name = f"sequences of a regulariser's batch, and so the loss ({key} = micro_batch)"
+        then[name] = state["config"]["batch"]["micro_sequences"] * (then["data-parallel size"] or 1)
+        now[name] = config.batch.micro_sequences * engine_layout["data"]
     return {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
 
 
@@ -387,7 +395,7 @@ def record_start(
             flush=True,
         )
     folder.event("resumed", step=step, path=str(resumed.path))
-    for key, (then, now) in {**start.changes, **environment_changes(resumed, layout)}.items():
+    for key, (then, now) in {**start.changes, **environment_changes(resumed, config, layout)}.items():
         if key == "description":  # of a run with --set it names the keys that are said here anyway
             continue
         print(f"  changed on resume: {key}: {value_text(then)} -> {value_text(now)}", flush=True)

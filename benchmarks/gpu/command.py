@@ -118,7 +118,7 @@ def has_no_gpu(options: argparse.Namespace) -> bool:
 def run_parts(
     options: argparse.Namespace, parts: Sequence[Part], *, clock: Callable[[], float] = time.monotonic
 ) -> int:
-    """Exit status: 0 if no part failed, 1 if one did, `TIME_OVER` if none did but some were not begun."""
+    """Exit status: 0 if no part failed, 1 if one did, `TIME_OVER` if none did but some did not end or begin in time."""
     begin = clock()
 
     def remaining() -> float:
@@ -244,10 +244,12 @@ def _summary(entries: Sequence[Entry], left: Sequence[str]) -> int:
     from benchmarks.gpu.tables import entries_table
 
     print("\n" + entries_table(entries))
-    failed = [entry.part for entry in entries if entry.status == FAILED]
-    print(f"\n{len(entries)} parts, {len(failed)} failed, {len(left)} not begun")
+    failed, cut = ([entry.part for entry in entries if entry.status == status] for status in (FAILED, CUT))
+    print(f"\n{len(entries)} parts, {len(failed)} failed, {len(cut)} cut, {len(left)} not begun")
     for part in failed:
         print(f"  failed: {part}")
     if left:
         print(f"  not begun, the time was over: {', '.join(left)}; the same command goes on with them")
-    return 1 if failed else TIME_OVER if left else 0
+    if cut:
+        print(f"  cut, they did not end in time: {', '.join(cut)}; the same command tries them again")
+    return 1 if failed else TIME_OVER if left or cut else 0

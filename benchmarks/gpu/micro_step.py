@@ -104,8 +104,8 @@ def _measured(context: Context, name: str, sequences: int, kind: str) -> dict[st
 
 
 def free_memory() -> None:
-    """Of what parts before this one held: a model whose micro-step is recorded is in a cycle with its graphs, which two
-    of 32 sequences need twice 40 GiB."""
+    """Frees what parts before this one held: a model whose micro-step is recorded is in a cycle with its graphs, and
+    with 32 sequences two of them need twice 40 GiB."""
     gc.collect()
     torch.cuda.empty_cache()
 

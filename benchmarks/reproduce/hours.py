@@ -12,11 +12,12 @@ from benchmarks.reproduce.published import (
     ZERO_SHOT,
     Row,
     Table,
-    command,
     config_of,
+    evaluation,
     overrides,
     tables,
     tokens_wanted,
+    training,
     zero_shot_command,
 )
 from common.errors import UserError
@@ -105,8 +106,7 @@ def _zero_shot() -> str:
 
 def _commands(rows: Sequence[Row]) -> Iterator[str]:
     """Trained rows first: what is evaluated was trained by another table."""
-    yield from (command(row) for row in rows if row.trained_as is None)
-    yield from (command(row) for row in rows if row.trained_as is not None)
+    yield from (text for one in (training, evaluation) for row in rows if (text := one(row)) is not None)
 
 
 def range_text(fast: float, slow: float) -> str:

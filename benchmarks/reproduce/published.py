@@ -17,6 +17,10 @@ from pretrain.config.schema import Config
 FOLDER = REPOSITORY / "configs" / "paper"
 RUNS = "runs/paper"
 """Where the commands put their runs."""
+MEMORY = re.compile(r"with (\d+) chunks of memory in evaluation")
+"""In the description of a model whose figure is of more memory than it was trained with ..."""
+MEMORY_STREAMS = 4
+"""... and the streams of that evaluation (the σ-MoE paper's test_batch_size)."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,13 @@ class Row:
     """That the figure is of."""
     trained_as: str | None = None
     """Title of the table whose run this row evaluates on another split; None: this table trains it."""
+    memory_chunks: int | None = None
+    """That the figure was computed with; None: those of training."""
+
+    @property
+    def measured_on(self) -> str:
+        """In words."""
+        return self.split + ("" if self.memory_chunks is None else f", {self.memory_chunks} chunks of memory")
 
 
 @dataclass(frozen=True)
@@ -107,10 +118,20 @@ def overrides(name: str) -> tuple[str, ...]:
     return whole if batch.micro_sequences < batch.global_sequences else ()
 
 
-def command(row: Row) -> str:
-    """What makes the figure of a row, on one GPU."""
+def evaluation(row: Row) -> str | None:
+    """What makes the figure of a row of its trained run, on one GPU; None: the run has it."""
+    words = f"python launch/evaluate.py {RUNS}/{row.name} --device cuda"
     if row.trained_as is not None:
-        return f"python launch/evaluate.py {RUNS}/{row.name} --device cuda --set evaluate.split={row.split}"
+        return f"{words} --set evaluate.split={row.split}"
+    if row.memory_chunks is not None:
+        return f"{words} --set evaluate.streams={MEMORY_STREAMS} --set model.position.memory_chunks={row.memory_chunks}"
+    return None
+
+
+def training(row: Row) -> str | None:
+    """What trains a row, on one GPU; None: another table does."""
+    if row.trained_as is not None:
+        return None
     words = ["deepspeed --num_gpus 1 launch/pretrain.py", f"--config configs/paper/{row.name}.json"]
     words += [f"--run-dir {RUNS}/{row.name}", *(f"--set {override}" for override in overrides(row.name))]
     return " ".join(words)
@@ -132,7 +153,9 @@ def tables(page: Path = FOLDER / "README.md") -> tuple[Table, ...]:
         elif line.startswith("| `"):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             name, figure = cells[0].strip("`"), cells[-1]
-            row = Row(name, None if figure == "-" else figure, config_of(name).evaluate.split)
+            memory = MEMORY.search(config_of(name).description)
+            chunks = None if memory is None else int(memory[1])
+            row = Row(name, None if figure == "-" else figure, config_of(name).evaluate.split, memory_chunks=chunks)
             found.setdefault(title, []).append(row)
     if not found:
         raise UserError(f"{page}: no table of configurations; restore the file")

@@ -43,12 +43,15 @@ class PaperRun:
         """Whether it saw all tokens of the published run."""
         return self.tokens >= tokens_wanted(self.name)
 
-    def loss(self, split: str) -> tuple[int, float] | None:
-        """Step and nats per token of the newest validation on a split: of the run itself, or launch/evaluate.py's."""
-        return max([*self.view.validations(split), *self._evaluations(split)], key=lambda found: found[0], default=None)
+    def loss(self, split: str, memory_chunks: int | None = None) -> tuple[int, float] | None:
+        """Step and nats per token of the newest validation on a split: of the run itself, or launch/evaluate.py's.
+        `memory_chunks`: with more memory than in training, so of launch/evaluate.py alone."""
+        own = self.view.validations(split) if memory_chunks is None else []
+        return max([*own, *self._evaluations(split, memory_chunks)], key=lambda found: found[0], default=None)
 
-    def _evaluations(self, split: str) -> Iterator[tuple[int, float]]:
-        for one in self._evaluated("validation", "test"):  # the first had the results of both splits once
+    def _evaluations(self, split: str, memory_chunks: int | None) -> Iterator[tuple[int, float]]:
+        files = ("validation", "test")  # the first had the results of both splits once
+        for one in self._evaluated(*(files if memory_chunks is None else (f"{split}-memory-{memory_chunks}",))):
             if one.get("split") == split and isinstance(one.get("loss"), float):
                 yield one["step"], one["loss"]
 
@@ -98,7 +101,7 @@ class PaperRun:
     def _regularised(self) -> list[str]:
         """The entropy regulariser over one micro-step sees fewer sequences than the published one's whole batch."""
         layer, batch = config_of(self.name).model.feedforward, config_of(self.name).batch
-        if not isinstance(layer, SigmaMoEConfig) or layer.entropy_scope != "micro_batch":
+        if not isinstance(layer, SigmaMoEConfig) or layer.entropy_scope != "micro_batch" or not layer.entropy_weight:
             return []
         ranks, micro = self.view.last("started").get("ranks"), setting(self.view.config, "batch.micro_sequences")
         parallel = setting(self.view.config, "parallel") or {}

@@ -9,10 +9,11 @@ from benchmarks.reproduce.published import (
     ZERO_SHOT,
     Row,
     Table,
-    command,
+    evaluation,
     in_bits,
     tables,
     tokens_wanted,
+    training,
     zero_shot_command,
 )
 from benchmarks.reproduce.runs import PaperRun, Unknown, figure
@@ -36,7 +37,8 @@ def report(runs: Sequence[PaperRun], unknown: Sequence[Unknown], *, as_markdown:
 
 def _part(table: Table, runs: Sequence[PaperRun], *, as_markdown: bool) -> str:
     rows = [cells for row in table.rows for cells in rows_of(row, runs)]
-    missing = [command(row) for row in table.rows if next(rows_of(row, runs))[6] == MISSING]
+    lacking = [row for row in table.rows if next(rows_of(row, runs))[6] == MISSING]
+    missing = [text for row in lacking for text in (training(row), evaluation(row)) if text is not None]
     return _shown(f"{table.title}, {table.unit}", HEAD, rows, missing, as_markdown=as_markdown)
 
 
@@ -80,19 +82,19 @@ def rows_of(row: Row, runs: Sequence[PaperRun]) -> Iterator[tuple[str, ...]]:
     mine = [run for run in runs if run.name == row.name]
     wanted = f"{tokens_wanted(row.name):,}"
     for run in mine:
-        found = run.loss(row.split)
+        found = run.loss(row.split, row.memory_chunks)
         ours = "-" if found is None else figure(found[1], bits=in_bits(row.name))
-        cells = (row.name, row.split, row.published or "-", ours, f"{run.tokens:,}", wanted)
+        cells = (row.name, row.measured_on, row.published or "-", ours, f"{run.tokens:,}", wanted)
         yield (*cells, state(row, run), str(run.view.path))
     if not mine:
-        yield (row.name, row.split, row.published or "-", "-", "0", wanted, MISSING, "")
+        yield (row.name, row.measured_on, row.published or "-", "-", "0", wanted, MISSING, "")
 
 
 def state(row: Row, run: PaperRun) -> str:
     """Whether the figure of a run may stand beside the published one, and why not."""
-    found = run.loss(row.split)
+    found = run.loss(row.split, row.memory_chunks)
     if found is None and run.is_whole:
-        return f"trained, not evaluated on {row.split} (python launch/evaluate.py)" + _differences(run)
+        return f"trained, not evaluated on {row.measured_on} (python launch/evaluate.py)" + _differences(run)
     return _progress(run, None if found is None else found[0]) + _differences(run)
 
 

@@ -10,6 +10,7 @@ from common.arguments import Parser, a_path, add_overrides, at_least
 from common.errors import UserError
 from pretrain.cli.options import add_data, add_device, add_ema
 from pretrain.cli.refusals import code_of_failure, device_named, exit_code_of
+from pretrain.config.validated import MEMORY
 from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode
 
@@ -76,7 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=a_path, metavar="FOLDER", help="folder of the JSON files (default: RUN/evaluation/step-...)"
     )
-    add_overrides(parser, "a key of parallel (the layout), evaluate (the held-out split) or kernels; repeatable")
+    keys = "of parallel (the layout), evaluate (the held-out split) or kernels, or model.position.memory_chunks"
+    add_overrides(parser, f"a key {keys}; repeatable")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser
 
@@ -111,6 +113,12 @@ def evaluate(args: argparse.Namespace) -> int | None:
             raise UserError(f"{option}: is for the tasks of --harness, and there is none; leave it out")
     if args.harness is not None and ranks.world_size > 1:
         raise UserError("--harness: computes in one process; start it with python, without the launcher")
+
+    has_memory = any(override.startswith(f"{MEMORY}=") for override in args.overrides)
+    if has_memory and (args.harness is not None or set(wanted) != {"validation"}):
+        raise UserError(
+            f"--set {MEMORY}: is of a validation alone; leave out --harness, and --tasks but for validation"
+        )
 
     from pretrain.cli.evaluate_checkpoint import (  # here: torch, for which --help need not wait
         Choices,

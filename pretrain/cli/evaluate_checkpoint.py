@@ -173,6 +173,7 @@ def _evaluate_one(
         content = _validate(opened, found, is_other=place is not None)
         of = content.get("data", "")
         file = content["split"] + ("" if place is None else f"-{of}")  # of the two splits none replaces the other
+        file += f"-memory-{content['memory_chunks']}" if "memory_chunks" in content else ""
         rows: list[tuple[str, ...]] = [
             (name, of, key, results.number(content[key]), "") for key in VALIDATION_KEYS if key in content
         ]
@@ -273,7 +274,11 @@ def _validate(opened: OpenedModel, found: HeldOut, *, is_other: bool) -> dict[st
     if size := opened.tokenizer.bytes_of(counts):
         values["bits_per_byte"] = bits_per_byte(values["loss"], values["tokens"], size)
     unigram = unigram_perplexity(counts)
-    content = {"task": "validation", "split": config.evaluate.split, **values, "unigram_perplexity": unigram}
+    content: dict[str, Any] = {"task": "validation", "split": config.evaluate.split, **values}
+    content["unigram_perplexity"] = unigram
+    chunks = opened.config.model.position.memory_chunks
+    if chunks != config_of(opened.checkpoint).model.position.memory_chunks:
+        content |= {"task": "validation with other memory", "memory_chunks": chunks}  # not what a model card shows
     if not is_other:
         return content
     # Another task's name: a model card shows what is of the run's own data.

@@ -17,7 +17,8 @@ from pretrain.checkpoint import list_checkpoints, step_of
 from pretrain.cli.plan_costs import short
 from pretrain.cli.plan_machine import WantedPlan
 from pretrain.config.loading import to_json
-from pretrain.planning.fit import FitReport, fit
+from pretrain.config.obstacles import of_a_micro_batch, regulariser_batch
+from pretrain.planning.fit import FitReport, fit, with_overrides
 from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.machine import Machine
 from pretrain.planning.measured import RESULTS
@@ -81,6 +82,8 @@ def _verdict(path: Path, report: FitReport, done: int) -> Iterator[str]:
     yield f"constraint: {report.constraint}"
     if report.fits is False:
         yield f"change:     {change_text(report)}"
+        if (other := other_loss(report)) is not None:
+            yield f"            {other}"
     if report.time is not None:
         yield f"time:       {whole_run(report, report.time, done)}"
     else:
@@ -106,6 +109,18 @@ def change_text(report: FitReport) -> str:
     sets = " ".join(f"--set {override}" for override in found.overrides)
     time = f", {range_text(found.time)} a step" if found.time else ""
     return f"{sets} (then {found.total / GIB:.2f} GiB{time})"
+
+
+def other_loss(report: FitReport) -> str | None:
+    """That the change is one of the loss too, where it is: of a run with a regulariser of a micro-step's batch."""
+    keys = " and ".join(of_a_micro_batch(report.config.model))
+    if report.change is None or not keys:
+        return None
+    changed, gpus = with_overrides(report.config, report.change.overrides), report.machine.num_gpus
+    then, now = (regulariser_batch(config, gpus) for config in (report.config, changed))
+    if then == now:
+        return None
+    return f"which is another loss: {keys} = micro_batch, of micro_sequences x data, {now} sequences instead of {then}"
 
 
 def range_text(time: StepTime) -> str:

@@ -14,10 +14,12 @@ from typing import Any
 from common.errors import UserError
 from common.progress_bar import count_bar
 from common.strict_json import dumps
-from common.tables import text_table
+from common.tables import counted, text_table
 from common.units import GIB
 from pretrain.cli.plan_fit import machine_text, seconds_text
 from pretrain.cli.plan_machine import WantedPlan
+from pretrain.config.obstacles import of_a_micro_batch, regulariser_batch
+from pretrain.config.schema import Config
 from pretrain.planning.layout_file import chosen_tree, write_config
 from pretrain.planning.machine import Machine
 from pretrain.planning.measured import RESULTS
@@ -29,12 +31,12 @@ def print_search(args: argparse.Namespace, wanted: WantedPlan) -> None:
     """Raises UserError; also where nothing fits."""
     path, config, found = wanted
     with count_bar(enabled=not args.json) as bar:
-        counted = ""
+        told = ""
 
         def progress(what: str, done: int, total: int) -> None:
-            nonlocal counted
-            if what != counted:
-                counted = what
+            nonlocal told
+            if what != told:
+                told = what
                 bar.reset(total)
                 bar.set_description(what)
             bar.update(done - bar.n)
@@ -43,7 +45,7 @@ def print_search(args: argparse.Namespace, wanted: WantedPlan) -> None:
     if args.json:
         print(dumps(as_json(report, found), indent=1))
     else:
-        print("\n".join(lines_of(path, report, found)))
+        print("\n".join(lines_of(path, config, report, found)))
     if not report.best:
         raise UserError(_why_none(report, found))
     if args.write is not None:
@@ -74,7 +76,7 @@ def _write(args: argparse.Namespace, path: Path, report: SearchReport, found: Ma
     )
 
 
-def lines_of(path: Path, report: SearchReport, found: Machine) -> Iterator[str]:
+def lines_of(path: Path, config: Config, report: SearchReport, found: Machine) -> Iterator[str]:
     """The table of the best, and why the others are not in it."""
     yield f"{path} on {machine_text(found)}"
     capacity = USABLE * (found.capacity or 0)
@@ -85,6 +87,8 @@ def lines_of(path: Path, report: SearchReport, found: Machine) -> Iterator[str]:
     if report.best:
         rows = [_row(number, one, capacity, found.num_gpus) for number, one in enumerate(report.best, 1)]
         yield text_table(_header(), rows)
+        if (others := other_losses(config, report, found)) is not None:
+            yield f"\n{others}"
         yield "\nthe first as options: " + " ".join(f"--set {setting}" for setting in settings(report.best[0], report))
     if report.excluded or report.refused:
         yield "\nnot in the table"
@@ -93,6 +97,22 @@ def lines_of(path: Path, report: SearchReport, found: Machine) -> Iterator[str]:
     for key, (count, said) in sorted(report.refused.items(), key=lambda item: -item[1][0]):
         yield f"  {count:>7,}  refused by a rule of {key}, e.g. {said.partition(': ')[2]}"
     yield "\ntimes are ranges from data sheets and assumed efficiencies: plan.py fit prints them for one layout"
+
+
+def other_losses(config: Config, report: SearchReport, found: Machine) -> str | None:
+    """Which rows change the loss too, where some do: of a run with a regulariser of a micro-step's batch."""
+    keys, batch = " and ".join(of_a_micro_batch(config.model)), regulariser_batch(config, found.num_gpus)
+    others = [
+        str(number)
+        for number, one in enumerate(report.best, 1)
+        if regulariser_batch(one.layout.applied(config), found.num_gpus) != batch
+    ]
+    if not keys or not others:
+        return None
+    return (
+        f"another loss than the run's: {counted(len(others), 'row')} ({', '.join(others)}), where micro_sequences x "
+        f"data is not {batch} ({keys} = micro_batch)"
+    )
 
 
 def _header() -> list[str]:

@@ -60,3 +60,8 @@ def of_a_micro_batch(model: ModelConfig) -> Iterator[str]:
         layer = getattr(model, section)
         if getattr(layer, key, None) == "micro_batch" and any(getattr(layer, weight) for weight in weights):
             yield f"model.{section}.{key}"
+
+
+def regulariser_batch(config: Config, num_ranks: int) -> int:
+    """Sequences of a micro-step on all data-parallel ranks: what the regularisers of `of_a_micro_batch` are of."""
+    return config.batch.micro_sequences * config.data_size(num_ranks)

@@ -17,6 +17,7 @@ from pretrain.checkpoint.prepared_data import find_data, moved_data
 from pretrain.config.loading import apply_override, parse_config, to_json
 from pretrain.config.rules import check_ranks, choose_backends
 from pretrain.config.schema import Config
+from pretrain.config.validated import MEMORY
 from pretrain.engine.build import build_module
 from pretrain.engine.micro_steps import Evaluator
 from pretrain.engine.without_engine import ModelEvaluator
@@ -44,17 +45,18 @@ def evaluation_config(
 ) -> tuple[Config, Tokenizer]:
     """The configuration to evaluate with, and the tokenizer. `data`: folders of prepared data, where they are looked
     for if they are no longer where the run read them; others are refused, for their numbers would pass for theirs.
-    `overrides`: --set; the layout is that of data parallelism alone unless they say otherwise. Raises UserError."""
+    `overrides`: --set; the layout is that of data parallelism alone unless they say otherwise. No weight depends on the
+    chunks of memory, so that an evaluation may have more. Raises UserError."""
     tree = to_json(saved)
     tree["parallel"], tree["deepspeed"], tree["kernels"] = {}, {}, {}
     tree["train"] |= {"precision": "fp32", "recompute": "none", "cuda_graph": "off", "compile": "off"}
     tree["train"] |= {"record_routing": False, "replay_routing": None}
     tree["batch"] = {"global_sequences": batch * ranks, "micro_sequences": batch}
     for override in overrides:
-        if not override.startswith(("parallel.", "evaluate.", "kernels.")):
+        if not override.startswith(("parallel.", "evaluate.", "kernels.", f"{MEMORY}=")):
             raise UserError(
-                f"--set {override}: an evaluation takes keys of parallel, evaluate and kernels; the rest is the "
-                f"checkpoint's"
+                f"--set {override}: an evaluation takes keys of parallel, evaluate and kernels, and {MEMORY}; the rest "
+                f"is the checkpoint's"
             )
         apply_override(tree, override)
     tokenizer = tokenizer_of(checkpoint, saved.model, data)

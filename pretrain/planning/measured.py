@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ COPY, PRODUCT, MICRO_STEP = "ceiling copy", "ceiling product", "micro-step"
 """Names of parts, or their beginnings."""
 LAUNCHED, GRAPHS, COMPILED, DENSE = "", "graphs", "compiled", "dense"
 """Kinds of micro-step."""
+POSITIONS = {"1b": "rope", "262m": "xl", "tiny": "rope"}
+"""`model.position.type` of the models that `speed` measures, by their names in the parts; records do not hold it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,10 @@ class MicroStep:
     tokens: int
     parameters: int
     seconds: float
+    busy: float
+    """Seconds of these in which the GPU computed: all, where a profiler, which slows it, counted more or none."""
+    positions: str | None
+    """As `model.position.type`; None of a model that is not known."""
     flops_per_second: float | None
     """That the model needs: its share of the measured product's rate."""
     source: str
@@ -120,12 +127,15 @@ def _micro_step(part: str, entry: dict[str, Any], product: float | None) -> Micr
     words, result = part.split(), entry["result"]
     if words[:1] != [MICRO_STEP] or not {"tokens", "parameters", "wall_ms", "flops_of_ceiling"} <= result.keys():
         return None
+    wall = float(result["wall_ms"]) / 1e3
     return MicroStep(
         kind=" ".join(words[2:-1]),
         sequences=int(words[-1]),
         tokens=int(result["tokens"]),
         parameters=int(result["parameters"]),
-        seconds=float(result["wall_ms"]) / 1e3,
+        seconds=wall,
+        busy=min(wall, float(result.get("busy_ms") or math.inf) / 1e3),
+        positions=POSITIONS.get(words[1]),
         flops_per_second=float(result["flops_of_ceiling"]) * product if product else None,
         source=_source(entry),
     )

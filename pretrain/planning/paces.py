@@ -4,16 +4,17 @@ number that a step time rests on is a line of the list that comes with it."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from common.tables import counted
-from model.costs import training_flops_per_token
+from model.costs import formula_parameters, training_flops_per_token
 from pretrain.config.graph_rules import takes_graphs
 from pretrain.config.schema import Config
 from pretrain.planning.devices import GB, TERA, Figure, Range, catalogue
 from pretrain.planning.links import Rates
 from pretrain.planning.machine import Machine
-from pretrain.planning.measured import DENSE, Measurements, has_experts, kind_of
+from pretrain.planning.measured import DENSE, Measurements, MicroStep, has_experts, kind_of
 from pretrain.planning.step_time import Pace
 
 MICRO = 1e-6
@@ -98,11 +99,16 @@ def _compute(config: Config, machine: Machine, measured: Measurements, lines: li
         value = f"{share:.1%} of the peak, measured with this model and {own.sequences} sequences at once"
         lines.append(Assumption("computing", value, own.source))
         return (share, share), peak
-    others = _shares_of_others(config, ranks, measured, peak)
+    others = _of_others(config, ranks, measured)
     if others and precision == "bf16":
-        low, high = min(others)[0], max(others)[0]
-        value = f"{low:.1%} to {high:.1%} of the peak, measured with other models of its kind"
-        lines.append(Assumption("computing", value, "; ".join(sorted({source for _, source in others}))))
+        nearest = _nearest(config, others)
+        slowest = min(others, key=_flops)
+        low, high = _flops(slowest) / peak, _flops(nearest) * nearest.seconds / nearest.busy / peak
+        value = (
+            f"{low:.1%} of the peak, the least that a model of its kind reached ({_part(slowest)}), to {high:.1%}, "
+            f"while the GPU was busy with the nearest one ({_part(nearest)})"
+        )
+        lines.append(Assumption("computing", value, "; ".join(sorted({slowest.source, nearest.source}))))
         return (high, low), peak
     kind = "models with experts" if has_experts(config.model) else "dense models"
     assumed = catalogue().assumptions[f"compute of {kind}"]
@@ -116,17 +122,33 @@ def _compute(config: Config, machine: Machine, measured: Measurements, lines: li
     return (high, min(assumed.low, high)), peak
 
 
-def _shares_of_others(config: Config, data_size: int, measured: Measurements, peak: float) -> list[tuple[float, str]]:
-    """Shares of the peak that micro-steps of the shipped models reached, with or without experts as the run's model
-    has; of each model that of the micro-step with the number of tokens nearest to the run's."""
+def _of_others(config: Config, data_size: int, measured: Measurements) -> list[MicroStep]:
+    """Micro-steps of the shipped models, with or without experts as the run's model has; of each model the one with the
+    number of tokens nearest to the run's."""
     wanted = kind_of(config, data_size) if has_experts(config.model) else DENSE
     tokens = config.batch.micro_sequences * config.model.sequence_length
-    nearest: dict[int, tuple[int, float, str]] = {}
-    for step in measured.micro_steps:
+    nearest: dict[int, MicroStep] = {}
+    for step in sorted(measured.micro_steps, key=lambda step: (-abs(step.tokens - tokens), step.source)):
         if step.kind == wanted and step.flops_per_second is not None:
-            found = abs(step.tokens - tokens), step.flops_per_second / peak, step.source
-            nearest[step.parameters] = min(found, nearest.get(step.parameters, found))
-    return [(share, source) for _, share, source in nearest.values()]
+            nearest[step.parameters] = step
+    return list(nearest.values())
+
+
+def _nearest(config: Config, others: Sequence[MicroStep]) -> MicroStep:
+    """Of models with the run's kind of positions, where there are any, the one nearest in size: the small kernels of
+    Transformer-XL keep a GPU from what it reaches with rotary positions."""
+    alike = [step for step in others if step.positions == config.model.position.type]
+    size = formula_parameters(config.model).total
+    return min(alike or others, key=lambda step: (abs(math.log(step.parameters / size)), step.source))
+
+
+def _flops(step: MicroStep) -> float:
+    assert step.flops_per_second is not None
+    return step.flops_per_second
+
+
+def _part(step: MicroStep) -> str:
+    return step.source.partition(" on ")[0]
 
 
 def _memory(machine: Machine, measured: Measurements, lines: list[Assumption]) -> Ends:

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.reproduce import hours, published, runs
 from benchmarks.reproduce.__main__ import main
-from benchmarks.reproduce.published import FOLDER, Row, command, config_of, names, tables, tokens_wanted
+from benchmarks.reproduce.published import FOLDER, Row, config_of, evaluation, names, tables, tokens_wanted, training
 from benchmarks.reproduce.runs import recognised, run_folders
 from benchmarks.reproduce.table import HEAD, rows_of, state
 from common.errors import UserError
@@ -81,10 +81,36 @@ def test_every_configuration_is_trained_by_one_table_and_figures_are_those_of_th
 
 
 def test_a_command_makes_the_published_batch_one_micro_step_of_a_regularised_model() -> None:
-    commands = {row.name: command(row) for table in tables() for row in table.rows if row.trained_as is None}
-    assert [name for name, text in commands.items() if text.endswith(" --set batch.micro_sequences=64")] == [
-        *("c4_switchall_259m", "pes2o_switchall_259m", "wt103_switchall_259m")
-    ]
+    commands = {row.name: training(row) or "" for table in tables() for row in table.rows if row.trained_as is None}
+    assert {name for name, text in commands.items() if text.endswith(" --set batch.micro_sequences=64")} == {
+        *("c4_switchall_259m", "pes2o_switchall_259m", "wt103_switchall_259m"),
+        *("c4_sigma_moe_262m", "pes2o_sigma_moe_262m", "wt103_sigma_moe_262m"),
+    }
+
+
+def test_a_figure_of_more_memory_than_in_training_waits_for_its_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, split = "wt103_sigma_moe_47m", "test"
+    run = write_run(tmp_path / "a", name, losses={100_000: math.log(11.9)})
+    (row,) = [row for table in tables() for row in table.rows if row.name == name]
+    assert row.memory_chunks == 4 and evaluation(row) == (
+        f"python launch/evaluate.py runs/paper/{name} --device cuda --set evaluate.streams=4 "
+        "--set model.position.memory_chunks=4"
+    )
+    (run / "evaluation" / "step-00100000").mkdir(parents=True)
+    result = {"split": split, "step": 100_000, "limit": None}
+    for file, loss in (("test", 11.8), ("test-memory-2", 11.6), ("validation-memory-4", 11.5)):
+        content = json.dumps({**result, "loss": math.log(loss)})
+        (run / "evaluation" / "step-00100000" / f"{file}.json").write_text(content)
+    (shown_row,) = shown(capsys, run)[name]
+    assert shown_row["ours"] == "-" and shown_row["state"] == (
+        "trained, not evaluated on test, 4 chunks of memory (python launch/evaluate.py)"
+    )
+    content = json.dumps({**result, "loss": math.log(11.7)})
+    (run / "evaluation" / "step-00100000" / "test-memory-4.json").write_text(content)
+    (shown_row,) = shown(capsys, run)[name]
+    assert (shown_row["ours"], shown_row["state"]) == ("11.70", "finished")
 
 
 def test_a_finished_run_stands_beside_the_published_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

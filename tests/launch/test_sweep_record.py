@@ -178,10 +178,11 @@ def test_a_mixture_that_lost_the_source_whose_weight_is_varied_is_another_mixtur
         Sweep.open(folder, keys, [one], configs)
 
 
-def test_a_run_with_values_of_other_keys_is_a_damaged_record(folder: Path) -> None:
+@pytest.mark.parametrize("keys", [[RATE, "train.seed"], [], ["train.seed"]])
+def test_a_run_with_values_of_other_keys_is_a_damaged_record(folder: Path, keys: list[str]) -> None:
     folder.mkdir()
     run = {"name": "x", "config": "x", "values": {RATE: "1e-3"}}
-    tree = {"keys": [RATE, "train.seed"], "overrides": [], "unrecorded": {}, "jobs": {}, "runs": [run]}
+    tree = {"keys": keys, "overrides": [], "unrecorded": {}, "jobs": {}, "runs": [run]}
     (folder / "sweep.json").write_text(json.dumps(tree))
     with pytest.raises(UserError, match=r"^--sweep-dir: .* is no record of a sweep; "):
         Sweep.load(folder)

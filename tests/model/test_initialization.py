@@ -73,6 +73,18 @@ def test_output_layer_is_pytorchs_default() -> None:
         assert float(value.std()) == pytest.approx(1 / math.sqrt(3 * 48), rel=0.03)
 
 
+def test_the_embedding_of_the_sigma_moe_paper_is_torchs_xavier_uniform() -> None:
+    """Nothing else differs from the SwitchHead paper's."""
+    sizes: dict[str, Any] = {"d_model": 48, "vocab_size": 4000}
+    found = parameters(small("dense", "sigma_moe", **sizes, initialization="published_sigma_moe"))
+    later = parameters(small("dense", "sigma_moe", **sizes))
+    assert {name for name in found if not torch.equal(found[name], later[name])} == {"embedding.weight"}
+    value, expected = found["embedding.weight"], nn.init.xavier_uniform_(torch.empty(4000, 48))
+    assert distance(value, expected) < 1.63 * math.sqrt(2 / value.numel())
+    assert float(value.std()) == pytest.approx(math.sqrt(2 / 4048), rel=0.01)
+    assert float(later["embedding.weight"].std()) == pytest.approx(1 / math.sqrt(48), rel=0.01)
+
+
 def test_dense_weights_are_the_authors_truncated_normal() -> None:
     """torch's trunc_normal_ with its own bounds, then scaled to the standard deviation, as in the authors' code."""
     found = parameters(small("dense", "dense", d_model=64))

@@ -64,7 +64,7 @@ def test_every_part_is_recorded_with_what_became_of_it(parts: Parts, capsys: pyt
     assert d.result == {"reason": "KeyError: 'x'"}
     output = capsys.readouterr().out
     assert "[3/4, 80 s left] c" in output and "skipped in 10.0 s: no tool" in output
-    assert "| d | failed | 10.0 | KeyError: 'x' |" in output and "4 parts, 2 failed, 0 not begun" in output
+    assert "| d | failed | 10.0 | KeyError: 'x' |" in output and "4 parts, 2 failed, 0 cut, 0 not begun" in output
 
 
 def test_it_stops_when_the_time_is_over_and_goes_on_later(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,9 +84,10 @@ def test_a_recorded_failure_stays_one(parts: Parts) -> None:
     assert parts.ran == []
 
 
-def test_what_came_too_late_is_no_failure(parts: Parts) -> None:
-    """It is tried again, behind the others."""
-    assert parts.run([parts.part("a", Late("it did not end in 9 s")), parts.part("b")], only=["a"]) == 0
+def test_what_came_too_late_is_no_failure(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor is it done: it is tried again, behind the others."""
+    assert parts.run([parts.part("a", Late("it did not end in 9 s")), parts.part("b")], only=["a"]) == TIME_OVER
+    assert "\n1 parts, 0 failed, 1 cut, 0 not begun\n  cut, they did not end in time: a;" in capsys.readouterr().out
     assert parts.statuses == {"a": "cut"}
     assert parts.run([parts.part("a"), parts.part("b")]) == 0 and parts.ran == ["b", "a"]
     assert parts.statuses == {"a": "passed", "b": "passed"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import record, tables
-from benchmarks.gpu.record import CUT, FAILED, PASSED, SKIPPED, Identity, Record
+from benchmarks.gpu.record import CUT, FAILED, PASSED, SKIPPED, Entry, Identity, Record
 
 H100 = Identity(
     card="NVIDIA H100 80GB HBM3", driver="580.1", python="3.12.3", torch="2.11.0+cu130", cuda="13.0", triton="3.6.0",
@@ -152,9 +152,11 @@ def test_what_was_not_measured_again_stays_below(tmp_path: Path) -> None:
     measure("first", "ceiling other", 3e12)
     measure("second", "ceiling other", 4e12, FAILED)
     measure("third", "ceiling copy", 5e12, CUT)
-    table = tables.document_table(
-        tmp_path, "truth", lambda es: [("copy", "")] + [(e.part, tables.headline(e)) for e in es]
-    )
+
+    def rows(entries: list[Entry]) -> tables.Rows:
+        return [("copy", ""), *((entry.part, tables.headline(entry)) for entry in entries)]
+
+    table = tables.document_table(tmp_path, "truth", rows)
     newest, *before = table.split("NVIDIA H100")[1:]
     assert "5 TB/s" in newest and "not since" not in newest
     assert len(before) == 1, "a part that failed later has no number of before, and one that was cut has"

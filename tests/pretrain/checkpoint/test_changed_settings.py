@@ -11,10 +11,10 @@ import pytest
 from common.errors import UserError
 from data_prep.shards.format import Manifest
 from pretrain.checkpoint import Checkpoint, list_checkpoints
-from pretrain.resume import changed_settings
+from pretrain.resume import changed_settings, environment_changes
 from tests.corpus import with_another_tokenizer
 from tests.harness import RankFailed, run_ranks
-from tests.pretrain.runs import curve, light_config, metrics, train_runs
+from tests.pretrain.runs import curve, light_config, metrics, small_config, train_runs
 from tests.pretrain.saved import rewrite_state
 
 
@@ -118,6 +118,27 @@ def test_layout_machine_logging_and_stop_settings_may_change(stopped_run: Path, 
     config = light_config(prepared, "train.steps=6", "evaluate.sequences=0", *free)
     changes = changed_settings(config, checkpoint, Manifest.load(prepared).digest)
     assert set(changes) >= {entry.partition("=")[0] for entry in free}
+
+
+@pytest.mark.parametrize(
+    "scope, micro, ranks, told",
+    [
+        ("micro_batch", 2, 2, [(8, 4)]),
+        ("micro_batch", 4, 2, []),  # the same product, otherwise divided
+        ("global_batch", 2, 2, []),
+    ],
+)
+def test_another_batch_of_a_regulariser_is_told(
+    stopped_run: Path, prepared: Path, scope: str, micro: int, ranks: int, told: list[tuple[int, int]]
+) -> None:
+    """micro_sequences x data-parallel size, free to change at every start: with the published scope the loss depends on
+    it. `record_start` prints and records what is found here."""
+    checkpoint = Checkpoint.open(list_checkpoints(stopped_run / "checkpoints")[-1])
+    keys = (f"model.feedforward.entropy_scope={scope}", f"batch.micro_sequences={micro}")
+    changes = environment_changes(checkpoint, small_config(prepared, *keys), {"data": ranks})
+    name = "sequences of a regulariser's batch, and so the loss (model.feedforward.entropy_scope = micro_batch)"
+    assert [pair for key, pair in changes.items() if "regulariser" in key] == told
+    assert (name in changes) is bool(told)
 
 
 def test_another_manifest_is_refused(stopped_run: Path, prepared: Path) -> None:

@@ -117,6 +117,10 @@ def test_two_runs_side_by_side(runs: Path, capsys: pytest.CaptureFixture[str]) -
         "blocks.0.attention.output",
         "blocks.0.feedforward",
     ]
+    for router in told["runs"][0]["routers"]:
+        load = arrays[f"switchall/{router['name']}/load"]
+        assert router["load_max"] == pytest.approx(float((load.max(1) / load.mean(1)).max()))
+        assert (router["experts"], router["dead_experts"]) == (load.size, int((load == 0).sum()))
     assert not told["runs"][1]["routers"]
 
 

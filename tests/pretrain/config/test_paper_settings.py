@@ -1,4 +1,4 @@
-"""The files of configs/paper against the paper: which models there are, and how each is trained and validated."""
+"""The files of configs/paper against the papers: which models there are, and how each is trained and validated."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ from pretrain.config.schema import Config
 
 FOLDER = Path(__file__).resolve().parents[3] / "configs" / "paper"
 PAPER = sorted(path.stem for path in FOLDER.glob("*.json"))
+SIGMA_MOE_PAPER = {
+    "wt103_sigma_moe_47m": (16, 0.0, 1e-3),
+    "wt103_sigma_moe_237m": (128, 0.05, 1e-3),
+    "wt103_sigma_moe_262m": (32, 0.1, 1e-3),
+    "enwik8_sigma_moe_41m": (16, 0.05, 1e-4),
+    "c4_sigma_moe_47m": (16, 0.0, 0.0),
+    "c4_sigma_moe_262m": (32, 0.1, 1e-3),
+    "pes2o_sigma_moe_47m": (16, 0.0, 0.0),
+    "pes2o_sigma_moe_262m": (32, 0.1, 1e-3),
+    "wt103_dense_238m": (),
+}
+"""Experts, expert dropout and gamma of the sweeps of github.com/RobertCsordas/moe; the last has none of them."""
 ABLATIONS = ("o", "ko", "vko", "vqo", "v", "qo", "vq", "vkqo", "kqo", "vkq", "vk", "q", "k", "kq")
 
 
@@ -25,18 +37,22 @@ def test_training_settings_are_those_of_the_paper(name: str) -> None:
         1e-8,
         0.0,
     )
-    small_clip = model.d_model == 412 and "switchall" not in name
+    small_clip = model.d_model == 412 and model.feedforward.type == "dense"
     assert optimizer.clip_norm == (0.1 if small_clip else 0.25)
     assert model.dropout == (0.2 if large else 0.1)
     schedule = config.schedule
     assert (schedule.shape, schedule.warmup_steps, schedule.final_ratio) == ("published", 4000 if large else 0, 0.0)
     assert config.batch.global_sequences == (32 if "enwik8" in name else 64)
     assert model.vocab_size == (205 if "enwik8" in name else 8000)
-    assert (model.initialization, model.init_scale, config.train.steps) == ("published", "paper", 100_000)
+    initialization = "published_sigma_moe" if name in SIGMA_MOE_PAPER else "published"
+    assert (model.initialization, model.init_scale, config.train.steps) == (initialization, "paper", 100_000)
     assert model.memory_length == (0 if "rope" in name and "memory" not in name else model.sequence_length)
     if model.feedforward.type == "sigma_moe":
         assert model.feedforward.entropy_scope == "micro_batch"
-        assert model.feedforward.entropy_weight == (1e-3 if large else 1e-4)
+        N, dropout, gamma = SIGMA_MOE_PAPER.get(name, (32, 0.1, 1e-3) if large else (16, 0.0, 1e-4))
+        layer = model.feedforward
+        assert (layer.num_experts, layer.expert_size, layer.active_experts) == (N, 128, 4)
+        assert (layer.expert_dropout, layer.entropy_weight) == (dropout, gamma)
     if model.attention.type == "switchhead":
         assert model.attention.normalized_init == (name == "pes2o_switchhead_262m")
         assert model.attention.expert_dropout == (0.1 if "switchall_259m" in name else 0.0)
@@ -78,4 +94,19 @@ def test_every_row_of_the_paper_has_a_config() -> None:
     expected |= {f"wt103_moa_{heads}heads_{size}" for heads in (2, 4, 6, 8) for size in ("47m", "262m")}
     expected |= {"wt103_moa_12heads_262m"}
     expected |= {f"wt103_ablation_{projections}_47m" for projections in ABLATIONS}
-    assert set(PAPER) == expected
+    assert set(PAPER) == expected | SIGMA_MOE_PAPER.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in SIGMA_MOE_PAPER if "238m" not in name])
+def test_a_sigma_moe_has_the_rest_of_its_dense_baseline(name: str) -> None:
+    """The sweeps differ from the dense ones in the feed-forward layer, and at d_model 412 in the clipping."""
+    corpus, size = name.split("_")[0], name.rpartition("_")[2]
+    config = load_config(FOLDER / f"{name}.json")
+    baseline = load_config(FOLDER / f"{corpus}_dense_{size.replace('237', '47')}.json")
+    other = {"feedforward": config.model.feedforward, "initialization": config.model.initialization}
+    assert config.model == baseline.model.model_copy(update=other)
+    assert config.optimizer.model_copy(update={"clip_norm": 0.1}) == baseline.optimizer.model_copy(
+        update={"clip_norm": 0.1}
+    )
+    for section in ("data", "batch", "schedule", "train", "parallel", "evaluate"):
+        assert getattr(config, section) == getattr(baseline, section), section

@@ -324,6 +324,26 @@ def test_all_ranks_evaluate_one_checkpoint_of_a_run_that_goes_on(tmp_path: Path)
     assert run_ranks(opened_on_ranks, 2, tmp_path) == [["step-00000001"]] * 2
 
 
+def test_a_validation_with_more_memory_than_in_training(runs: Path, tmp_path: Path) -> None:
+    """As the figures of the σ-MoE paper: nothing is new to two windows in a row, and to the third what it now sees."""
+
+    def loss(windows: int, chunks: int) -> float:
+        folder = tmp_path / f"{windows} {chunks}"
+        keys = [f"model.position.memory_chunks={chunks}", "evaluate.streams=1"]
+        sets = [word for key in keys for word in ("--set", key)]
+        line = [str(runs / "xl"), "--tasks", "validation", "--limit", str(windows), "--batch", "1"]
+        assert main([*line, "--out", str(folder), *sets]) == 0
+        (file,) = folder.glob("*.json")
+        content = json.loads(file.read_text())
+        assert file.stem == ("validation" if chunks == 1 else f"validation-memory-{chunks}")
+        assert (content["task"] == "validation") == (chunks == 1) and content["split"] == "validation"
+        assert content.get("memory_chunks") == (None if chunks == 1 else chunks)
+        return float(content["loss"])
+
+    assert loss(2, 1) == pytest.approx(loss(2, 2), rel=1e-6)
+    assert abs(loss(3, 1) - loss(3, 2)) > 1e-5
+
+
 def test_refusals(runs: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(words: str, *arguments: str, run: Path = runs / "rope") -> None:
         capsys.readouterr()
@@ -346,6 +366,8 @@ def test_refusals(runs: Path, prepared: Path, tmp_path: Path, capsys: pytest.Cap
     refused("--device: is cuda, but torch finds no usable GPU", "--device", "cuda")
     refused("--out: .*lambada_test.jsonl is a file", "--out", str(runs / "lambada_test.jsonl"))
     refused("--set train.steps=3: an evaluation takes keys of parallel", "--set", "train.steps=3")
+    memory = "model.position.memory_chunks"
+    refused(f"--set {memory}: is of a validation alone", "--set", f"{memory}=4", "--tasks", "validation,cbt")
     refused("parallel: 1 rank cannot be divided", "--set", "parallel.tensor=2")
     refused(f"lambada: there is no {tmp_path / 'none'}; download", "--tasks", f"lambada={tmp_path / 'none'}")
     for last in (f"cbt={tmp_path / 'none'}", "validation=x"):  # before the first is computed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 from common.errors import ConfigError
 from common.units import GIB
 from pretrain.cli.plan import main
-from pretrain.cli.plan_fit import as_json, steps_done, verdict, whole_run
+from pretrain.cli.plan_fit import as_json, lines_of, steps_done, verdict, whole_run
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.planning import fit as planning
@@ -123,6 +124,29 @@ def test_every_kind_of_change_is_found(
     report = fit(config, h100(8), results=NOWHERE)
     assert report.change is not None and report.change.overrides == expected
     assert fit(with_overrides(config, expected), h100(8), results=NOWHERE).fits
+
+
+@pytest.mark.parametrize(
+    "scope, helps, said",
+    [
+        ("micro_batch", "batch.micro_sequences=4", "32 sequences instead of 64"),
+        ("micro_batch", "parallel.pipeline=2", "32 sequences instead of 64"),
+        ("micro_batch", "train.recompute=full", None),
+        ("global_batch", "batch.micro_sequences=4", None),
+    ],
+)
+def test_a_change_of_the_loss_is_told(by_hand: ByHand, scope: str, helps: str, said: str | None) -> None:
+    """Of a regulariser over the sequences of a micro-step on all data-parallel ranks."""
+    config = load_config(ONE_BILLION, [f"model.feedforward.entropy_scope={scope}"])
+    changed = with_overrides(config, (helps,))
+    by_hand(lambda asked: 50.0 if asked == changed else 70.0)
+    report = fit(config, h100(8), results=NOWHERE)
+    assert report.change is not None and report.change.overrides == (helps,)
+    head = list(itertools.takewhile(lambda line: not line.startswith("time:"), lines_of(ONE_BILLION, report)))
+    (line,) = [line for line in head if line.startswith("change: ")]
+    told = [line.strip() for line in head if "another loss" in line]
+    begin = "which is another loss: model.feedforward.entropy_scope = micro_batch, of micro_sequences x data, "
+    assert told == ([] if said is None else [begin + said]) and helps in line
 
 
 def test_what_is_executed_is_what_the_model_needs_and_what_is_repeated(by_hand: ByHand) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu import models
 from benchmarks.gpu.record import Entry
 from model.costs import formula_parameters, training_flops_per_token
 from pretrain.config.loading import load_config
 from pretrain.planning.devices import device_named
 from pretrain.planning.machine import MachineOptions, machine
-from pretrain.planning.measured import Measurements, measurements
+from pretrain.planning.measured import POSITIONS, Measurements, measurements
 from pretrain.planning.paces import paces, why_no_time
 
 ONE_BILLION = Path(__file__).resolve().parents[3] / "configs" / "switchall_1b.json"
@@ -125,6 +126,31 @@ def test_other_models_of_its_kind_bound_the_range(tmp_path: Path) -> None:
 
 FEW = {"tokens": CONFIG.model.sequence_length, "flops_of_ceiling": 0.01}
 DENSE = 'model.attention={"type": "dense", "num_heads": 8, "head_dim": 128}'
+
+
+def test_the_fast_end_is_the_busy_gpu_of_the_nearest_model_with_the_same_positions(tmp_path: Path) -> None:
+    """A model of other positions says nothing of what a fast host would reach, however near it is in size."""
+    near, far = 2 * 10**8, 10**10
+    parts = [
+        ("micro-step 1b 8", "passed", {**micro_step(8, 50.0, share=0.6), "parameters": near, "busy_ms": 48.0}),
+        ("micro-step 262m 8", "passed", {**micro_step(8, 50.0, share=0.1), "parameters": far, "busy_ms": 20.0}),
+    ]
+    found = measurements(H100.device, record(tmp_path, *parts, *CEILINGS))
+    xl = load_config(ONE_BILLION, ["model.d_model=1024", 'model.position={"type": "xl"}', LAUNCHED])
+    ends = paces(xl, H100, found)
+    assert (ends.slow.flops, ends.fast.flops) == pytest.approx((0.1 * 700e12, 0.1 * 700e12 * 50 / 20))
+    (line,) = [line for line in ends.assumptions if line.what == "computing"]
+    assert "busy with the nearest one (micro-step 262m 8)" in line.value and "micro-step 1b" not in line.source
+    rope = paces(load_config(ONE_BILLION, ["model.d_model=1024", LAUNCHED]), H100, found)
+    assert (rope.slow.flops, rope.fast.flops) == pytest.approx((0.1 * 700e12, 0.6 * 700e12 * 50 / 48))
+    # A profiler slows a GPU: what is busy for longer than by the clock was busy all the time.
+    slowed = [("micro-step 262m 8", "passed", {**parts[1][2], "busy_ms": 60.0})]
+    assert paces(xl, H100, measurements(H100.device, record(tmp_path, *slowed))).fast.flops == pytest.approx(70e12)
+
+
+@pytest.mark.parametrize("name", models.FILES)
+def test_the_positions_of_a_record_are_those_of_its_model(name: str) -> None:
+    assert models.load(name).position.type == POSITIONS[name]
 
 
 def test_without_measurements_data_sheets_and_assumptions() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from common.errors import ConfigError, UserError
 from common.units import GIB
 from pretrain.cli import train
 from pretrain.cli.plan import main
-from pretrain.cli.plan_search import settings
+from pretrain.cli.plan_search import lines_of, settings
 from pretrain.config.graph_rules import takes_graphs
 from pretrain.config.loading import load_config, parse_config, to_json
 from pretrain.config.rules import check_ranks
@@ -292,6 +293,25 @@ def test_the_file_is_the_users_with_the_layout(tmp_path: Path, capsys: pytest.Ca
     assert "was not made by plan.py search" in capsys.readouterr().err
     assert main([*line, "--force"]) == 0 and json.loads(target.read_text(encoding="utf-8"))["batch"]
     assert main([*line[:-1], str(tmp_path)]) == 2 and main([*line[:-1], str(tmp_path / "absent" / "x.json")]) == 2
+
+
+def test_layouts_with_another_loss_are_named() -> None:
+    """Of a regulariser over a micro-step on all data-parallel ranks: rows whose micro_sequences x data is another."""
+    found = h100(2)
+    for scope in ("micro_batch", "global_batch"):
+        config = load_config(
+            ONE_BILLION, [*SMALL, "batch.micro_sequences=2", f"model.feedforward.entropy_scope={scope}"]
+        )
+        report = search.search(config, found, results=NOWHERE, progress=lambda *_: None)
+        text = "\n".join(lines_of(ONE_BILLION, config, report, found))
+        named = re.findall(
+            r"another loss than the run's: \d+ rows \((.*)\), where .* is not 4 \(model\.feedforward", text
+        )
+        data = (2 // (one.layout.tensor * one.layout.pipeline) for one in report.best)
+        products = [one.layout.micro_sequences * size for one, size in zip(report.best, data, strict=True)]
+        assert set(products) > {4}, "the search shows layouts of both kinds"
+        others = ", ".join(str(row) for row, product in enumerate(products, 1) if product != 4)
+        assert named == ([others] if scope == "micro_batch" else [])
 
 
 def test_a_disk_that_refuses_the_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

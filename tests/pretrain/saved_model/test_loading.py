@@ -333,3 +333,10 @@ def test_lines_are_cut_one_by_one_where_the_data_were(prepared: Path) -> None:
         stream = TextStream(tokenizer, after=f"{first}\n")
         assert "".join(map(stream.add, tokenizer.encode(rest))) + stream.end() == rest
     assert reference.encode_lines(TEXT).tolist() != reference.encode(TEXT).tolist()
+
+
+@pytest.mark.parametrize("mask, backend", [(False, "triton"), (True, "reference")])
+def test_a_gpu_computes_attention_by_documents_as_it_can(prepared: Path, mask: bool, backend: str) -> None:
+    """A saved model is computed in fp32, in which our kernel takes no documents."""
+    config = small_config(prepared, f"data.document_mask={str(mask).lower()}")
+    assert loading.backends_of(config, torch.device("cuda")).causal_attention == backend
