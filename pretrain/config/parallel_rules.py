@@ -23,12 +23,13 @@ def check_tensor(config: Config) -> None:
         sizes = {key: getattr(layer, key) for key in layer.divided}
         divided |= {f"model.{place}.{key}": size for key, size in sizes.items() if size is not None}
     divided["model.vocab_size"] = model.vocab_size
-    common = math.gcd(*divided.values())
+    common, key_heads = math.gcd(*divided.values()), divided.get("model.attention.num_kv_heads", 1)
     for key, value in divided.items():
         if value % tensor:
             fits = largest_divisor(common, tensor)
-            # Not every multiple divides num_heads, which is divided: it comes before.
-            instead = "null" if key == "model.attention.num_kv_heads" else -(-value // tensor) * tensor
+            # Heads of keys and values divide those of queries: not every multiple of `tensor` will do.
+            step = math.lcm(tensor, key_heads) if key == "model.attention.num_heads" else tensor
+            instead = "null" if key == "model.attention.num_kv_heads" else -(-value // step) * step
             raise ConfigError(
                 f"parallel.tensor: {tensor} does not divide {key} = {value}; set parallel.tensor to {fits}, or {key} "
                 f"to {instead}"

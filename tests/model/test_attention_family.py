@@ -170,7 +170,10 @@ def test_forward_and_every_gradient_equal_the_loop(
     for name, parameter in layer.named_parameters():
         error = float((gradient_of(parameter).double() - gradient_of(p64[name])).norm())
         size = float(gradient_of(p64[name]).norm())
-        assert error < 1e-5 * max(size, 1e-3 * largest), f"gradient of {name} is off by {error}"
+        # Of a query that sees one key alone: a softmax of one number has no gradient, but for what two sums of the same
+        # products in fp32 differ by, which is none on some processors.
+        least = 1e-3 if size > 1e-9 * largest else 0.1
+        assert error < 1e-5 * max(size, least * largest), f"gradient of {name} is off by {error}"
 
 
 @pytest.mark.parametrize("position, memory", [("rope", 0), ("xl", 0), ("xl", 5)])

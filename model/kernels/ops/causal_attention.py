@@ -62,8 +62,8 @@ def causal_attention_reference(inputs: Inputs) -> Tensor:
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, shared: bool) -> Tensor:
     """scaled_dot_product_attention where `mask` says so, causal with None. Keys and values of groups (1 < K < H) are
     read as they are by its kernel for CPUs and by flash attention, which takes half precision, at most 256 columns and
-    no mask. Its other fused kernel on CUDA takes none, and instead of it torch would make matrices [T, L] of all heads:
-    there they are copied for each head."""
+    no mask, on cards that have it (compute capability 8.0 or newer). Its other fused kernel on CUDA takes none, and
+    instead of it torch would make matrices [T, L] of all heads: there they are copied for each head."""
     reads_groups = q.device.type == "cpu" or (mask is None and q.element_size() == 2 and q.shape[3] <= 256)
     if not reads_groups:
         k, v = (of_each_head(t, q.shape[1], dim=1) for t in (k, v))

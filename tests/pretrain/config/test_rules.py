@@ -112,6 +112,12 @@ REFUSED: list[tuple[tuple[str, ...], str, list[tuple[str, ...]]]] = [
         ],
     ),
     (
+        ("parallel.tensor=4", *DENSE, "model.attention.num_heads=6", "model.attention.num_kv_heads=3"),
+        "parallel.tensor: 4 does not divide model.attention.num_heads = 6; set parallel.tensor to 1, or "
+        "model.attention.num_heads to 12",
+        [("parallel.tensor=4", *DENSE, "model.attention.num_heads=12", "model.attention.num_kv_heads=4")],
+    ),
+    (
         ("parallel.tensor=8", "parallel.sequence=true", *EXPERTS),
         "parallel.tensor: 8 does not divide model.attention.num_heads = 4; set parallel.tensor to 4...",
         [],
