@@ -83,6 +83,7 @@ HOW = {
     "export": "skipped: the shell's own",
     "for": "skipped: the shell's own",
     "cp": "skipped: the shell's own",
+    "test": "skipped: the shell's own",
     "rm": "skipped: the shell's own",
     "mkdir": "skipped: fetches packages of Debian",
     "lm_eval": "skipped: another project's program",

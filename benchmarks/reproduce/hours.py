@@ -61,7 +61,7 @@ def estimate(name: str, on: Machine, measured: Measurements) -> Estimate:
     check_on(config, on)
     reason = why_no_time(config, on)
     if reason is not None:
-        raise UserError(f"--gpu: {reason}")
+        raise UserError(f"--gpu: {reason}, which launch/plan.py fit takes")
     found = paces(config, on, measured)
     fast, slow = (config.train.steps * terms.total / 3600 for terms in step_time(config, on, measured))
     basis = tuple(one for one in found.assumptions if one.what.startswith("computing"))

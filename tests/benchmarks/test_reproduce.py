@@ -331,7 +331,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         (["table", "--runs", str(tmp_path / "gone")], f"--runs: there is no folder {tmp_path / 'gone'}"),
         (["table", "--runs", str(tmp_path / "empty")], "holds no run folder"),
         (["hours", "--gpu", "h20"], "--gpu: 'h20' is not in the table of devices"),
-        (["hours", "--gpu", "cpu"], "--gpu: the peak of cpu in bf16 is not in the table of devices"),
+        (["hours", "--gpu", "cpu"], "--peak-tflops, which launch/plan.py fit takes"),
         (["hours", "--results", str(tmp_path / "gone")], "--results: there is no folder"),
     ):
         assert main(arguments) == 2
