@@ -102,7 +102,7 @@ def _tree(draw: random.Random, prepared: Path) -> Tree:
         "monitor": {"tensorboard": False},
     }
     if tree["model"]["attention"]["type"] == "switchhead":
-        tree["model"]["attention"]["entropy_weight"] = draw.choice((0.0, 0.05, 0.3))
+        tree["model"]["attention"]["entropy_weight"] = draw.choice((0.0, 0.05, 0.4))
     return tree
 
 
