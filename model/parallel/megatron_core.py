@@ -23,11 +23,12 @@ import logging
 import warnings
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from common.replaced import replaced
 
 
 def _left_alone(function: Any = None, **options: Any) -> Any:
@@ -45,7 +46,7 @@ logging.getLogger("torch.utils.cpp_extension").addFilter(_is_news)
 
 # Its fused functions, none of which is used here, are handed to torch.compile where they are defined, which imports all
 # of TorchInductor.
-with warnings.catch_warnings(), mock.patch.object(torch, "compile", _left_alone):
+with warnings.catch_warnings(), replaced(torch, "compile", _left_alone):
     # The warnings that Transformer Engine and Apex are missing: nothing that is used here needs them.
     warnings.simplefilter("ignore")
     from megatron.core.hyper_comm_grid import HyperCommGrid

@@ -9,9 +9,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from unittest import mock
 
 from common.errors import ConfigError, UserError
+from common.replaced import items_replaced
 
 
 class StepStops(ConfigError):
@@ -33,7 +33,7 @@ def told() -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         with (
-            mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"),
+            items_replaced(os.environ, {"DS_ACCELERATOR": "cpu"}),
             contextlib.redirect_stdout(sys.stderr),
             warnings.catch_warnings(),
         ):
