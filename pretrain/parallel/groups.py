@@ -99,6 +99,7 @@ def asked_for_once() -> Iterator[None]:
     def group_of(ranks: Iterable[int]) -> Any:
         return _asked_for(dist.group.WORLD, make, tuple(ranks))
 
+    # RELIES-ON deepspeed-groups
     with replaced(comm, "new_group", group_of):
         yield
 

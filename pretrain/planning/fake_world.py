@@ -45,7 +45,7 @@ def fake_world(config: Config, rank: int, num_ranks: int, routed: Routed) -> Ite
     with contextlib.ExitStack() as stack:
         stack.enter_context(items_replaced(os.environ, {key: str(value) for key, value in own.items()}))
         if "__compatible_ops__" not in vars(deepspeed.ops):  # a look at DeepSpeed's own would make it: see device.start
-            deepspeed.ops.__compatible_ops__ = {}
+            deepspeed.ops.__compatible_ops__ = {}  # RELIES-ON deepspeed-operators
             stack.callback(vars(deepspeed.ops).pop, "__compatible_ops__")
         stack.enter_context(items_replaced(deepspeed.ops.__compatible_ops__, {"deepspeed_shm_comm": False}))
         dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
@@ -57,7 +57,7 @@ def fake_world(config: Config, rank: int, num_ranks: int, routed: Routed) -> Ite
         yield
 
 
-def _forget_the_world() -> None:
+def _forget_the_world() -> None:  # RELIES-ON deepspeed-world
     from deepspeed.comm import comm
     from deepspeed.utils import groups
 
@@ -78,10 +78,11 @@ def _patches(config: Config, routed: Routed) -> list[Any]:
 
     rows = _Rows(routed)
     return [
-        replaced(nn.Module, "_apply", _apply),
+        replaced(nn.Module, "_apply", _apply),  # RELIES-ON torch-fake
         replaced(FakeTensor, "data_ptr", _no_address),
         # DeepSpeed asks this machine's device, where no GPU needs to be; check_device has refused fp16 on CPUs.
         replaced(get_accelerator(), "is_fp16_supported", _yes),
+        # RELIES-ON deepspeed-alone
         replaced(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", _nothing),
         replaced(PipelineEngine, "_recv_tensor_meta", _receive_shapes(config)),
         replaced(dist, "all_gather_object", _AllParts(config)),

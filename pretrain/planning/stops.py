@@ -59,5 +59,6 @@ def is_limit(error: Exception) -> bool:
     for tensors without data, or what this machine lacks."""
     if isinstance(error, (NotImplementedError, MemoryError, OSError)):
         return True
+    # RELIES-ON torch-fake
     is_of_fake_tensors = type(error).__module__ == "torch._subclasses.fake_tensor"
     return is_of_fake_tensors or any(word in str(error) for word in ("FakeTensor", "fake tensor", "tensor subclasses"))
