@@ -84,6 +84,21 @@ def test_what_gloo_takes_and_nccl_does_not_is_found_for_a_gpu_alone(
     assert f"{REASONS[fault]}, which NCCL does not take between GPUs" in problem
 
 
+def test_deepspeed_forgets_the_world_that_was_played(prepared: Path) -> None:
+    """Its groups, by which it would take this process for one of that world's ranks."""
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    layout = (*TWO, "parallel.sequence=true", "parallel.expert=2", "batch.global_sequences=4")
+    assert rehearsed(prepared, 4, *SHORT, *layout).outcomes[0].passed
+    kept = {
+        name
+        for name, value in vars(groups).items()
+        if isinstance(value, dist.ProcessGroup) or (name.startswith("_EXPERT") and value)
+    }
+    assert (comm.cdb, groups.mpu, kept) == (None, None, set())
+
+
 ALL = ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.expert=2")
 
 
