@@ -223,6 +223,16 @@ def test_a_boards_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypa
         Board(tmp_path, first_step=0)
 
 
+def test_a_start_on_a_full_disk_is_refused_and_leaves_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"event": "opened"}\n' * 100)
+    with (
+        disk_of(1000),
+        pytest.raises(UserError, match=r"^--run-dir: .*events\.jsonl cannot be written: File too large$"),
+    ):
+        RunFolder(tmp_path, writes=True)
+    assert not list(tmp_path.glob("lock-*"))
+
+
 def test_the_end_of_a_run_on_a_full_disk_is_still_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tmp_path, writes=True)
     with disk_of(0):

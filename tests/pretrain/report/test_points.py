@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,12 +145,17 @@ def test_a_picture_names_the_steps_that_it_counts(
     """Those since the details before, or since this start; a skipped update has no details, and counts with the next.
     Experts are dead that none of these steps chose. What is still being drawn is shown later, at the latest at the
     end."""
-    may_draw, threads = threading.Event(), set(threading.enumerate())
+    is_awaited, threads, result = threading.Event(), set(threading.enumerate()), Future.result
+
+    def awaited(future: Future[bytes], timeout: float | None = None) -> bytes:
+        is_awaited.set()
+        return result(future, timeout)
 
     def draw(title: str, rows: Tensor, *, heads: int, active: int) -> bytes:
-        may_draw.wait(60)
+        is_awaited.wait(10)
         return f"{title}, {active} of each".encode()
 
+    monkeypatch.setattr(Future, "result", awaited)
     monkeypatch.setattr(pretrain.report.pictures, "draw_load", draw)
     keys = ("monitor.details_every_steps=2", "model.feedforward.active_experts=3")  # attention chooses 2
     _, of_start = going_on(prepared, tmp_path, *keys)
@@ -159,10 +165,7 @@ def test_a_picture_names_the_steps_that_it_counts(
         norm = None if step == 10 else 1.0
         is_due = step % 2 == 0 or step == LAST
         of_start.step({**values(step), "grad_norm": norm}, {NAME: load}, details=details() if is_due else None)
-    timer = threading.Timer(0.02, may_draw.set)
-    timer.start()
     of_start.close()
-    timer.join()
     assert set(threading.enumerate()) <= threads
     assert notes.images == [
         (8, "feed-forward, steps 7 to 8, 3 of each"),
