@@ -29,6 +29,7 @@ from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.links import Collective
 from pretrain.planning.machine import Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS, Measurements, measurements
+from pretrain.planning.memory import USABLE
 from pretrain.planning.paces import paces, why_no_time
 from pretrain.planning.search import Found, Layout
 from pretrain.planning.step_time import Pace, Terms, blocks_of_stages
@@ -293,6 +294,51 @@ def test_the_file_is_the_users_with_the_layout(tmp_path: Path, capsys: pytest.Ca
     assert "was not made by plan.py search" in capsys.readouterr().err
     assert main([*line, "--force"]) == 0 and json.loads(target.read_text(encoding="utf-8"))["batch"]
     assert main([*line[:-1], str(tmp_path)]) == 2 and main([*line[:-1], str(tmp_path / "absent" / "x.json")]) == 2
+
+
+def test_table_options_file_and_json_are_of_the_same_layouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found(layout: Layout, seconds: float) -> Found:
+        return Found(layout=layout, time=StepTime(Terms(compute=seconds), Terms(compute=2 * seconds)), needed=10 * GIB)
+
+    report = search.SearchReport(
+        best=(found(Layout(2, 4, 1, 1, True, "selective", 2), 1.0), found(Layout(1, 2, 4, 1, False, "none", 5), 3.0)),
+        beside={"parallel.offload_optimizer": False},
+        refused={"a": (2, "a: few"), "b": (5, "b: more: of them")},
+        excluded={"slower": 1, "too large": 7},
+        layouts=1234,
+        traced=4,
+    )
+    asked, target = list[Path](), tmp_path / "a file.json"
+    monkeypatch.setattr("pretrain.cli.plan_search.search", lambda *_, results, **__: (asked.append(results), report)[1])
+    line = ["search", str(ONE_BILLION), "--gpus", "16", "--gpu", "h100-80gb", "--results", str(tmp_path)]
+    assert main([*line, "--write", str(target)]) == 0 and asked == [tmp_path]
+    out = capsys.readouterr().out
+    usable = USABLE * (h100(16).capacity or 0)
+    headroom = f"{usable / GIB - 10:.1f}"
+    rows = [text.split() for text in out.splitlines() if headroom in text.split()]
+    assert [(row[0], *row[-8:]) for row in rows] == [
+        ("1", "2", "2", "4", "1", "1", "yes", "selective", "2"),
+        ("2", "8", "1", "2", "4", "1", "no", "none", "5"),
+    ]
+    best = report.best[0].layout.overrides() | report.beside
+    options = " ".join(
+        f"--set {key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in best.items()
+    )
+    assert f"\nthe first as options: {options}\n" in out
+    left = [text.strip() for text in out.partition("\nnot in the table\n")[2].splitlines()[:4]]
+    rules = ["5  refused by a rule of b, e.g. more: of them", "2  refused by a rule of a, e.g. few"]
+    assert left == ["7  too large", "1  slower", *rules]
+    assert f"--config '{target}' --dry-run --ranks 16" in out
+    tree = json.loads(target.read_text(encoding="utf-8"))
+    assert (tree["parallel"]["pipeline"], tree["batch"]["micro_sequences"]) == (4, 2)
+    assert main([*line, "--write", str(target), "--json"]) == 0
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    assert "wrote " in printed.err and (told["usable_bytes"], told["layouts"]) == (int(usable), 1234)
+    assert told["best"][0]["set"] == best and told["best"][0]["total_seconds"] == {"fast": 1.0, "slow": 2.0}
+    assert told["refused"]["b"] == {"count": 5, "example": "b: more: of them"} and told["excluded"] == report.excluded
 
 
 def test_layouts_with_another_loss_are_named() -> None:
