@@ -19,7 +19,14 @@ from tests.model.options import ATTENTIONS, check_kinds
 from tests.tensors import gradient_of
 
 ATTENTION: dict[str, dict[str, Any]] = {
-    "switchhead": {"type": "switchhead", "num_heads": 2, "head_dim": 6, "num_experts": 3, "active_experts": 2},
+    "switchhead": {
+        "type": "switchhead",
+        "num_heads": 2,
+        "head_dim": 6,
+        "num_experts": 3,
+        "active_experts": 2,
+        "entropy_weight": 0.1,
+    },
     "dense": {"type": "dense", "num_heads": 3, "head_dim": 6},
     "moa": {"type": "moa", "num_heads": 2, "head_dim": 6, "num_experts": 5, "cv_loss_weight": 0.1},
 }

@@ -74,7 +74,7 @@ def _data(draw: random.Random, prepared: Path, position: Tree) -> Tree:
 
 def _tree(draw: random.Random, prepared: Path) -> Tree:
     position = _position(draw)
-    return {
+    tree: Tree = {
         "model": {
             "d_model": draw.choice((4, 5, 8, 12, 16, 24)),
             "num_layers": draw.choice((1, 1, 2, 3)),
@@ -101,6 +101,9 @@ def _tree(draw: random.Random, prepared: Path) -> Tree:
         "evaluate": {"sequences": draw.choice((1, 5, 24)), "streams": draw.choice((1, 3, 64))},
         "monitor": {"tensorboard": False},
     }
+    if tree["model"]["attention"]["type"] == "switchhead":
+        tree["model"]["attention"]["entropy_weight"] = draw.choice((0.0, 0.05, 0.4))
+    return tree
 
 
 def _layout(draw: random.Random, tree: Tree, ranks: int) -> Tree:

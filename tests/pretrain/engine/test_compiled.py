@@ -87,7 +87,12 @@ def check_passes(config: Config, backend: str) -> None:
 
 ONE_LAYER = "model.num_layers=1"
 CASES: dict[str, tuple[str, Layout, tuple[str, ...], bool]] = {
-    "every dropout, recomputed": ("switchall", Layout(recompute="full"), (ONE_LAYER,), True),
+    "every dropout, recomputed": (
+        "switchall",
+        Layout(recompute="full"),
+        (ONE_LAYER, "model.attention.entropy_weight=0.05"),
+        True,
+    ),
     "memory that grows": ("switchall xl", Layout(), (ONE_LAYER,), False),
     "blocks that share a program": ("switchall", Layout(), ("model.num_layers=3",), False),
     "memory with RoPE": ("switchall rope with memory", Layout(recompute="full"), (), True),

@@ -57,7 +57,8 @@ def test_all_is_gathered_twice_where_nothing_may_stay_and_once_an_update_where_a
 DENSE = 'model.attention={"type": "dense", "num_heads": 2, "head_dim": 6}'
 FEEDFORWARD = 'model.feedforward={"type": "dense", "hidden_size": 32}'
 TIED = ("model.position.type=xl", "model.tied_embedding=true")
-MODELS = [(), ("train.recompute=full",), (MOA,), (DENSE, FEEDFORWARD), (FEEDFORWARD,), TIED]
+OF_ATTENTION = "model.attention.entropy_weight=0.1"
+MODELS = [(), ("train.recompute=full",), (MOA,), (DENSE, FEEDFORWARD), (FEEDFORWARD, OF_ATTENTION), TIED]
 CASES = [(model, given) for model in MODELS for given in (SOME_STAYS, NOTHING_AHEAD, NOTHING_STAYS)]
 
 
