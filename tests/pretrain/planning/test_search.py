@@ -311,7 +311,12 @@ def test_table_options_file_and_json_are_of_the_same_layouts(
         traced=4,
     )
     asked, target = list[Path](), tmp_path / "a file.json"
-    monkeypatch.setattr("pretrain.cli.plan_search.search", lambda *_, results, **__: (asked.append(results), report)[1])
+
+    def searched(*given: object, results: Path, **options: object) -> search.SearchReport:
+        asked.append(results)
+        return report
+
+    monkeypatch.setattr("pretrain.cli.plan_search.search", searched)
     line = ["search", str(ONE_BILLION), "--gpus", "16", "--gpu", "h100-80gb", "--results", str(tmp_path)]
     assert main([*line, "--write", str(target)]) == 0 and asked == [tmp_path]
     out = capsys.readouterr().out
