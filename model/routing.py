@@ -229,7 +229,7 @@ def add_up(routers: Iterable[RoutingStatistics]) -> None:
         pairs = [(router.totals(entry), entry) for router, entry in entries]
         counts = torch.cat([entry.load.reshape(-1) for _, entry in pairs]).double()
         parts = counts.split([entry.load.numel() for _, entry in pairs])
-        torch._foreach_add_(
+        torch._foreach_add_(  # RELIES-ON torch-foreach
             [totals[0] for totals, _ in pairs],
             [part.view_as(entry.load) for part, (_, entry) in zip(parts, pairs, strict=True)],
         )

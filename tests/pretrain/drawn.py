@@ -23,7 +23,8 @@ def _attention(draw: random.Random) -> Tree:
     heads = draw.choice((1, 2, 2, 3, 4))
     found: Tree = {"type": kind, "num_heads": heads, "head_dim": draw.choice((1, 2, 3, 5, 6, 11))}
     if kind == "dense":
-        return found
+        groups = [size for size in range(1, heads + 1) if heads % size == 0]
+        return found | {"num_kv_heads": draw.choice((None, *groups))}
     found["expert_dropout"] = draw.choice((0.0, 0.0, 0.2, 0.6))
     if kind == "switchhead":
         experts = draw.randint(1, 5)

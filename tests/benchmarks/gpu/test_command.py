@@ -82,6 +82,7 @@ def test_a_recorded_failure_stays_one(parts: Parts) -> None:
     listed = [parts.part("a", Failed("no"))]
     assert [parts.run(listed), parts.run(listed)] == [1, 1]
     assert parts.ran == []
+    assert parts.run([*listed, parts.part("b"), parts.part("c")], seconds=12.0) == 1, "also where parts are left"
 
 
 def test_what_came_too_late_is_no_failure(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,10 +99,12 @@ def test_a_part_knows_what_is_asked_for(parts: Parts) -> None:
     told: list[frozenset[str]] = []
     listed = [parts.part(name) for name in ("a", "b", "c")]
     asking = Part("ask", lambda context: told.append(context.asked) or {})  # type: ignore[func-returns-value]
+    shared: list[bool] = []
+    sharing = Part("ask sharing", lambda context: shared.append(context.shared) or {})  # type: ignore[func-returns-value]
     parts.run(listed, only=["a"])
     for again in (False, True):
-        parts.run([*listed, asking], only=["a", "b", "ask"], again=again)
-    assert told == [{"b", "ask"}, {"a", "b", "ask"}]
+        parts.run([*listed, asking, sharing], only=["a", "b", "ask"], again=again, shared=again)
+    assert told == [{"b", "ask", "ask sharing"}, {"a", "b", "ask", "ask sharing"}] and shared == [False, True]
 
 
 def test_some_parts_alone(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:

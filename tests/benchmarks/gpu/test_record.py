@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import record, tables
 from benchmarks.gpu.record import CUT, FAILED, PASSED, SKIPPED, Entry, Identity, Record
@@ -24,7 +25,9 @@ def test_a_line_says_what_where_and_when(tmp_path: Path) -> None:
     assert book.path == tmp_path / "nvidia-h100-80gb-hbm3" / "truth.jsonl"
     assert record.read(book.path) == [written]
     assert written.identity == dataclasses.asdict(H100) and written.date.endswith("+00:00")
-    assert written.command.startswith("python -m benchmarks.gpu")
+    assert written.command.startswith("python -m benchmarks.gpu") and written.seconds == 1.2
+    here = record.identity("cpu")
+    assert (here.card, here.torch, here.driver) == ("CPU", torch.__version__, record.NO_DRIVER)
     assert len(book.path.read_text().splitlines()) == 1
 
 
@@ -47,11 +50,13 @@ def test_no_record_names_a_folder_of_a_machine() -> None:
 
 def test_what_counts_as_done(tmp_path: Path) -> None:
     book = Record(tmp_path, "truth", H100)
-    for part, status in (("a", FAILED), ("a", PASSED), ("b", CUT), ("c", SKIPPED), ("d", FAILED)):
+    ends = {"a": (FAILED, PASSED), "b": (CUT,), "c": (SKIPPED,), "d": (FAILED,), "e": (CUT, PASSED)}
+    for part, status in ((part, status) for part, found in ends.items() for status in found):
         book.append(part, status, 0.0, {})
     with book.path.open("a") as file:
-        file.write('{"part": "e", "sta')  # a process that was ended while it wrote
-    assert {name: entry.status for name, entry in book.done().items()} == {"a": PASSED, "d": FAILED}
+        file.write('{"part": "f", "sta')  # a process that was ended while it wrote
+    assert {name: entry.status for name, entry in book.done().items()} == {"a": PASSED, "d": FAILED, "e": PASSED}
+    assert book.cut() == {"b"} and book.last()["c"].status == SKIPPED
     for change in ({"driver": "581"}, {"torch": "2.13.0"}, {"triton": "3.7.1"}, {"sources": "f" * 16}):
         other = Record(tmp_path, "truth", dataclasses.replace(H100, **change))
         assert other.path == book.path and other.done() == {}
@@ -73,6 +78,7 @@ def test_the_revision_with_and_without_git(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "model").mkdir(parents=True)
     (tree / "model" / "a.py").write_text("a = 1\n")
+    (tree / "notes.md").write_text("no source")
     assert record.revision.__wrapped__(tree, file) == "unknown"
     file.parent.mkdir()
     file.write_text("fedcba987654\n")
@@ -82,6 +88,10 @@ def test_the_revision_with_and_without_git(tmp_path: Path) -> None:
         subprocess.run(words, cwd=tree, check=True)
     revision = record.revision.__wrapped__(tree, file)
     assert len(revision) == 12 and revision != "fedcba987654"
+    assert record.revision.__wrapped__(tree / "model", file) == "fedcba987654", "a tree inside another's repository"
+    (tree / "notes.md").write_text("still no source")
+    (tree / "model" / "untracked.log").write_text("")
+    assert record.revision.__wrapped__(tree, file) == revision
     (tree / "model" / "a.py").write_text("a = 2\n")
     assert record.revision.__wrapped__(tree, file) == revision + "+changes"
 
@@ -99,9 +109,11 @@ def test_the_hash_of_the_sources_sees_contents_and_names(tmp_path: Path) -> None
     second = record.sources(tmp_path)
     path.rename(path.with_name("b.py"))
     assert len({first, second, record.sources(tmp_path)}) == 3
-    for name in ("tiles.json", "route.cu"):  # these decide what runs, too
+    own = ("benchmarks", "common", "pretrain", "launch", "data_prep", "configs")
+    for name in ("model/tiles.json", "model/route.cu", *(f"{folder}/a.json" for folder in own)):  # they decide, too
         before = record.sources(tmp_path)
-        (tmp_path / "model" / name).write_text("[]")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("[]")
         assert record.sources(tmp_path) != before
 
 

@@ -114,16 +114,16 @@ def test_verify(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     shutil.copytree(run_dir, copy)
     assert main(["verify", str(copy)]) == 0
     assert capsys.readouterr().out.count("whole, every sha256 matches") == 2
-    newest = copy / "checkpoints" / "step-00000004"
-    content = bytearray((newest / "rank-00000.safetensors").read_bytes())
+    oldest = copy / "checkpoints" / "step-00000002"
+    content = bytearray((oldest / "rank-00000.safetensors").read_bytes())
     content[-5] ^= 1
-    (newest / "rank-00000.safetensors").write_bytes(content)
-    assert main(["verify", str(copy)]) == 2
+    (oldest / "rank-00000.safetensors").write_bytes(content)
+    assert main(["verify", str(copy)]) == 2, "also where those behind it are whole"
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("step-00000002: whole")
-    assert out[1] == "step-00000004: DAMAGED: rank-00000.safetensors does not match its sha256"
-    assert main(["verify", str(newest)]) == 2
-    assert main(["verify", str(newest.with_name("step-00000002"))]) == 0
+    assert out[0] == "step-00000002: DAMAGED: rank-00000.safetensors does not match its sha256"
+    assert out[1].startswith("step-00000004: whole")
+    assert main(["verify", str(oldest)]) == 2
+    assert main(["verify", str(oldest.with_name("step-00000004"))]) == 0
 
 
 def test_convert(run_dir: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

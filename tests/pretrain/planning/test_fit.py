@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from common.errors import ConfigError
 from common.units import GIB
 from pretrain.cli.plan import main
-from pretrain.cli.plan_fit import as_json, lines_of, steps_done, verdict, whole_run
+from pretrain.cli.plan_fit import (
+    _memory,
+    _time,
+    _traffic,
+    as_json,
+    change_text,
+    lines_of,
+    steps_done,
+    verdict,
+    whole_run,
+)
 from pretrain.config.loading import load_config
 from pretrain.config.schema import Config
 from pretrain.planning import fit as planning
 from pretrain.planning import layout_plan
 from pretrain.planning.fit import changes, fit, with_overrides
-from pretrain.planning.layout_plan import StepTime, traffic
+from pretrain.planning.layout_plan import StageMemory, StepTime, Traffic, traffic
 from pretrain.planning.links import Collective
 from pretrain.planning.machine import Machine, MachineOptions, machine
 from pretrain.planning.record import Call, Rehearsal
@@ -39,10 +51,10 @@ def by_stage(estimate: Callable[..., Any]) -> Callable[..., list[Any]]:
     ]
 
 
-class Total(NamedTuple):
+def whole(gib: float, stage: int = 0) -> StageMemory:
     """In place of a traced estimate."""
-
-    total: int
+    all_of_it = int(gib * GIB)
+    return StageMemory(stage=stage, blocks=1, parameters=1, parts={}, total=all_of_it, staging=0, offloaded=0)
 
 
 def h100(gpus: int, **options: Any) -> Machine:
@@ -56,9 +68,9 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config], flo
     def install(needed: Callable[[Config], float]) -> list[Config]:
         asked: list[Config] = []
 
-        def estimate(config: Config, num_ranks: int, device_type: str, *, stage: int = 0) -> Total:
+        def estimate(config: Config, num_ranks: int, device_type: str, *, stage: int = 0) -> StageMemory:
             asked.append(config)
-            return Total(int(needed(config) * GIB))
+            return whole(needed(config), stage)
 
         def collectives(config: Config, num_ranks: int, stage: int, device_type: str = "cuda") -> list[Collective]:
             found = [Collective("all_reduce", "data", config.data_size(num_ranks), 10**9, "update")]
@@ -98,6 +110,11 @@ def test_the_change_is_the_one_that_costs_least_time(by_hand: ByHand) -> None:
     assert report.constraint == "memory of the GPU"
     assert report.change is not None and report.change.overrides == ("batch.micro_sequences=2",)
     assert report.change.total == 50 * GIB and report.change.time is not None
+    has = "67.06 GiB (90% of 74.5)"
+    assert verdict(report) == f"does not fit: the fullest GPU needs 70.00 GiB, it has {has}"
+    assert change_text(report).startswith("--set batch.micro_sequences=2 (then 50.00 GiB, ")
+    small = fit(load_config(ONE_BILLION, ["batch.micro_sequences=2"]), h100(8), results=NOWHERE)
+    assert verdict(small) == f"fits: the fullest GPU needs 50.00 GiB of {has}"
     # Recomputing everything would fit too, and a link that is used 100 times a step; both take longer.
     tried = {(config.batch.micro_sequences, config.train.recompute, config.parallel.tensor) for config in asked}
     assert (8, "full", 1) not in tried and not any(tensor > 1 for _, _, tensor in tried)
@@ -147,6 +164,12 @@ def test_a_change_of_the_loss_is_told(by_hand: ByHand, scope: str, helps: str, s
     told = [line.strip() for line in head if "another loss" in line]
     begin = "which is another loss: model.feedforward.entropy_scope = micro_batch, of micro_sequences x data, "
     assert told == ([] if said is None else [begin + said]) and helps in line
+    another_loss = as_json(report)["change"]["another_loss"]
+    if said is None:
+        assert another_loss is None
+    else:
+        keys = ("model.feedforward.entropy_scope",)
+        assert another_loss == {"keys": keys, "sequences": 32, "run_sequences": 64}
 
 
 def test_what_is_executed_is_what_the_model_needs_and_what_is_repeated(by_hand: ByHand) -> None:
@@ -308,6 +331,53 @@ def test_what_is_left_of_a_run_is_priced(tmp_path: Path, by_hand: ByHand, done: 
     assert said in whole_run(report, report.time, done)
 
 
+def test_tables_have_what_any_stage_has_and_each_number_in_its_column() -> None:
+    device = SimpleNamespace(unit="GPU", device_type="cuda")
+    stages = [
+        SimpleNamespace(
+            stage=stage,
+            blocks="2",
+            parameters="9",
+            parts={"weights": GIB, "loss": stage * GIB, "queue": 0},
+            total=(1 + stage) * GIB,
+            offloaded=3 * stage * GIB,
+            staging=4 * GIB,
+        )
+        for stage in (0, 1)
+    ]
+    rows = [
+        Traffic("update", "all_reduce", "data", ranks, "between nodes", 3, 5 * 10**9, 7 * 10**9) for ranks in (8, 1)
+    ]
+    found = SimpleNamespace(device=device, gpus_per_node=8, num_gpus=16)
+    report: Any = SimpleNamespace(stages=stages, machine=found, traffic=[rows])
+    table, offloaded, copies = list(_memory(report))[1:]
+    assert [line.split() for line in table.splitlines() if line] == [
+        ["stage", "blocks", "parameters", "weights", "loss", "highest"],
+        ["0", "2", "9", "1.000", "0.000", "1.00"],
+        ["1", "2", "9", "1.000", "1.000", "2.00"],
+    ]
+    assert offloaded == "CPU memory for the offloaded optimizer: 3.000 GiB a rank"
+    assert "4.000 GiB a rank, up to 32.00 GiB a node (none with" in copies
+    device.device_type = "cpu"
+    assert list(_memory(report))[-1].startswith("highest is with the copy that a checkpoint is written from")
+    _, table = _traffic(report)
+    (row,) = (line.split() for line in table.splitlines()[1:] if line)
+    assert row == ["0", "update", "all_reduce", "data", "(8)", "between", "nodes", "3", "5.000", "7.000"]
+    report.traffic = [rows[1:]]
+    assert list(_traffic(report)) == ["\nno GPU sends anything to another one"]
+    report.config = SimpleNamespace(parallel=SimpleNamespace(pipeline=1))
+    report.model_flops, report.time = 2e12, StepTime(Terms(inside=2.0, between=3.0), Terms(inside=4.0, between=6.0))
+    for executed, said in ((2e12, ""), (3e12, ", 3e+12 with the repeated forward passes")):
+        report.executed_flops = executed
+        first, _, table = _time(report)
+        assert first == f"\nFLOPs of a step: 2e+12 that the model needs{said}"
+    assert [re.split(" {2,}", line.strip()) for line in table.splitlines()[1:] if line] == [
+        ["links inside a node", "2 s", "4 s"],
+        ["links between nodes", "3 s", "6 s"],
+        ["all", "5 s", "10 s"],
+    ]
+
+
 def test_hours_and_tokens_are_those_of_a_step_of_the_run() -> None:
     """36 to 72 s a step of 4,096 tokens, on two GPUs, of 200 steps of which 100 are done."""
     report = fit(load_config(TINY, ["model.num_layers=1"]), h100(2), results=NOWHERE)
@@ -316,7 +386,9 @@ def test_hours_and_tokens_are_those_of_a_step_of_the_run() -> None:
         "36 s to 72 s a step, 56 to 113 tokens a second; the 100 of 200 steps that are left take 1 to 2 h, 2 to 4 "
         "GPU-hours, without validation and start-up"
     )
-    told = as_json(replace(report, time=time), 100)
+    change: Any = SimpleNamespace(overrides=("a=1",), total=5)
+    told = as_json(replace(report, time=time, change=change), 100)
+    assert told["change"] == {"set": ["a=1"], "needed_bytes": 5}
     fast = told["seconds"]["fast"]
     assert (fast["run_hours"], fast["run_gpu_hours"], fast["hours_left"]) == (2.0, 4.0, 1.0)
     assert fast["tokens_per_second"] == 4096 / 36 and (told["steps_done"], told["steps_left"]) == (100, 100)
@@ -371,4 +443,5 @@ def test_a_divided_layout_is_rehearsed(capsys: pytest.CaptureFixture[str], monke
             ("all_reduce", "data", 1, 100),
         ]
     assert first["kept by a block"] == 7 * GIB and first["kept activations"] == 14 * GIB
+    assert first["offloaded_optimizer_bytes"] == 0 < first["checkpoint_staging_bytes"]
     assert first["stage borders"] == GIB and second["needed_bytes"] == 20 * GIB + 4

@@ -17,7 +17,7 @@ from common.errors import ConfigError, UserError
 from common.units import GIB
 from pretrain.cli import train
 from pretrain.cli.plan import main
-from pretrain.cli.plan_search import lines_of, settings
+from pretrain.cli.plan_search import as_json, lines_of, settings
 from pretrain.config.graph_rules import takes_graphs
 from pretrain.config.loading import load_config, parse_config, to_json
 from pretrain.config.rules import check_ranks
@@ -25,15 +25,16 @@ from pretrain.config.schema import Config
 from pretrain.planning import fit as planning
 from pretrain.planning import layout_plan, search
 from pretrain.planning.layout_file import chosen_tree, write_config
-from pretrain.planning.layout_plan import StepTime
+from pretrain.planning.layout_plan import StageMemory, StepTime
 from pretrain.planning.links import Collective
 from pretrain.planning.machine import Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS, Measurements, measurements
+from pretrain.planning.memory import USABLE
 from pretrain.planning.paces import paces, why_no_time
 from pretrain.planning.search import Found, Layout
 from pretrain.planning.step_time import Pace, Terms, blocks_of_stages
 from pretrain.planning.stops import CannotRehearse, StepStops
-from tests.pretrain.planning.test_fit import Total, by_stage
+from tests.pretrain.planning.test_fit import by_stage, whole
 from tests.pretrain.runs import small_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -43,13 +44,13 @@ SMALL = ("model.num_layers=2", "batch.global_sequences=8")
 """Of the 1B model: a space of a few hundred layouts on four GPUs."""
 
 
-def estimate(config: Config, num_ranks: int, device_type: str, *, stage: int = 0) -> Total:
+def estimate(config: Config, num_ranks: int, device_type: str, *, stage: int = 0) -> StageMemory:
     """In place of a trace: what divides less or keeps more needs more."""
     parallel, kept = config.parallel, {"none": 9.0, "selective": 5.0, "full": 2.0}[config.train.recompute]
     shared = 30.0 / parallel.zero if parallel.zero else 60.0
     divided = parallel.tensor * parallel.pipeline
     total = (shared + kept * config.batch.micro_sequences * (0.8 if parallel.sequence else 1)) / divided + stage
-    return Total(int(total * GIB))
+    return whole(total, stage)
 
 
 def collectives(config: Config, num_ranks: int, stage: int) -> list[Collective]:
@@ -177,7 +178,7 @@ def test_of_layouts_as_fast_the_one_with_more_headroom_comes_first() -> None:
 
 
 def test_a_search_for_what_is_too_large_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout_plan, "stage_memories", by_stage(lambda *args, **kwargs: Total(1000 * GIB)))
+    monkeypatch.setattr(layout_plan, "stage_memories", by_stage(lambda *args, **kwargs: whole(1000)))
     report = search.search(load_config(ONE_BILLION, SMALL), h100(2), results=NOWHERE, progress=lambda *_: None)
     assert not report.best and sum(report.excluded.values()) == report.excluded[search.FULL] > 4 * report.traced
     monkeypatch.setattr(search, "MOST_REHEARSED", 3)
@@ -254,7 +255,7 @@ def test_reasons() -> None:
 
 
 def test_nothing_fits_and_nothing_is_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(layout_plan, "stage_memories", by_stage(lambda *args, **kwargs: Total(1000 * GIB)))
+    monkeypatch.setattr(layout_plan, "stage_memories", by_stage(lambda *args, **kwargs: whole(1000)))
     line = ["search", str(ONE_BILLION), "--gpus", "2", "--gpu", "h100-80gb", "--results", str(ONE_BILLION.parent)]
     small = [argument for setting in SMALL for argument in ("--set", setting)]
     assert main([*line, *small]) == 2
@@ -295,6 +296,56 @@ def test_the_file_is_the_users_with_the_layout(tmp_path: Path, capsys: pytest.Ca
     assert main([*line[:-1], str(tmp_path)]) == 2 and main([*line[:-1], str(tmp_path / "absent" / "x.json")]) == 2
 
 
+def test_table_options_file_and_json_are_of_the_same_layouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found(layout: Layout, seconds: float) -> Found:
+        return Found(layout=layout, time=StepTime(Terms(compute=seconds), Terms(compute=2 * seconds)), needed=10 * GIB)
+
+    report = search.SearchReport(
+        best=(found(Layout(2, 4, 1, 1, True, "selective", 2), 1.0), found(Layout(1, 2, 4, 1, False, "none", 5), 3.0)),
+        beside={"parallel.offload_optimizer": False},
+        refused={"a": (2, "a: few"), "b": (5, "b: more: of them")},
+        excluded={"slower": 1, "too large": 7},
+        layouts=1234,
+        traced=4,
+    )
+    asked, target = list[Path](), tmp_path / "a file.json"
+
+    def searched(*given: object, results: Path, **options: object) -> search.SearchReport:
+        asked.append(results)
+        return report
+
+    monkeypatch.setattr("pretrain.cli.plan_search.search", searched)
+    line = ["search", str(ONE_BILLION), "--gpus", "16", "--gpu", "h100-80gb", "--results", str(tmp_path)]
+    assert main([*line, "--write", str(target)]) == 0 and asked == [tmp_path]
+    out = capsys.readouterr().out
+    usable = USABLE * (h100(16).capacity or 0)
+    headroom = f"{usable / GIB - 10:.1f}"
+    rows = [text.split() for text in out.splitlines() if headroom in text.split()]
+    assert [(row[0], *row[-8:]) for row in rows] == [
+        ("1", "2", "2", "4", "1", "1", "yes", "selective", "2"),
+        ("2", "8", "1", "2", "4", "1", "no", "none", "5"),
+    ]
+    best = report.best[0].layout.overrides() | report.beside
+    options = " ".join(
+        f"--set {key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in best.items()
+    )
+    assert f"\nthe first as options: {options}\n" in out
+    left = [text.strip() for text in out.partition("\nnot in the table\n")[2].splitlines()[:4]]
+    rules = ["5  refused by a rule of b, e.g. more: of them", "2  refused by a rule of a, e.g. few"]
+    assert left == ["7  too large", "1  slower", *rules]
+    assert f"--config '{target}' --dry-run --ranks 16" in out
+    tree = json.loads(target.read_text(encoding="utf-8"))
+    assert (tree["parallel"]["pipeline"], tree["batch"]["micro_sequences"]) == (4, 2)
+    assert main([*line, "--write", str(target), "--json"]) == 0
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    assert "wrote " in printed.err and (told["usable_bytes"], told["layouts"]) == (int(usable), 1234)
+    assert told["best"][0]["set"] == best and told["best"][0]["total_seconds"] == {"fast": 1.0, "slow": 2.0}
+    assert told["refused"]["b"] == {"count": 5, "example": "b: more: of them"} and told["excluded"] == report.excluded
+
+
 def test_layouts_with_another_loss_are_named() -> None:
     """Of a regulariser over a micro-step on all data-parallel ranks: rows whose micro_sequences x data is another."""
     found = h100(2)
@@ -312,6 +363,11 @@ def test_layouts_with_another_loss_are_named() -> None:
         assert set(products) > {4}, "the search shows layouts of both kinds"
         others = ", ".join(str(row) for row, product in enumerate(products, 1) if product != 4)
         assert named == ([others] if scope == "micro_batch" else [])
+        keys = ("model.feedforward.entropy_scope",)
+        assert [one["another_loss"] for one in as_json(config, report, found)["best"]] == [
+            {"keys": keys, "sequences": product, "run_sequences": 4} if product != 4 and named else None
+            for product in products
+        ]
 
 
 def test_a_disk_that_refuses_the_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,13 +126,14 @@ def test_a_full_disk_costs_no_line_and_leaves_no_torn_one(tmp_path: Path, capsys
 
 
 def test_a_run_folder_repairs_its_logs_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, row in (("metrics.jsonl", ROWS[0]), ("events.jsonl", {"event": "opened"})):
+    logs = {"metrics.jsonl": ROWS[0], "details.jsonl": ROWS[0], "events.jsonl": {"event": "opened"}}
+    for name, row in logs.items():
         (tmp_path / name).write_text(f"nonsense\n{json.dumps(row)}\n17\n")
     folder = RunFolder(tmp_path, writes=True)
     assert folder.losses(5, 10) == [0.1]
     found = [row for row in LineLog(tmp_path / "events.jsonl", is_event).rows() if row["event"] == "damaged_lines"]
-    assert [(row["file"], row["lines"]) for row in found] == [("metrics.jsonl", 2), ("events.jsonl", 2)]
-    assert capsys.readouterr().err.count("2 damaged lines were moved to") == 2
+    assert [(row["file"], row["lines"]) for row in found] == [(name, 2) for name in logs]
+    assert capsys.readouterr().err.count("2 damaged lines were moved to") == 3
     folder.end(ExitCode.FINISHED, "finished")
 
 
@@ -159,15 +160,19 @@ def test_a_board_hears_of_a_start_that_moves_many_lines_away(tmp_path: Path, mon
     folder.end(ExitCode.FINISHED, "finished")
 
 
-def test_details_that_waited_for_the_disk_are_not_written_behind_those_computed_again(tmp_path: Path) -> None:
+def test_lines_that_waited_for_the_disk_are_not_written_behind_those_computed_again(tmp_path: Path) -> None:
     """As of a rollback on a full disk."""
     folder = RunFolder(tmp_path, writes=True)
-    folder.details({"step": 1})
-    with disk_of(12):
-        folder.details({"step": 2})
+    for write in (folder.details, folder.metrics):
+        write({"step": 1})
+        with disk_of(12):
+            write({"step": 2})
     folder.rewind_metrics(1)
-    folder.details({"step": 2, "again": True})
-    assert (tmp_path / "details.jsonl").read_text() == '{"step": 1}\n{"step": 2, "again": true}\n'
+    for write, name in ((folder.details, "details.jsonl"), (folder.metrics, "metrics.jsonl")):
+        write({"step": 2, "again": True})
+        assert (tmp_path / name).read_text() == '{"step": 1}\n{"step": 2, "again": true}\n'
+    rows = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [row["metrics"] for row in rows if row["event"] == "superseded_metrics"] == [{"step": 2}]
     folder.end(ExitCode.FINISHED, "finished")
 
 
@@ -175,7 +180,7 @@ def test_a_log_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.
     """By the first rank, which alone reads it, so that the ranks can agree on it."""
 
     def unanswered(path: Path) -> bool:
-        raise OSError(errno.EIO, "Input/output error", str(path))
+        raise OSError(errno.EIO, "Input/output error")  # a failed read names no file
 
     folder = RunFolder(tmp_path, writes=True)
     with monkeypatch.context() as patch:
@@ -218,6 +223,16 @@ def test_a_boards_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypa
         Board(tmp_path, first_step=0)
 
 
+def test_a_start_on_a_full_disk_is_refused_and_leaves_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"event": "opened"}\n' * 100)
+    with (
+        disk_of(1000),
+        pytest.raises(UserError, match=r"^--run-dir: .*events\.jsonl cannot be written: File too large$"),
+    ):
+        RunFolder(tmp_path, writes=True)
+    assert not list(tmp_path.glob("lock-*"))
+
+
 def test_the_end_of_a_run_on_a_full_disk_is_still_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tmp_path, writes=True)
     with disk_of(0):
@@ -250,10 +265,18 @@ def test_a_validation_counts_for_the_course_that_stands(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, writes=True)
     folder.event("started", step=0)
     folder.event("validation", step=6, loss=math.nan)
+    folder.event("validation", step=9, loss=1.0)
     assert folder.was_validated(6) and not folder.was_validated(5)
+    folder.event("rollback", step=9)
+    assert folder.has_said_since_start("rollback")
+    folder.event("started", step=6)
+    assert folder.was_validated(6) and not folder.has_said_since_start("rollback")
+    folder.event("started", step=3)  # went back
+    assert not folder.was_validated(6)
+    folder.event("validation", step=6, loss=1.0)
     folder.event("started", step=6)
     assert folder.was_validated(6)
-    folder.event("started", step=3)  # went back
+    folder.event("branch", step=6)  # another course, from the same step
     assert not folder.was_validated(6)
     folder.end(ExitCode.FINISHED, "finished")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +16,7 @@ from common.paths import REPOSITORY
 from pretrain.checkpoint import Retention, list_checkpoints
 from pretrain.checkpoint.folder import remove_partials
 from pretrain.report import run_paths
+from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_folder import RunFolder
 
 OWN = ("rank-00000.safetensors", "tensors.json", "state.json", "commit.json")
@@ -64,6 +67,20 @@ def test_opening_a_run_folder_removes_no_foreign_file(tmp_path: Path) -> None:
     assert folder.lock is not None
     folder.lock.release()
     assert names(tmp_path) >= set(foreign) and not names(tmp_path) & set(left)
+
+
+def test_every_report_of_a_hang_is_kept_and_the_owner_of_a_dead_lock_is_said(tmp_path: Path) -> None:
+    owner = {"host": "node7", "boot": "b", "namespace": "n", "pid": 1, "start": 1, "token": "t"}
+    for _ in range(2):  # two hangs of one second
+        put(tmp_path, "hang/rank-00000.txt")
+        (tmp_path / "lock-1.json").write_text(json.dumps(owner))
+        for name in ("hang", "lock-1.json"):
+            os.utime(tmp_path / name, (1e9, 1e9))
+        RunFolder(tmp_path, writes=True).end(ExitCode.FINISHED, "finished")
+    assert len(list(tmp_path.glob("hang-*/rank-00000.txt"))) == 2
+    rows = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    said = [row["owner"] for row in rows if row["event"] == "lock_taken_over"]
+    assert said == ["process 1 on node7"] * 2
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "outcome.json"])

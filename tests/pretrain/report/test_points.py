@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import re
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +23,12 @@ from model.costs import training_flops_per_token
 from pretrain.config.schema import Config
 from pretrain.engine.details import KINDS, Details
 from pretrain.report import monitor
+from pretrain.report.estimate import RunEstimate, SideBySide
 from pretrain.report.event_text import event_text
 from pretrain.report.monitor import Monitor, Origin
 from pretrain.report.run_folder import RunFolder
 from pretrain.report.writer import Position
-from tests.pretrain.runs import metrics, small_config
+from tests.pretrain.runs import events, metrics, small_config
 
 FIRST, LAST, EXTRA = 6, 11, 5_000_000
 NAME = "blocks.0.feedforward.statistics"
@@ -39,7 +44,10 @@ class Notes:
         """Step -> FLOPs so far."""
         self.texts: dict[str, str] = {}
         self.events: list[tuple[int, str]] = []
+        self.event_texts: list[str] = []
         self.images: list[tuple[int, str]] = []
+        self.calls: list[str] = []
+        """Of `flush` and `close`."""
 
     def scalars(self, at: Position, values: Mapping[str, float]) -> None:
         self.flops[at.step] = at.flops
@@ -51,6 +59,7 @@ class Notes:
 
     def event(self, step: int, kind: str, text: str) -> None:
         self.events.append((step, kind))
+        self.event_texts.append(text)
 
     def histogram(self, step: int, tag: str, shares: Tensor) -> None: ...
 
@@ -59,9 +68,11 @@ class Notes:
 
     def settings(self, values: Mapping[str, Any]) -> None: ...
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        self.calls.append("flush")
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.calls.append("close")
 
 
 @pytest.fixture
@@ -129,16 +140,25 @@ def details(updates: dict[str, float] | None = None) -> Details:
 
 
 def test_a_picture_names_the_steps_that_it_counts(
-    prepared: Path, tmp_path: Path, notes: Notes, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, tmp_path: Path, notes: Notes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Those since the details before, or since this start; a skipped update has no details, and counts with the next.
-    Experts are dead that none of these steps chose."""
+    Experts are dead that none of these steps chose. What is still being drawn is shown later, at the latest at the
+    end."""
+    is_awaited, threads, result = threading.Event(), set(threading.enumerate()), Future.result
+
+    def awaited(future: Future[bytes], timeout: float | None = None) -> bytes:
+        is_awaited.set()
+        return result(future, timeout)
 
     def draw(title: str, rows: Tensor, *, heads: int, active: int) -> bytes:
-        return title.encode()
+        is_awaited.wait(10)
+        return f"{title}, {active} of each".encode()
 
+    monkeypatch.setattr(Future, "result", awaited)
     monkeypatch.setattr(pretrain.report.pictures, "draw_load", draw)
-    _, of_start = going_on(prepared, tmp_path, "monitor.details_every_steps=2")
+    keys = ("monitor.details_every_steps=2", "model.feedforward.active_experts=3")  # attention chooses 2
+    _, of_start = going_on(prepared, tmp_path, *keys)
     for step in range(FIRST + 1, LAST + 1):
         load = torch.zeros(5, dtype=torch.float64)
         load[step % 5] = 256.0
@@ -146,7 +166,14 @@ def test_a_picture_names_the_steps_that_it_counts(
         is_due = step % 2 == 0 or step == LAST
         of_start.step({**values(step), "grad_norm": norm}, {NAME: load}, details=details() if is_due else None)
     of_start.close()
-    assert notes.images == [(8, "feed-forward, steps 7 to 8"), (11, "feed-forward, steps 9 to 11")]
+    assert set(threading.enumerate()) <= threads
+    assert notes.images == [
+        (8, "feed-forward, steps 7 to 8, 3 of each"),
+        (11, "feed-forward, steps 9 to 11, 3 of each"),
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "details.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["load_from_step"]) for row in rows] == [(8, 7), (11, 9)]
+    assert "step 10/11  loss 2.0000, update skipped\n" in capsys.readouterr().out
     assert notes.points["routing/feed-forward/dead experts/block 0"] == [(8, 3.0), (11, 2.0)]
     assert notes.points["update norm over parameter norm/experts"] == [(8, 0.5), (11, 0.5)]
 
@@ -183,9 +210,67 @@ def test_points_stay_finite_and_events_stand_at_their_step(prepared: Path, tmp_p
     _, of_start = going_on(prepared, tmp_path)
     of_start._folder.event("loss_spike", step=3, reason="wide")
     of_start._folder.event("lock_taken_over", owner="another")
+    for step, key in ((5, "a"), (5, "b"), (6, "c")):
+        of_start._folder.event("changed_setting", step=step, key=key, then=1, now=2)
     of_start.step(values(8, loss=1e4), {NAME: torch.zeros(5)}, details=details())
+    told = [(3, "loss spike"), (8, "lock taken over"), (5, "changed setting"), (6, "changed setting")]
+    assert notes.events[-4:] == told, "with the next point"
+    texts = [re.findall("setting (.) changed from 1 to 2", text) for text in notes.event_texts[-2:]]
+    assert texts == [["a", "b"], ["c"]], "those of one step together, for a board that keeps one text of a step"
     of_start.close()
     ((step, perplexity),) = notes.points["perplexity/train"]
     assert step == 8 and perplexity == pytest.approx(math.exp(700.0))
     assert all(math.isfinite(value) for points in notes.points.values() for _, value in points)
-    assert notes.events[-2:] == [(3, "loss spike"), (8, "lock taken over")]
+    assert notes.events[-4:] == told and notes.calls == ["flush", "close"]
+
+
+def test_what_is_evaluated_is_printed_recorded_and_shown_by_its_split_and_task(
+    prepared: Path, tmp_path: Path, notes: Notes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, of_start = going_on(prepared, tmp_path)
+    of_start.step(values(8), {})
+    found = {"loss": 2.5, "perplexity": 12.25, "bits_per_byte": 1.5, "ema_loss": 2.0, "ema_perplexity": 7.5}
+    of_start.validation(8, {**found, "loss/a": 3.0, "ema_loss/a": 2.75}, split="test")
+    of_start.validation(8, {"loss": 2.25, "perplexity": 9.5}, split="validation")
+    of_start.evaluation(8, "cbt", {"accuracy": 0.25, "loss": None}, examples=10, limit=5)
+    of_start.flush()
+    assert notes.calls == ["flush"]
+    shown = {tag: value for tag, ((_, value), *_) in notes.points.items()}
+    moving = " of the moving average"
+    assert (shown["loss/test split"], shown[f"loss/test split{moving}"]) == (2.5, 2.0)
+    assert (shown["perplexity/test split"], shown[f"perplexity/test split{moving}"]) == (12.25, 7.5)
+    by_source = "test split loss by source/a"
+    assert (shown[by_source], shown[by_source + moving], shown["loss/validation"]) == (3.0, 2.75, 2.25)
+    assert shown["tasks/cbt accuracy"] == 0.25 and "tasks/cbt loss" not in shown
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "validation after step 8 on the test split: loss 2.5000  perplexity 12.25  bits per byte 1.5000  (a 3.0000); "
+        "moving average: loss 2.0000  perplexity 7.50",
+        "validation after step 8: loss 2.2500  perplexity 9.50",
+        "cbt after step 8: accuracy 0.25  loss not finite (10 examples)",
+    ]
+    (task,) = events(tmp_path, "evaluation")
+    assert (task["step"], task["task"], task["examples"], task["limit"]) == (8, "cbt", 10, 5)
+    assert [(row["step"], row["split"]) for row in events(tmp_path, "validation")] == [(8, "test"), (8, "validation")]
+    # What happens between two of a run's segments stands on the board of the second.
+    folder = of_start._folder
+    of_start.close()
+    folder.event("rollback", step=8)
+    again = Monitor(config, folder, Origin(FIRST, FIRST * 128, LAST, torch.device("cpu"), 2))
+    again.step(values(8), {})
+    assert notes.events[-1] == (8, "rollback")
+
+
+def test_an_estimate_stands_beside_the_last_steps_alone_and_a_run_without_a_board_measures_no_cpu(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(monitor, "find_peak", lambda *_: pytest.fail("it takes time"))
+    config, folder = small_config(prepared, "monitor.collapse_after_steps=0"), RunFolder(tmp_path, writes=True)
+    estimate = RunEstimate(None, "cpu", "not estimated", (1.0, 2.0))
+    origin = Origin(0, 0, 40, torch.device("cpu"), 1)
+    of_start = Monitor(config, folder, origin, side_by_side=SideBySide(lambda: estimate))
+    for step in range(1, 21):
+        of_start.step({**values(step), "step_seconds": 9.0 if step <= 10 else 4.0}, {})
+    of_start.measured(20, 1)
+    (compared,) = events(tmp_path, "estimate_compared")
+    assert (compared["step"], compared["measured"]["step_seconds"]) == (20, 4.0)
+    assert "\nwarning: a step takes 100% above the estimate: " in capsys.readouterr().out

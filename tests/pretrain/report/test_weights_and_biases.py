@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.machinery
 import importlib.util
 import inspect
@@ -72,6 +73,13 @@ class Run:
         self.finished = True
 
 
+class Settings:
+    model_fields = ("finish_timeout",)
+
+    def __init__(self, **given: Any) -> None:
+        self.given = given
+
+
 class StandIn(types.ModuleType):
     """The package."""
 
@@ -81,7 +89,8 @@ class StandIn(types.ModuleType):
         self.rows: dict[str, dict[int, dict[str, Any]]] = {}
         self.runs: list[Run] = []
         self.given: list[dict[str, Any]] = []
-        self.Html = self.Histogram = self.Image = self.Settings = lambda *args, **kwargs: (args, kwargs)
+        self.Html = self.Histogram = self.Image = lambda *args, **kwargs: (args, kwargs)
+        self.Settings = Settings
 
     def init(self, **given: Any) -> Run:
         self.given.append(given)
@@ -133,7 +142,9 @@ def test_each_step_is_sent_once_after_a_kill_and_a_rollback(wandb: StandIn, tmp_
     assert wandb.runs[1].config.values["software"] == {"torch": "2"} and wandb.runs[1].finished
 
 
-def test_a_writer_that_is_closed_keeps_no_file(wandb: StandIn, tmp_path: Path) -> None:
+def test_a_writer_that_is_closed_keeps_no_file(
+    wandb: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run that goes back opens another one each time."""
     writer = WeightsAndBiases(tmp_path, OFFLINE, {})
     writer.scalars(Position(1, 8, 1.0), {"loss/train": 3.0})
@@ -141,7 +152,21 @@ def test_a_writer_that_is_closed_keeps_no_file(wandb: StandIn, tmp_path: Path) -
     mark = (tmp_path / "wandb" / "newest-step").resolve()
     assert mark in open_files()
     writer.close()
-    assert mark not in open_files() and int(mark.read_text()) == 1
+    assert mark not in open_files() and int(mark.read_text()) == 1 and not capsys.readouterr().err
+
+
+def test_a_full_disk_costs_the_mark_and_no_point(
+    wandb: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = WeightsAndBiases(tmp_path, OFFLINE, {})
+    monkeypatch.setattr(os, "pwrite", full)
+    for step in (1, 2):
+        writer.scalars(at(step), {"loss/train": 1.0})
+    writer.close()
+    assert [sorted(rows) for rows in wandb.rows.values()] == [[1, 2]] and not capsys.readouterr().err
 
 
 def test_a_branch_has_a_run_of_its_own(wandb: StandIn, tmp_path: Path) -> None:
@@ -228,6 +253,10 @@ def test_the_monitor_sends_what_the_board_shows(wandb: StandIn, tmp_path: Path, 
     assert run.config.values["model.d_model"] == 24 and run.config.values["software"]["torch"] == torch.__version__
     assert (given["project"], given["entity"], given["name"]) == ("switchall", "us", "run")
     assert not [key for key in run.config.values if key.startswith("monitor.")]
+    settings = given["settings"].given
+    assert settings.pop("finish_timeout") < weights_and_biases.CLOSE_SECONDS
+    private = {"console": "off", "disable_git": True, "save_code": False, "x_disable_meta": True}
+    assert settings == {**private, "silent": True}, "a command line, a remote and a log may hold passwords"
 
 
 @pytest.mark.parametrize("what", ["init", "log"])
@@ -254,8 +283,20 @@ def test_what_goes_wrong_is_one_warning(
     assert weights_and_biases.Mark(tmp_path / "wandb").step == 0, "what was not sent is sent by the next start"
 
 
+@pytest.mark.parametrize(
+    "points, said",
+    [
+        (8, "does not keep up: 3 points wait; the run goes on"),
+        (2, "did not take everything in 0 s; `wandb sync` sends"),
+    ],
+)
 def test_a_network_that_stands_still_stops_nobody(
-    wandb: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    wandb: StandIn,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    points: int,
+    said: str,
 ) -> None:
     monkeypatch.setattr(weights_and_biases, "CLOSE_SECONDS", 0.05)
     monkeypatch.setattr(weights_and_biases, "FLUSH_SECONDS", 0.05)
@@ -263,12 +304,13 @@ def test_a_network_that_stands_still_stops_nobody(
     goes_on, original = threading.Event(), wandb.init
     wandb.init = lambda **given: (goes_on.wait(60), original(**given))[1]
     writer = WeightsAndBiases(tmp_path, OFFLINE, {})
-    for step in range(1, 9):
+    for step in range(1, points + 1):
         writer.scalars(at(step), {"loss/train": 1.0})
         writer.flush()
     writer.close()
     goes_on.set()
-    assert capsys.readouterr().err.count("does not keep up: 3 points wait; the run goes on") == 1
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: Weights & Biases {said}")
 
 
 def test_a_missing_package_is_a_sentence(
@@ -286,6 +328,12 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(wandb: StandIn, tmp_path:
     (tmp_path / "wandb").write_text("mine")
     with pytest.raises(UserError, match=r"^monitor\.wandb: .*/wandb cannot be written \(File exists\); move it away"):
         WeightsAndBiases(tmp_path, OFFLINE, {})
+    (tmp_path / "run" / "wandb").mkdir(parents=True)
+    (tmp_path / "run" / "wandb" / "run-id").write_bytes(b"\xff")
+    with pytest.raises(
+        UserError, match=r"^monitor\.wandb: .*/wandb cannot be written \('utf-8' codec .*; move it away"
+    ):
+        WeightsAndBiases(tmp_path / "run", OFFLINE, {})
 
 
 def test_another_board_is_a_class_as_the_page_shows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,9 +115,9 @@ def test_a_run_that_is_removed_ends_no_watch_of_the_others(
 
 @pytest.mark.parametrize("number, ends", [(errno.ESTALE, False), (errno.EACCES, True)])
 def test_a_file_system_that_does_not_answer_for_a_moment_ends_no_watch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, ends: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, ends: bool
 ) -> None:
-    view = RunView.open(write(tmp_path / "run"))
+    view, answering = RunView.open(write(tmp_path / "run")), reading.last_sign_of_life
 
     def failing(folder: Path) -> None:
         raise OSError(number, os.strerror(number), str(folder))
@@ -128,7 +128,22 @@ def test_a_file_system_that_does_not_answer_for_a_moment_ends_no_watch(
             updated([view])
         return
     kept, [error] = updated([view])
-    assert kept == [view] and str(error) == f"RUN: {view.path} cannot be read: {os.strerror(number)}"
+    why = f"{view.path} cannot be read: {os.strerror(number)}"
+    assert kept == [view] and str(error) == f"RUN: {why}"
+    monkeypatch.setattr(reading, "last_sign_of_life", answering)
+    lock, looks = FolderLock(view.path), list[float]()
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        monkeypatch.setattr(reading, "last_sign_of_life", failing if len(looks) == 1 else answering)
+        if len(looks) == 2:
+            lock.release()
+
+    monkeypatch.setattr(
+        "pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time, monotonic=time.monotonic)
+    )
+    assert main([str(view.path), "--watch"]) == 0
+    assert len(looks) == 2 and capsys.readouterr().err == f"shown as it was: {why}\n"
 
 
 @pytest.mark.parametrize("left", [None, "slurm", ".hidden", "checkpoints", "smoke-1"])
@@ -154,6 +169,25 @@ def test_a_watch_waits_for_a_run_that_is_in_the_queue(
     said = capsys.readouterr()
     assert len(looks) == 2 and said.err == f"waiting for {folder}: no run has begun in it yet\n"
     assert said.out.count("failed: no data") == 1
+
+
+def test_who_waits_for_a_run_goes_on_where_the_only_other_one_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    removed, later, looks = write(tmp_path / "removed", exit_code=0), tmp_path / "later", list[float]()
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 1:
+            removed.rename(tmp_path / "away")
+        else:
+            write(later, exit_code=0)
+
+    monkeypatch.setattr(
+        "pretrain.cli.status.time", SimpleNamespace(sleep=sleep, time=time.time, monotonic=time.monotonic)
+    )
+    assert main([str(removed), str(later), "--watch"]) == 0
+    assert len(looks) == 2 and f"passed over: {removed} cannot be read" in capsys.readouterr().err
 
 
 def test_one_that_is_waited_for_keeps_its_place_among_others(
@@ -340,11 +374,12 @@ def test_of_a_run_that_has_not_begun_a_watch_knows_the_job(
     (tmp_path / "bin").mkdir()
     then = list[Callable[[], object]]()
     slurm = Slurm(tmp_path / "bin", monkeypatch, then)
-    slurm.says("echo '12 JobHeldAdmin'")
+    slurm.says(DOWN)  # which says nothing of the job
 
-    then += [lambda: slurm.says(DOWN), lambda: slurm.says(UNKNOWN)]
+    then += [lambda: slurm.says("echo '12 JobHeldAdmin'"), lambda: slurm.says(DOWN), lambda: slurm.says(UNKNOWN)]
     assert main([str(folder), "--watch", "--every", "40"]) == 0 and not then
     assert capsys.readouterr().err.splitlines() == [
+        f"waiting for {folder}: no run has begun in it yet",
         f"waiting for {folder}: its job 12 is held, JobHeldAdmin (scontrol release 12)",
         f"passed over: {folder}: its job 12 has ended, and no run has begun ({folder}/slurm/12.log)",
     ]
