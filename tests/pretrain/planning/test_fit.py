@@ -386,9 +386,9 @@ def test_hours_and_tokens_are_those_of_a_step_of_the_run() -> None:
         "36 s to 72 s a step, 56 to 113 tokens a second; the 100 of 200 steps that are left take 1 to 2 h, 2 to 4 "
         "GPU-hours, without validation and start-up"
     )
-    change: Any = SimpleNamespace(overrides=("a=1",), total=5)
+    change: Any = SimpleNamespace(overrides=("train.recompute=full",), total=5)
     told = as_json(replace(report, time=time, change=change), 100)
-    assert told["change"] == {"set": ["a=1"], "needed_bytes": 5}
+    assert told["change"] == {"set": ["train.recompute=full"], "needed_bytes": 5, "another_loss": None}
     fast = told["seconds"]["fast"]
     assert (fast["run_hours"], fast["run_gpu_hours"], fast["hours_left"]) == (2.0, 4.0, 1.0)
     assert fast["tokens_per_second"] == 4096 / 36 and (told["steps_done"], told["steps_left"]) == (100, 100)
