@@ -25,7 +25,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
     ("/model/layers.py", "Head.", "head"),
     ("/linear_cross_entropy", "", "head"),
     ("/model/language_model.py", "", "head"),
-    ("/model/routing.py", "entropy_regularizer", "router"),
+    ("/model/routing.py", "entropy_", "router"),
     ("/model/routing.py", "_mean_over", "router"),
     ("/model/routing.py", "", "statistics"),
     ("/model/routing_table.py", "", "statistics"),

@@ -28,6 +28,8 @@ DEAD_SECONDS = 60.0
 """Age from which the lock of another machine, whose processes cannot be seen, counts as left behind."""
 
 
+UNSEEN = "unseen"
+"""The namespace of a process in whose /proc the numbers are those of other processes."""
 KEYS = {"host", "boot", "namespace", "pid", "start", "token"}
 
 
@@ -135,7 +137,8 @@ class FolderLock:
         if alive:
             raise UserError(
                 f"--run-dir: {self._folder} is in use by {_name(owner)}, last sign of life {age:.0f} s ago; stop that "
-                f"run first, or choose another --run-dir (if its machine is gone, wait {DEAD_SECONDS:.0f} s)"
+                f"run first, or choose another --run-dir (if its machine or container is gone, wait "
+                f"{DEAD_SECONDS:.0f} s)"
             )
 
     def _is_of_this_job(self, owner: dict[str, Any]) -> bool:
@@ -188,7 +191,7 @@ def process_identity(pid: int) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "boot": _first_line("/proc/sys/kernel/random/boot_id"),
-        "namespace": _link("/proc/self/ns/pid"),
+        "namespace": _namespace(),
         "pid": pid,
         "start": process_start(pid),
     }
@@ -196,7 +199,7 @@ def process_identity(pid: int) -> dict[str, Any]:
 
 def is_same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two processes see each other's process numbers."""
-    return all(one[key] == other[key] for key in ("host", "boot", "namespace"))
+    return all(one[key] == other[key] for key in ("host", "boot", "namespace")) and one["namespace"] != UNSEEN
 
 
 def is_alive(identity: dict[str, Any]) -> bool:
@@ -294,6 +297,13 @@ def _first_line(path: str) -> str:
         return Path(path).read_text(encoding="utf-8").strip()
     except OSError:
         return ""
+
+
+def _namespace() -> str:
+    """In which process numbers mean what they mean here; UNSEEN where /proc is that of another one, as `unshare --pid`
+    and `bwrap --unshare-pid` alone leave it: number 1 would be the host's, and never dead."""
+    own = _link("/proc/self")
+    return _link("/proc/self/ns/pid") if own in ("", str(os.getpid())) else UNSEEN
 
 
 def _link(path: str) -> str:

@@ -12,6 +12,8 @@ from common.errors import UserError
 
 FIRST_PORT, PORTS = 10_000, 20_000
 """Ports of jobs: below 32768, from where the kernel takes the ports of outgoing connections."""
+OF_A_TASK = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+"""A launcher's variables, and those of srun that say the same."""
 
 
 def job_id(env: Mapping[str, str]) -> str | None:
@@ -35,14 +37,17 @@ def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
     Empty outside of srun, in a step of one task, and where another launcher has set WORLD_SIZE. MASTER_ADDR and
     MASTER_PORT stay as they are if both are set. Raises UserError if the first node's address cannot be found.
     """
-    if "WORLD_SIZE" in env or not is_task_of_many(env):
+    if not is_task_of_many(env):
         return {}
-    tasks = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
+    local_size = str(tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])])
+    if "WORLD_SIZE" in env:
+        # In NVIDIA's images enroot and pyxis set all but the size of a node; then every rank would take all of them for
+        # those of its node, and neither code nor copies of the data of several nodes would be compared.
+        is_ours = all(env.get(ours) == env[its] for ours, its in OF_A_TASK.items())
+        return {"LOCAL_SIZE": local_size} if is_ours and not env.keys() & {"LOCAL_SIZE", "LOCAL_WORLD_SIZE"} else {}
     return {
-        "RANK": env["SLURM_PROCID"],
-        "LOCAL_RANK": env["SLURM_LOCALID"],
-        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_SIZE": str(tasks[int(env["SLURM_NODEID"])]),
+        **{ours: env[its] for ours, its in OF_A_TASK.items()},
+        "LOCAL_SIZE": local_size,
         "MASTER_ADDR": env.get("MASTER_ADDR") or first_address(env["SLURM_STEP_NODELIST"]),
         "MASTER_PORT": env.get("MASTER_PORT") or str(job_port(env)),
     }

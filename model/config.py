@@ -86,6 +86,10 @@ class SwitchHeadConfig(LayerSection):
     deviation. The published 262M peS2o run does this."""
     expert_dropout: Probability = 0.0
     """Probability that an expert may not be chosen by a token; the weight of a chosen expert is never altered."""
+    entropy_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    """delta: the loss gains delta * sum_e p_e log p_e per layer and selector, where p is the mean routing distribution
+    of a head over the tokens of one sequence; a mean over heads and sequences, the same in every layout. MoEUT (arXiv
+    2405.16039) has 0.001, the published SwitchHead 0."""
 
     @model_validator(mode="after")
     def _consistent(self) -> SwitchHeadConfig:

@@ -26,7 +26,7 @@ from model.routing import RoutingStatistics
 Recompute = Literal["none", "selective", "full"]
 
 KEPT_NAMESPACES = ("switchall",)
-KEPT_OPERATORS = {
+KEPT_OPERATORS = {  # RELIES-ON torch-kept
     "aten::mm",
     "aten::addmm",
     "aten::_scaled_dot_product_flash_attention_for_cpu",

@@ -1,4 +1,4 @@
-"""What belongs to a router apart from its selection: load statistics, the entropy regulariser, and the recording of
+"""What belongs to a router apart from its selection: load statistics, the entropy regularisers, and the recording of
 choices.
 
 The selection itself is model/kernels/ops/route.py.
@@ -8,6 +8,7 @@ Tensor shapes: N tokens, H heads, E experts; B sequences, L tokens of a sequence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -228,7 +229,7 @@ def add_up(routers: Iterable[RoutingStatistics]) -> None:
         pairs = [(router.totals(entry), entry) for router, entry in entries]
         counts = torch.cat([entry.load.reshape(-1) for _, entry in pairs]).double()
         parts = counts.split([entry.load.numel() for _, entry in pairs])
-        torch._foreach_add_(
+        torch._foreach_add_(  # RELIES-ON torch-foreach
             [totals[0] for totals, _ in pairs],
             [part.view_as(entry.load) for part, (_, entry) in zip(parts, pairs, strict=True)],
         )
@@ -305,6 +306,16 @@ def entropy_regularizer(
         scaled = sum_for_each(scaled, parallel.data_group) / parallel.data_size
     log_probability = scaled.log() + maximum
     return config.entropy_weight * (log_probability.exp() * log_probability).sum(), None
+
+
+def entropy_of_sequences(logits: Tensor) -> Tensor:
+    """sum_e p_e log p_e, summed over sequences and heads, of `logits` [B, T, H, E] before expert dropout. Scalar, fp32.
+    p is the mean of softmax(logits) over the T tokens of one sequence, for each head: the regulariser of MoEUT's
+    SwitchHead (arXiv 2405.16039 and its authors' library). A sequence is whole wherever a head of it is, so layouts and
+    micro-batches change nothing, and nothing is kept of the step before."""
+    # In the log domain, because the log has no gradient if all probabilities underflow.
+    log_probability = logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
+    return (log_probability.exp() * log_probability).sum()
 
 
 def _mean_over(group: dist.ProcessGroup | None, value: Tensor) -> Tensor:

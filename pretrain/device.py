@@ -114,7 +114,7 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
     if device.type == "cpu":
         # Otherwise DeepSpeed compiles its shared-memory collectives at the first start (94 s), and a killed compile
         # leaves a lock file on which every later run waits for ever. Set as a whole: a look at DeepSpeed's own table
-        # makes it, by a probe of every op, one of which compiles a program.
+        # makes it, by a probe of every op, one of which compiles a program. RELIES-ON deepspeed-operators
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     if not dist.is_initialized():
         _prepare_connections(ranks.world_size, by_nccl=backend == "nccl")
@@ -335,7 +335,7 @@ def memory_before(device: torch.device) -> int:
 def record_memory_history(device: torch.device) -> None:
     """From now on torch notes the Python stack of each allocation on a GPU, for `write_memory_snapshot`. A CPU has no
     such history."""
-    if device.type == "cuda":  # GPU-ONLY memory-history
+    if device.type == "cuda":  # GPU-ONLY memory-history, RELIES-ON torch-memory
         # Frames of C++ say little of who holds memory, and to name them takes minutes at the snapshot.
         torch.cuda.memory._record_memory_history(
             enabled="all", context="alloc", stacks="python", max_entries=HISTORY_EVENTS, device=device

@@ -315,6 +315,7 @@ def let_the_watchdog_speak_first(timeout_seconds: float, *, speaks: bool) -> Non
             flush=True,
         )
     # new_group(timeout=None), which DeepSpeed and megatron-core call, reads this and not the world's own limit.
+    # RELIES-ON torch-limit
     dist.distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_seconds)
 
 

@@ -90,6 +90,8 @@ HOW = {
     "tensorboard": "skipped: another project's program",
     "scontrol": "skipped: SLURM's; tests/slurm runs it",
     "scancel": "skipped: SLURM's; tests/slurm runs it",
+    "sbatch": "skipped: SLURM's; tests/slurm runs it",
+    "apptainer": "skipped: another project's program",
     "srun": "skipped: SLURM's; tests/slurm runs it",
 }
 """Program -> what this test does with a command of it."""

@@ -126,7 +126,7 @@ def _range_leaves(t: Tensors) -> list[Tensor]:
 
 
 def _attention_with_a_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return causal_attention.torch_attention(q, k, v, mask=mask, shared=q.shape[1] != k.shape[1])
 
 
 PEERS: dict[str, list[Peer]] = {

@@ -21,8 +21,8 @@ from common.tables import counted
 from common.urls import URL
 from launch.slurm import job
 from pretrain.cli.refusals import exit_code_of
-from pretrain.config.loading import load_config
-from pretrain.config.rules import check_device, rank_problems
+from pretrain.config.loading import inspect_config
+from pretrain.config.rules import broken_rules, check_device, rank_problems
 from pretrain.preflight.whole import Examination, Wanted
 from pretrain.report.exit_codes import ExitCode
 from pretrain.report.run_paths import config_file, run_folder
@@ -186,7 +186,10 @@ def _check(args: argparse.Namespace, run_dir: Path) -> list[UserError]:
             "data, saving and NCCL share. Give it a node's cores / ranks, and --sbatch=--mem=0 for all of its memory",
             file=sys.stderr,
         )
-    config = load_config(args.config, args.overrides)
+    config, problems = inspect_config(args.config, args.overrides)
+    problems += [] if config is None else broken_rules(config).values()
+    if config is None or problems:
+        return problems
     device, num_ranks = "cpu" if args.cpu else "cuda", args.nodes * _ranks_per_node(args)
     if config.train.device not in ("auto", device):
         fix = "remove --cpu" if args.cpu else "add --cpu"

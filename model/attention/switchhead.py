@@ -17,11 +17,12 @@ from model.kernels.ops.elementwise import keep_mask
 from model.kernels.ops.route import Choice, group_choices, route_handing_on
 from model.kernels.ops.switchhead import switchhead_output, switchhead_value_handing_on
 from model.linear import region_linear
+from model.parallel.collectives import leave_shards
 from model.parallel.context import ParallelContext
 from model.parallel.overlap import Late, enter_overlapped
 from model.parallel.regions import leave_region
 from model.parameter_spec import Experts, ParameterSpec, Specs
-from model.routing import RoutingStatistics
+from model.routing import RoutingStatistics, entropy_of_sequences
 
 PROJECTIONS: tuple[Projection, ...] = ("query", "key", "value", "output")
 SOURCE: tuple[Projection, ...] = ("key", "value")
@@ -130,14 +131,14 @@ class SwitchHeadAttention(nn.Module):
 
     def forward(
         self, context: Tensor, num_queries: int, sequence_index: Tensor, documents: Seen | None = None
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """`context` [B, L, d]: layer-normed block input, memory first; the last `num_queries` = T are the chunk (with
         sequence parallelism this rank's tokens of each). `sequence_index` [B] int64 seeds expert dropout.
-        -> [B, T, d] like the chunk, and no auxiliary loss."""
+        -> [B, T, d] like the chunk, and the weighted entropy regulariser (fp32 scalar) where there is one."""
         context, late = self._enter(context, num_queries)
         (B, L, d), T = context.shape, num_queries * self.parallel.token_shards
         H, h = self.num_heads, self.config.head_dim
-        context, chunk, selections = self._select(context, T, sequence_index)
+        context, chunk, selections, auxiliary_loss = self._select(context, T, sequence_index)
         source, v = self._project("value", context.reshape(B * L, d), selections, late)
         v = v.view(B, L, H, h)
         is_joint = "query and key" in late
@@ -168,7 +169,7 @@ class SwitchHeadAttention(nn.Module):
             y = switchhead_output(attended, selections["output"], self.output_experts, backend=backend)
         else:
             y = self.output(attended.flatten(1))
-        return leave_region(y.view(B, T, d), self.parallel), None
+        return leave_region(y.view(B, T, d), self.parallel), auxiliary_loss
 
     def _enter(self, context: Tensor, num_queries: int) -> tuple[Tensor, dict[str, Late]]:
         """The context of all ranks, and the weights of each map of it. Queries and keys are one map if both are dense
@@ -194,22 +195,24 @@ class SwitchHeadAttention(nn.Module):
 
     def _select(
         self, context: Tensor, T: int, sequence_index: Tensor
-    ) -> tuple[Tensor, Tensor, dict[Projection, Choice]]:
+    ) -> tuple[Tensor, Tensor, dict[Projection, Choice], Tensor | None]:
         """The context and its chunk, handed on, and what is chosen for each expert projection: for keys and values at
         every token of the context, for queries and outputs at the chunk's. Selectors that look at the same tokens share
-        one product. Behind a memory the chunk is copied out of the context, once."""
+        one product. Behind a memory the chunk is copied out of the context, once. And the sum of the selectors'
+        regularisers."""
         sides: dict[bool, list[Projection]] = {True: [], False: []}
         for owner in self.selectors:
             of_source = any(self._selector_of.get(p) == owner for p in SOURCE)
             # Without memory both sides are the same tokens.
             sides[of_source or context.shape[1] == T].append(owner)
         chosen: dict[Projection, Choice] = {}
+        losses: list[Tensor] = []
         if sides[True]:
-            context, found = self._route(context, sides[True], sequence_index, T)
+            context, found = self._route(context, sides[True], sequence_index, T, losses)
             chosen |= found
         chunk = context[:, context.shape[1] - T :]
         if sides[False]:
-            chunk, found = self._route(chunk, sides[False], sequence_index, T)
+            chunk, found = self._route(chunk, sides[False], sequence_index, T, losses)
             chosen |= found
         selections = {}
         for projection, owner in self._selector_of.items():
@@ -219,13 +222,16 @@ class SwitchHeadAttention(nn.Module):
                 backend = self.backends.switchhead_value
                 choice = Choice(scores, index, *group_choices(index, self.config.num_experts, backend=backend))
             selections[projection] = choice
-        return context, chunk, selections
+        # Each rank has the term of its own heads, whose gradient counts once; the value is the whole on every rank.
+        auxiliary_loss = leave_shards(sum(losses[1:], losses[0]), self.parallel.tensor_group) if losses else None
+        return context, chunk, selections, auxiliary_loss
 
     def _route(
-        self, tokens: Tensor, owners: list[Projection], sequence_index: Tensor, T: int
+        self, tokens: Tensor, owners: list[Projection], sequence_index: Tensor, T: int, losses: list[Tensor]
     ) -> tuple[Tensor, dict[Projection, Choice]]:
         """`tokens` [B, L, d], handed on, and what each selector in `owners` chooses for them, as N = B L tokens; counts
-        the choices of the last T tokens of each sequence, those of memory were counted when they were new."""
+        the choices of the last T tokens of each sequence, those of memory were counted when they were new, and appends
+        the regulariser of these tokens, this rank's heads and all `owners` to `losses`."""
         B, L, d = tokens.shape
         H, E, probability = self.num_heads, self.config.num_experts, self.config.expert_dropout
         heads, keep = self.parallel.slice_of(self.config.num_heads), None
@@ -250,4 +256,7 @@ class SwitchHeadAttention(nn.Module):
                     of_chunk = choice.index.unflatten(0, (B, L))[:, L - T :].permute(2, 0, 1, 3).reshape(H, -1)
                     load = torch.zeros_like(load).scatter_add_(1, of_chunk, torch.ones_like(of_chunk))
                 getattr(self, f"{owner}_statistics").record(load, None, heads=heads)
+        if self.training and self.config.entropy_weight > 0.0:
+            entropies = entropy_of_sequences(routing.logits.unflatten(0, (B, L))[:, L - T :])
+            losses.append(self.config.entropy_weight / (B * self.config.num_heads) * entropies)
         return flat.view(B, L, d), found

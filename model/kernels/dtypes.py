@@ -29,6 +29,7 @@ def cpu_gemm_dtype(dtype: torch.dtype, *, accumulates: bool = False) -> torch.dt
 
 def multiplies_bf16() -> bool:
     """Whether this CPU has instructions for products of bf16."""
+    # RELIES-ON torch-cpu
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 

@@ -31,7 +31,7 @@ class Op:
         self._gradient: tuple[Function, Function] | None = None
         self._added_gradient: Function | None = None
         if name in OPS:  # its module is imported again: after an import that failed, or in a notebook
-            OPS[name]._library._destroy()
+            OPS[name]._library._destroy()  # RELIES-ON torch-library
         qualified = f"{NAMESPACE}::{name}"
         self._library: torch.library.Library = torch.library.Library(NAMESPACE, "FRAGMENT")
         schema = torch.library.infer_schema(body, mutates_args=changes)
@@ -72,7 +72,7 @@ class Op:
 
     def _kernel(self, *arguments: Any) -> Any:
         if self._uncompiled is None:
-            if "torch._dynamo" not in sys.modules:
+            if "torch._dynamo" not in sys.modules:  # RELIES-ON torch-compiler
                 return self.body(*arguments)
             self._uncompiled = torch.compiler.disable(self.body)
         return self._uncompiled(*arguments)

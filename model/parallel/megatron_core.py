@@ -23,11 +23,12 @@ import logging
 import warnings
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from common.replaced import replaced
 
 
 def _left_alone(function: Any = None, **options: Any) -> Any:
@@ -44,8 +45,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 logging.getLogger("torch.utils.cpp_extension").addFilter(_is_news)
 
 # Its fused functions, none of which is used here, are handed to torch.compile where they are defined, which imports all
-# of TorchInductor.
-with warnings.catch_warnings(), mock.patch.object(torch, "compile", _left_alone):
+# of TorchInductor. RELIES-ON megatron-import
+with warnings.catch_warnings(), replaced(torch, "compile", _left_alone):
     # The warnings that Transformer Engine and Apex are missing: nothing that is used here needs them.
     warnings.simplefilter("ignore")
     from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -73,9 +74,9 @@ def _current_device() -> torch.device | int:
     return torch.device("cpu")
 
 
-mappings.torch = _Torch()
+mappings.torch = _Torch()  # RELIES-ON megatron-device
 
-# Its advice on CUDA_DEVICE_MAX_CONNECTIONS is in docs/parallelism.md.
+# Its advice on CUDA_DEVICE_MAX_CONNECTIONS is in docs/parallelism.md. RELIES-ON megatron-advice
 layers.linear_with_grad_accumulation_and_async_allreduce.warned = True
 
 # ------------------------------------------------------------------------------- entering and leaving divided regions
@@ -88,7 +89,7 @@ def copy_to_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def reduce_from_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks of `x`; the gradient of every rank is the sum's."""
-    own = x.clone(memory_format=torch.contiguous_format)
+    own = x.clone(memory_format=torch.contiguous_format)  # RELIES-ON megatron-sums
     return mappings.reduce_from_tensor_model_parallel_region(own, group=group)
 
 
@@ -144,7 +145,7 @@ def embed(tokens: Tensor, weight: Tensor, *, first: int, group: dist.ProcessGrou
     return hidden.transpose(0, 1).contiguous() if sequence_parallel else hidden
 
 
-class _Embedding(layers.VocabParallelEmbedding):
+class _Embedding(layers.VocabParallelEmbedding):  # RELIES-ON megatron-embedding
     """Its forward pass with an existing weight: the constructor, which would make a weight, is not called."""
 
     def __init__(self, weight: Tensor, first: int, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
@@ -165,7 +166,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, first: int, group: dist.Pr
     return _CrossEntropy.apply(logits, targets, first, group)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):  # RELIES-ON megatron-loss
     """megatron-core's arithmetic between our collectives: its own function takes the group out of a global of
     parallel_state, and turns fp64 into fp32."""
 

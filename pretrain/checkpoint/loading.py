@@ -153,7 +153,7 @@ def load_training_state(
         torch.set_rng_state(generator)
     set_optimizer_steps(engine, checkpoint.state["optimizer_steps"])
     for key, value in (checkpoint.state["loss_scaler"] or {}).items():
-        setattr(engine.optimizer.loss_scaler, key, value)
+        setattr(engine.optimizer.loss_scaler, key, value)  # RELIES-ON deepspeed-loss-scale
 
 
 def read(reader: Reader, state: State) -> None:

@@ -39,6 +39,7 @@ from pretrain.data.progress import Progress
 from pretrain.engine.zero_state import optimizer_steps, pieces
 
 State = dict[str, Fragments]
+# RELIES-ON deepspeed-loss-scale
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 

@@ -14,11 +14,15 @@ from pretrain.report.exit_codes import ExitCode
 
 
 def print_check(wanted: Wanted, *, as_json: bool, rank: int | None, with_step: bool) -> int:
-    """Makes all checks and prints a line for each; what is wrong goes to stderr. `rank`: is rehearsed beside those that
+    """Makes all checks and prints a line for each; what is wrong goes to stderr, that of the settings before the data
+    are opened, and all but that of a step before one is rehearsed. `rank`: is rehearsed beside those that
     stand for all; `with_step`: whether a step is rehearsed. Returns the exit code: REFUSED where anything is wrong."""
     examination = Examination(wanted, (lambda outcome: None) if as_json else print_line)
+    errors = Errors(examination, is_silent=as_json)
     examination.check_settings()
+    errors.say()
     examination.check_run(thorough=True)
+    errors.say()
     if with_step:
         examination.check_step(rank)
     if as_json:
@@ -33,7 +37,7 @@ def print_check(wanted: Wanted, *, as_json: bool, rank: int | None, with_step: b
         print(dumps(content, indent=1))
     else:
         print_warnings(examination.checks.warnings)
-        print_errors(examination)
+        errors.say()
         print(summary(examination), flush=True)
     return 0 if examination.is_sound else ExitCode.REFUSED
 
@@ -48,10 +52,18 @@ def print_warnings(warnings: Sequence[str]) -> None:
         print(visible(f"warning: {warning}"), flush=True)
 
 
-def print_errors(examination: Examination) -> None:
-    """What is wrong, a sentence each, on stderr."""
-    for error in examination.checks.problems:
-        print(visible(f"error: {error}"), file=sys.stderr, flush=True)
+class Errors:
+    """What is wrong, a sentence each, on stderr: said before the checks that follow, which may take half a minute."""
+
+    def __init__(self, examination: Examination, *, is_silent: bool = False) -> None:
+        self._checks, self._is_silent, self._said = examination.checks, is_silent, 0
+
+    def say(self) -> None:
+        """What was found since the last call."""
+        problems = self._checks.problems
+        for error in () if self._is_silent else problems[self._said :]:
+            print(visible(f"error: {error}"), file=sys.stderr, flush=True)
+        self._said = len(problems)
 
 
 def summary(examination: Examination) -> str:

@@ -17,7 +17,7 @@ from pretrain.checkpoint import list_checkpoints, step_of
 from pretrain.cli.plan_costs import short
 from pretrain.cli.plan_machine import WantedPlan
 from pretrain.config.loading import to_json
-from pretrain.config.obstacles import of_a_micro_batch, regulariser_batch
+from pretrain.config.obstacles import AnotherLoss, another_loss
 from pretrain.planning.fit import FitReport, fit, with_overrides
 from pretrain.planning.layout_plan import StepTime
 from pretrain.planning.machine import Machine
@@ -83,7 +83,8 @@ def _verdict(path: Path, report: FitReport, done: int) -> Iterator[str]:
     if report.fits is False:
         yield f"change:     {change_text(report)}"
         if (other := other_loss(report)) is not None:
-            yield f"            {other}"
+            keys, then = " and ".join(other.keys), f"{other.sequences} sequences instead of {other.run_sequences}"
+            yield f"            which is another loss: {keys} = micro_batch, of micro_sequences x data, {then}"
     if report.time is not None:
         yield f"time:       {whole_run(report, report.time, done)}"
     else:
@@ -111,16 +112,12 @@ def change_text(report: FitReport) -> str:
     return f"{sets} (then {found.total / GIB:.2f} GiB{time})"
 
 
-def other_loss(report: FitReport) -> str | None:
+def other_loss(report: FitReport) -> AnotherLoss | None:
     """That the change is one of the loss too, where it is: of a run with a regulariser of a micro-step's batch."""
-    keys = " and ".join(of_a_micro_batch(report.config.model))
-    if report.change is None or not keys:
+    if report.change is None:
         return None
-    changed, gpus = with_overrides(report.config, report.change.overrides), report.machine.num_gpus
-    then, now = (regulariser_batch(config, gpus) for config in (report.config, changed))
-    if then == now:
-        return None
-    return f"which is another loss: {keys} = micro_batch, of micro_sequences x data, {now} sequences instead of {then}"
+    changed = with_overrides(report.config, report.change.overrides)
+    return another_loss(report.config, changed, report.machine.num_gpus)
 
 
 def range_text(time: StepTime) -> str:
@@ -275,6 +272,7 @@ def as_json(report: FitReport, done: int = 0) -> dict[str, Any]:
     steps of it."""
     left = max(0, report.config.train.last_step - done)
     tokens = report.config.batch.global_sequences * report.config.model.sequence_length
+    other = other_loss(report)
     time: dict[str, Any] | None = None
     if report.time is not None:
         time = {
@@ -294,7 +292,11 @@ def as_json(report: FitReport, done: int = 0) -> dict[str, Any]:
         "constraint": report.constraint,
         "change": None
         if report.change is None
-        else {"set": list(report.change.overrides), "needed_bytes": report.change.total},
+        else {
+            "set": list(report.change.overrides),
+            "needed_bytes": report.change.total,
+            "another_loss": None if other is None else other._asdict(),
+        },
         "machine": {
             "device": report.machine.device.name,
             "gpus": report.machine.num_gpus,

@@ -18,7 +18,7 @@ from common.tables import counted, text_table
 from common.units import GIB
 from pretrain.cli.plan_fit import machine_text, seconds_text
 from pretrain.cli.plan_machine import WantedPlan
-from pretrain.config.obstacles import of_a_micro_batch, regulariser_batch
+from pretrain.config.obstacles import another_loss
 from pretrain.config.schema import Config
 from pretrain.planning.layout_file import chosen_tree, write_config
 from pretrain.planning.machine import Machine
@@ -43,7 +43,7 @@ def print_search(args: argparse.Namespace, wanted: WantedPlan) -> None:
 
         report = search(config, found, results=args.results or RESULTS, progress=progress)
     if args.json:
-        print(dumps(as_json(report, found), indent=1))
+        print(dumps(as_json(config, report, found), indent=1))
     else:
         print("\n".join(lines_of(path, config, report, found)))
     if not report.best:
@@ -101,17 +101,17 @@ def lines_of(path: Path, config: Config, report: SearchReport, found: Machine) -
 
 def other_losses(config: Config, report: SearchReport, found: Machine) -> str | None:
     """Which rows change the loss too, where some do: of a run with a regulariser of a micro-step's batch."""
-    keys, batch = " and ".join(of_a_micro_batch(config.model)), regulariser_batch(config, found.num_gpus)
-    others = [
-        str(number)
+    others = {
+        str(number): loss
         for number, one in enumerate(report.best, 1)
-        if regulariser_batch(one.layout.applied(config), found.num_gpus) != batch
-    ]
-    if not keys or not others:
+        if (loss := another_loss(config, one.layout.applied(config), found.num_gpus)) is not None
+    }
+    if not others:
         return None
+    loss = next(iter(others.values()))
     return (
         f"another loss than the run's: {counted(len(others), 'row')} ({', '.join(others)}), where micro_sequences x "
-        f"data is not {batch} ({keys} = micro_batch)"
+        f"data is not {loss.run_sequences} ({' and '.join(loss.keys)} = micro_batch)"
     )
 
 
@@ -160,8 +160,9 @@ def _overrides(one: Found, report: SearchReport) -> dict[str, Any]:
     return one.layout.overrides() | report.beside
 
 
-def as_json(report: SearchReport, found: Machine) -> dict[str, Any]:
+def as_json(config: Config, report: SearchReport, found: Machine) -> dict[str, Any]:
     """Exact numbers: bytes and seconds."""
+    losses = (another_loss(config, one.layout.applied(config), found.num_gpus) for one in report.best)
     return {
         "usable_bytes": int(USABLE * (found.capacity or 0)),
         "layouts": report.layouts,
@@ -172,8 +173,9 @@ def as_json(report: SearchReport, found: Machine) -> dict[str, Any]:
                 "seconds": {"fast": dataclasses.asdict(one.time.fast), "slow": dataclasses.asdict(one.time.slow)},
                 "total_seconds": {"fast": one.time.fast.total, "slow": one.time.slow.total},
                 "needed_bytes": one.needed,
+                "another_loss": None if loss is None else loss._asdict(),
             }
-            for one in report.best
+            for one, loss in zip(report.best, losses, strict=True)
         ],
         "excluded": report.excluded,
         "refused": {key: {"count": count, "example": said} for key, (count, said) in report.refused.items()},

@@ -170,14 +170,15 @@ def early_end(path: Path, overrides: Sequence[str], given: str | None) -> EarlyE
 def dry_run(wanted: Wanted, *, with_step: bool = True) -> int:
     """Prints configuration and parameters, then makes all checks of `plan.py check` (`with_step`: of a step too), and
     prints what follows from the configuration. Then it estimates the memory of a rank, for the device that `wanted`
-    names or the GPU that is here. The last lines say what is wrong, or that all checks passed: theirs may have left the
-    screen by then. Returns the exit code."""
-    from pretrain.cli.plan_check import print_errors, print_line, print_warnings, summary
+    names or the GPU that is here. What is wrong is said before the checks that follow, and of settings that are wrong
+    nothing is printed but that. Returns the exit code."""
+    from pretrain.cli.plan_check import Errors, print_line, print_warnings, summary
 
     examination = Examination(wanted)
+    errors = Errors(examination)
     examination.check_settings()
     config = examination.config
-    if config is not None:
+    if config is not None and examination.is_sound:
         from pretrain.report.model_text import parameter_count
 
         count = parameter_count(config.model)
@@ -185,13 +186,15 @@ def dry_run(wanted: Wanted, *, with_step: bool = True) -> int:
         print(f"parameters: {count.total:,} total, {count.active:,} active per token", flush=True)
     for outcome in examination.checks.outcomes:
         print_line(outcome)
+    errors.say()
     examination.tell = print_line
     examination.check_run(thorough=True)
+    errors.say()
     if with_step:
         examination.check_step()
     if not examination.is_sound:
         print_warnings(examination.checks.warnings)
-        print_errors(examination)
+        errors.say()
         return ExitCode.REFUSED
     planned = examination.run
     assert config is not None and planned is not None and planned.run_dir is not None

@@ -62,6 +62,19 @@ def of_a_micro_batch(model: ModelConfig) -> Iterator[str]:
             yield f"model.{section}.{key}"
 
 
-def regulariser_batch(config: Config, num_ranks: int) -> int:
-    """Sequences of a micro-step on all data-parallel ranks: what the regularisers of `of_a_micro_batch` are of."""
-    return config.batch.micro_sequences * config.data_size(num_ranks)
+class AnotherLoss(NamedTuple):
+    """What a layout changes of the loss, by regularisers of a micro-step's batch."""
+
+    keys: tuple[str, ...]
+    """By which they are such: see `of_a_micro_batch`."""
+    sequences: int
+    """Of a micro-step on all data-parallel ranks, which the regularisers are of."""
+    run_sequences: int
+    """The same of the run."""
+
+
+def another_loss(config: Config, changed: Config, num_ranks: int) -> AnotherLoss | None:
+    """Whether a run has another loss with the layout, or the batch, of `changed`; None where it has not."""
+    keys = tuple(of_a_micro_batch(config.model))
+    now, then = (c.batch.micro_sequences * c.data_size(num_ranks) for c in (changed, config))
+    return AnotherLoss(keys, now, then) if keys and now != then else None

@@ -6,12 +6,12 @@ import contextlib
 import io
 import logging
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from common.replaced import replaced
 from model.kernels.choice import Backends
 from model.language_model import LanguageModel, routing_statistics
 from model.parallel.context import ParallelContext
@@ -50,7 +50,7 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
     import deepspeed  # here: device.start prepares its import
     from deepspeed.utils import groups, logger
 
-    groups.mpu = None  # an earlier engine of this process may have left its own
+    groups.mpu = None  # an earlier engine of this process may have left its own. RELIES-ON deepspeed-marks
     logger.setLevel(logging.ERROR)  # its INFO lines repeat, unasked, what our derived values say once
     import_muon_without_a_compiler()
     specs = parameter_specs(config.model)
@@ -75,7 +75,7 @@ def build_engine(model: nn.Module, config: Config, parallel: ParallelContext, de
     if hasattr(engine.optimizer, "check_grad_overflow"):
         # ZeRO 1 and 2. For fp32 DeepSpeed would look at the norm alone, in which what all tensor-parallel ranks hold
         # counts on the first of them.
-        engine.optimizer.check_grad_overflow = True
+        engine.optimizer.check_grad_overflow = True  # RELIES-ON deepspeed-overflow
         ask_once(engine.optimizer)
         sum_as_we_do(engine.optimizer, in_stages=config.parallel.pipeline > 1)
         _keep_until_reduced(engine.optimizer)
@@ -99,7 +99,8 @@ def import_muon_without_a_compiler() -> None:
     calls them."""
     from deepspeed.runtime import compiler
 
-    with mock.patch.object(compiler, "compile", return_value=lambda function: function):
+    # RELIES-ON deepspeed-muon
+    with replaced(compiler, "compile", lambda *_, **__: lambda function: function):
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
 
 
@@ -113,7 +114,7 @@ def _average_only_over_others(engine: Any) -> None:
         if dist.get_world_size(dp_group) > 1 or options.get("dp_world_size") not in (None, 1):
             average(bucket, dp_group, **options)
 
-    engine.allreduce_no_retain = average_over_others
+    engine.allreduce_no_retain = average_over_others  # RELIES-ON deepspeed-average
 
 
 def _keep_until_reduced(optimizer: Any) -> None:
@@ -129,7 +130,7 @@ def _keep_until_reduced(optimizer: Any) -> None:
 
     assert callable(optimizer._record_gradient_stream)
     if optimizer.overlap_comm and optimizer.partition_gradients:
-        optimizer._record_gradient_stream = record
+        optimizer._record_gradient_stream = record  # RELIES-ON deepspeed-stream
 
 
 def _drop_skipped_gradients(optimizer: Any) -> None:
@@ -143,4 +144,4 @@ def _drop_skipped_gradients(optimizer: Any) -> None:
         for group in optimizer.averaged_gradients:
             optimizer.averaged_gradients[group] = None
 
-    optimizer.reset_cpu_buffers = reset_and_drop
+    optimizer.reset_cpu_buffers = reset_and_drop  # RELIES-ON deepspeed-dropped

@@ -77,13 +77,13 @@ class CompiledBlock:
 def _own_code() -> Callable[..., Transformed]:
     """Block.transform with code of its own. Dynamo keeps programs by code: it looks through all of one code at every
     call, and compiles at most eight."""
-    function = Block.transform
+    function = Block.transform  # RELIES-ON torch-programs
     code = function.__code__.replace()
     return types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    from torch._dynamo import exc  # here: its import takes seconds
+    from torch._dynamo import exc  # here: its import takes seconds. RELIES-ON torch-failures
 
     return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
 

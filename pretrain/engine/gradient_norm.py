@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.replaced import replaced
 from model.parallel.context import ParallelContext
 
 ROW = 512
@@ -38,6 +38,7 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     is beyond 1.8e19 is then infinite, and such an update is dropped."""
     if tensors[0].device.type == "cpu" and all(tensor.dtype == torch.float32 for tensor in tensors):
         return torch.stack([_in_rows(tensor) for tensor in tensors]).sum()
+    # RELIES-ON torch-foreach
     return (torch.stack(torch._foreach_norm(tensors, dtype=torch.float64)) ** 2).sum()
 
 
@@ -104,7 +105,7 @@ def sum_as_we_do(optimizer: Any, *, in_stages: bool = False) -> None:
         return over_ranks(torch.stack(own).sum())
 
     assert callable(optimizer.get_grad_norm_direct) and callable(optimizer.scaled_global_norm)
-    optimizer.get_grad_norm_direct = norm_of
+    optimizer.get_grad_norm_direct = norm_of  # RELIES-ON deepspeed-norm
     if in_stages:
         optimizer.scaled_global_norm = norm_of_all
 
@@ -131,10 +132,10 @@ def see_copies(optimizer: Any) -> None:
             smallest = min(counted, key=lambda n: given[n].numel())
             given[smallest] = given[smallest] + shown
             return norm_of(given, owners, norm_type)
-        with mock.patch.object(owners[0], "tensor_model_parallel", True):  # nothing else counts here
+        with replaced(owners[0], "tensor_model_parallel", True):  # nothing else counts here
             return norm_of([shown, *given[1:]], owners, norm_type)
 
-    optimizer.get_grad_norm_direct = norm_with_copies
+    optimizer.get_grad_norm_direct = norm_with_copies  # RELIES-ON deepspeed-copies
 
 
 def ask_once(optimizer: Any) -> None:
@@ -153,9 +154,10 @@ def ask_once(optimizer: Any) -> None:
     clip = optimizer.unscale_and_clip_grads
 
     def clip_without_a_question(*args: Any, **options: Any) -> None:
-        with mock.patch.object(stage_1_and_2, "is_invalid_grad_norm", return_value=False):  # the step is not skipped
+        with replaced(stage_1_and_2, "is_invalid_grad_norm", lambda norm: False):  # the step is not skipped
             clip(*args, **options)
 
+    # RELIES-ON deepspeed-ask-once
     optimizer.check_overflow = lambda partition_gradients=True: None
     optimizer.unscale_and_clip_grads = clip_without_a_question
 
@@ -197,6 +199,7 @@ class GradientNorm:
             dist.all_reduce(squares, group=self._parallel.tensor_group)
         self._own = squares.sqrt()
         # A fused optimizer looks at this flag on the device and then changes nothing: the host need not know.
+        # RELIES-ON torch-found-inf
         self._engine.optimizer.found_inf = (~torch.isfinite(self._own)).float()
         if self._clip_norm > 0.0:
             factor = (self._clip_norm / (self._own + 1e-6)).clamp(max=1.0)

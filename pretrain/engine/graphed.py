@@ -225,7 +225,7 @@ def _other_leaves(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]
     places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
     leaves = {p: nn.Parameter(p.detach()) for _, _, p in places}
     for module, name, parameter in places:
-        module._parameters[name] = leaves[parameter]
+        module._parameters[name] = leaves[parameter]  # RELIES-ON torch-parameters
     try:
         yield {leaf: parameter for parameter, leaf in leaves.items()}
     finally:

@@ -84,7 +84,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     ]
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):  # RELIES-ON torch-adamw
     """torch's own, without what its compiler needs: torch wraps these methods so that each imports the compiler at its
     first call, which takes two seconds of a start. Nobody compiles an optimizer here."""
 

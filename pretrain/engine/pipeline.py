@@ -45,7 +45,7 @@ class _Layer(LayerSpec):
         return self._factory()
 
 
-class PipelineStage(PipelineModule):
+class PipelineStage(PipelineModule):  # RELIES-ON deepspeed-stages
     """The layers of this rank's pipeline stage, under their canonical names."""
 
     def __init__(self, config: Config, parallel: ParallelContext, backends: Backends) -> None:
@@ -102,7 +102,7 @@ class PipelineStage(PipelineModule):
             return
         if kind not in self._modules:
             super().add_module(kind, nn.ModuleDict())
-        self._modules[kind][index] = module
+        self._modules[kind][index] = module  # RELIES-ON torch-parameters
 
     def _partition_layers(self, method: str = "uniform") -> None:
         """Called by PipelineModule: decides which layers this stage holds."""
@@ -203,7 +203,7 @@ class PipelineExecutor:
                 self.before_update()
             take_step(*args)
 
-        engine._take_model_step = take_model_step
+        engine._take_model_step = take_model_step  # RELIES-ON deepspeed-update
         engine.timers = NoopTimer()  # those of steps, which nobody reads, would keep two CUDA events of each step
 
     def _gradient_scale(self) -> float:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
+from common.replaced import replaced
 from pretrain.config.schema import Config
 
 
@@ -50,7 +50,8 @@ def chosen(config: Config) -> Iterator[None]:
     if not is_used(config):
         yield
         return
-    with mock.patch.object(DeepSpeedEngine, "_do_optimizer_sanity_check", return_value=ZERO_OPTIMIZATION):
+    # RELIES-ON deepspeed-zero-1
+    with replaced(DeepSpeedEngine, "_do_optimizer_sanity_check", lambda engine, optimizer: ZERO_OPTIMIZATION):
         yield
 
 
@@ -69,4 +70,4 @@ def add_without_a_copy(optimizer: Any) -> None:
         parameter.grad = None
 
     assert optimizer.use_grad_accum_attribute and callable(optimizer._fill_param_grad_accum_attribute)
-    optimizer._fill_param_grad_accum_attribute = add
+    optimizer._fill_param_grad_accum_attribute = add  # RELIES-ON deepspeed-sum

@@ -81,6 +81,7 @@ def keep_average(engine: Any) -> list[tuple[Tensor, Tensor]]:
 
 def refresh_weights(engine: Any) -> None:
     """Gives the model the values that the master weights have now, as an optimizer step does. Collective."""
+    # RELIES-ON deepspeed-weights
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     with torch.no_grad():
         if stage in (1, 2):
@@ -143,7 +144,7 @@ def _stage_0(parameter: Tensor, rank: int, world_size: int, for_saving: bool) ->
 
 
 def _stages_1_and_2(optimizer: Any, parameter: Any) -> Located | None:
-    mapping = parameter._hp_mapping
+    mapping = parameter._hp_mapping  # RELIES-ON deepspeed-partitions
     if mapping is None:  # no element of this parameter lies in this rank's partition
         return None
     flat = optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]

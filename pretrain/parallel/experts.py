@@ -38,7 +38,7 @@ def declare_experts(model: nn.Module, config: ModelConfig, parallel: ParallelCon
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = name  # type: ignore[attr-defined]
 
-    class Marker(MoE):
+    class Marker(MoE):  # RELIES-ON deepspeed-experts
         """Is found by its type; computes nothing, so DeepSpeed's own constructor is not called."""
 
         def __init__(self) -> None:

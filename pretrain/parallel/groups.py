@@ -6,10 +6,10 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch.distributed as dist
 
+from common.replaced import replaced
 from model.parallel.context import ParallelContext
 
 
@@ -99,7 +99,8 @@ def asked_for_once() -> Iterator[None]:
     def group_of(ranks: Iterable[int]) -> Any:
         return _asked_for(dist.group.WORLD, make, tuple(ranks))
 
-    with mock.patch.object(comm, "new_group", group_of):
+    # RELIES-ON deepspeed-groups
+    with replaced(comm, "new_group", group_of):
         yield
 
 

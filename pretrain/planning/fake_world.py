@@ -17,7 +17,6 @@ import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import model.feedforward.sigma_moe as sigma_moe_layer
+from common.replaced import items_replaced, replaced
 from model.kernels.ops import expert_linear, sigma_moe, switchhead
 from model.parallel.exchange import Exchange
 from pretrain.config.schema import Config
@@ -43,11 +43,11 @@ def fake_world(config: Config, rank: int, num_ranks: int, routed: Routed) -> Ite
     assert not dist.is_initialized(), "a process with a process group cannot play a rank of another run"
     own = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": num_ranks, "LOCAL_SIZE": 1}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, {key: str(value) for key, value in own.items()}))
+        stack.enter_context(items_replaced(os.environ, {key: str(value) for key, value in own.items()}))
         if "__compatible_ops__" not in vars(deepspeed.ops):  # a look at DeepSpeed's own would make it: see device.start
-            deepspeed.ops.__compatible_ops__ = {}
+            deepspeed.ops.__compatible_ops__ = {}  # RELIES-ON deepspeed-operators
             stack.callback(vars(deepspeed.ops).pop, "__compatible_ops__")
-        stack.enter_context(mock.patch.dict(deepspeed.ops.__compatible_ops__, {"deepspeed_shm_comm": False}))
+        stack.enter_context(items_replaced(deepspeed.ops.__compatible_ops__, {"deepspeed_shm_comm": False}))
         dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
         stack.callback(_forget_the_world)
         deepspeed.init_distributed(dist_backend="fake", verbose=False)
@@ -57,7 +57,7 @@ def fake_world(config: Config, rank: int, num_ranks: int, routed: Routed) -> Ite
         yield
 
 
-def _forget_the_world() -> None:
+def _forget_the_world() -> None:  # RELIES-ON deepspeed-world
     from deepspeed.comm import comm
     from deepspeed.utils import groups
 
@@ -78,17 +78,18 @@ def _patches(config: Config, routed: Routed) -> list[Any]:
 
     rows = _Rows(routed)
     return [
-        mock.patch.object(nn.Module, "_apply", _apply),
-        mock.patch.object(FakeTensor, "data_ptr", _no_address),
+        replaced(nn.Module, "_apply", _apply),  # RELIES-ON torch-fake
+        replaced(FakeTensor, "data_ptr", _no_address),
         # DeepSpeed asks this machine's device, where no GPU needs to be; check_device has refused fp16 on CPUs.
-        mock.patch.object(get_accelerator(), "is_fp16_supported", _yes),
-        mock.patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", _nothing),
-        mock.patch.object(PipelineEngine, "_recv_tensor_meta", _receive_shapes(config)),
-        mock.patch.object(dist, "all_gather_object", _AllParts(config)),
-        *(mock.patch.object(module, "implementation", _late) for module in (expert_linear, sigma_moe, switchhead)),
-        mock.patch.object(sigma_moe_layer, "own_slots", _own_slots),
-        mock.patch.object(sigma_moe_layer.SigmaMoE, "_exchange", rows.exchange(sigma_moe_layer.SigmaMoE._exchange)),
-        mock.patch.object(Exchange, "plan", rows.plan),
+        replaced(get_accelerator(), "is_fp16_supported", _yes),
+        # RELIES-ON deepspeed-alone
+        replaced(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", _nothing),
+        replaced(PipelineEngine, "_recv_tensor_meta", _receive_shapes(config)),
+        replaced(dist, "all_gather_object", _AllParts(config)),
+        *(replaced(module, "implementation", _late) for module in (expert_linear, sigma_moe, switchhead)),
+        replaced(sigma_moe_layer, "own_slots", _own_slots),
+        replaced(sigma_moe_layer.SigmaMoE, "_exchange", rows.exchange(sigma_moe_layer.SigmaMoE._exchange)),
+        replaced(Exchange, "plan", rows.plan),
     ]
 
 

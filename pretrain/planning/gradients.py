@@ -23,7 +23,7 @@ ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of an element of weights and of the gradients that the backward pass makes."""
 
 
-class Gradients(NamedTuple):
+class Gradients(NamedTuple):  # RELIES-ON deepspeed-gradients
     """Bytes of one rank, besides what rests."""
 
     between: int

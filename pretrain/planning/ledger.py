@@ -63,7 +63,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # half of all calls
+        if func is torch.ops.prim.device.default:  # half of all calls. RELIES-ON torch-fake
             return torch.device("meta") if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         if func.namespace == "c10d":
             return self._collective(func, args, kwargs)
@@ -145,7 +145,7 @@ class Ledger(TorchDispatchMode):
         dtype = wide_dtype(hidden.dtype)
         (rows, width), classes, kind = hidden.shape, weight.shape[0], hidden.device.type
         chunk = chunk_tokens(rows, classes * dtype.itemsize, chunk_bytes(kind), kind)
-        group_name = others[5]
+        group_name = others[5]  # RELIES-ON torch-group-name
         if group_name:
             ranks = tuple(dist.get_process_group_ranks(_resolve_process_group(GroupName(group_name))))
             for start in range(0, rows, chunk):
@@ -156,7 +156,7 @@ class Ledger(TorchDispatchMode):
 
     def _collective(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """torch.distributed's operators (torch/csrc/distributed/c10d/Ops.cpp): their process group is an argument."""
-        name = func._schema.name.partition("::")[2]
+        name = func._schema.name.partition("::")[2]  # RELIES-ON torch-collectives
         named = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
         ranks = tuple(dist.get_process_group_ranks(ProcessGroup.unbox(named["process_group"])))
         work = FakeWork().boxed()

@@ -148,13 +148,13 @@ def _join_at_once(optimizer: Any) -> None:
             return join(tensors)
         return tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
 
-    optimizer.flatten = flatten
+    optimizer.flatten = flatten  # RELIES-ON deepspeed-pieces
     optimizer.unflatten = lambda joined, tensors: tensors
 
 
 def _held(engine: Any) -> dict[str, Iterator[Tensor | None]]:
     """What DeepSpeed (0.19.8) and the layers hold between steps, by part; the last part that a storage is in counts."""
-    optimizer = engine.optimizer
+    optimizer = engine.optimizer  # RELIES-ON deepspeed-held
     inner = getattr(optimizer, "optimizer", optimizer)
     masters = [p for group in inner.param_groups for p in group["params"]]
     masters += getattr(optimizer, "fp32_partitioned_groups_flat", [])

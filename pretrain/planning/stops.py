@@ -9,9 +9,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from unittest import mock
 
 from common.errors import ConfigError, UserError
+from common.replaced import items_replaced
 
 
 class StepStops(ConfigError):
@@ -33,7 +33,7 @@ def told() -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         with (
-            mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"),
+            items_replaced(os.environ, {"DS_ACCELERATOR": "cpu"}),
             contextlib.redirect_stdout(sys.stderr),
             warnings.catch_warnings(),
         ):
@@ -59,5 +59,6 @@ def is_limit(error: Exception) -> bool:
     for tensors without data, or what this machine lacks."""
     if isinstance(error, (NotImplementedError, MemoryError, OSError)):
         return True
+    # RELIES-ON torch-fake
     is_of_fake_tensors = type(error).__module__ == "torch._subclasses.fake_tensor"
     return is_of_fake_tensors or any(word in str(error) for word in ("FakeTensor", "fake tensor", "tensor subclasses"))

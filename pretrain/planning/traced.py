@@ -95,7 +95,7 @@ class _Trace(NamedTuple):
 
 def _trace(run: TracedRun, num_layers: int, *, drops: bool) -> _Trace:
     """`drops`: gradients of parameters go as soon as they are there."""
-    with FakeTensorMode():
+    with FakeTensorMode():  # RELIES-ON torch-fake
         model = _model(run, num_layers)
         B, T = run.micro_sequences, run.model.sequence_length
         tokens, index = torch.zeros(B, T, dtype=torch.int64), torch.arange(B)

@@ -26,7 +26,7 @@ from model.parameters import owner_of, parameter_specs
 from pretrain.config.schema import Config
 
 
-class Limits(NamedTuple):
+class Limits(NamedTuple):  # RELIES-ON deepspeed-gathers
     """DeepSpeed's, with its defaults; elements."""
 
     param_persistence_threshold: int = 10**5

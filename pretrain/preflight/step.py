@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 MOST_BLOCKS = 3
 """Of a rehearsed model without pipeline stages. With three, the highest point lies where it lies with many."""
-NEEDED = ("rules", "layout", "device")
-"""Checks that must have passed: the step of another run is no answer."""
+NEEDED = ("configuration", "rules", "layout", "device", "optimizer")
+"""Checks that must have passed: the step of another run is no answer, such as of one without a key that is unknown."""
 SPLITS: dict[Routed, str] = {
     "even": "tokens evenly split over experts",
     "worst": "as many tokens as possible sent to one rank's experts",

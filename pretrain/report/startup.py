@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.attention.rope import rotated_width
-from model.config import RopeConfig
+from model.config import MoAConfig, RopeConfig, SigmaMoEConfig
 from pretrain.config.obstacles import of_a_micro_batch
 from pretrain.config.schedule import warmup_steps
 from pretrain.config.schema import Config
@@ -54,6 +54,7 @@ def derived_values(
         *_layout_values(config, data_size),
         *_divided_values(config),
         *_regulariser_values(config, data_size),
+        *_experts_values(config),
         *_optional_values(config, sum(sizes), stages[-1], sources.tokenizer.vocab_size),
     ]
 
@@ -131,6 +132,25 @@ def _regulariser_values(config: Config, data_size: int) -> list[DerivedValue]:
     value = f"{batch.micro_sequences * data_size} of {batch.global_sequences} sequences"
     formula = "micro_sequences x DP; another product is another loss ({} = micro_batch)"
     return [DerivedValue("a regulariser's batch", value, formula.format(key)) for key in of_a_micro_batch(config.model)]
+
+
+def _experts_values(config: Config) -> list[DerivedValue]:
+    """A note where nothing keeps the experts of a layer in use and no setting says that this is meant, as where a layer
+    of experts was swapped in for a dense one. A weight of 0 that is written down, and expert dropout, are meant."""
+    feedforward, attention, found = config.model.feedforward, config.model.attention, []
+    if isinstance(attention, MoAConfig) and attention.router == "softmax":
+        weights = ("z_loss_weight", "switch_loss_weight", "cv_loss_weight")
+        if _is_left_alone(attention, weights):
+            keys = "model.attention.z_loss_weight and switch_loss_weight"
+            found.append(f"{keys} are not set (0.001 and 0.01 in configs/paper)")
+    if isinstance(feedforward, SigmaMoEConfig) and _is_left_alone(feedforward, ("entropy_weight",)):
+        found.append("model.feedforward.entropy_weight is not set (0.0001 to 0.001 in configs/paper)")
+    return [DerivedValue("experts kept in use by", "no loss", "; ".join(found))] if found else []
+
+
+def _is_left_alone(layer: MoAConfig | SigmaMoEConfig, weights: Sequence[str]) -> bool:
+    has_choice = layer.routers.active < layer.routers.num_experts
+    return has_choice and not layer.expert_dropout and not layer.model_fields_set & {*weights}
 
 
 def _optional_values(config: Config, windows: int, stage: Stage, num_pieces: int) -> list[DerivedValue]:

@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import _world
 from common.files import write_json
 from pretrain.ranks import ranks_text
 
+# RELIES-ON torch-recorder
 DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 """Of NCCL's recorder, which builds with CUDA have, and of gloo's; private, so a torch without them records nothing."""
 SUFFIX = ".collectives"

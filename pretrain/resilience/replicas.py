@@ -110,6 +110,7 @@ class ReplicaCheck:
         module, parallel = self._engine.module, self._parallel
         specs = parameter_specs(module.config)
         for name, parameter in module.named_parameters():
+            # RELIES-ON deepspeed-whole
             if self._engine.zero_optimization_stage() == 3 and not getattr(parameter, "ds_persist", False):
                 continue
             part, parts = shard_place(specs[name], parallel)

@@ -141,7 +141,7 @@ def test_with_room_for_everything_nobody_walks_over_the_work_folder(
         assert len(walked) == times
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_disk_that_fills_is_one_sentence_and_the_same_command_goes_on(
     tmp_path: Path,
     small_disk: Callable[[int], Path],

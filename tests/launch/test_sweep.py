@@ -299,6 +299,7 @@ def test_a_run_that_goes_on_elsewhere_is_passed_over_and_not_all_have_finished(
     assert not case.trained
 
 
+@pytest.mark.slow  # the fast one: test_a_reader_that_stops_reading_is_no_error in test_plan.py
 def test_a_reader_that_leaves_at_once_ends_no_sweep(case: Case) -> None:
     command = [sys.executable, str(ROOT / "launch" / "sweep.py"), *case.line("--launcher", case.launcher, *VARY)]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -96,3 +96,19 @@ def attention(
                 for e, s in gates("output", head, i).items():
                     y[t] = y[t] + s * (attended @ p["output_experts"][head, e])
     return torch.stack(y), maps
+
+
+def negative_entropy(chunk: Tensor, selector: Tensor) -> Tensor:
+    """sum_e p_e log p_e, summed over the heads of one `selector` [H, E, d], p the mean of softmax over the tokens of
+    one sequence's `chunk` [T, d]. Authors' code that was run beside ours on random tokens (MoEUT's SwitchHeadCore:
+    get_sel, with expert dropout too, and get_reg_loss; up to 8 heads, 12 experts, 200 tokens) gave the same values to
+    8e-7 and the same gradients of selectors and tokens to 8e-7."""
+    total = []
+    for head in selector:
+        shares = []
+        for token in chunk:
+            powers = torch.exp(head @ token)
+            shares.append(powers / powers.sum())
+        p = sum_of(shares) / len(chunk)
+        total += [value * torch.log(value) for value in p]
+    return sum_of(total)

@@ -1,5 +1,6 @@
 """All attentions but MoA against the fp64 loop, forward and every gradient: which projections are experts, who selects,
-RoPE or Transformer-XL positions, with and without memory. What SwitchHead chooses, counts and drops."""
+RoPE or Transformer-XL positions, with and without memory. What SwitchHead chooses, counts and drops, and its
+regulariser."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ from model.kernels.ops.route import Routing
 from model.parallel.context import ParallelContext
 from model.parallel.overlap import Late
 from model.parameters import parameter_specs
-from model.routing import RoutingStatistics
+from model.routing import RoutingStatistics, entropy_of_sequences
 from tests.model import attention_oracle, oracles
-from tests.tensors import gradient_of
+from tests.tensors import gradient_of, sum_of
 
 ALL_SUBSETS = [c for n in range(1, 5) for c in itertools.combinations(PROJECTIONS, n)]
 VO = ("value", "output")
@@ -117,8 +118,10 @@ def test_forward_and_every_gradient_equal_the_loop(
     E: int, k: int, T: int, B: int, backend: str,
 ) -> None:  # fmt: skip
     attention = {"type": "dense", "num_heads": H, "head_dim": h}
+    delta = 0.7 if experts and E != 2 else 0.0
     if experts:
         attention |= {"type": "switchhead", "num_experts": E, "active_experts": k, "expert_dropout": dropout}
+        attention |= {"entropy_weight": delta}
         attention |= {"expert_projections": list(experts), "selection": selection}
     config = model_config(attention, position, d, T)
     layer, L = build(config, backend), memory + T
@@ -127,8 +130,8 @@ def test_forward_and_every_gradient_equal_the_loop(
     upstream = torch.randn(B, T, d, generator=generator)
     sequence_index = torch.arange(B) + 40
     y, auxiliary = layer(context, T, sequence_index)
-    assert auxiliary is None
-    y.backward(upstream)
+    assert (auxiliary is None) == (delta == 0.0)
+    ((y * upstream).sum() + (0.0 if auxiliary is None else auxiliary)).backward()
 
     p64 = {name: value.detach().double().requires_grad_() for name, value in layer.named_parameters()}
     scale = p64["scale"] if "scale" in p64 else h**-0.5
@@ -163,7 +166,15 @@ def test_forward_and_every_gradient_equal_the_loop(
             for b in range(B)
         ]
     )
-    expected.backward(upstream.double())
+    objective = (expected * upstream.double()).sum()
+    if auxiliary is not None:
+        selectors = [value for name, value in p64.items() if name.endswith("_selector")]
+        entropies = [attention_oracle.negative_entropy(one[memory:], rows) for one in context64 for rows in selectors]
+        expected_loss = delta / (B * H) * sum_of(entropies)
+        objective = objective + expected_loss
+        assert (auxiliary.dtype, auxiliary.shape) == (torch.float32, ())
+        torch.testing.assert_close(auxiliary.double(), expected_loss, rtol=1e-6, atol=1e-7)
+    objective.backward()
     torch.testing.assert_close(y.double(), expected, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(gradient_of(context).double(), context64.grad, rtol=5e-5, atol=5e-5)
     largest = max(float(gradient_of(value).norm()) for value in p64.values())
@@ -270,11 +281,21 @@ def test_selectors_learn_only_through_chosen_scores() -> None:
 
 
 def test_evaluation_drops_no_expert_and_counts_nothing() -> None:
-    layer, spared = switchhead(expert_dropout=0.6).eval(), switchhead()
+    layer, spared = switchhead(expert_dropout=0.6, entropy_weight=0.1).eval(), switchhead()
     x, index = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(5)), torch.arange(2)
-    assert torch.equal(layer(x, 6, index)[0], spared(x, 6, index)[0])
+    y, loss = layer(x, 6, index)
+    assert loss is None and torch.equal(y, spared(x, 6, index)[0])
     assert not any(statistics_of(layer, side).load.any() for side in ("value", "output"))
     assert not torch.equal(layer.train()(x, 6, index)[0], spared(x, 6, index)[0])
+
+
+def test_an_expert_whose_probability_underflows_has_a_finite_gradient() -> None:
+    logits = torch.tensor([[0.0, 0.0, -200.0], [1.0, 0.0, -150.0]])[None, :, None].requires_grad_()
+    value = entropy_of_sequences(logits)
+    value.backward()
+    p = logits.detach()[0, :, 0].double().softmax(-1).mean(0)[:2]
+    assert float(value) == pytest.approx(float((p * p.log()).sum()), rel=1e-6)
+    assert torch.isfinite(gradient_of(logits)).all() and float(gradient_of(logits)[..., 2].abs().max()) == 0.0
 
 
 def test_tokens_of_memory_are_chosen_for_but_not_counted_again() -> None:

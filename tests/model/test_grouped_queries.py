@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
+from benchmarks.fake_cuda import fake_cuda
 from common.errors import ConfigError
 from common.json_config import validate
 from model.attention.dense import DenseAttention
@@ -144,33 +144,41 @@ def test_keys_and_values_of_each_head_are_the_layer_without_the_key(position: fl
         assert torch.equal(value, found[1][name][0]) and torch.equal(gradient, found[1][name][1]), name
 
 
-@pytest.mark.parametrize(
-    "device, dtype, h, masked, copied",
-    [
-        ("cpu", torch.float32, 8, True, False),
-        ("cuda", torch.bfloat16, 8, False, False),
-        ("cuda", torch.bfloat16, 8, True, True),
-        ("cuda", torch.bfloat16, 264, False, True),
-        ("cuda", torch.float32, 8, False, True),
-    ],
-)
-def test_keys_are_copied_where_no_fused_kernel_of_torch_takes_groups(
-    device: str, dtype: torch.dtype, h: int, masked: bool, copied: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("heads", [(6, 6), (6, 2), (6, 1)])
+@pytest.mark.parametrize("h", [8, 11, 200, 256, 258])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_kernel_of_torch_takes_every_call_on_cuda(
+    dtype: torch.dtype, h: int, heads: tuple[int, int], masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On fake tensors, so without a GPU: what torch is given."""
-    given: list[int] = []
+    """On fake tensors, so without a GPU: what torch is given, by the conditions that its sdp_utils.cpp has for flash
+    attention (cards of compute capability 8.0 or newer, all of them) and for the memory-efficient kernel."""
+    calls: list[tuple[Tensor, Tensor, Tensor, bool]] = []
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-        assert k.shape == v.shape
-        given.append(k.shape[1])
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False, **options: Any) -> Tensor:
+        assert (options["attn_mask"] is not None) == masked != options["is_causal"]
+        calls.append((q, k, v, enable_gqa))
         return torch.empty_like(q)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    with FakeTensorMode(), torch.device(device):
-        q, k = (torch.empty(1, heads, 5, h, dtype=dtype) for heads in (6, 2))
+    H, K = heads
+    with fake_cuda(), torch.device("cuda"):
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+        given = [torch.empty(1, 5, count, h, dtype=dtype).transpose(1, 2) for count in (H, K, K)]
         mask = torch.ones(5, 5, dtype=torch.bool) if masked else None
-        torch_attention(q, k, k, mask=mask, shared=True)
-    assert given == [6 if copied else 2]
+        out = torch_attention(*given, mask=mask, shared=K < H)
+        monkeypatch.undo()
+    assert out.shape == (1, H, 5, h)
+    ((q, k, v, enable_gqa),) = calls
+    num_keys, width = k.shape[1], q.shape[3]
+    assert k.shape == v.shape and all(t.stride(3) == 1 for t in (q, k, v))
+    is_flash = not masked and dtype == torch.bfloat16 and (width <= 192 or 224 < width <= 256)
+    is_flash = is_flash and (num_keys == H or enable_gqa)
+    is_memory_efficient = num_keys == H and width * q.element_size() % 16 == 0
+    assert is_flash or is_memory_efficient
+    if is_flash:  # what is read as it is
+        assert all(t is before for t, before in zip((q, k, v), given, strict=True))
+    elif K == 1:
+        assert k.stride(1) == v.stride(1) == 0, "one head of keys is never copied"
 
 
 def test_a_part_of_a_group_is_refused() -> None:

@@ -23,7 +23,8 @@ def _attention(draw: random.Random) -> Tree:
     heads = draw.choice((1, 2, 2, 3, 4))
     found: Tree = {"type": kind, "num_heads": heads, "head_dim": draw.choice((1, 2, 3, 5, 6, 11))}
     if kind == "dense":
-        return found
+        groups = [size for size in range(1, heads + 1) if heads % size == 0]
+        return found | {"num_kv_heads": draw.choice((None, *groups))}
     found["expert_dropout"] = draw.choice((0.0, 0.0, 0.2, 0.6))
     if kind == "switchhead":
         experts = draw.randint(1, 5)
@@ -74,7 +75,7 @@ def _data(draw: random.Random, prepared: Path, position: Tree) -> Tree:
 
 def _tree(draw: random.Random, prepared: Path) -> Tree:
     position = _position(draw)
-    return {
+    tree: Tree = {
         "model": {
             "d_model": draw.choice((4, 5, 8, 12, 16, 24)),
             "num_layers": draw.choice((1, 1, 2, 3)),
@@ -101,6 +102,9 @@ def _tree(draw: random.Random, prepared: Path) -> Tree:
         "evaluate": {"sequences": draw.choice((1, 5, 24)), "streams": draw.choice((1, 3, 64))},
         "monitor": {"tensorboard": False},
     }
+    if tree["model"]["attention"]["type"] == "switchhead":
+        tree["model"]["attention"]["entropy_weight"] = draw.choice((0.0, 0.05, 0.4))
+    return tree
 
 
 def _layout(draw: random.Random, tree: Tree, ranks: int) -> Tree:

@@ -20,7 +20,11 @@ SWITCHHEAD = (*SIZES, "model.attention.num_heads=4")
 MODELS = {
     "switchall": SWITCHHEAD,
     "switchall xl": (*SWITCHHEAD, "model.position.type=xl"),
-    "switchall rope with memory": (*SWITCHHEAD, 'model.position={"type": "rope", "memory_chunks": 1}'),
+    "switchall rope with memory": (
+        *SWITCHHEAD,
+        'model.position={"type": "rope", "memory_chunks": 1}',
+        "model.attention.entropy_weight=0.05",
+    ),
     "dense": (
         *SIZES,
         'model.attention={"type": "dense", "num_heads": 4, "head_dim": 5}',
@@ -42,8 +46,8 @@ SEEDS = {
     ("switchall", True): 14,
     ("switchall xl", False): 61,
     ("switchall xl", True): 4,
-    ("switchall rope with memory", False): 2,
-    ("switchall rope with memory", True): 11,
+    ("switchall rope with memory", False): 7,
+    ("switchall rope with memory", True): 15,
     ("moa", False): 4,
     ("moa", True): 2,
 }

@@ -102,6 +102,7 @@ def test_a_target_behind_an_end_does_not_see_it() -> None:
     assert [one.log_likelihood for one in found.answers] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow  # the fast one: test_a_target_behind_an_end_does_not_see_it
 def test_tasks_of_a_checkpoint(masked: Path, trained: Path, tmp_path: Path) -> None:
     """BLiMP's sentences stand behind an EOS. LAMBADA's texts hold none, and are the same."""
     named = f"blimp={published.blimp(tmp_path)},lambada={published.lambada(tmp_path)}"

@@ -22,6 +22,11 @@ from tests.pretrain.runs import Trace, assert_bit_identical, curve, engine_trace
 STEPS, STOP = 3, 2
 RANKS = (2, 2, 2, 1)
 TOLERANCE = 2e-5
+SEEDS = (*range(8), *range(9, 17))
+"""Without 8, in whose model a choice is near a tie."""
+GROUPED = (28, 65, 69, 205, 302)
+"""Seeds that draw grouped queries, which one in 25 does: with one head of keys and with two, both kinds of positions,
+memory, documents, and tensor and pipeline parallelism."""
 
 
 def stopped(config: Config, step: int) -> Config:
@@ -68,7 +73,7 @@ def assert_near(trace: Trace, reference: Trace, label: str) -> None:
 
 
 @pytest.mark.slow  # test_matrix.py::test_some, test_checkpoint.py and test_decoding.py have chosen models
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", [*SEEDS, *GROUPED])
 def test_a_drawn_model(prepared: Path, tmp_path: Path, seed: int) -> None:
     layouts = drawn(seed, prepared, RANKS)
     reference = plain_trace(plain(layouts[0]), STEPS, (0,))

@@ -139,6 +139,11 @@ def test_what_needs_text_says_that_there_is_none(
     (tmp_path / "config.json").write_text(config.model_dump_json())
     planned = ["check", str(tmp_path / "config.json"), "--run-dir", str(tmp_path / "run"), "--no-step"]
     refused(pretrain.cli.plan.main, f"evaluate.tasks: the run's data .*{text}", capsys, *planned)
+
+
+@pytest.mark.slow  # the fast one, but for the pages: test_two_runs_side_by_side in cli/test_analyze.py
+def test_ids_are_analysed(run: Path, tmp_path: Path) -> None:
+    place = str(run)
     (tmp_path / "ids").write_text("5 17 300 " * 20)
     assert pretrain.cli.analyze.main([place, "--text", str(tmp_path / "ids"), "--out", str(tmp_path / "page")]) == 0
     assert json.loads((tmp_path / "page" / "analysis.json").read_text())

@@ -82,8 +82,9 @@ def test_moa_trains_the_same_in_every_layout(prepared: Path, scope: str, positio
     assert abs(other.grad_norms[2] / reference.grad_norms[2] - 1) > TOLERANCE, "the cv loss has no effect"
 
 
+@pytest.mark.slow  # the fast one: test_some in test_matrix.py, of SwitchHead
 def test_transformer_xl_memory_is_the_same_in_every_layout(prepared: Path) -> None:
-    """Of dense attention; test_matrix.py has SwitchHead's."""
+    """Of dense attention."""
     xl = ["model.position.type=xl", "model.attention.type=dense", "model.dropout=0.1", "train.seed=10"]
     xl += ["model.attention.head_dim=6", "model.attention.num_heads=2"]
     reference = plain_trace(small_config(prepared, *xl, "batch.micro_sequences=8"), STEPS, GRADIENT_STEPS)

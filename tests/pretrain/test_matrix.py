@@ -142,6 +142,7 @@ GROUPS = (
 )
 
 
+@pytest.mark.slow  # the fast one: test_adamw_has_its_keys_in_every_layout in test_layouts.py
 def test_groups_of_the_optimizer_hold_however_the_model_is_divided(prepared: Path) -> None:
     """The other ZeRO stages are in test_layouts.py."""
     layouts = [

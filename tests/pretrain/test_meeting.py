@@ -20,6 +20,7 @@ from common.errors import UserError
 from pretrain import device, gpus
 from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode, code_of
+from tests.harness import run_ranks
 
 
 def test_two_ranks_on_one_gpu_are_refused_in_our_words() -> None:
@@ -157,6 +158,18 @@ def test_gloo_listens_where_the_name_of_the_machine_leads(
         expected = "127.0.0.1" if expected == "::1" else expected
     monkeypatch.setattr(socket, "getaddrinfo", addresses)
     assert device.gloo_address(env) == expected
+
+
+def operators(rank: int) -> tuple[dict[str, bool], Any]:
+    """DeepSpeed's table of its operators, unless a look at it would make it, and its shared-memory collectives."""
+    import deepspeed
+    from deepspeed.comm.torch import build_shm_op
+
+    return dict(vars(deepspeed.ops)["__compatible_ops__"]), build_shm_op()
+
+
+def test_on_cpus_deepspeed_tries_no_operator_and_compiles_none() -> None:
+    assert run_ranks(operators, 1) == [({"deepspeed_shm_comm": False}, None)]
 
 
 def test_a_heartbeat_of_the_user_stays_and_is_warned_of(

@@ -104,8 +104,14 @@ def test_a_save_by_time_costs_and_does_what_one_by_steps_does_and_is_not_made_tw
 
 @pytest.mark.parametrize(
     "layout",
-    [("parallel.zero=1",), ("parallel.pipeline=2", "model.num_layers=2", "checkpoint.asynchronous=false")],
-    ids=["zero", "pipeline"],
+    [
+        pytest.param(("parallel.zero=1",), id="zero"),
+        pytest.param(
+            ("parallel.pipeline=2", "model.num_layers=2", "checkpoint.asynchronous=false"),
+            id="pipeline",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_a_run_that_resumes_from_a_save_by_time_is_bit_identical_to_an_unbroken_one(
     prepared: Path, tmp_path: Path, layout: tuple[str, ...]
@@ -128,6 +134,7 @@ def spiked_run(rank: int, config: Config, run_dir: Path) -> str:
     return train_with(rank, config, run_dir, spike_on_position, 60)
 
 
+@pytest.mark.slow  # the fast one: the first of resilience/test_spikes.py
 def test_a_spike_is_not_saved_by_time_and_the_run_goes_back_to_a_save_by_time(prepared: Path, tmp_path: Path) -> None:
     """Position 60 of the data, in step 8, is bad, and step 8 is due. Steps 7 and 8 go, from the checkpoint of step 4;
     then the minutes begin anew."""

@@ -49,19 +49,37 @@ def unresolved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm.socket, "getaddrinfo", fail)
 
 
-def test_the_place_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-        monkeypatch.delenv(key, raising=False)
-        monkeypatch.setenv(key, "")  # restored to absence after the test, which sets them
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Without variables of a launcher, also after the test, which sets them."""
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(key, "")  # restored to absence
         monkeypatch.delenv(key)
+    return monkeypatch
+
+
+def test_the_place_of_a_task(launched: pytest.MonkeyPatch) -> None:
     for key, value in {**TASK, "MASTER_ADDR": "10.0.0.1"}.items():
-        monkeypatch.setenv(key, value)
+        launched.setenv(key, value)
     assert Ranks.from_environment() == Ranks(rank=5, local_rank=1, world_size=7, local_size=2)
 
 
 @pytest.mark.parametrize("changes", [{"WORLD_SIZE": "4"}, {"SLURM_STEP_NUM_TASKS": "1"}])
 def test_another_launcher_and_a_single_task_are_left_alone(changes: dict[str, str]) -> None:
     assert slurm.launcher_variables({**TASK, **changes}) == {}
+
+
+def test_variables_that_a_container_derives_from_sruns_lack_the_size_of_the_node(
+    launched: pytest.MonkeyPatch,
+) -> None:
+    """As pyxis and enroot's hook 50-slurm-pytorch set them in an image that has PYTORCH_VERSION."""
+    hook = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "7", "MASTER_ADDR": "node1", "MASTER_PORT": "61005"}
+    assert slurm.launcher_variables({**TASK, **hook}) == {"LOCAL_SIZE": "2"}
+    for name, value in {**TASK, **hook}.items():
+        launched.setenv(name, value)
+    assert Ranks.from_environment() == Ranks(rank=5, local_rank=1, world_size=7, local_size=2)
+    for others in ({"LOCAL_WORLD_SIZE": "7"}, {"LOCAL_SIZE": "1"}, {"RANK": "0"}, {"WORLD_SIZE": "56"}):
+        assert slurm.launcher_variables({**TASK, **hook, **others}) == {}
 
 
 def test_outside_of_srun_nothing_is_set() -> None:

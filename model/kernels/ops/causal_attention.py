@@ -60,14 +60,26 @@ def causal_attention_reference(inputs: Inputs) -> Tensor:
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, shared: bool) -> Tensor:
-    """scaled_dot_product_attention where `mask` says so, causal with None. Keys and values of groups (1 < K < H) are
-    read as they are by its kernel for CPUs and by flash attention, which takes half precision, at most 256 columns and
-    no mask, on cards that have it (compute capability 8.0 or newer). Its other fused kernel on CUDA takes none, and
-    instead of it torch would make matrices [T, L] of all heads: there they are copied for each head."""
-    reads_groups = q.device.type == "cpu" or (mask is None and q.element_size() == 2 and q.shape[3] <= 256)
-    if not reads_groups:
-        k, v = (of_each_head(t, q.shape[1], dim=1) for t in (k, v))
+    """scaled_dot_product_attention where `mask` says so, causal with None; never by matrices [T, L] of all heads, which
+    torch makes on CUDA where none of its fused kernels takes a call.
+
+    Flash attention takes half precision without a mask on cards of compute capability 8.0 or newer: any width up to
+    256, of which some cards train none of 193 to 224, and keys and values of groups as they are. What is left is for
+    the memory-efficient kernel, which is not given groups."""
+    is_flash = mask is None and q.element_size() == 2 and (q.shape[3] <= 192 or 224 < q.shape[3] <= 256)
+    if q.device.type == "cuda" and not is_flash:
+        return memory_efficient_attention(q, k, v, mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared)
+
+
+def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
+    """The same of what that kernel takes: as many heads of keys as of queries, a single one seen by all without a copy,
+    and rows of whole 16 bytes, filled up with columns of 0."""
+    H, h = q.shape[1], q.shape[3]
+    if missing := -h % (16 // q.element_size()):
+        q, k, v = (F.pad(t, (0, missing)) for t in (q, k, v))
+    k, v = (of_each_head(t, H, dim=1).expand(-1, H, -1, -1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=h**-0.5)[..., :h]
 
 
 def dense_mask(inputs: Inputs) -> Tensor:

@@ -159,6 +159,7 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss, token_loss and the gradients of hidden, weight and bias for d loss = 1 (empty where not needed), in
     `gradient_dtype`."""
+    # RELIES-ON torch-group-name
     group = _resolve_process_group(GroupName(group_name)) if group_name else None
     inputs = Inputs(hidden, weight, bias, targets, ignore_index, need_hidden, need_weight, group, first_class)
     return implementation("linear_cross_entropy", backend).forward(inputs, chunk_bytes(hidden.device.type))

@@ -24,7 +24,7 @@ WAIT_SECONDS = 120.0
 """How long a process waits for one kernel before it compiles it too; a kernel takes seconds."""
 
 
-class OneCompiler(FileCacheManager):
+class OneCompiler(FileCacheManager):  # RELIES-ON triton-cache
     """triton's folder of compiled kernels, in which a process that finds no kernel holds a lock until it has put it
     there. A process that dies, or whose kernel does not compile, holds nothing."""
 

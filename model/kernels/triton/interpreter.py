@@ -20,6 +20,7 @@ from triton.runtime import interpreter as stock
 
 from model.kernels.triton.interpreter_speed import speed_up
 
+# RELIES-ON triton-bf16
 Builder, Handle = stock.InterpreterBuilder, stock.TensorHandle
 _BITS = np.dtype(np.uint16)
 _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)

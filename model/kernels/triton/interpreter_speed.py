@@ -20,7 +20,7 @@ MOST_CONSTANTS = 512
 """Of numbers in kernels that are kept as blocks; a block is at most a few tens of KB."""
 
 
-def speed_up() -> None:
+def speed_up() -> None:  # RELIES-ON triton-quick
     """Once in a process; triton 3.6 to 3.9 have the same functions here."""
     _patch_the_language_once_a_launch()
     _leave_out_unread_checks()

@@ -101,6 +101,7 @@ def test_without_winners_there_is_nothing_to_time(tmp_path: Path) -> None:
         tuned_step.compute(context(tmp_path), **step)
 
 
+@pytest.mark.slow  # the fast one: test_a_block_with_the_winners_beside_todays
 def test_a_micro_step_with_the_winners_beside_todays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The winners are in place for one of the two in every call, the first, the recorded, the timed, the profiled."""
     recorded(tmp_path, FASTER, result(SOFTMAX, {"block": 128, "warps": 4}, 5.0))

@@ -63,6 +63,20 @@ def test_what_a_rank_of_this_start_refused_is_repeated(bench: Bench) -> None:
     assert "sees 7 GPUs" not in output, "of an earlier start"
 
 
+PYXIS = """\
+slurmstepd: error: pyxis: failed to create container filesystem for image: /shared/a.sqsh
+slurmstepd: error: pyxis:     [ERROR] No such file or directory: /shared/a.sqsh
+"""
+
+
+@pytest.mark.parametrize("why", [PYXIS, "FATAL:   While checking container: could not open image /shared/a.sif\n"])
+def test_why_a_container_does_not_start_is_repeated(bench: Bench, why: str) -> None:
+    rest = "slurmstepd: error: pyxis:     [INFO] Extracting\nslurmstepd: error: pyxis: child 9 failed with code 1\n"
+    _, output = bench.train(SRUN_CODE="1", SAYS=f"{rest}{why}", SAYS_IT="0")
+    assert set(why.splitlines()) <= set(output.splitlines())
+    assert not set(rest.splitlines()) & set(output.splitlines())
+
+
 def test_a_fault_that_comes_back_ends_the_job_and_a_checkpoint_forgives(bench: Bench) -> None:
     for restart, makes in enumerate(("", "", "step-00000010", "", "", "")):
         bench.train(SRUN_CODE="137", SLURM_RESTART_COUNT=str(restart), MAKES=makes, REPEATS="0")

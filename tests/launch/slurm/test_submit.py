@@ -137,6 +137,17 @@ def test_refusals(
     assert not (tmp_path / "run").exists()
 
 
+def test_all_that_is_wrong_with_a_configuration_is_said_at_once(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ("train.stepz=3", "batch.size=8", "parallel.tensor=3", "batch.micro_sequences=5")
+    assert submit(prepared, tmp_path / "run", "--dry-run", *(part for key in keys for part in ("--set", key))) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [line.split()[1] for line in errors] == [
+        *("batch.size:", "train.stepz:", "parallel.tensor:", "batch.global_sequences:")
+    ]
+
+
 def test_fp16_is_judged_for_the_nodes_not_for_the_login_node(prepared: Path, tmp_path: Path) -> None:
     gpus = ("--gpus-per-node", "2")
     assert submit(prepared, tmp_path, "--dry-run", "--set", "train.precision=fp16", where=gpus) == 0

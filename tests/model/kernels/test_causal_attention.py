@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.documents import Documents
 from model.kernels.backend import resolve
-from model.kernels.ops.causal_attention import Inputs, causal_attention
+from model.kernels.ops.causal_attention import Inputs, causal_attention, memory_efficient_attention
 from tests.model.kernels.checks import flops
 
 NAMES = ("q", "k", "v")
@@ -125,6 +125,30 @@ def test_the_reference_is_torchs_attention_with_a_mask_to_the_last_bit(name: str
     grads = torch.autograd.grad(out, (q, k, v), upstream(inputs))
     for what, wanted in zip(("out", *NAMES), (out, *grads), strict=True):
         assert torch.equal(run(inputs, "reference")[what], wanted), what
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_the_memory_efficient_kernel_is_given_equals_the_oracle(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns of 0, and keys of each head, change neither the value nor a gradient."""
+
+    def on_cuda(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, shared: bool) -> Tensor:
+        return memory_efficient_attention(q, k, v, mask=mask)
+
+    monkeypatch.setattr("model.kernels.ops.causal_attention.torch_attention", on_cuda)
+    check(SHAPES[name], dtype, "reference")
+
+
+@pytest.mark.parametrize("K", [6, 2, 1])
+def test_what_the_memory_efficient_kernel_is_given_is_causal_without_a_mask(K: int) -> None:
+    inputs = make_inputs(Shape(T=19, h=11, H=6, K=K), torch.float64)
+    q, k, v = (t.detach().requires_grad_() for t in inputs[:3])
+    found = memory_efficient_attention(q, k, v, mask=None)
+    grads = torch.autograd.grad(found, (q, k, v), upstream(inputs))
+    for what, value in zip(("out", *NAMES), (found, *grads), strict=True):
+        torch.testing.assert_close(value, run(inputs, "reference")[what], rtol=1e-12, atol=1e-12, msg=what)
 
 
 def test_the_end_of_a_key_is_the_number_of_queries_that_begin_up_to_it() -> None:

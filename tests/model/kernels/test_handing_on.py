@@ -206,7 +206,7 @@ MODEL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("value", ["dense", "sets"])
+@pytest.mark.parametrize("value", ["dense", pytest.param("sets", marks=pytest.mark.slow)])
 def test_a_model_that_hands_on_has_the_gradients_of_the_reference(value: str) -> None:
     """Residual stream, routers, experts, queries and keys; its activations kept, or computed again."""
     config, tokens = ModelConfig.model_validate(MODEL), torch.arange(B * T).view(B, T) % 19

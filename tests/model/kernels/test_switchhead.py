@@ -287,7 +287,7 @@ def check_op(op: Op, shape: Shape, dtype: torch.dtype, *way: str) -> None:
     torch.library.opcheck(backward, (gradient(op, shape, dtype), *plain, *saved, *way))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "dense"])
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "cpu", "dense"])
 @both_ops
 def test_compiles_without_graph_breaks(op: Op, backend: str) -> None:
     rows, choice, experts = inputs(op, SHAPES[0], torch.float32)

@@ -7,6 +7,7 @@ import logging
 import re
 import subprocess
 import sys
+import warnings
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -150,6 +151,17 @@ def test_megatron_core_allocates_where_ranks_speak_whatever_gpus_the_machine_has
     monkeypatch.setattr(dist, "get_backend", lambda: backend)
     assert mappings.torch.cuda.current_device() == where
     assert mappings.torch.empty is torch.empty
+
+
+def test_its_advice_on_gpus_is_not_given_by_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from model.parallel.megatron_core import column_linear
+
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    group: Any = object()  # which a product without a gradient does not ask
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = column_linear(full(1, 2, D), full(2, V, D), group)
+    torch.testing.assert_close(found, full(1, 2, D) @ full(2, V, D).t())
 
 
 def test_a_cuda_toolkit_without_a_gpu_is_no_news() -> None:

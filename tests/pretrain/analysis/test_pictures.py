@@ -28,8 +28,12 @@ LONG = "mine" + ",learning_rate=1e-3" * 8
 
 @pytest.mark.parametrize(
     "case, label",
-    [("switchhead xl", "mine"), ("switchhead xl", LONG), ("moa sigmoid xl", LONG), ("dense xl", LONG)],
-    ids=["a short name", "switchhead xl", "moa sigmoid xl", "dense xl"],
+    [
+        pytest.param("switchhead xl", "mine", id="a short name", marks=pytest.mark.slow),
+        pytest.param("switchhead xl", LONG, id="switchhead xl"),
+        pytest.param("moa sigmoid xl", LONG, id="moa sigmoid xl"),
+        pytest.param("dense xl", LONG, id="dense xl", marks=pytest.mark.slow),
+    ],
 )
 def test_no_word_lies_over_another(case: str, label: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = note_words(monkeypatch)

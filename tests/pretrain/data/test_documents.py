@@ -122,7 +122,9 @@ def test_layouts_train_with_the_mask_as_one_process(folder: Path, ranks: int, ov
 MEMORY = 'model.position={"type": "rope", "memory_chunks": 1}'
 
 
-@pytest.mark.parametrize("override", [MASK, MEMORY], ids=["documents", "memory"])
+@pytest.mark.parametrize(
+    "override", [pytest.param(MASK, id="documents"), pytest.param(MEMORY, id="memory", marks=pytest.mark.slow)]
+)
 def test_the_triton_kernels_train_with_the_losses_of_the_cpu(folder: Path, override: str) -> None:
     """Interpreted, through the real trainer; losses, gradient norms and every gradient of the second step, the first
     with a memory. Adam has moved the weights by then, which magnifies a difference of rounding. Every layer calls the

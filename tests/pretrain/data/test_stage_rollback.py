@@ -38,7 +38,7 @@ def note_reads_and_spike(trainer: Trainer, log: Path, position: int) -> None:
     spike_on_position(trainer, position)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_rollback_leaves_out_nothing_from_before_a_change_of_the_weights(
     base: Path, tmp_path: Path, ranks: int
 ) -> None:
@@ -78,7 +78,7 @@ def test_a_rollback_leaves_out_nothing_from_before_a_change_of_the_weights(
     assert read_at(base, log) == read_at(base, twin_log)
 
 
-@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("kept", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_what_a_rollback_left_out_is_read_by_another_mixture_that_begins_before_it(
     base: Path, tmp_path: Path, kept: int
 ) -> None:

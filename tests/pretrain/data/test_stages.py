@@ -187,7 +187,7 @@ THIRD: Mix = {"books": 0.5, "c4": 0.5}
 ALLOWED = 'checkpoint.allow_changes=["data.sources"]'
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_whose_weights_change_goes_on_and_resumes_bit_by_bit(base: Path, tmp_path: Path, ranks: int) -> None:
     log, twin_log, run, twin = (tmp_path / name for name in ("log", "twin-log", "run", "twin"))
     log.mkdir()

@@ -26,8 +26,8 @@ DEEPSPEED = {
     "utils.groups": "mpu _EXPERT_PARALLEL_GROUP _EXPERT_PARALLEL_GROUP_RANKS _EXPERT_DATA_PARALLEL_GROUP "
     "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
     "runtime.engine": "get_global_grad_norm zero_optimization_stage fp16_enabled _do_optimizer_sanity_check "
-    "_take_model_step allreduce_no_retain",
-    "runtime.pipe.engine": "train_batch eval_batch _allocate_or_extend_buffers",
+    "_take_model_step allreduce_no_retain zero_cpu_offload timers",
+    "runtime.pipe.engine": "train_batch eval_batch _allocate_or_extend_buffers _grad_layer_buf _recv_tensor_meta",
     "utils.timer": "NoopTimer",
     "runtime.pipe.module": "_grid _topo _set_bounds _partition_layers forward_funcs parts global_rank "
     "get_tied_weights_and_groups",
@@ -37,18 +37,53 @@ DEEPSPEED = {
     "_record_gradient_stream overlap_comm partition_gradients "
     "flatten unflatten check_overflow unscale_and_clip_grads has_moe_layers cpu_offload mpu "
     "is_invalid_grad_norm get_grad_norm_direct is_model_parallel_parameter model_parallel_rank dp_process_group "
-    "_model_parallel_all_reduce _zero_padding",
+    "_model_parallel_all_reduce _zero_padding scaled_global_norm bit16_groups params_in_partition "
+    "param_buffer_of_bit16_for_cpu_offload_groups temp_grad_buffer_for_cpu_offload",
     "runtime.zero.stage3": "grad_position get_param_id fp32_partitioned_groups_flat overflow "
-    "_reassign_or_swap_out_partitioned_parameters checkpoint_event_prologue checkpoint_event_epilogue",
-    "runtime.zero.partition_parameters": "ds_process_group ds_tensor ds_numel ds_shape",
+    "_reassign_or_swap_out_partitioned_parameters checkpoint_event_prologue checkpoint_event_epilogue "
+    "get_grad_norm_direct model_parallel_rank offload_optimizer is_model_parallel_parameter "
+    "grad_partitions_flat_buffer",
+    "runtime.zero.partition_parameters": "ds_process_group ds_tensor ds_numel ds_shape ds_persist",
     "runtime.fp16.loss_scaler": "cur_scale cur_iter last_overflow_iter cur_hysteresis raise_error_at_min_scale",
-    "runtime.bf16_optimizer": "overflow update_lp_params",
+    "runtime.bf16_optimizer": "overflow update_lp_params fp32_groups_gradients_flat",
     "moe.layer": "set_deepspeed_parallelism num_experts num_local_experts ep_size expert_group_name",
     "ops": "__compatible_ops__",
     "runtime.compiler": "compile",
-    "comm.comm": "new_group",
+    "comm.comm": "new_group cdb",
 }
 """Module of DeepSpeed -> attributes, functions and globals that stand in it."""
+ENGINE, PIPELINE, ZERO = "runtime.engine", "runtime.pipe.engine", "runtime.zero.stage_1_and_2"
+REPLACED = {
+    (ENGINE, "_do_optimizer_sanity_check"): ("self basic_optimizer", ENGINE),
+    (ENGINE, "allreduce_no_retain"): ("self bucket dp_group numel_per_bucket dp_world_size", ENGINE),
+    (ENGINE, "_take_model_step"): ("self lr_kwargs", PIPELINE),
+    (PIPELINE, "_recv_tensor_meta"): ("self send_stage", PIPELINE),
+    ("runtime.pipe.module", "_partition_layers"): ("self method", "runtime.pipe.module"),
+    ("runtime.pipe.module", "get_tied_weights_and_groups"): ("self", PIPELINE),
+    (ZERO, "_record_gradient_stream"): ("self tensor stream", ZERO),
+    (ZERO, "reset_cpu_buffers"): ("self", ZERO),
+    (ZERO, "get_grad_norm_direct"): ("self gradients params norm_type", ZERO),
+    (ZERO, "scaled_global_norm"): ("self norm_type", ZERO),
+    (ZERO, "check_overflow"): ("self partition_gradients", ZERO),
+    (ZERO, "unscale_and_clip_grads"): ("self grad_groups_flat total_norm", ZERO),
+    (ZERO, "_fill_param_grad_accum_attribute"): ("self param", ZERO),
+    ("runtime.zero.stage3", "get_grad_norm_direct"): ("self gradients params norm_type", "runtime.zero.stage3"),
+    ("runtime.utils", "is_invalid_grad_norm"): ("norm", ZERO),
+    ("runtime.zero.utils", "assert_ints_same_as_other_ranks"): ("ints", "runtime.zero.partitioned_param_coordinator"),
+    ("runtime.compiler", "compile"): ("", "runtime.zero.muon.original_muon"),
+    ("comm.comm", "new_group"): ("ranks", "runtime.pipe.topology"),
+    ("accelerator.abstract_accelerator", "is_fp16_supported"): ("self", ENGINE),
+    ("moe.layer", "set_deepspeed_parallelism"): ("self use_data_before_expert_parallel_", ENGINE),
+}
+"""(Module of DeepSpeed, function that ours takes the place of) -> its arguments, and a module that calls it: ours would
+no longer run, without a word, where nobody called it."""
+
+
+def file_of(module: str) -> Path:
+    package = importlib.util.find_spec("deepspeed")
+    assert package is not None and package.origin is not None
+    path = Path(package.origin).parent.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def defined(path: Path) -> set[str]:
@@ -83,12 +118,19 @@ def foreign_private_names(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("module", DEEPSPEED)
 def test_the_installed_version_has_them(module: str) -> None:
-    package = importlib.util.find_spec("deepspeed")
-    assert package is not None and package.origin is not None
-    path = Path(package.origin).parent.joinpath(*module.split("."))
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    missing = set(DEEPSPEED[module].split()) - defined(path)
+    missing = set(DEEPSPEED[module].split()) - defined(file_of(module))
     assert not missing, f"deepspeed.{module} no longer has {sorted(missing)}"
+
+
+@pytest.mark.parametrize("module, name", REPLACED)
+def test_what_is_replaced_is_called_as_before(module: str, name: str) -> None:
+    arguments, caller = REPLACED[module, name]
+    nodes = list(ast.walk(ast.parse(file_of(module).read_text(encoding="utf-8"))))
+    found = [n.args for n in nodes if isinstance(n, ast.FunctionDef) and n.name == name]
+    assert [" ".join(a.arg for a in [*args.posonlyargs, *args.args, *args.kwonlyargs]) for args in found] == [arguments]
+    assert not any(args.vararg or args.kwarg for args in found)
+    calls = [n.func for n in ast.walk(ast.parse(file_of(caller).read_text())) if isinstance(n, ast.Call)]
+    assert name in {getattr(function, "attr", getattr(function, "id", "")) for function in calls}
 
 
 def test_every_private_name_that_is_used_is_in_the_table() -> None:

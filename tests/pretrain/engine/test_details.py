@@ -271,6 +271,7 @@ def details_otherwise(rank: int, config: Config) -> list[list[Details]]:
     return found  # type: ignore[return-value]
 
 
+@pytest.mark.slow  # the fast one: test_one_process_gives_what_plain_pytorch_gives
 def test_norms_are_the_same_and_scores_left_out_where_no_python_runs(prepared: Path) -> None:
     config = configured(prepared, "switchall", ONE, "model.num_layers=1")
     [(plain, graphed, compiled)] = run_ranks(details_otherwise, 1, config)

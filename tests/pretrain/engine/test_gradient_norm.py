@@ -201,7 +201,7 @@ def ours(prepared: Path) -> Callable[[int, str, int], Any]:
     return functools.cache(lambda ranks, precision, zero: updated(prepared, ranks, precision, zero))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("precision, zero", [("bf16", 1), ("fp32", 1), ("fp32", 2)])
 def test_the_host_asks_deepspeed_s_optimizer_once_a_step(
     prepared: Path, ours: Callable[[int, str, int], Any], ranks: int, precision: str, zero: int
@@ -275,7 +275,9 @@ def waits(rank: int, config: Config) -> int:
     return len(waited)
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "zero", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_the_host_queues_micro_steps_in_advance(prepared: Path, zero: int) -> None:
     """From the third step on DeepSpeed's throughput timer, which prints nothing here, would wait for the GPU before
     each forward pass and after each backward pass."""

@@ -188,7 +188,11 @@ def test_a_recording_touches_no_parameter_of_autograd(prepared: Path) -> None:
 
 SMALL = ("model.num_layers=2", "evaluate.sequences=4", "evaluate.streams=2")
 CASES: dict[str, tuple[str, Layout, tuple[str, ...]]] = {
-    "every dropout and regulariser": ("switchall", Layout(zero=0, micro=4), ()),
+    "every dropout and regulariser": (
+        "switchall",
+        Layout(zero=0, micro=4),
+        ("model.attention.entropy_weight=0.05",),
+    ),
     "memory that grows": (
         "switchall xl",
         Layout(micro=4, zero=2, recompute="full"),

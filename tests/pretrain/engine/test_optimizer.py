@@ -43,7 +43,8 @@ def plain_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW
     return _Plain([{key: group[key] for key in ("params", "weight_decay")} for group in fused.param_groups], **options)
 
 
-@pytest.mark.parametrize("precision, zero", [pytest.param("fp32", 0, marks=pytest.mark.slow), ("bf16", 1)])
+@pytest.mark.slow  # the fast one: test_the_counter_is_where_adamw_keeps_it
+@pytest.mark.parametrize("precision, zero", [("fp32", 0), ("bf16", 1)])
 def test_a_run_goes_on_in_the_other_form(prepared: Path, tmp_path: Path, precision: str, zero: int) -> None:
     """Whatever form saved: masters and moments stay those of the run that never changed its form, to rounding."""
     keys = (f"train.precision={precision}", f"parallel.zero={zero}", "evaluate.sequences=0", "train.steps=4")

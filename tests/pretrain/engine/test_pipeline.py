@@ -147,6 +147,7 @@ def test_auxiliary_losses_of_every_stage_reach_the_routers(prepared: Path) -> No
     assert_same(trace, reference, str(layout))
 
 
+@pytest.mark.slow  # the fast one: the one of test_layouts.py
 def test_bf16_stays_near_fp32(prepared: Path) -> None:
     """Measured on one rank: single losses 0.7%, norms 2.7% away; a gradient's norm 12% (a LayerNorm's bias)."""
     reference = plain_trace(config_of(prepared, "switchall", Layout(micro=8)), STEPS, (0,))

@@ -34,7 +34,8 @@ def switches(zero: int) -> dict[str, bool]:
 
 def misplaced(rank: int, configs: list[Config]) -> list[tuple[list[str], int]]:
     """Of each configuration the parameters whose pieces hold other elements, or that are others, or not as whole, once
-    the model has got its weights from the pieces after a step; and the elements of all pieces."""
+    the model has got its weights from the pieces after a step, or that are not zero once all pieces are; and the
+    elements of all pieces."""
     found = []
     for config in configs:
         trainer, specs = trainer_of(config), parameter_specs(config.model)
@@ -51,6 +52,10 @@ def misplaced(rank: int, configs: list[Config]) -> list[tuple[list[str], int]]:
         before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
         refresh_weights(trainer.engine)
         wrong += [name for name, value in module.named_parameters() if not torch.equal(value, before[name])]
+        for piece in own:
+            piece.master.zero_()
+        refresh_weights(trainer.engine)
+        wrong += [name for name, value in module.named_parameters() if value.any()]
         found.append((wrong, elements))
         trainer.engine.destroy()
     return found

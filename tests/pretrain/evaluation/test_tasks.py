@@ -152,7 +152,7 @@ class Loop:
         return {"accuracy": float(np.mean(of_kinds))}
 
 
-@pytest.mark.parametrize("name, context", [("rope", CONTEXT // 2), ("xl", CONTEXT)])
+@pytest.mark.parametrize("name, context", [pytest.param("rope", CONTEXT // 2, marks=pytest.mark.slow), ("xl", CONTEXT)])
 def test_the_numbers_are_those_of_a_loop_over_single_texts(runs: Path, name: str, context: int) -> None:
     found = evaluated(runs / name, "--tasks", f"validation,{tasks_of(runs)}", "--batch", "5")
     loop = Loop(load_model(runs / name), context)

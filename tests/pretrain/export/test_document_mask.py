@@ -42,7 +42,9 @@ def masked(name: str, attention: str = "sdpa") -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("switchall", "moa") else pytest.mark.slow) for name in MASKED]
+)
 def test_logits_and_gradients_are_those_of_the_mask(name: str) -> None:
     ours, tokens = model_of(name), texts()
     documents = document_index(tokens, END)

@@ -60,7 +60,7 @@ def test_the_buffer_of_a_checkpoint_holds_a_ranks_share_of_the_state(prepared: P
         assert staging_bytes(waiting, stages[0], 2, data_size) == 0
 
 
-@pytest.mark.parametrize("keys", [(), ("parallel.pipeline=2",)])
+@pytest.mark.parametrize("keys", [(), pytest.param(("parallel.pipeline=2",), marks=pytest.mark.slow)])
 def test_a_run_that_fits_a_cpu_without_the_copy_alone_does_not_fit(prepared: Path, keys: tuple[str, ...]) -> None:
     """Of a whole model, which is traced, and of stages, which are rehearsed. Beside a GPU the copy takes none of it."""
     config = small_config(prepared, *keys)

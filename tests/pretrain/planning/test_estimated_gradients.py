@@ -43,18 +43,15 @@ def at_zero(stage: int, *keys: str) -> tuple[str, ...]:
 
 FAST: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "ZeRO 0: buckets are copied after the backward pass": (2, 2, at_zero(0)),
-    "ZeRO 1 alone: the share is as large as the sums": (1, 1, at_zero(1, BF16)),
     "ZeRO 1 in bf16: gradients go as buckets are reduced": (8, 1, at_zero(1, BF16)),
     "ZeRO 1 in bf16: the share lies beside the sums": (2, 2, at_zero(1, BF16, FULL)),
     "ZeRO 2: each micro-step has a share beside the sum": (2, 2, at_zero(2)),
-    "ZeRO 2 in bf16: the sum is what is updated": (4, 1, at_zero(2, BF16)),
     "ZeRO 2 in bf16: no bucket holds the largest parameter": (
         2,
         1,
         ("parallel.zero=2", "model.num_layers=1", SMALL, BF16, FULL),
     ),
     "ZeRO 2 in fp16: one bucket, which is sent in fp32": (8, 2, ("parallel.zero=2", LARGE, "train.precision=fp16")),
-    "one bucket": (2, 2, ("parallel.zero=1", BF16)),
 }
 """Number of ranks, micro-steps, settings."""
 TABLE = {
@@ -67,6 +64,9 @@ TABLE = {
     if not (stage == 0 and precision == "bf16")
 }  # fmt: skip
 OTHERS: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "ZeRO 1 alone: the share is as large as the sums": (1, 1, at_zero(1, BF16)),
+    "ZeRO 2 in bf16: the sum is what is updated": (4, 1, at_zero(2, BF16)),
+    "one bucket": (2, 2, ("parallel.zero=1", BF16)),
     "XL memory": (2, 4, at_zero(1, BF16, "model.position.type=xl")),
     "tied": (2, 1, at_zero(2, BF16, "model.tied_embedding=true")),
     "one optimizer group": (2, 4, at_zero(1, "optimizer.weight_decay=0.0")),
@@ -113,6 +113,7 @@ def of_gloo(rank: int, config: Config) -> list[tuple[int, int]]:
     return [(step.at_peak.get("gloo", 0), step.resting["weights"]) for step in steps]
 
 
+@pytest.mark.slow  # the fast one: test_an_estimate_is_what_a_rehearsed_step_holds
 def test_on_cpus_gloo_copies_the_weights_that_ranks_gather(prepared: Path) -> None:
     """More than the rest of the update where a rank's share is small; with an offloaded optimizer the highest point."""
     keys = (*SIZES, BUCKET, "parallel.zero=2", "parallel.offload_optimizer=true", "optimizer.weight_decay=0.0")
@@ -122,7 +123,7 @@ def test_on_cpus_gloo_copies_the_weights_that_ranks_gather(prepared: Path) -> No
     check(prepared, {"ZeRO 2": (8, 1, at_zero(2, BF16, "model.sequence_length=16"))}, "cpu")
 
 
-# FAST has each of these rows' reasons.
+# FAST has most of these rows' reasons.
 @pytest.mark.slow
 @pytest.mark.parametrize("table", [TABLE, OTHERS], ids=["all stages", "others"])
 def test_every_estimate(prepared: Path, table: dict[str, tuple[int, int, tuple[str, ...]]]) -> None:
@@ -146,10 +147,8 @@ def peaks_of_the_first_stage(rank: int, config: Config) -> dict[int, int]:
     return {each: rehearse(config, 4, each, "cuda", most_micro_steps=99).peak for each in ranks}
 
 
-# What it takes to know this of more layouts is minutes; that of bf16 is the one where the first rank is not it.
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "TP2 in bf16")) for name in DIVIDED]
-)
+@pytest.mark.slow  # the fast one: test_an_estimate_is_what_a_rehearsed_step_holds
+@pytest.mark.parametrize("name", DIVIDED)
 def test_no_rank_holds_more_than_the_one_that_is_rehearsed(prepared: Path, name: str) -> None:
     config = small_config(prepared, *SIZES, BUCKET, *DIVIDED[name])
     data_size = config.data_size(4)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -33,7 +33,7 @@ from pretrain.config.schema import Config
 from pretrain.planning import fit as planning
 from pretrain.planning import layout_plan
 from pretrain.planning.fit import changes, fit, with_overrides
-from pretrain.planning.layout_plan import StepTime, Traffic, traffic
+from pretrain.planning.layout_plan import StageMemory, StepTime, Traffic, traffic
 from pretrain.planning.links import Collective
 from pretrain.planning.machine import Machine, MachineOptions, machine
 from pretrain.planning.record import Call, Rehearsal
@@ -52,10 +52,10 @@ def by_stage(estimate: Callable[..., Any]) -> Callable[..., list[Any]]:
     ]
 
 
-class Total(NamedTuple):
+def whole(gib: float, stage: int = 0) -> StageMemory:
     """In place of a traced estimate."""
-
-    total: int
+    all_of_it = int(gib * GIB)
+    return StageMemory(stage=stage, blocks=1, parameters=1, parts={}, total=all_of_it, staging=0, offloaded=0)
 
 
 def h100(gpus: int, **options: Any) -> Machine:
@@ -69,9 +69,9 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Config], flo
     def install(needed: Callable[[Config], float]) -> list[Config]:
         asked: list[Config] = []
 
-        def estimate(config: Config, num_ranks: int, device_type: str, *, stage: int = 0) -> Total:
+        def estimate(config: Config, num_ranks: int, device_type: str, *, stage: int = 0) -> StageMemory:
             asked.append(config)
-            return Total(int(needed(config) * GIB))
+            return whole(needed(config), stage)
 
         def collectives(config: Config, num_ranks: int, stage: int, device_type: str = "cuda") -> list[Collective]:
             found = [Collective("all_reduce", "data", config.data_size(num_ranks), 10**9, "update")]
@@ -165,6 +165,12 @@ def test_a_change_of_the_loss_is_told(by_hand: ByHand, scope: str, helps: str, s
     told = [line.strip() for line in head if "another loss" in line]
     begin = "which is another loss: model.feedforward.entropy_scope = micro_batch, of micro_sequences x data, "
     assert told == ([] if said is None else [begin + said]) and helps in line
+    another_loss = as_json(report)["change"]["another_loss"]
+    if said is None:
+        assert another_loss is None
+    else:
+        keys = ("model.feedforward.entropy_scope",)
+        assert another_loss == {"keys": keys, "sequences": 32, "run_sequences": 64}
 
 
 def test_what_is_executed_is_what_the_model_needs_and_what_is_repeated(by_hand: ByHand) -> None:

@@ -263,6 +263,7 @@ def test_the_1b_model_on_its_eight_gpus() -> None:
     assert a_state <= found.activations.of_a_layer < 1.1 * a_state
 
 
+@pytest.mark.slow  # the fast one: test_cuda_graphs_which_no_rehearsal_has_are_added_up in preflight/test_step.py
 def test_graphs_keep_activations_and_a_copy_of_the_gradients_for_each_kind() -> None:
     """On an H200 this run took 29.4 GiB of tensors at its peak, and its graphs hold theirs in the update too."""
     keys = ["batch.global_sequences=32", "batch.micro_sequences=8"]

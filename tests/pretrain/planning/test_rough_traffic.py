@@ -129,7 +129,7 @@ def of_a_block(config: Config, num_ranks: int) -> Counter[str]:
 
 
 ALL = list(itertools.product([(2, TP2), (2, SP), (2, EP2), (4, (*SP, *EP2))], ("none", "selective", "full")))
-FAST = [((2, SP), "selective"), ((4, (*SP, *EP2)), "full")]
+FAST = [((2, SP), "selective")]
 """Beside the figures made by hand above, which have each way to send."""
 
 

@@ -17,7 +17,7 @@ from common.errors import ConfigError, UserError
 from common.units import GIB
 from pretrain.cli import train
 from pretrain.cli.plan import main
-from pretrain.cli.plan_search import lines_of, settings
+from pretrain.cli.plan_search import as_json, lines_of, settings
 from pretrain.config.graph_rules import takes_graphs
 from pretrain.config.loading import load_config, parse_config, to_json
 from pretrain.config.rules import check_ranks
@@ -25,7 +25,7 @@ from pretrain.config.schema import Config
 from pretrain.planning import fit as planning
 from pretrain.planning import layout_plan, search
 from pretrain.planning.layout_file import chosen_tree, write_config
-from pretrain.planning.layout_plan import StepTime
+from pretrain.planning.layout_plan import StageMemory, StepTime
 from pretrain.planning.links import Collective
 from pretrain.planning.machine import Machine, MachineOptions, machine
 from pretrain.planning.measured import RESULTS, Measurements, measurements
@@ -34,7 +34,7 @@ from pretrain.planning.paces import paces, why_no_time
 from pretrain.planning.search import Found, Layout
 from pretrain.planning.step_time import Pace, Terms, blocks_of_stages
 from pretrain.planning.stops import CannotRehearse, StepStops
-from tests.pretrain.planning.test_fit import Total, by_stage
+from tests.pretrain.planning.test_fit import by_stage, whole
 from tests.pretrain.runs import small_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -44,13 +44,13 @@ SMALL = ("model.num_layers=2", "batch.global_sequences=8")
 """Of the 1B model: a space of a few hundred layouts on four GPUs."""
 
 
-def estimate(config: Config, num_ranks: int, device_type: str, *, stage: int = 0) -> Total:
+def estimate(config: Config, num_ranks: int, device_type: str, *, stage: int = 0) -> StageMemory:
     """In place of a trace: what divides less or keeps more needs more."""
     parallel, kept = config.parallel, {"none": 9.0, "selective": 5.0, "full": 2.0}[config.train.recompute]
     shared = 30.0 / parallel.zero if parallel.zero else 60.0
     divided = parallel.tensor * parallel.pipeline
     total = (shared + kept * config.batch.micro_sequences * (0.8 if parallel.sequence else 1)) / divided + stage
-    return Total(int(total * GIB))
+    return whole(total, stage)
 
 
 def collectives(config: Config, num_ranks: int, stage: int) -> list[Collective]:
@@ -178,7 +178,7 @@ def test_of_layouts_as_fast_the_one_with_more_headroom_comes_first() -> None:
 
 
 def test_a_search_for_what_is_too_large_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout_plan, "stage_memories", by_stage(lambda *args, **kwargs: Total(1000 * GIB)))
+    monkeypatch.setattr(layout_plan, "stage_memories", by_stage(lambda *args, **kwargs: whole(1000)))
     report = search.search(load_config(ONE_BILLION, SMALL), h100(2), results=NOWHERE, progress=lambda *_: None)
     assert not report.best and sum(report.excluded.values()) == report.excluded[search.FULL] > 4 * report.traced
     monkeypatch.setattr(search, "MOST_REHEARSED", 3)
@@ -255,7 +255,7 @@ def test_reasons() -> None:
 
 
 def test_nothing_fits_and_nothing_is_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(layout_plan, "stage_memories", by_stage(lambda *args, **kwargs: Total(1000 * GIB)))
+    monkeypatch.setattr(layout_plan, "stage_memories", by_stage(lambda *args, **kwargs: whole(1000)))
     line = ["search", str(ONE_BILLION), "--gpus", "2", "--gpu", "h100-80gb", "--results", str(ONE_BILLION.parent)]
     small = [argument for setting in SMALL for argument in ("--set", setting)]
     assert main([*line, *small]) == 2
@@ -311,7 +311,12 @@ def test_table_options_file_and_json_are_of_the_same_layouts(
         traced=4,
     )
     asked, target = list[Path](), tmp_path / "a file.json"
-    monkeypatch.setattr("pretrain.cli.plan_search.search", lambda *_, results, **__: (asked.append(results), report)[1])
+
+    def searched(*given: object, results: Path, **options: object) -> search.SearchReport:
+        asked.append(results)
+        return report
+
+    monkeypatch.setattr("pretrain.cli.plan_search.search", searched)
     line = ["search", str(ONE_BILLION), "--gpus", "16", "--gpu", "h100-80gb", "--results", str(tmp_path)]
     assert main([*line, "--write", str(target)]) == 0 and asked == [tmp_path]
     out = capsys.readouterr().out
@@ -358,6 +363,11 @@ def test_layouts_with_another_loss_are_named() -> None:
         assert set(products) > {4}, "the search shows layouts of both kinds"
         others = ", ".join(str(row) for row, product in enumerate(products, 1) if product != 4)
         assert named == ([others] if scope == "micro_batch" else [])
+        keys = ("model.feedforward.entropy_scope",)
+        assert [one["another_loss"] for one in as_json(config, report, found)["best"]] == [
+            {"keys": keys, "sequences": product, "run_sequences": 4} if product != 4 and named else None
+            for product in products
+        ]
 
 
 def test_a_disk_that_refuses_the_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,28 +61,42 @@ def test_a_collective_that_one_rank_does_not_call_is_found(prepared: Path, monke
     assert problem.endswith("let the layer, or the setting, that makes the difference do the same on all of them")
 
 
+REASONS = {"strides": "strides (24, 384, 1) is not contiguous", "dtype": "int16 is no dtype of NCCL"}
+
+
+@pytest.mark.parametrize("fault", ["strides", pytest.param("dtype", marks=pytest.mark.slow)])
 def test_what_gloo_takes_and_nccl_does_not_is_found_for_a_gpu_alone(
-    prepared: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     transform = Block.transform
-    reasons = {"strides": "strides (24, 384, 1) is not contiguous", "dtype": "int16 is no dtype of NCCL"}
-    faults = [*reasons]
 
     @functools.wraps(transform)
     def planted(self: Any, hidden: Any, *others: Any) -> Any:
-        for fault in faults:
-            own = hidden.detach().clone()
-            own = own.transpose(0, 1) if fault == "strides" else own.to(torch.int16)
-            dist.all_reduce(own, group=self.attention.parallel.tensor_group)
+        own = hidden.detach().clone()
+        own = own.transpose(0, 1) if fault == "strides" else own.to(torch.int16)
+        dist.all_reduce(own, group=self.attention.parallel.tensor_group)
         return transform(self, hidden, *others)
 
     monkeypatch.setattr(Block, "transform", planted)
     assert rehearsed(prepared, 2, *TWO, *SHORT).outcomes[0].passed
-    for fault, reason in reasons.items():
-        faults[:] = [fault]
-        (problem,) = map(str, rehearsed(prepared, 2, *TWO, *SHORT, device="cuda").outcomes[0].problems)
-        assert problem.startswith("parallel.tensor: all_reduce of 768 ")
-        assert f"{reason}, which NCCL does not take between GPUs" in problem
+    (problem,) = map(str, rehearsed(prepared, 2, *TWO, *SHORT, device="cuda").outcomes[0].problems)
+    assert problem.startswith("parallel.tensor: all_reduce of 768 ")
+    assert f"{REASONS[fault]}, which NCCL does not take between GPUs" in problem
+
+
+def test_deepspeed_forgets_the_world_that_was_played(prepared: Path) -> None:
+    """Its groups, by which it would take this process for one of that world's ranks."""
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    layout = (*TWO, "parallel.sequence=true", "parallel.expert=2", "batch.global_sequences=4")
+    assert rehearsed(prepared, 4, *SHORT, *layout).outcomes[0].passed
+    kept = {
+        name
+        for name, value in vars(groups).items()
+        if isinstance(value, dist.ProcessGroup) or (name.startswith("_EXPERT") and value)
+    }
+    assert (comm.cdb, groups.mpu, kept) == (None, None, set())
 
 
 ALL = ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.expert=2")
@@ -104,7 +118,7 @@ def test_the_ranks_of_legal_layouts_call_the_same(prepared: Path, ranks: int, ov
     assert ("as many tokens as possible" in memory.said) is ("parallel.expert=2" in overrides)
 
 
-@pytest.mark.parametrize("graphs", ["auto", "off"])
+@pytest.mark.parametrize("graphs", ["auto", pytest.param("off", marks=pytest.mark.slow)])
 def test_cuda_graphs_which_no_rehearsal_has_are_added_up(prepared: Path, graphs: str) -> None:
     keys = (*SHORT, "train.precision=bf16", f"train.cuda_graph={graphs}")
     config = small_config(prepared, *keys)

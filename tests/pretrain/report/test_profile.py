@@ -133,6 +133,14 @@ def test_torch_takes_the_call_that_begins_the_history(monkeypatch: pytest.Monkey
     assert signature.bind(**keys) and keys["max_entries"] < signature.parameters["max_entries"].default
 
 
+def test_torch_takes_the_call_that_writes_a_snapshot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    signature, calls = inspect.signature(torch.cuda.memory._dump_snapshot), list[str]()
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", calls.append)
+    assert not device.write_memory_snapshot(tmp_path, torch.device("cpu"))
+    assert device.write_memory_snapshot(tmp_path, torch.device("cuda", 0))
+    assert calls == [str(tmp_path)] and next(iter(signature.parameters)) == "filename" and signature.bind(*calls)
+
+
 @pytest.mark.parametrize("has_history", [False, True])
 def test_the_message_of_a_full_gpu_says_what_its_snapshot_has(
     has_history: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -108,9 +108,9 @@ def test_what_may_help_depends_on_the_layer(prepared: Path) -> None:
     of_attention, of_experts = (Collapsed(f"blocks.0.{kind}", None, 1.0, 9) for kind in ("attention", "feedforward"))
     switchhead, moa = (small_config(prepared, *keys).model for keys in ((), (MOA,)))
     rate = "or lower optimizer.learning_rate"
-    assert advice(switchhead, [of_attention]) == f"raise model.attention.expert_dropout, {rate}"
+    assert advice(switchhead, [of_attention]) == f"raise model.attention.entropy_weight, {rate}"
     assert advice(moa, [of_attention]) == f"raise model.attention.switch_loss_weight, {rate}"
-    both = "model.feedforward.entropy_weight and model.attention.expert_dropout"
+    both = "model.feedforward.entropy_weight and model.attention.entropy_weight"
     assert advice(switchhead, [of_attention, of_experts]) == f"raise {both}, {rate}"
 
 
@@ -149,7 +149,7 @@ def test_a_line_has_the_means_of_its_interval(
     assert lines[1] == "step 3/9  loss not finite, update skipped"
     assert lines[2].startswith("warning: step 3: collapsed routers (share of the choices that")
     assert "blocks.0.attention.output head 0 (100.0% for 2 steps)" in lines[2]
-    assert "raise model.attention.expert_dropout, or lower optimizer.learning_rate" in lines[2]
+    assert "raise model.attention.entropy_weight, or lower optimizer.learning_rate" in lines[2]
     # Steps 2 to 4: losses 5 and 4, norms 2 and 4, 384 tokens in 4 s, the last step's rate, counts summed.
     assert lines[3].startswith(
         "step 4/9  loss 4.5000  ppl 90.02  grad 3.000  lr 4.00e-03  96 tok/s  "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from model.config import MoAConfig, SigmaMoEConfig
 from pretrain.cli.train import print_derived
 from pretrain.config.loading import load_config, to_json
 from pretrain.data.sources import Sources
@@ -49,6 +50,37 @@ def test_a_loss_that_depends_on_the_layout_is_told(prepared: Path, capsys: pytes
         rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines() if "regulariser" in row]
         begin = "a regulariser's batch 4 of 8 sequences micro_sequences x DP; another product is another loss"
         assert rows == [f"{begin} (model.{key} = micro_batch)" for key in keys]
+
+
+def test_a_start_says_that_no_loss_keeps_experts_in_use(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one row, with the keys and what the project's configurations have; not where settings say that it is meant."""
+    swapped = "model.feedforward.type=sigma_moe"
+    feedforward = "model.feedforward.entropy_weight is not set (0.0001 to 0.001 in configs/paper)"
+    attention = "model.attention.z_loss_weight and switch_loss_weight are not set (0.001 and 0.01 in configs/paper)"
+    told: dict[tuple[str, ...], str] = {
+        (): feedforward,
+        ("model.attention.type=moa",): f"{attention}; {feedforward}",
+        ("model.attention.type=moa", "model.feedforward.entropy_weight=0.001"): attention,
+        ("model.feedforward.entropy_weight=0",): "",
+        ("model.feedforward.expert_dropout=0.05",): "",
+        ("model.feedforward.num_experts=4",): "",  # every token takes all
+        ("model.attention.type=moa", "model.attention.cv_loss_weight=0.1", "model.feedforward.type=dense"): "",
+        ("model.attention.type=moa", "model.attention.router=sigmoid", "model.feedforward.type=dense"): "",
+    }
+    dense = ROOT / "configs" / "quality" / "dense.json"
+    for overrides, words in told.items():
+        config = load_config(dense, [f"data.manifest={prepared}", "model.vocab_size=400", swapped, *overrides])
+        print_derived(config, 1, Sources.load(config), prepared / "run")
+        rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines() if "experts kept" in row]
+        assert rows == [f"experts kept in use by no loss {words}"] * bool(words), overrides
+
+
+def test_the_weights_that_a_start_names_are_those_of_the_configurations() -> None:
+    models = [load_config(path).model for path in sorted((ROOT / "configs" / "paper").glob("*.json"))]
+    moa = [model.attention for model in models if isinstance(model.attention, MoAConfig)]
+    sigma_moe = [model.feedforward for model in models if isinstance(model.feedforward, SigmaMoEConfig)]
+    assert {(layer.z_loss_weight, layer.switch_loss_weight) for layer in moa} == {(0.001, 0.01)}
+    assert {layer.entropy_weight for layer in sigma_moe} - {0.0} == {0.0001, 0.001}
 
 
 @pytest.mark.parametrize("name_of_copy", ["config.json", "config-5f0c7a9be1d2.json"])

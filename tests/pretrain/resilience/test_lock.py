@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 
 import common.run_lock as locks
 from common.errors import UserError
+from common.paths import REPOSITORY
 from common.run_lock import FolderLock, LockLost
 
 _context = multiprocessing.get_context("forkserver")
@@ -126,6 +129,46 @@ def test_an_owner_on_another_machine_lives_by_its_signs_of_life(tmp_path: Path) 
         FolderLock(tmp_path)
     _written_elsewhere(tmp_path, age=locks.DEAD_SECONDS + 5)
     assert FolderLock(tmp_path).taken_over == ["process 1 on node7"]
+
+
+_HOLD = """
+import os, sys, time
+from pathlib import Path
+from common.run_lock import FolderLock
+FolderLock(Path(sys.argv[1]))
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def _unshared(*options: str) -> list[str]:
+    """A command whose process numbers are those of a container of its own."""
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", *options]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], check=False).returncode != 0:
+        pytest.skip("needs unshare, and leave to make namespaces")
+    return command
+
+
+@pytest.mark.parametrize("options", [("--mount-proc",), ()], ids=["its own /proc", "the host's /proc"])
+def test_an_owner_in_another_container_lives_by_its_signs_of_life(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Of the same host: its number is that of another process here, and so in a third container. With the host's /proc
+    its number 1 would be init's for ever, also for one that starts in the same namespace."""
+    command = [*_unshared(*options), sys.executable, "-c", _HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as owner:
+        try:
+            assert owner.stdout is not None and owner.stdout.readline() == "1\n"
+            with pytest.raises(UserError, match=r"in use by process 1 on .*or container is gone, wait 60 s"):
+                FolderLock(tmp_path)
+            third = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False, timeout=60)
+            assert "in use by process 1 on" in third.stderr
+        finally:
+            owner.kill()
+    before = time.time() - locks.DEAD_SECONDS - 5
+    os.utime(tmp_path / "lock-1.json", (before, before))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as heir:
+        assert heir.stdout is not None and heir.stdout.readline() == "1\n"
+        heir.kill()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock-2.json"]
 
 
 def test_an_owner_whose_end_nobody_has_heard_of_is_dead(tmp_path: Path) -> None:

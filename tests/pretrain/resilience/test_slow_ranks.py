@@ -235,7 +235,13 @@ KEYS = (
     [
         (2, 1, "reading batches", ()),
         (4, 3, "forward", ("parallel.zero=2",)),
-        (4, 1, "reading batches", ("parallel.pipeline=2", "model.num_layers=2", "batch.micro_sequences=4")),
+        pytest.param(
+            4,
+            1,
+            "reading batches",
+            ("parallel.pipeline=2", "model.num_layers=2", "batch.micro_sequences=4"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["reading", "forward", "pipeline"],
 )

@@ -104,17 +104,15 @@ def test_a_run_has_the_limit_from_its_sixteenth_step_on_unless_memory_begins_ane
     """Of the run with memory every pass over the data has 20 steps."""
     steps = ("train.steps=22", "evaluate.sequences=0")
     memory = 'model.position={"type": "xl", "memory_chunks": 1}'
-    plain = light_config(prepared, *steps)
     streams = light_config(prepared, *steps, memory, f"data.max_tokens={20 * 8 * 16 + 1}")
     limits = []
     recorded = light_config(prepared, *steps, "train.record_routing=true")
-    for name, config in (("plain", plain), ("streams", streams), ("recorded", recorded)):
+    for name, config in (("streams", streams), ("recorded", recorded)):
         assert run_ranks(train_with, 1, config, tmp_path / name, note_limits, tmp_path / f"{name}.json") == ["FINISHED"]
         limits.append(json.loads((tmp_path / f"{name}.json").read_text()))
     # A step begins before the sums of the one before are read.
-    assert limits[0] == [None] * 16 + [120.0] * 6
-    assert limits[1] == [None] * 16 + [120.0] * 4 + [None] * 2
-    assert limits[2] == [None] * 22
+    assert limits[0] == [None] * 16 + [120.0] * 4 + [None] * 2
+    assert limits[1] == [None] * 22
 
 
 def note_quick_phases(trainer: Trainer, file: Path) -> None:

@@ -43,8 +43,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "TP2 SP EP2": (4, (*TP2_SP, "parallel.expert=2")),
 }
 OF_MODEL = {
-    "switchall": ("recompute full", "TP2 SP"),
-    "switchall xl": ("recompute selective", "TP2 SP", "PP2", "EP2", "TP2 PP2"),
+    "switchall": ("TP2 SP",),
+    "switchall xl": ("recompute full", "recompute selective", "TP2 SP", "PP2", "EP2", "TP2 PP2"),
     "moa": ("TP2 SP", "DP2 micro 1", "PP2"),
 }
 

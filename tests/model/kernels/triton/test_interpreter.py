@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter as stock
 from triton.runtime.errors import InterpreterError
 
 from benchmarks.kernel_cases.recording import recording
@@ -207,6 +211,13 @@ def test_numbers_that_are_equal_are_not_taken_for_one_another() -> None:
             with recording():
                 _times[(1,)](x, out, NUMBER=number)
             assert torch.equal(out, (x * number).repeat(2).float()), (dtype, number)
+
+
+def test_functions_that_are_replaced_are_those_that_triton_calls() -> None:
+    """One that it no longer called would have no effect, without a word."""
+    calls = [node.func for node in ast.walk(ast.parse(inspect.getsource(stock))) if isinstance(node, ast.Call)]
+    called = {getattr(function, "attr", getattr(function, "id", "")) for function in calls}
+    assert called >= {"_patch_lang", "_patch_lang_tensor", "_patch_attr", "_get_np_dtype", "binary_op", "cast_impl"}
 
 
 def test_repair_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_equals_loop_in_every_way(name: str, tiles: str, dtype: torch.dtype, req
 
 
 @pytest.mark.parametrize("swiglu", [False, True], ids=["ReLU", "SwiGLU"])
-@pytest.mark.parametrize("G, piece", [(48, 16), (67, 16), (80, 32)])
+@pytest.mark.parametrize("G, piece", [pytest.param(48, 16, marks=pytest.mark.slow), (67, 16), (80, 32)])
 def test_backward_in_pieces(G: int, swiglu: bool, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hidden layer goes through the gate a few columns at a time: also where it ends inside a piece, and where
     pieces divide it and tiles of 64 do not."""
