@@ -112,7 +112,7 @@ def test_advice_names_what_a_layer_has() -> None:
     assert advice(new_model(), both) == "raise model.feedforward.entropy_weight, or lower optimizer.learning_rate"
     assert advice(new_model(), both[:1]) == "lower optimizer.learning_rate"
     known = load_config(TINY).model
-    keys = "model.feedforward.entropy_weight and model.attention.expert_dropout"
+    keys = "model.feedforward.entropy_weight and model.attention.entropy_weight"
     assert advice(known, both) == f"raise {keys}, or lower optimizer.learning_rate"
     for router, key in (("softmax", "switch_loss_weight"), ("sigmoid", "expert_dropout")):
         moa = known.model_copy(update={"attention": validate(MoAConfig, {"router": router})})
