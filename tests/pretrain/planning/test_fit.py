@@ -20,6 +20,7 @@ from pretrain.cli.plan_fit import (
     _memory,
     _time,
     _traffic,
+    _verdict,
     as_json,
     change_text,
     lines_of,
@@ -274,6 +275,9 @@ def test_what_is_not_known_is_said_and_not_estimated(by_hand: ByHand) -> None:
     assert report.fits and report.time is None and "--peak-tflops" in str(report.why_no_time)
     cpu = fit(load_config(ONE_BILLION), machine(MachineOptions(gpu="cpu", gpus=2)), results=NOWHERE)
     assert cpu.fits is None and cpu.time is None
+    assert not [line for line in _verdict(TINY, cpu, 0) if line.startswith("change:")], (
+        "nothing says that one is needed"
+    )
 
 
 def test_equal_collectives_are_one_line() -> None:
@@ -380,15 +384,15 @@ def test_tables_have_what_any_stage_has_and_each_number_in_its_column() -> None:
 
 def test_hours_and_tokens_are_those_of_a_step_of_the_run() -> None:
     """36 to 72 s a step of 4,096 tokens, on two GPUs, of 200 steps of which 100 are done."""
-    report = fit(load_config(TINY, ["model.num_layers=1"]), h100(2), results=NOWHERE)
+    report = fit(load_config(TINY, ["model.num_layers=1"]), h100(2, gpus_per_node=1), results=NOWHERE)
     time = StepTime(Terms(compute=30.0, inside=6.0), Terms(compute=72.0))
     assert whole_run(report, time, 100) == (
         "36 s to 72 s a step, 56 to 113 tokens a second; the 100 of 200 steps that are left take 1 to 2 h, 2 to 4 "
         "GPU-hours, without validation and start-up"
     )
-    change: Any = SimpleNamespace(overrides=("a=1",), total=5)
+    change: Any = SimpleNamespace(overrides=("train.recompute=full",), total=5)
     told = as_json(replace(report, time=time, change=change), 100)
-    assert told["change"] == {"set": ["a=1"], "needed_bytes": 5}
+    assert told["change"] == {"set": ["train.recompute=full"], "needed_bytes": 5, "another_loss": None}
     fast = told["seconds"]["fast"]
     assert (fast["run_hours"], fast["run_gpu_hours"], fast["hours_left"]) == (2.0, 4.0, 1.0)
     assert fast["tokens_per_second"] == 4096 / 36 and (told["steps_done"], told["steps_left"]) == (100, 100)
