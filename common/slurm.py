@@ -34,23 +34,28 @@ def node_name(env: Mapping[str, str]) -> str:
 def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
     """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT of this task of srun.
 
-    Empty outside of srun, in a step of one task, and where another launcher has set WORLD_SIZE. MASTER_ADDR and
-    MASTER_PORT stay as they are if both are set. Raises UserError if the first node's address cannot be found.
+    Empty outside of srun, in a step of one task, and where another launcher has set WORLD_SIZE; LOCAL_SIZE alone where
+    a container has set the others of this task. MASTER_ADDR and MASTER_PORT stay as they are if both are set. Raises
+    UserError if the first node's address cannot be found.
     """
     if not is_task_of_many(env):
         return {}
-    local_size = str(tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])])
     if "WORLD_SIZE" in env:
         # In NVIDIA's images enroot and pyxis set all but the size of a node; then every rank would take all of them for
         # those of its node, and neither code nor copies of the data of several nodes would be compared.
-        is_ours = all(env.get(ours) == env[its] for ours, its in OF_A_TASK.items())
-        return {"LOCAL_SIZE": local_size} if is_ours and not env.keys() & {"LOCAL_SIZE", "LOCAL_WORLD_SIZE"} else {}
+        is_ours = all(env.get(ours) == env.get(its) for ours, its in OF_A_TASK.items())
+        is_lacking = is_ours and not env.keys() & {"LOCAL_SIZE", "LOCAL_WORLD_SIZE"}
+        return {"LOCAL_SIZE": _tasks_of_this_node(env)} if is_lacking else {}
     return {
         **{ours: env[its] for ours, its in OF_A_TASK.items()},
-        "LOCAL_SIZE": local_size,
+        "LOCAL_SIZE": _tasks_of_this_node(env),
         "MASTER_ADDR": env.get("MASTER_ADDR") or first_address(env["SLURM_STEP_NODELIST"]),
         "MASTER_PORT": env.get("MASTER_PORT") or str(job_port(env)),
     }
+
+
+def _tasks_of_this_node(env: Mapping[str, str]) -> str:
+    return str(tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])])
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -139,7 +139,7 @@ class MoAAttention(nn.Module):
         tables = self.rope(documents, key.shape[1], q.device)
         q, key = rotate(q, key, tables, backend=self.backends.elementwise)
         q, key, value = (t.transpose(1, 2) for t in (q, key, value))
-        # One key and value head serves k query heads, without copies.
+        # One key and value head serves k query heads.
         backend = self.backends.causal_attention
         attended = causal_attention(q, key, value, documents, backend=backend, shared=True)
         return attended.transpose(1, 2)

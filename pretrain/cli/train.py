@@ -170,8 +170,8 @@ def early_end(path: Path, overrides: Sequence[str], given: str | None) -> EarlyE
 def dry_run(wanted: Wanted, *, with_step: bool = True) -> int:
     """Prints configuration and parameters, then makes all checks of `plan.py check` (`with_step`: of a step too), and
     prints what follows from the configuration. Then it estimates the memory of a rank, for the device that `wanted`
-    names or the GPU that is here. What is wrong is said before the checks that follow, and of settings that are wrong
-    nothing is printed but that. Returns the exit code."""
+    names or the GPU that is here. What is wrong is said before the checks that follow, and settings that are
+    wrong are not printed. Returns the exit code."""
     from pretrain.cli.plan_check import Errors, print_line, print_warnings, summary
 
     examination = Examination(wanted)

@@ -129,7 +129,9 @@ def attend(
     mask = None if mask is None else mask.to(q.device)
     k, v = (of_each_head(t, q.shape[1], 1) for t in (k, v))
     if not eager:
-        k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
+        if k.shape[1] != q.shape[1]:
+            # Copied: expanded, a new token's heads get the masks of other rows on GPUs (torch's issue 191937, of 2.12).
+            k, v = (t.repeat_interleave(q.shape[1], 1) for t in (k, v))
         is_causal = mask is None and q.shape[2] > 1
         if bias is not None:
             mask, is_causal = _causal(bias, mask), False

@@ -80,6 +80,8 @@ def test_variables_that_a_container_derives_from_sruns_lack_the_size_of_the_node
     assert Ranks.from_environment() == Ranks(rank=5, local_rank=1, world_size=7, local_size=2)
     for others in ({"LOCAL_WORLD_SIZE": "7"}, {"LOCAL_SIZE": "1"}, {"RANK": "0"}, {"WORLD_SIZE": "56"}):
         assert slurm.launcher_variables({**TASK, **hook, **others}) == {}
+    known = {name: value for name, value in TASK.items() if name not in ("SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE")}
+    assert slurm.launcher_variables({**known, "WORLD_SIZE": "56"}) == {}, "nothing is asked that is not needed"
 
 
 def test_outside_of_srun_nothing_is_set() -> None:

@@ -73,12 +73,13 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, sha
 
 
 def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
-    """The same of what that kernel takes: as many heads of keys as of queries, a single one seen by all without a copy,
-    and rows of whole 16 bytes, filled up with columns of 0."""
+    """The same of what that kernel takes: as many heads of keys as of queries, and rows of whole 16 bytes, filled up
+    with columns of 0. A single head of keys is copied too: where all heads see one by a stride of 0, torch takes heads
+    for the queries of a new token and gives them the masks of other queries (its issue 191937, of 2.12)."""
     H, h = q.shape[1], q.shape[3]
     if missing := -h % (16 // q.element_size()):
         q, k, v = (F.pad(t, (0, missing)) for t in (q, k, v))
-    k, v = (of_each_head(t, H, dim=1).expand(-1, H, -1, -1) for t in (k, v))
+    k, v = (t if t.shape[1] == H else t.repeat_interleave(H // t.shape[1], 1) for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=h**-0.5)[..., :h]
 
 

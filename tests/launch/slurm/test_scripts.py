@@ -66,6 +66,9 @@ def test_what_a_rank_of_this_start_refused_is_repeated(bench: Bench) -> None:
 PYXIS = """\
 slurmstepd: error: pyxis: failed to create container filesystem for image: /shared/a.sqsh
 slurmstepd: error: pyxis:     [ERROR] No such file or directory: /shared/a.sqsh
+slurmstepd: error: pyxis: --container-mounts: source path does not exist: /shared
+slurmstepd: error: pyxis:     enroot-mount: failed to mount: /scratch at /run/a/scratch: No such file or directory
+slurmstepd: error: pyxis: couldn't chdir to /shared/switchall: No such file or directory
 """
 
 

@@ -211,6 +211,24 @@ def test_keys_of_positions_are_computed_once_in_a_generation(monkeypatch: pytest
     assert computed == [16] * model.config.num_hidden_layers
 
 
+@torch.no_grad()
+def test_no_head_of_keys_is_given_by_a_stride_of_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With which a kernel of torch for GPUs takes heads for queries, and gives them the masks of other rows."""
+    model, tokens = theirs(model_of("moa"), "sdpa"), some_tokens(2, 9)
+    attend, strides = F.scaled_dot_product_attention, list[int]()
+
+    def noted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        assert k.shape[1] == v.shape[1] == q.shape[1] > 1
+        strides.extend((k.stride(1), v.stride(1)))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    model.generate(tokens, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert len(strides) == 3 * 2 * model.config.num_hidden_layers and all(strides)
+
+
 def test_only_the_logits_that_are_asked_for() -> None:
     model, tokens = theirs(model_of("switchall xl"), "sdpa"), some_tokens(2, 9)
     logits = model(tokens).logits

@@ -20,6 +20,7 @@ import pretrain.resilience.step_limit
 import pretrain.resilience.watchdog
 import tests.harness as harness
 from common.ports import free_port
+from common.run_lock import UNSEEN
 from pretrain.config.watching import ResilienceConfig
 from pretrain.phases import Phases, Record, read
 from pretrain.report.exit_codes import ExitCode
@@ -381,7 +382,8 @@ def test_a_step_that_ended_late_and_is_being_written_down_is_no_hang(tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_one_rank_reads_the_reports_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("namespace", ["", UNSEEN], ids=["nodes", "containers with the host's /proc"])
+def test_one_rank_reads_the_reports_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, namespace: str) -> None:
     """Five nodes of a rank each: if every rank read all reports, N ranks would read N x N files."""
     reads: list[int] = []
 
@@ -391,10 +393,13 @@ def test_one_rank_reads_the_reports_of_all(tmp_path: Path, monkeypatch: pytest.M
         return found
 
     monkeypatch.setattr("pretrain.resilience.watchdog.read_reports", counted)
-    identities = [{"host": f"node-{rank}", "boot": "", "namespace": "", "pid": 1, "start": 1} for rank in range(5)]
+    identities = [
+        {"host": f"node-{rank}", "boot": "", "namespace": namespace, "pid": 1, "start": 1} for rank in range(5)
+    ]
     codes: list[int] = []
+    stops = [Left(codes) for _ in range(5)]
     watchdogs = [
-        Watchdog(tmp_path, Phases(), Left(codes), Peers(rank, identities), hang_timeout_seconds=0.2, lock=None)
+        Watchdog(tmp_path, Phases(), stops[rank], Peers(rank, identities), hang_timeout_seconds=0.2, lock=None)
         for rank in range(5)
     ]
     deadline = time.monotonic() + 30
@@ -404,6 +409,7 @@ def test_one_rank_reads_the_reports_of_all(tmp_path: Path, monkeypatch: pytest.M
         watchdog.close()
     assert codes == [5] * 5 and reads == [5]
     message = (tmp_path / "hang" / "message.txt").read_text()
+    assert [stop.reason for stop in stops] == [message.strip()] * 5
     assert "no rank is behind" in message and "Waiting: ranks 0-4," in message
     assert [event["message"] for event in events(tmp_path, "hang")] == [message.strip()]
 
