@@ -33,7 +33,9 @@ def evaluate_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
 
 def test_every_option_reaches_the_evaluation(evaluate_checkpoint: Mock) -> None:
-    line = "run --tasks validation=other,cbt --harness arc_easy --shots 0 --log-samples --limit 3 --batch 5 --context 7 "
+    line = (
+        "run --tasks validation=other,cbt --harness arc_easy --shots 0 --log-samples --limit 3 --batch 5 --context 7 "
+    )
     line += "--data d --out o --ema --device cpu --set evaluate.sequences=4"
     assert main(line.split()) == 0
     choices = Choices(
