@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -22,6 +23,7 @@ from pretrain.cli.plan_costs import model_costs, short, table
 from pretrain.cli.plan_match import match_width, with_width
 from pretrain.cli.plan_models import Width, check_width
 from pretrain.config.loading import load_config
+from pretrain.preflight.whole import Wanted
 from tests.pretrain.refused import refused_without_torch
 
 PLAN = str(ROOT / "launch" / "plan.py")
@@ -108,6 +110,26 @@ def test_a_reader_that_stops_reading_is_no_error(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_every_option_of_a_check_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its exit code is that of the command."""
+    check = Mock(return_value=2)
+    monkeypatch.setattr("pretrain.cli.plan_check.print_check", check)
+    line = "check c.json --ranks 4 --run-dir r --device cuda --rank 0 --device-memory 1.5 --json --set train.steps=3"
+    assert main(line.split()) == main(["check", "c.json", "--no-step"]) == 2
+    wanted = Wanted(
+        config="c.json",
+        option="CONFIG",
+        overrides=["train.steps=3"],
+        run_dir="r",
+        num_ranks=4,
+        device="cuda",
+        device_memory=3 << 29,
+    )
+    first, second = check.call_args_list
+    assert first.args == (wanted,) and first.kwargs == {"as_json": True, "rank": 0, "with_step": True}
+    assert second.kwargs == {"as_json": False, "rank": None, "with_step": False}
+
+
 def test_match_prints_the_value_the_totals_and_the_override(plan: Callable[..., str]) -> None:
     files = (str(PAPER / "c4_switchhead_47m.json"), "--like", str(PAPER / "c4_dense_47m.json"))
     printed = plan("match", *files, "--solve", "head_dim", "--set", "model.attention.head_dim=64")
@@ -134,7 +156,7 @@ def test_match_prints_the_value_the_totals_and_the_override(plan: Callable[..., 
             "--results: there is no folder nowhere",
         ),
         (["search", "TINY", "--gpus", "1", "--gpu", "h200", "--results", "nowhere"], "--results: there is no folder"),
-        (["check", "TINY", "--rank", "1", "--no-step"], "--rank: a step of it is to be rehearsed, but --no-step"),
+        (["check", "TINY", "--rank", "0", "--no-step"], "--rank: a step of it is to be rehearsed, but --no-step"),
         (
             ["match", "TINY", "--like", "TINY"],
             "model.feedforward.hidden_size: model.feedforward.type sigma_moe has no hidden_size; solve for head_dim or",
