@@ -85,6 +85,7 @@ def whole(rectangles: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor
     return tensor
 
 
+@pytest.mark.slow  # five ways to save; of ours the fast tests of checkpoints have this
 def test_all_methods_save_the_same_state_of_two_ranks(done: Done) -> None:
     folder, names, _ = done
     states = [of_ours(folder / name) if "ours" in name else of_dcp(folder / name / "step-1") for name in names[:-1]]
@@ -98,6 +99,7 @@ def test_all_methods_save_the_same_state_of_two_ranks(done: Done) -> None:
         assert torch.equal(tensor, whole(first, f"master/{name}", tensor.shape)), name
 
 
+@pytest.mark.slow  # the same five
 def test_every_method_is_measured_on_two_ranks(done: Done) -> None:
     found = done.measured
     assert len(found["saves"]) == 5 and found["steps_beside"] >= 1

@@ -62,12 +62,12 @@ def test_the_buffer_of_a_checkpoint_holds_a_ranks_share_of_the_state(prepared: P
 
 @pytest.mark.parametrize("keys", [(), pytest.param(("parallel.pipeline=2",), marks=pytest.mark.slow)])
 def test_a_run_that_fits_a_cpu_without_the_copy_alone_does_not_fit(prepared: Path, keys: tuple[str, ...]) -> None:
-    """Of a whole model, which is traced, and of stages, which are rehearsed. Beside a GPU the copy takes none of it."""
+    """Of a whole model, which is traced, and of stages, which are rehearsed."""
     config = small_config(prepared, *keys)
     waiting = config.replaced("checkpoint", asynchronous=False)
 
-    def report(config: Config, size: float, gpu: str = "cpu") -> tuple[bool | None, int]:
-        found = fit(config, machine(MachineOptions(gpu=gpu, gpus=2, memory_gib=size / GIB)))
+    def report(config: Config, size: float) -> tuple[bool | None, int]:
+        found = fit(config, machine(MachineOptions(gpu="cpu", gpus=2, memory_gib=size / GIB)))
         return found.fits, found.needed
 
     alone, (_, with_copy) = report(waiting, GIB)[1], report(config, GIB)
@@ -77,12 +77,10 @@ def test_a_run_that_fits_a_cpu_without_the_copy_alone_does_not_fit(prepared: Pat
     between = (alone + with_copy) / 2 / USABLE
     assert report(waiting, between)[0] is True
     assert report(config, between)[0] is False
-    on_gpus = [report(each, GIB, "h100-80gb") for each in (config, waiting)]
-    assert on_gpus[0] == on_gpus[1]
 
 
 def test_the_largest_micro_batch_leaves_room_for_the_copy(prepared: Path) -> None:
-    """Of two ranks with a sequence each."""
+    """Of two ranks with a sequence each. Beside a GPU the copy takes none of it."""
     config = small_config(prepared, "batch.global_sequences=2", "batch.micro_sequences=1")
     waiting = config.replaced("checkpoint", asynchronous=False)
     copy = staging_bytes(config, held_by_stages(config, 2)[0], 2, 2)

@@ -90,7 +90,8 @@ def test_deepspeed_forgets_the_world_that_was_played(prepared: Path) -> None:
     from deepspeed.utils import groups
 
     layout = (*TWO, "parallel.sequence=true", "parallel.expert=2", "batch.global_sequences=4")
-    assert rehearsed(prepared, 4, *SHORT, *layout).outcomes[0].passed
+    config = small_config(prepared, *SHORT, *layout)
+    assert rehearsal.rehearse(config, 4, 0, "cpu").calls
     kept = {
         name
         for name, value in vars(groups).items()

@@ -320,7 +320,7 @@ def test_where_the_configuration_cannot_be_read_the_saved_one_says_whom_to_tell(
 def test_nobody_is_told_who_did_not_ask(tmp_path: Path) -> None:
     told = f"monitor.alert_command={command(tmp_path, WRITES, str(tmp_path / 'got'))}"
     assert started(tmp_path / "night", "data.manifest=nowhere", told, 'monitor.alerts=["finished"]') == 2
-    assert started(tmp_path / "night", "data.manifest=nowhere", told, "--dry-run") == ExitCode.REFUSED
+    assert started(tmp_path / "night", "train.stepz=3", told, "--dry-run") == ExitCode.REFUSED
     assert calls(tmp_path / "got") == []
 
 
