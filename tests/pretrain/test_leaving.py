@@ -8,17 +8,20 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.errors import PassingError, UserError
 from pretrain import device, loop
 from pretrain.cli.train import run
 from pretrain.config.schema import TrainConfig
 from pretrain.config.watching import ResilienceConfig
+from pretrain.parallel.agreement import PeerFailed
 from pretrain.ranks import Ranks
-from pretrain.resilience.signals import Stop
+from pretrain.resilience.guard import Diverged, RankLost, ReplicasDiffer, collective_timeout
+from pretrain.resilience.signals import ProcessState, Stop
 from tests.harness import LIMIT_SECONDS, forked
 
 
@@ -50,6 +53,42 @@ def test_a_rank_that_fails_alone_says_why_and_leaves_though_its_group_holds_it(
         process.join(LIMIT_SECONDS)
         assert process.exitcode == code, (tmp_path / "said").read_text()
     assert (tmp_path / "said").read_text().splitlines()[-1] == said
+
+
+@pytest.mark.parametrize(
+    "error, code, speakers",
+    [
+        (UserError("planted"), 2, (0, 1)),
+        (PassingError("planted"), 7, (0, 1)),
+        (PeerFailed(UserError), 2, ()),
+        (PeerFailed(PassingError), 7, ()),
+        (Diverged("planted"), 3, (0,)),
+        (ReplicasDiffer("planted"), 4, (0,)),
+        (RankLost("planted"), 7, (0, 1)),  # rank 0 may be the one that is gone
+    ],
+    ids=repr,
+)
+def test_each_rank_ends_with_the_code_of_what_ended_the_run(
+    error: Exception,
+    code: int,
+    speakers: tuple[int, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It leaves its group with that code, and no signal of the launcher changes it any more."""
+    config: Any = SimpleNamespace(train=TrainConfig(device="cpu"), resilience=ResilienceConfig())
+    for rank in (0, 1):
+        stop, start, end, left = Stop(), Mock(), Mock(), []
+        monkeypatch.setattr(device, "start", start)
+        monkeypatch.setattr(device, "stop", lambda code, stop=stop, left=left: left.append((code, stop.state)))
+        monkeypatch.setattr(loop, "train", Mock(side_effect=error))
+        nothing: Any = None
+        assert run(config, nothing, tmp_path, Ranks(rank, rank, 2, 2), stop, end=end) == code
+        assert left == [(code, ProcessState.ENDING)]
+        assert start.call_args.kwargs == {"timeout_seconds": collective_timeout(config.resilience)}
+        end.close.assert_called_once_with(stop)
+        assert capsys.readouterr().err == "error: planted\n" * (rank in speakers)
 
 
 def test_what_the_process_group_says_at_the_end_does_not_change_the_code(

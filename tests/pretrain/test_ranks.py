@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from common.errors import UserError
+from common.paths import REPOSITORY
 from common.ports import free_port
 from pretrain import device
 from pretrain.cli import train as cli
@@ -17,7 +21,7 @@ from pretrain.device import Unreachable, start
 from pretrain.gpus import device_type
 from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode
-from pretrain.resilience.signals import is_launched
+from pretrain.resilience.signals import ProcessState, Stop, is_launched
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHED = {
@@ -87,6 +91,43 @@ def test_bad_variables_are_refused_by_name(
     assert cli.main(["--config", "never read"]) == ExitCode.REFUSED
     message = capsys.readouterr().err
     assert message.startswith(f"error: {words}") and message.count("\n") == 1, message
+
+
+@pytest.mark.parametrize("rank, world_size", [(0, 1), (0, 2), (1, 2)])
+def test_what_a_rank_does_before_the_ranks_meet(
+    launched: pytest.MonkeyPatch, tmp_path: Path, rank: int, world_size: int
+) -> None:
+    """The first of them estimates what the run needs, and says what it is. All are patient with the disk, which one of
+    several does not ask about every file."""
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_SIZE", world_size)):
+        launched.setenv(name, str(value))
+    stop, parts = Stop(), {name: Mock() for name in ("Forecast", "Patience", "preflight", "print_derived", "run")}
+    stop.state = ProcessState.LOADING
+    checkpoint = Mock()
+
+    def checked(*arguments: Any, **options: Any) -> tuple[str, int, Mock]:
+        assert stop.state is ProcessState.JOINING, "a signal ends it now"
+        return "the data", 1, checkpoint
+
+    parts["preflight"].side_effect = checked
+    parts["run"].return_value = 5
+    for name, part in parts.items():
+        launched.setattr(cli, name, part)
+    config = str(REPOSITORY / "configs" / "switchall_tiny.json")
+    assert cli.main(["--config", config, "--run-dir", str(tmp_path / "run")], stop) == 5
+    made, is_first = parts["Patience"], rank == 0
+    assert made.call_args.args[0] > 0 and made.call_args.kwargs == {"rank": rank}
+    expected = {"alone": world_size == 1, "patience": made.return_value}
+    assert parts["preflight"].call_args.args[1:] == (world_size, tmp_path / "run")
+    assert parts["preflight"].call_args.kwargs == expected
+    assert parts["print_derived"].call_count == parts["Forecast"].call_count == is_first
+    assert parts["Forecast"].return_value.close.call_count == is_first, "its process ends with this one"
+    if is_first:
+        assert parts["print_derived"].call_args.args[1:] == (1, "the data", tmp_path / "run", checkpoint)
+    _, *others, side_by_side, end = parts["run"].call_args.args
+    ranks = Ranks(rank=rank, local_rank=rank, world_size=world_size, local_size=world_size)
+    assert others == ["the data", tmp_path / "run", ranks, stop]
+    assert (side_by_side is not None) == is_first and end is not None
 
 
 @pytest.mark.parametrize(
