@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.json_config import read_tree
+from pretrain.config.loading import load_config, to_json
 
 ROOT = Path(__file__).resolve().parents[3]
 OF_THE_RUN = {"train.seed", "train.device", "data.manifest", "model.attention.type", "model.feedforward.type"}
@@ -75,3 +76,21 @@ def test_the_published_values_beside_chosen_ones_are_those() -> None:
             assert json.loads(f"[{words}]") == [published[key] for key in row]
             looked_at += 1
     assert looked_at == 5
+
+
+def test_defaults_that_are_not_the_published_values_are_named() -> None:
+    """Keys that the file of the run does not have."""
+    ours, published = (
+        dict(leaves(to_json(load_config(ROOT / "configs" / name))))
+        for name in ("switchall_1b.json", "paper/c4_switchall_259m.json")
+    )
+    told = {key for row, _ in rows() for key in row} | OF_THE_RUN
+    told |= {"model.attention.expert_dropout", "model.feedforward.expert_dropout", "model.position.memory_chunks"}
+    defaults = {key for key in ours.keys() & published.keys() - told if ours[key] != published[key]}
+    defaults = {
+        key for key in defaults if key.partition(".")[0] in ("model", "batch", "optimizer", "schedule", "train")
+    }
+    assert defaults == {"model.initialization", "schedule.shape"}
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    paragraph = page.partition("\nInitial weights (")[2].partition("\n\n")[0]
+    assert all(f"`{ours[key]}`" in f"({paragraph}" for key in defaults)
