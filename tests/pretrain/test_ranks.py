@@ -21,6 +21,7 @@ from pretrain.device import Unreachable, start
 from pretrain.gpus import device_type
 from pretrain.ranks import Ranks
 from pretrain.report.exit_codes import ExitCode
+from pretrain.resilience.early_end import EarlyEnd
 from pretrain.resilience.signals import ProcessState, Stop, is_launched
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -128,6 +129,18 @@ def test_what_a_rank_does_before_the_ranks_meet(
     ranks = Ranks(rank=rank, local_rank=rank, world_size=world_size, local_size=world_size)
     assert others == ["the data", tmp_path / "run", ranks, stop]
     assert (side_by_side is not None) == is_first and end is not None
+
+
+def test_a_start_that_is_refused_is_ending_before_it_says_so(launched: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The launcher's signal to a rank that still tells why, perhaps by a slow alert, is no stop of the run."""
+    for name in ("RANK", "LOCAL_RANK"):
+        launched.setenv(name, "0")
+    stop, noted = Stop(), []
+    launched.setattr(EarlyEnd, "note", lambda end, code, reason: noted.append((code, stop.state)))
+    config = str(REPOSITORY / "configs" / "switchall_tiny.json")
+    line = ["--config", config, "--run-dir", str(tmp_path / "run"), "--set", "train.stepz=1"]
+    assert cli.main(line, stop) == ExitCode.REFUSED
+    assert noted == [(ExitCode.REFUSED, ProcessState.ENDING)]
 
 
 @pytest.mark.parametrize(

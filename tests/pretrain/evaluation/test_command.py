@@ -18,6 +18,7 @@ from pretrain.cli import evaluate_checkpoint as command
 from pretrain.cli.evaluate import main
 from pretrain.cli.evaluate_checkpoint import Choices
 from pretrain.config.schema import TrainConfig
+from pretrain.evaluation.harness_run import Options
 from pretrain.evaluation.likelihood import Limits
 from pretrain.parallel.agreement import PeerFailed
 from pretrain.ranks import Ranks
@@ -121,13 +122,15 @@ def test_the_first_rank_prints_all_tasks_with_their_notes_and_writes_each(
 ) -> None:
     model = opened(is_first=is_first)
     model.checkpoint.path = tmp_path
-    read = Mock()
+    read, harness, load = Mock(), Mock(), Mock(return_value=model)
     stand_ins: dict[str, Any] = {
         "find_checkpoint": lambda run: model.checkpoint,
         "config_of": lambda checkpoint: None,
         "evaluation_config": lambda *_, **__: (SimpleNamespace(model=None), None),
         "document_end_of": lambda config, tokenizer: None,
-        "open_model": lambda *_, **__: model,
+        "open_model": load,
+        "task_specs": lambda names, shots: [names, shots],
+        "evaluate_with_harness": harness,
         "_open": read,
         "_evaluate_one": lambda _, name, *__: command.Evaluated(
             f"{name}-file", {"task": name}, [(name, "", "accuracy", "0.5", "9")], [f"{name} is small"]
@@ -135,12 +138,15 @@ def test_the_first_rank_prints_all_tasks_with_their_notes_and_writes_each(
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(command, name, stand_in)
-    choices = Choices(wanted={"lambada": "l", "cbt": None}, batch=5, context=7, out=tmp_path / "out", ema=True)
+    wanted, out = {"lambada": "l", "cbt": None}, tmp_path / "out"
+    choices = Choices(wanted=wanted, harness="arc", shots=2, limit=3, batch=5, context=7, out=out, ema=True)
     command.evaluate_checkpoint(tmp_path / "run", choices, torch.device("cpu"))
     assert [(call.args[1:3], call.args[4]) for call in read.call_args_list] == [
         (("lambada", "l"), LIMITS),
         (("cbt", None), LIMITS),
     ]
+    assert load.call_args.kwargs == {"ema": True, "weights": None}
+    harness.assert_called_once_with(model, ["arc", 2], LIMITS, Options(limit=3, shots=2, keeps_samples=False), out)
     printed = capsys.readouterr().out.splitlines()
     written = {path.name: json.loads(path.read_text())["task"] for path in (tmp_path / "out").glob("*")}
     if not is_first:
