@@ -183,13 +183,10 @@ class PlannedRun:
     def _start(self, found: Outcome, *, thorough: bool) -> str:
         from pretrain.checkpoint.folder import AT_ONCE
         from pretrain.checkpoint.initial import KEY, initial_checkpoint
-        from pretrain.checkpoint.shapes import check_shapes
         from pretrain.resilience.rollback import pending, read_rollbacks
         from pretrain.resume import (
             branch_start,
             candidates,
-            changed_settings,
-            check_tokenizer,
             named_checkpoint,
             newest_committed,
             newest_valid,
@@ -224,20 +221,29 @@ class PlannedRun:
             )
             assert initial is not None
             return f"none yet; the run begins with the weights of {initial.path} ({KEY})"
-        # Of data sets that could not be opened, nothing is said here.
-        digest = self.sources.digest if self.sources is not None else newest.state["manifest_digest"]
-        if self.sources is not None and newest.weights_source is None:
-            check_tokenizer(newest, self.sources)
-        changed_settings(self.config, newest, digest)
-        check_shapes(newest, self.config.model, "checkpoint.resume")
+        self._goes_with(newest)
         if thorough:
             valid, damaged = newest_valid(paths, rank=0, world_size=1, gather=lambda found: [found])
             self.passed_over = tuple(f"a checkpoint would be passed over: {reason}" for reason in damaged)
             found.warnings += self.passed_over
-            newest = valid or newest
+            if valid is not None and valid.path != newest.path:
+                self.newest = newest = valid
+                self._goes_with(valid)
         how = "every file has its sha256" if thorough else "every file has its size"
         where = f"continues from {newest.path}, step {newest.progress.step:,}{undone}"
         return f"{where}: {how}, and its settings go with these"
+
+    def _goes_with(self, checkpoint: Checkpoint) -> None:
+        """Raises UserError unless the run may continue from it."""
+        from pretrain.checkpoint.shapes import check_shapes
+        from pretrain.resume import changed_settings, check_tokenizer
+
+        # Of data sets that could not be opened, nothing is said here.
+        digest = self.sources.digest if self.sources is not None else checkpoint.state["manifest_digest"]
+        if self.sources is not None and checkpoint.weights_source is None:
+            check_tokenizer(checkpoint, self.sources)
+        changed_settings(self.config, checkpoint, digest)
+        check_shapes(checkpoint, self.config.model, "checkpoint.resume")
 
     def _disk(self, found: Outcome) -> str:
         space = self.space()

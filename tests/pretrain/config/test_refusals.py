@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -320,8 +321,12 @@ def test_a_mark_at_the_beginning_of_a_file(place: Path, monkeypatch: pytest.Monk
     assert cli.main(["--config", "marked.json", *DRY]) == 0
 
 
-def test_a_dry_run_reads_the_checkpoint_that_a_start_would(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_reads_the_checkpoint_that_a_start_would(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bit that only the sha256 shows: one damaged checkpoint is passed over, two are refused."""
+    derived = Mock(wraps=cli.print_derived)
+    monkeypatch.setattr(cli, "print_derived", derived)
     for step, code in ((2, 0), (1, 2)):
         path = place / "run" / "checkpoints" / f"step-0000000{step}" / "rank-00000.safetensors"
         content = bytearray(path.read_bytes())
@@ -333,4 +338,5 @@ def test_a_dry_run_reads_the_checkpoint_that_a_start_would(place: Path, capsys: 
         assert words in (captured.out if code == 0 else captured.err)
         if code == 0:
             assert f"continues from {place}/run/checkpoints/step-00000001, step 1: every file has its" in captured.out
+            assert derived.call_args.args[4].progress.step == 1
     assert captured.err.startswith("error: no checkpoint is whole (")

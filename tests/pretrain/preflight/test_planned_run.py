@@ -151,6 +151,13 @@ def test_settings_and_shapes_are_compared_with_those_of_the_checkpoint(
     compared["check_tokenizer"].assert_called_once()
     assert run._start(found, thorough=True).startswith("continues from step-5, step 5: every file has its sha256")
     assert found.warnings == ["a checkpoint would be passed over: step-6 is damaged"] == list(run.passed_over)
+    older = Mock(state={"manifest_digest": "older"}, weights_source=None, path="step-4")
+    older.progress.step = 4
+    valid.return_value = (older, ["step-5 is damaged"])
+    assert run._start(found, thorough=True).startswith("continues from step-4, step 4: every file has its sha256")
+    assert run.newest is older, "from which epochs are counted, and the steps of a record"
+    compared["changed_settings"].assert_called_with(run.config, older, "older")
+    shapes.assert_called_with(older, run.config.model, "checkpoint.resume")
 
 
 def test_room_is_looked_for_where_the_run_saves(
