@@ -34,6 +34,15 @@ def test_a_changed_model_is_described_as_it_is(prepared: Path, capsys: pytest.Ca
     assert epochs == f"{7 * config.batch.global_sequences / windows:.2f}" and not float(epochs).is_integer()
 
 
+def test_packages_of_other_versions_are_told(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(prepared)
+    monkeypatch.setattr("pretrain.cli.train.misfits", lambda: ["torch is another"])
+    print_derived(config, 1, Sources.load(config), prepared / "run")
+    assert "warning: torch is another" in capsys.readouterr().out.splitlines()
+
+
 def test_a_loss_that_depends_on_the_layout_is_told(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of regularisers that are summed over a micro-step, on all ranks; none of weight 0, none of the global batch."""
     entropy = "model.feedforward.entropy_scope=micro_batch"
