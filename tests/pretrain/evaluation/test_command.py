@@ -25,6 +25,9 @@ from pretrain.ranks import Ranks
 from tests.pretrain.runs import small_config
 
 
+MEMORY = ("--set", "model.position.memory_chunks=2")
+
+
 @pytest.fixture
 def evaluate_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Mock:
     """In place of all that it computes."""
@@ -60,7 +63,8 @@ def test_every_option_reaches_the_evaluation(evaluate_checkpoint: Mock) -> None:
     [
         (["--shots", "0"], "--shots: is for the tasks of --harness, and there is none"),
         (["--log-samples"], "--log-samples: is for the tasks of --harness, and there is none"),
-        (["--harness", "arc_easy", "--set", "model.position.memory_chunks=2"], "--set model.position.memory_chunks: "),
+        (["--harness", "arc_easy", *MEMORY], "--set model.position.memory_chunks: is of a validation alone"),
+        (["--harness", "arc_easy", "--tasks", "validation", *MEMORY], "--set model.position.memory_chunks: is of a"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(
