@@ -24,7 +24,6 @@ from pretrain.parallel.agreement import PeerFailed
 from pretrain.ranks import Ranks
 from tests.pretrain.runs import small_config
 
-
 MEMORY = ("--set", "model.position.memory_chunks=2")
 
 

@@ -6,6 +6,7 @@ import functools
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from pretrain.config.schema import Config
 from pretrain.planning import rehearsal
 from pretrain.planning.memory import estimate
 from pretrain.planning.record import Rehearsal
-from pretrain.preflight.checklist import Checklist
+from pretrain.preflight.checklist import Blocked, Checklist
 from pretrain.preflight.run import PlannedRun
 from pretrain.preflight.step import StepRehearsal
 from tests.pretrain.runs import small_config
@@ -179,13 +180,22 @@ def test_what_cuda_graphs_keep_may_be_too_much(prepared: Path, monkeypatch: pyte
         assert bool(rehearsed(prepared, 1, *keys, device="cuda", memory=has).outcomes[1].warnings) == warns
 
 
-@pytest.mark.parametrize("name", ["rules", "layout", "device"])
+def test_the_copy_for_a_checkpoint_is_that_of_the_stage_with_most(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.planning.layout_plan.copy_beside_a_step", lambda *given: (5, 9, 7)[given[2]])
+    config = small_config(prepared, "parallel.pipeline=3", "model.num_layers=3")
+    assert StepRehearsal(PlannedRun(config, 3, None, "cpu", data_size=1))._copy() == 9
+
+
+@pytest.mark.parametrize("fault", [UserError("train.steps: is wrong"), Blocked("it is not known")])
+@pytest.mark.parametrize("name", ["configuration", "rules", "layout", "device", "optimizer"])
 def test_no_step_is_rehearsed_of_a_run_that_cannot_be(
-    prepared: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, name: str, fault: Exception
 ) -> None:
     monkeypatch.setattr(rehearsal, "rehearse", lambda *_, **__: pytest.fail("it was rehearsed"))
     checks = Checklist()
-    checks.do(name, lambda found: found.problem(UserError("train.steps: is wrong")) or "")  # type: ignore[func-returns-value]
+    checks.do(name, Mock(side_effect=fault))
     StepRehearsal(PlannedRun(small_config(prepared), 1, None, "cpu", data_size=1)).check(checks)
     assert [outcome.blocked_by for outcome in checks.outcomes[1:]] == [f"{name} has a fault"] * 2
 
