@@ -188,6 +188,26 @@ def test_the_copy_for_a_checkpoint_is_that_of_the_stage_with_most(
     assert StepRehearsal(PlannedRun(config, 3, None, "cpu", data_size=1))._copy() == 9
 
 
+def test_the_last_rank_may_be_rehearsed_too(prepared: Path) -> None:
+    run = PlannedRun(small_config(prepared), 4, None, "cpu", data_size=4)
+    assert [StepRehearsal(run, rank)._ends() for rank in (0, 3, 4)] == [[0], [0, 3], [0]]
+
+
+def test_data_parallel_ranks_have_no_setting_of_their_own(prepared: Path) -> None:
+    """parallel.data is no key: their number follows from the others."""
+    run = PlannedRun(small_config(prepared, *TWO), 4, None, "cpu", data_size=2)
+    assert [StepRehearsal(run)._key(group) for group in ((0, 1), (0, 2))] == ["parallel.tensor", "parallel"]
+
+
+def test_sizes_are_compared_where_tokens_are_split_evenly(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere ranks of an expert group send each other what they have."""
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_, **__: Rehearsal(1, {}, 0, {}, 0, {}, [], []))
+    compare = Mock(return_value=None)
+    monkeypatch.setattr("pretrain.planning.same_calls.first_difference", compare)
+    rehearsed(prepared, 2, *SHORT, "parallel.expert=2", "batch.micro_sequences=1", TWO[1])
+    assert [call.kwargs for call in compare.call_args_list] == [{"is_even": True}, {"is_even": False}]
+
+
 @pytest.mark.parametrize("fault", [UserError("train.steps: is wrong"), Blocked("it is not known")])
 @pytest.mark.parametrize("name", ["configuration", "rules", "layout", "device", "optimizer"])
 def test_no_step_is_rehearsed_of_a_run_that_cannot_be(
