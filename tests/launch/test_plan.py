@@ -130,6 +130,16 @@ def test_every_option_of_a_check_reaches_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert second.kwargs == {"as_json": False, "rank": None, "with_step": False}
 
 
+def test_a_search_that_may_not_write_its_file_is_refused_before_it_searches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "there.json"
+    there.write_text("{}")
+    monkeypatch.setattr("pretrain.cli.plan.wanted_of", lambda args: pytest.fail("it began"))
+    line = ["search", str(PAPER / "c4_dense_47m.json"), "--gpus", "1", "--gpu", "h200", "--write", str(there)]
+    assert main(line) == 2 and capsys.readouterr().err.startswith("error: --write: ")
+
+
 def test_match_prints_the_value_the_totals_and_the_override(plan: Callable[..., str]) -> None:
     files = (str(PAPER / "c4_switchhead_47m.json"), "--like", str(PAPER / "c4_dense_47m.json"))
     printed = plan("match", *files, "--solve", "head_dim", "--set", "model.attention.head_dim=64")
