@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import json
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,9 +21,10 @@ import pretrain.export.loading
 import pretrain.generation.texts
 import pretrain.saved_model.loading
 from model.language_model import build_model
+from pretrain.cli import generate as cli
 from pretrain.cli.generate import main
 from pretrain.generation.ids import Cost
-from pretrain.generation.texts import Settings, stream
+from pretrain.generation.texts import Generated, Piece, Settings, stream
 from pretrain.saved_model import load_model
 from tests.pretrain.saved import add_moving_average
 
@@ -230,3 +233,33 @@ def test_logits_that_are_not_finite_and_ids_that_do_not_fit(
     with_change(lambda saved: vars(saved.tokenizer).update(eos_id=None))
     code, _, said = generate(trained, "--prompt", "a", "--tokens", 3)
     assert code == 0 and said.startswith("the run's data have no id that ends a text: texts end after --tokens\n")
+
+
+def test_each_text_begins_with_its_prompt_which_messages_call_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = cli._prompts(argparse.Namespace(prompts=None, prompt=["a", "b"]))
+    assert prompts == [("a", "--prompt 1"), ("b", "--prompt 2")]
+    pieces = [Piece(number, content, None) for number in range(4) for content in ("x", "y")]
+    monkeypatch.setattr(pretrain.generation.texts, "stream", lambda *_, **__: pieces)
+    printer, nothing = Mock(), Mock()
+    assert cli._print_all(nothing, prompts, Settings(samples=2), Cost(), printer) == 0
+    assert [call.args for call in printer.begin.call_args_list] == [(p, n, 4) for n, p in enumerate("aabb")]
+    assert [call.args[0] for call in printer.add.call_args_list] == list("xyxyxyxy")
+
+
+@pytest.mark.parametrize("is_ended", [True, False])
+def test_json_says_whether_the_model_ended_the_text(is_ended: bool) -> None:
+    found = cli._as_dict(Generated("a", 1, " b", (3, 4), is_ended))
+    assert found == {"prompt": "a", "sample": 1, "text": " b", "ids": [3, 4], "ended": is_ended}
+
+
+def test_the_rate_is_of_what_comes_after_the_first_tokens() -> None:
+    cost = Cost(tokens=30, seconds=3.0, prompt_tokens=7, prompt_seconds=1.0, first_tokens=10)
+    said = cli._report(Mock(), Settings(is_cached=False), cost)
+    assert said.startswith("30 tokens in 3.00 s: 1.00 s to read the prompts (7 tokens)")
+    assert said.endswith("; then 10.0 tokens/s without a cache")
+    assert [cli._size(count) for count in (1536, 3 << 20)] == ["1.5 KiB", "3.0 MiB"]
+
+
+def test_ctrl_c_where_a_prompt_is_asked_for_ends_the_conversation_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", Mock(side_effect=["gab", KeyboardInterrupt]))
+    assert list(cli._lines()) == ["gab"]
