@@ -210,3 +210,26 @@ def test_a_number_that_is_not_finite_is_no_result(value: float) -> None:
     with pytest.raises(UserError, match=r"^lambada: the outputs of checkpoint step-00000003 are not finite"):
         command._refuse_what_is_not_finite(opened(), "lambada", {**content, "perplexity": value})
     command._refuse_what_is_not_finite(opened(is_first=False), "lambada", {**content, "perplexity": value})
+
+
+def test_data_of_another_tokenizer_and_data_that_are_not_there(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint from before its tokenizer was kept in it is evaluated on what is named."""
+    model = opened()
+    sources = SimpleNamespace(key="data.manifest", tokenizer=SimpleNamespace(sha256="a"))
+    opens = Mock(return_value=sources)
+    monkeypatch.setattr(command, "open_sources", opens)
+    for model.checkpoint.state in ({"tokenizer_sha256": "a"}, {}):
+        assert command._data(model, small_config(prepared)) is sources
+    model.checkpoint.state = {"tokenizer_sha256": "b"}
+    with pytest.raises(
+        UserError, match=r"the data of data\.manifest were made with another tokenizer than the model's"
+    ):
+        command._data(model, small_config(prepared))
+    opens.side_effect = UserError("planted")
+    with pytest.raises(UserError, match=r"^planted$"):
+        command._data(model, small_config(prepared))
+    rows = [{"manifest": str(place), "weight": 1} for place in (prepared, tmp_path / "gone")]
+    with pytest.raises(UserError, match=r"^validation: planted; name the place of the prepared data with --data$"):
+        command._data(model, small_config(prepared, f"data.sources={json.dumps(rows)}"))
