@@ -217,7 +217,7 @@ def test_data_of_another_tokenizer_and_data_that_are_not_there(
 ) -> None:
     """A checkpoint from before its tokenizer was kept in it is evaluated on what is named."""
     model = opened()
-    sources = SimpleNamespace(key="data.manifest", tokenizer=SimpleNamespace(sha256="a"))
+    sources: Any = SimpleNamespace(key="data.manifest", tokenizer=SimpleNamespace(sha256="a"))
     opens = Mock(return_value=sources)
     monkeypatch.setattr(command, "open_sources", opens)
     for model.checkpoint.state in ({"tokenizer_sha256": "a"}, {}):
