@@ -299,7 +299,8 @@ def test_what_is_said_before_a_start_counts_from_where_it_continues(
     less = mixed(base, {"pes2o": 0.5, "books": 0.5}, "train.steps=200", "batch.global_sequences=2", ranks=4)
     print_derived(less, 1, sources, tmp_path, newest)
     text = rf"tokens of the run +{800 * T + 100 * 2 * T:,} +{800 * T:,} so far \+ tokens per step x 100 steps\n"
-    assert re.search(text, capsys.readouterr().out)
+    output = capsys.readouterr().out
+    assert re.search(text, output) and f"1 of 2 sequences, {(240 + 100) / held['pes2o']:.2f} epochs" in output
 
 
 def test_a_record_of_choices_is_of_one_stage(base: Path, tmp_path: Path) -> None:
