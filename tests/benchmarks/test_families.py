@@ -84,6 +84,7 @@ def test_the_work_of_a_step_is_that_of_the_layers_that_are_timed(monkeypatch: py
     assert found.parameters == formula_parameters(whole).total
 
 
+@pytest.mark.slow  # the fast one: the others of this file
 def test_the_command_prints_a_line_for_each_family(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -207,6 +207,7 @@ def test_each_rank_has_the_same_micro_batch(prepared: Path) -> None:
         assert (config.batch.micro_sequences, config.batch.global_sequences) == (8, 8 * count)
 
 
+@pytest.mark.slow  # the fast one: traffic of ZeRO 1 in pretrain/planning/test_rough_traffic.py
 def test_a_rank_sends_gradients_and_weights_around_the_ring(prepared: Path) -> None:
     """ZeRO 1: (N - 1) / N of all gradients twice and of all weights once, 4 bytes each, and little else."""
     config = ranks.config_for(Path("configs/switchall_tiny.json"), [f"data.manifest={prepared}"], 4)

@@ -17,6 +17,7 @@ TOLERANCE = 1e-5
 """Relative, fp32: the tolerance of every layout test."""
 
 
+@pytest.mark.slow  # the fast one: test_the_triton_kernels_train_with_the_losses_of_the_cpu in data/test_documents.py
 def test_two_steps_give_the_losses_of_the_cpu_backend(prepared: Path) -> None:
     """Losses, gradient norms and every gradient, through the real trainer; regulariser and clipping on."""
     shape = ("batch.global_sequences=2", "batch.micro_sequences=2", "model.sequence_length=7")

@@ -192,6 +192,7 @@ def test_a_line_names_six_sources_and_how_many_more() -> None:
     assert sources_text(losses) == text
 
 
+@pytest.mark.slow  # the fast one: test_each_source_has_the_mean_loss_of_its_windows_in_every_layout
 def test_the_sources_are_shown_where_the_total_is(
     sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
