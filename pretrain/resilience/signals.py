@@ -53,6 +53,9 @@ STANDING_SECONDS = 2.0
 """How long a process that ends at once looks for what it leaves: the file system may be what hangs."""
 LOOK_SECONDS = 0.5
 """How often parent and grandparent are looked at."""
+LAUNCHER_SECONDS = 2.0
+"""How long a stop signal may come after the launcher's death and still be of the same request: SLURM signals the
+processes of a job one after the other, and a busy node may run this one late."""
 
 
 def heard_signals() -> list[signal.Signals]:
@@ -182,16 +185,19 @@ class Stop:
 
     def _serve(self, pipe: int) -> None:
         while True:
-            ready, _, _ = select.select([pipe], [], [], LOOK_SECONDS)
-            numbers = os.read(pipe, 64) if ready else b""
-            for number in numbers:
-                if number in STOP_SIGNALS:
-                    self._ask(signal.Signals(number).name)
-            self._look_at_launcher()
+            self._hear(pipe, LOOK_SECONDS)
+            self._look_at_launcher(pipe)
             self._look_at_peers()
             late = self._reason is not None and time.monotonic() - self._asked > START_UP_SECONDS
             if self.state in (ProcessState.LOADING, ProcessState.STARTING) and late:
                 self.leave(ExitCode.STOPPED, f"{self._reason} during start-up: nothing was trained")
+
+    def _hear(self, pipe: int, seconds: float) -> None:
+        """Acts on the signals in the pipe, and waits so long for one."""
+        ready, _, _ = select.select([pipe], [], [], seconds)
+        for number in os.read(pipe, 64) if ready else b"":
+            if number in STOP_SIGNALS:
+                self._ask(signal.Signals(number).name)
 
     def _ask(self, reason: str) -> None:
         with self._changing:
@@ -211,9 +217,12 @@ class Stop:
         is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
         self.leave(ExitCode.STOPPED, f"{reason} during start-up: nothing was trained" if is_speaker else "")
 
-    def _look_at_launcher(self) -> None:
+    def _look_at_launcher(self, pipe: int) -> None:
         if self._parent >= 0 and os.getppid() != self._parent:
             # Killed with the whole job (SLURM's USR1 reaches launchers that do not expect it), or killed alone?
+            deadline = time.monotonic() + LAUNCHER_SECONDS
+            while self._reason is None and (left := deadline - time.monotonic()) > 0:
+                self._hear(pipe, left)
             if self._reason is None:
                 os.kill(os.getpid(), signal.SIGKILL)
         elif self._runner is not None and _parent_of(self._parent) != self._runner and self._reason is None:

@@ -268,41 +268,45 @@ def test_a_dead_neighbour_ends_a_rank_that_was_asked_to_stop() -> None:
 RANK = """
 import os, time
 os.environ["WORLD_SIZE"] = "2"
-from pretrain.resilience.signals import ProcessState, Stop
-stop = Stop()
-stop.state = ProcessState.TRAINING
+import pretrain.resilience.signals as signals
+signals.LAUNCHER_SECONDS = {seconds}
+stop = signals.Stop()
+stop.state = signals.ProcessState.TRAINING
 stop.install(launched=True)
 open({ready!r}, "w").write(str(os.getpid()))
 while stop.requested is None:
     time.sleep(0.05)
-time.sleep(1.5)  # the checkpoint
+time.sleep(0.8)  # the checkpoint
 open({saved!r}, "w").close()
 """
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_a_rank_dies_with_its_launcher_unless_it_was_told_to_stop(tmp_path: Path, told: bool) -> None:
-    """The launcher is killed alone; or with the whole job by SIGUSR1, which it does not know: then the rank saves."""
-    child = tmp_path / "rank.py"
-    child.write_text(RANK.format(ready=str(tmp_path / "ready"), saved=str(tmp_path / "saved")))
+@pytest.mark.parametrize(
+    "told", ["never", pytest.param("before the launcher", marks=pytest.mark.slow), "after the launcher"]
+)
+def test_a_rank_dies_with_its_launcher_unless_it_was_told_to_stop(tmp_path: Path, told: str) -> None:
+    """The launcher is killed alone; or with the whole job by SIGUSR1, which it does not know: then the rank saves, also
+    if it hears of that last."""
+    child, seconds = tmp_path / "rank.py", 0.1 if told == "never" else 60
+    child.write_text(RANK.format(ready=str(tmp_path / "ready"), saved=str(tmp_path / "saved"), seconds=seconds))
+    wait = {"never": "", "before the launcher": "kill -USR1 {}", "after the launcher": "sleep 0.3; kill -USR1 {}"}[told]
     done = run_process(
         f"""
         process = subprocess.Popen([sys.executable, {str(child)!r}], env={{**os.environ, "PYTHONPATH": "."}})
         while not os.path.exists({str(tmp_path / "ready")!r}):
             time.sleep(0.05)
         time.sleep(0.1)
-        if {told}:
-            os.kill(process.pid, signal.SIGUSR1)
-            os.kill(os.getpid(), signal.SIGUSR1)
-        else:
-            os.kill(os.getpid(), signal.SIGKILL)
+        tell = subprocess.Popen(["sh", "-c", {wait!r}.format(process.pid)])
+        if {told.startswith("before")}:
+            tell.wait()
+        os.kill(os.getpid(), signal.{"SIGKILL" if told == "never" else "SIGUSR1"})
         time.sleep(20)
         """
     )
-    assert done.returncode == (-signal.SIGUSR1 if told else -signal.SIGKILL)
+    assert done.returncode == -(signal.SIGKILL if told == "never" else signal.SIGUSR1)
     pid = int((tmp_path / "ready").read_text())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists()
-    assert (tmp_path / "saved").exists() == told
+    assert (tmp_path / "saved").exists() == (told != "never")
