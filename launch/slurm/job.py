@@ -216,6 +216,16 @@ def named_by_content(folder: Path, stem: str, suffix: str, content: bytes) -> Pa
     return folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}{suffix}"
 
 
+def say_nothing_submitted(config: Path) -> None:
+    """What a dry run says of a script that cannot be handed to sbatch yet: the copy `config` is not there."""
+    if not config.exists():
+        print(
+            f"note: nothing is submitted; the script reads a copy of the configuration, {config}, which only a "
+            f"submission writes. Leave --dry-run out to submit it",
+            file=sys.stderr,
+        )
+
+
 def need_sbatch() -> None:
     """Raises UserError if SLURM is not installed."""
     if shutil.which("sbatch") is None:

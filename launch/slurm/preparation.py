@@ -94,7 +94,9 @@ def _submit(args: argparse.Namespace, numbers: list[str]) -> None:
             job.write_once(logs, CONFIG, ".json", config.content)
         path = job.write_once(logs, step, ".sbatch", text.encode("utf-8"))
         numbers.append(job.submit(path, *(job.after(numbers[-1]) if numbers else [])))
-    if not args.dry_run:
+    if args.dry_run:
+        job.say_nothing_submitted(config.path)
+    else:
         print(
             f"submitted jobs {' '.join(numbers)}: {', '.join(step for step, _ in STEPS)}; logs in {logs}\n"
             f"  state   squeue --job {','.join(numbers)}\n"

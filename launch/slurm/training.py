@@ -143,9 +143,11 @@ def _submit(args: argparse.Namespace) -> int | None:
     # A copy, because the file may be edited while the job waits or runs, and every restart reads it again.
     content = args.config.read_bytes()
     logs = run_dir / "slurm"
-    text = _script(args, run_dir, job.named_by_content(logs, "config", ".json", content))
+    config = job.named_by_content(logs, "config", ".json", content)
+    text = _script(args, run_dir, config)
     if args.dry_run:
         print(text, end="")
+        job.say_nothing_submitted(config)
         return None
     job.write_once(logs, "config", ".json", content)
     path = job.write_once(logs, "smoke" if args.smoke else "pretrain", ".sbatch", text.encode("utf-8"))

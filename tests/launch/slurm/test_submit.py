@@ -75,6 +75,8 @@ def test_dry_run_prints_a_script_and_writes_nothing(
         assert f"{line}\n" in printed, line
     assert "#SBATCH --gpus-per-node" not in printed
     assert "parameters, total" in said and re.search(r"data-parallel size +8 ", said)
+    config = re.search(r" (\S+/config-\w+\.json)", printed)
+    assert config and "note: nothing is submitted; the script reads a copy" in said and config[1] in said
     subprocess.run(["bash", "-n"], input=printed, text=True, check=True)
     assert not list(tmp_path.iterdir()), "a dry run wrote something"
 
@@ -311,7 +313,9 @@ def test_an_output_that_the_command_line_gives_is_handed_on_once(
     line = ["--config", str(config), "--tasks", "3", "--time", "60", "--allow-local", "--dry-run"]
     overrides = ["--set", "workers=1", "--set", f"output={tmp_path}/else"]
     assert preparation.main([*line, *overrides]) == 0
-    given = [text for text in capsys.readouterr().out.splitlines() if text.startswith("set -- ")]
+    printed, said = capsys.readouterr()
+    assert said.count("note: nothing is submitted") == 1
+    given = [text for text in printed.splitlines() if text.startswith("set -- ")]
     assert len(given) == 4 and all(text.endswith(f"--set workers=1 --set output={tmp_path}/else") for text in given)
 
 
