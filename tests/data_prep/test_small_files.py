@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import zstandard
 
+from common.paths import REPOSITORY
 from data_prep.cli import main
 from data_prep.shards.format import Manifest
 from data_prep.stages.ingest import BATCH_FILES, cut_batches
@@ -17,6 +20,14 @@ from tests.data_prep.outcome import outputs
 from tests.data_prep.raw_corpus import sample_texts, write_config
 
 FILES = 80
+ON_TWO = """
+import sys, pytest
+from data_prep.cli import main
+from tests.data_prep.test_small_files import limit
+with pytest.MonkeyPatch.context() as patch:
+    limit(patch)
+    sys.exit(main(["run", "--config", sys.argv[1]]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +58,10 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit(monkeypatch)
+
+
+def limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of some files, parts smaller than a batch, a file that gets parts of its own."""
     monkeypatch.setattr("data_prep.stages.ingest.BATCH_BYTES", 16_000)
     monkeypatch.setattr("data_prep.stages.ingest.PART_BYTES", 7000)
@@ -71,7 +86,9 @@ def test_files_together_alone_and_on_two_processes_give_the_same_bytes(
     assert main(["run", "--config", str(write_config(raw, "together", keep_work=True))]) == 0
     together = outputs(raw[0] / "together")
     if on_two:
-        assert main(["run", "--config", str(write_config(raw, "two", workers=2))]) == 0
+        # In a process of one thread, which forks: workers that are spawned have no limits.
+        line = [sys.executable, "-c", ON_TWO, str(write_config(raw, "two", workers=2))]
+        subprocess.run(line, cwd=REPOSITORY, check=True)
         assert outputs(raw[0] / "two") == together
     (ingest,) = (raw[0] / "together" / ".work").glob("ingest-*")
     batches = [json.loads(path.read_bytes()) for path in ingest.glob("*.json")]
