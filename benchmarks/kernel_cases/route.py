@@ -9,7 +9,7 @@ import torch
 import triton
 
 from benchmarks.kernel_cases.case import TYPE_NAMES, CompileCase, make_case
-from benchmarks.kernel_cases.shipped import MOA, MOA_CHOICES, ROUTERS, SIGMA_MOE_ROUTERS
+from benchmarks.kernel_cases.shipped import MOA, MOA_CHOICES, ROUTERS, SIGMA_MOE_ROUTERS, UNREGULARISED_ROUTERS
 from model.kernels.choice import MEASURED
 from model.kernels.triton.gated_gemm import padded_experts
 from model.kernels.triton.logit_gradient import TILE, logit_gradient_kernel
@@ -38,23 +38,32 @@ def compile_cases() -> Iterator[CompileCase]:
             yield from _cases(shape, torch.bfloat16, has_logits=has_logits, has_scores=has_scores)
         for dtype in (torch.float16, torch.float32) if has_scores else ():
             yield from _cases(shapes[0], dtype, has_logits=has_logits, has_scores=has_scores)
+    for shape in UNREGULARISED_ROUTERS:
+        yield from _cases(shape, torch.bfloat16, has_logits=False, has_scores=True, which=" of scores alone")
     yield from logit_gradient_cases()
 
 
 def _cases(
-    shape: tuple[int, int, int, int, tuple[int, ...]], dtype: torch.dtype, *, has_logits: bool, has_scores: bool
+    shape: tuple[int, int, int, int, tuple[int, ...]],
+    dtype: torch.dtype,
+    *,
+    has_logits: bool,
+    has_scores: bool,
+    which: str = "",
 ) -> Iterator[CompileCase]:
     d, R, E, k, dropouts = shape
     tiles, kind, name = RouterTiles.of(R, E, dtype), TYPE_NAMES[dtype], f"d{d} R{R} E{E} k{k} {TYPE_NAMES[dtype]}"
     tile = {"TOKENS": tiles.tokens, "ROUTERS": tiles.routers, "EXPERTS": tiles.experts}
     load = math.gcd(16, d * dtype.itemsize)
+    # Beside 128 columns there are 32 tokens, too few rows for HGMMA and UTC*MMA: it is HMMA everywhere. 64 spill.
+    is_few = tiles.tokens < 64 and dtype != torch.float32
     for dropout in dropouts:
         constants = {"K": k, "K_PADDED": triton.next_power_of_2(k), "DROPOUT": dropout, "DEPTH": tiles.depth, **tile}
         pointers = {"x": kind, "weight": kind, "keep": "i1" if dropout else "fp32", "logits": "fp32", "scores": "fp32"}
         pointers |= {"index": "i64", "counts": "i32"}
         yield make_case(
             f"route choose {name} dropout {dropout}", choose_kernel, pointers, {"d": d} | constants,
-            launch=tiles.options, is_gemm=dtype != torch.float32, load_bytes=load,
+            launch=tiles.options, is_gemm=dtype != torch.float32 and not is_few, load_bytes=load,
         )  # fmt: skip
     pointers = {"grad_logits": "fp32", "grad_scores": "fp32", "x": kind, "weight": kind, "scores": "fp32"}
     groups = triton.cdiv(R, tiles.routers)
@@ -62,8 +71,8 @@ def _cases(
     constants = {"K": k, "HAS_LOGITS": has_logits, "HAS_SCORES": has_scores, **precision(dtype), **tile}
     constants |= {"TOKENS": tiles.gradient_tokens, "DEPTH": tiles.gradient_depth}
     yield make_case(
-        f"route gradients {name}", gradients_kernel, pointers, {"d": d} | constants,
-        launch=GRADIENT_OPTIONS, is_gemm=dtype == torch.bfloat16, load_bytes=load,
+        f"route gradients {name}{which}", gradients_kernel, pointers, {"d": d} | constants,
+        launch=GRADIENT_OPTIONS, is_gemm=dtype == torch.bfloat16 and not is_few, load_bytes=load,
     )  # fmt: skip
     pointers = {"partial": "fp32", "total": kind}
     yield make_case(f"route add_up {kind}", add_up_kernel, pointers, {"BLOCK": ADD_UP}, launch=OPTIONS)

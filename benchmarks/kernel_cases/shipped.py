@@ -66,11 +66,22 @@ ROUTERS = (
 """SwitchHead's: d, routers (value's and output's are multiplied together where they see the same tokens), experts,
 choices, and the kinds of expert dropout (`choose_kernel`)."""
 
-SIGMA_MOE_ROUTERS = ((1024, 1, 32, 4, (0, 2)), (2048, 1, 64, 8, (0,)), (412, 1, 16, 4, (0,)), (128, 1, 16, 4, (0,)))
+SIGMA_MOE_ROUTERS = (
+    (1024, 1, 32, 4, (0, 2)),
+    (2048, 1, 64, 8, (0,)),
+    (412, 1, 16, 4, (0,)),
+    (412, 1, 128, 4, (0, 2)),
+    (512, 1, 16, 4, (0, 2)),
+    (128, 1, 16, 4, (0,)),
+)
 """The feed-forward's, likewise."""
+UNREGULARISED_ROUTERS = ((412, 1, 16, 4, ()),)
+"""Those of the feed-forward that have a configuration with `entropy_weight` 0: no gradient reaches their logits."""
 
 SIGMA_MOE = {
     "47m": (412, 16, 128, 4, 16384),
+    "41m": (512, 16, 128, 4, 16384),
+    "237m": (412, 128, 128, 4, 16384),
     "259m": (1024, 32, 128, 4, 4096),
     "1b": (2048, 64, 128, 8, 16384),
     "tiny": (128, 16, 64, 4, 512),

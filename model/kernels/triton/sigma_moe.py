@@ -99,8 +99,9 @@ def backward_tiles(
 ) -> ExpertTiles:
     """`tiles` as backward_kernel takes them. Masks of columns, where d_model needs them, take registers too, and so do
     the addresses of hidden layers that 16-byte loads cannot read: of 101 columns, 128 registers leave 624 bytes of
-    stack. `capability`: this GPU's if None."""
-    if d_model % tiles.reduce != 0:
+    stack. Of 512 columns of d_model the compiler unrolls the loop over them, whose addresses spill (8 to 24 bytes).
+    `capability`: this GPU's if None."""
+    if d_model % tiles.reduce != 0 or 256 < d_model <= 512:
         return dataclasses.replace(tiles, piece=32)
     is_few = not swiglu and expert_size % 8 == 0 and (capability or cuda_capability()) in FEW_REGISTERS_ON
     return dataclasses.replace(tiles, registers=BACKWARD_REGISTERS.get(tiles.rows, 0) if is_few else 0)
