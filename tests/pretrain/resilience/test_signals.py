@@ -126,8 +126,8 @@ def test_a_rank_that_steps_aside_is_ended_without_a_word_or_speaks_itself() -> N
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "ready\n", "")
     alone = run_process(aside.format(seconds=0.1) + "print(stop.step_aside())")
     assert (alone.returncode, alone.stdout, alone.stderr) == (0, "ready\nTrue\n", "")
-    srun = "os.environ.update(SLURM_PROCID='1', SLURM_STEP_NUM_TASKS='2')\n" + aside.format(seconds=20)
-    assert run_process(srun + "print(stop.step_aside())", timeout=15).stdout == "ready\nTrue\n"
+    srun = "os.environ.update(SLURM_PROCID='1', SLURM_STEP_NUM_TASKS='2')\n" + aside.format(seconds=120)
+    assert run_process(srun + "print(stop.step_aside())", timeout=60).stdout == "ready\nTrue\n"
 
 
 def test_what_one_rank_alone_has_found_is_said_with_its_number() -> None:
