@@ -38,8 +38,8 @@ def compile_cases() -> Iterator[CompileCase]:
             yield from _cases(shape, torch.bfloat16, has_logits=has_logits, has_scores=has_scores)
         for dtype in (torch.float16, torch.float32) if has_scores else ():
             yield from _cases(shapes[0], dtype, has_logits=has_logits, has_scores=has_scores)
-    for shape in UNREGULARISED_ROUTERS:
-        yield from _cases(shape, torch.bfloat16, has_logits=False, has_scores=True, which=" of scores alone")
+    for unregularised in UNREGULARISED_ROUTERS:
+        yield from _cases(unregularised, torch.bfloat16, has_logits=False, has_scores=True, which=" of scores alone")
     yield from logit_gradient_cases()
 
 
