@@ -28,7 +28,9 @@ _context = multiprocessing.get_context("forkserver")
 
 def test_a_living_owner_is_refused_by_name_and_nothing_is_left_after_release(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
-    with pytest.raises(UserError, match=rf"--run-dir: .* in use by process {os.getpid()} on .*, last sign of life 0 s"):
+    with pytest.raises(
+        UserError, match=rf"--run-dir: .* in use by process {os.getpid()} on .*, last sign of life \d{{1,2}} s"
+    ):
         FolderLock(tmp_path)
     lock.beat()
     lock.release()
@@ -40,14 +42,14 @@ def test_a_living_owner_is_refused_by_name_and_nothing_is_left_after_release(tmp
 def _hold(folder: str, ready: object) -> None:
     FolderLock(Path(folder))
     ready.set()  # type: ignore[attr-defined]
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_a_killed_owner_is_taken_over_at_once(tmp_path: Path) -> None:
     ready = _context.Event()
     owner = _context.Process(target=_hold, args=(str(tmp_path), ready))
     owner.start()
-    assert ready.wait(30)
+    assert ready.wait(600)
     with pytest.raises(UserError, match=f"process {owner.pid} "):
         FolderLock(tmp_path)
     os.kill(owner.pid or 0, signal.SIGSTOP)
@@ -125,7 +127,7 @@ def _written_elsewhere(folder: Path, age: float, **changes: object) -> Path:
 
 def test_an_owner_on_another_machine_lives_by_its_signs_of_life(tmp_path: Path) -> None:
     _written_elsewhere(tmp_path, age=locks.DEAD_SECONDS - 5)
-    with pytest.raises(UserError, match=r"process 1 on node7, last sign of life 5[45] s ago"):
+    with pytest.raises(UserError, match=r"process 1 on node7, last sign of life 5\d s ago"):
         FolderLock(tmp_path)
     _written_elsewhere(tmp_path, age=locks.DEAD_SECONDS + 5)
     assert FolderLock(tmp_path).taken_over == ["process 1 on node7"]

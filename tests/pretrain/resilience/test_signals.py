@@ -22,6 +22,7 @@ from pretrain.data.sources import Sources
 from pretrain.phases import Phases
 from pretrain.resilience.signals import ProcessState, Stop
 from tests.harness import run_ranks
+from tests.pretrain.report.test_alerts import has_ended
 from tests.pretrain.resilience.faults import outcome
 from tests.pretrain.runs import assert_bit_identical, events, light_config, metrics, train_runs
 
@@ -121,8 +122,8 @@ def run_process(body: str, *, timeout: float = 300.0) -> subprocess.CompletedPro
 
 def test_a_rank_that_steps_aside_is_ended_without_a_word_or_speaks_itself() -> None:
     aside = "signals.ASIDE_SECONDS = {seconds}\nstop.install(launched=False)\nprint('ready', flush=True)\n"
-    wait = "subprocess.Popen(['sh', '-c', f'sleep 0.3; kill {os.getpid()}'])\nprint(stop.step_aside())"
-    done = run_process(aside.format(seconds=20) + wait)
+    ended = "signals.time.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGTERM)\n"  # once it waits for that
+    done = run_process(aside.format(seconds=20) + ended + "print(stop.step_aside())")
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "ready\n", "")
     alone = run_process(aside.format(seconds=0.1) + "print(stop.step_aside())")
     assert (alone.returncode, alone.stdout, alone.stderr) == (0, "ready\nTrue\n", "")
@@ -174,16 +175,24 @@ def test_while_the_program_is_loading_a_signal_waits_for_the_run_to_be_known() -
 def test_a_second_signal_counts_after_a_while_and_works_although_the_main_thread_waits() -> None:
     done = run_process(
         """
-        signals.SECOND_SIGNAL_SECONDS = 1.0
+        signals.SECOND_SIGNAL_SECONDS = 600.0
         stop.state = ProcessState.TRAINING
+        (read, write), (hears, told), process, ask = os.pipe(), os.pipe(), os.getpid(), stop._ask
+
+        def asked(reason):
+            ask(reason)
+            print("goes on", flush=True)
+            signals.SECOND_SIGNAL_SECONDS -= 300.0  # of the third signal none are left
+            os.write(told, b".")
+
+        stop._ask = asked
         stop.install(launched=False)
         stop.before_leaving.append(lambda code, message: print("left with", int(code), flush=True))
-        read, write = os.pipe()
         if os.fork() == 0:
-            for pause in (0.3, 0.3, 1.2):
-                time.sleep(pause)
-                os.kill(os.getppid(), signal.SIGTERM)
-                print("sent", flush=True)
+            os.close(told)
+            os.kill(process, signal.SIGTERM)
+            while os.read(hears, 1):
+                os.kill(process, signal.SIGTERM)
             os._exit(0)
         import ctypes
         ctypes.CDLL(None).read(read, ctypes.create_string_buffer(1), 1)  # blocks, and is begun again
@@ -192,8 +201,7 @@ def test_a_second_signal_counts_after_a_while_and_works_although_the_main_thread
         """
     )
     assert done.returncode == 86, done.stderr
-    assert done.stdout.split("\n")[:2] == ["sent", "sent"]
-    assert "left with 86" in done.stdout
+    assert done.stdout == "goes on\ngoes on\nleft with 86\n"
     assert "SIGTERM after SIGTERM: leaving at once. Nothing was trained\n" in done.stderr
 
 
@@ -273,7 +281,9 @@ signals.LAUNCHER_SECONDS = {seconds}
 stop = signals.Stop()
 stop.state = signals.ProcessState.TRAINING
 stop.install(launched=True)
-open({ready!r}, "w").write(str(os.getpid()))
+with open({ready!r} + ".new", "w") as file:
+    file.write(str(os.getpid()))
+os.rename(file.name, {ready!r})
 while stop.requested is None:
     time.sleep(0.05)
 time.sleep(0.8)  # the checkpoint
@@ -295,7 +305,6 @@ def test_a_rank_dies_with_its_launcher_unless_it_was_told_to_stop(tmp_path: Path
         process = subprocess.Popen([sys.executable, {str(child)!r}], env={{**os.environ, "PYTHONPATH": "."}})
         while not os.path.exists({str(tmp_path / "ready")!r}):
             time.sleep(0.05)
-        time.sleep(0.1)
         tell = subprocess.Popen(["sh", "-c", {wait!r}.format(process.pid)])
         if {told.startswith("before")}:
             tell.wait()
@@ -306,7 +315,7 @@ def test_a_rank_dies_with_its_launcher_unless_it_was_told_to_stop(tmp_path: Path
     assert done.returncode == -(signal.SIGKILL if told == "never" else signal.SIGUSR1)
     pid = int((tmp_path / "ready").read_text())
     deadline = time.monotonic() + 60
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+    while not has_ended(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not Path(f"/proc/{pid}").exists()
+    assert has_ended(pid)
     assert (tmp_path / "saved").exists() == (told != "never")
