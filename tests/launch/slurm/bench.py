@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +26,11 @@ srun:*)
   [ -z "$MAKES" ] || mkdir -p "$RUN_DIR/checkpoints/$MAKES"
   [ -z "$OUTCOME" ] || cp "$OUTCOME" "$RUN_DIR/outcome.json"
   printf %s "$TASKS" >&2
-  [ -z "$SRUN_SECONDS" ] || command -p sleep "$SRUN_SECONDS"
+  looks=0 # of 0.02 s, until the test lets the ranks go
+  while [ -n "$RANKS_STAY" ] && [ ! -e "$STUBS/go" ] && [ "$looks" -lt 5000 ]; do
+    looks=$((looks + 1))
+    command -p sleep 0.02
+  done
   exit "${SRUN_CODE:-0}" ;;
 scontrol:requeue)
   [ -z "$ENDS" ] || kill -TERM 0 # all of the job's processes, this one too
@@ -86,6 +92,16 @@ class Bench:
             text=True,
             start_new_session=True,
         )
+
+    def terminate(self, process: subprocess.Popen[str], *, starts: int) -> None:
+        """SIGTERM, twice as SLURM sends it, while the ranks of start number `starts` run, which RANKS_STAY keeps until
+        then."""
+        deadline = time.monotonic() + 60
+        while len(self.calls("srun")) < starts and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        (self.folder / "go").touch()
 
     def start(self, script: Path, *arguments: str, **more: str) -> tuple[int, str]:
         process = self.open(script, *arguments, **more)

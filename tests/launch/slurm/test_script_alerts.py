@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -60,12 +59,9 @@ def test_an_alert_outlives_slurms_end_of_the_job(bench: Bench) -> None:
     assert code == 85 and "not sent" not in output, output
     assert "--event requeued --text job 7: stopped by a signal" in got.read_text()
     # And where SLURM ends it at its limit, while the ranks save.
-    waits = {"SRUN_SECONDS": "1", "SRUN_CODE": "85", "REASON": "TimeLimit", "REQUEUES": "0", "PYTHON": str(python)}
+    waits = {"RANKS_STAY": "1", "SRUN_CODE": "85", "REASON": "TimeLimit", "REQUEUES": "0", "PYTHON": str(python)}
     process = bench.open(job.FOLDER / "pretrain.sbatch", "--config", "c.json", **waits)
-    deadline = time.monotonic() + 20
-    while len(bench.calls("srun")) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    bench.terminate(process, starts=2)
     output, _ = process.communicate(timeout=300)
     assert "--event job_ended --text job 7: time limit reached before the ranks were done; not req" in got.read_text()
 

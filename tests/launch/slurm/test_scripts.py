@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -305,12 +304,8 @@ def test_a_refused_requeue_is_said(bench: Bench) -> None:
 @pytest.mark.parametrize("reason, requeued", [("TimeLimit", True), ("None", False)])
 def test_sigterm_at_the_limit_requeues_and_scancel_does_not(bench: Bench, reason: str, requeued: bool) -> None:
     script = job.FOLDER / "pretrain.sbatch"
-    process = bench.open(script, "--config", "c.json", SRUN_SECONDS="1", SRUN_CODE="85", REASON=reason)
-    deadline = time.monotonic() + 20
-    while not bench.calls("srun") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)  # SLURM sends it twice
+    process = bench.open(script, "--config", "c.json", RANKS_STAY="1", SRUN_CODE="85", REASON=reason)
+    bench.terminate(process, starts=1)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 85, output
     assert bench.requeues() == (["7"] if requeued else []), output

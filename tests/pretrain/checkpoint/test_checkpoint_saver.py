@@ -67,7 +67,8 @@ def test_the_state_is_of_its_step_though_training_goes_on(prepared: Path, tmp_pa
     run_ranks(train_runs, 2, [(at_once, tmp_path / "at once")])
     behind = light_config(prepared, *keys, ranks=2)
     began = run_ranks(train_while_a_save_waits, 2, behind, tmp_path / "behind")
-    assert began == [[5, 8, 9]] * 2
+    # Before a write has noted how far the training is, that may be at the next save, which waits for this one.
+    assert all(first in (5, 6) and second in (8, 9) and third == 9 for first, second, third in began), began
     for step in (3, 6, 9):
         ours, theirs = (tmp_path / name / "checkpoints" / f"step-{step:08d}" for name in ("behind", "at once"))
         found, expected = whole_tensors(ours), whole_tensors(theirs)

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pretrain.report import alerts
+
+alerts.END_SECONDS = 60.0  # a busy machine may take longer than the 5 s to start the Python of a command
+
 WRITES = """
 import json, os, sys
 with open(sys.argv[1], "a") as file:

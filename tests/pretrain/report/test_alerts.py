@@ -243,6 +243,7 @@ def test_a_sentence_is_utf_8_in_a_locale_that_is_not(tmp_path: Path) -> None:
 from pathlib import Path
 from pretrain.config.watching import MonitorConfig
 from pretrain.report.alerts import Alerts
+from tests.pretrain.report import alert_case
 alerts = Alerts(MonitorConfig(alert_command={given!r}), Path("night"))
 alerts.hear({{"event": "loss_spike", "step": 1, "reason": "na\\u00efve \\u03c3"}})
 alerts.finish()

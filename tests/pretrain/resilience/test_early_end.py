@@ -282,7 +282,7 @@ def test_an_end_is_noted_while_the_folder_waits_for_the_lock_of_a_lost_node(
 
     def opened() -> RunFolder:
         is_opening.set()
-        is_noted.wait(60)
+        is_noted.wait(120)
         return RunFolder(run, writes=True)
 
     opening = threading.Thread(target=end.open, args=(opened,))
@@ -290,7 +290,7 @@ def test_an_end_is_noted_while_the_folder_waits_for_the_lock_of_a_lost_node(
     is_opening.wait(60)
     noting = threading.Thread(target=end.note, args=(ExitCode.STOPPED, "SIGTERM"))
     noting.start()
-    noting.join(10)
+    noting.join(60)
     reason = RunView.open(run).outcome["reason"]
     is_noted.set()
     opening.join()
