@@ -27,7 +27,7 @@ import torch.distributed as dist
 from common.errors import PassingError, UserError
 from common.limits import usable_cores
 from common.open_files import allow_open_files
-from common.ports import free_port
+from common.ports import reserved_port
 from common.resident import resident_bytes
 from common.slurm import is_task_of_many
 from pretrain.config.schema import TrainConfig
@@ -90,8 +90,10 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
         "MASTER_ADDR": "127.0.0.1",
     }.items():
         os.environ.setdefault(key, str(value))
+    held = None
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
+        held = reserved_port()  # importing DeepSpeed takes seconds, in which another run may ask for a free port
+        os.environ["MASTER_PORT"] = str(held.getsockname()[1])
     if device_name == "cuda":  # GPU-ONLY nccl-backend
         if settings.deterministic:
             ask_cublas_for_determinism()
@@ -119,6 +121,8 @@ def start(ranks: Ranks, settings: TrainConfig, *, timeout_seconds: float = 1800.
     if not dist.is_initialized():
         _prepare_connections(ranks.world_size, by_nccl=backend == "nccl")
         _meet(ranks, device, backend, timeout_seconds)
+    if held is not None:
+        held.close()
     return device
 
 

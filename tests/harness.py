@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from common.ports import free_port
+from common.ports import reserved_port
 
 LIMIT_SECONDS = 900.0
 """Only what hangs takes so long: one busy core, as a shared machine may leave, needs ten times what two need."""
@@ -34,19 +34,13 @@ def run_ranks(
     `function` and its results must be picklable by reference (module level). Every rank runs with one thread. If one
     fails or the time is over, the others are killed and RankFailed shows what happened.
     """
-    for _ in range(3):
-        try:
-            return _run_ranks(function, world_size, args, timeout_seconds)
-        except RankFailed as failure:
-            if "EADDRINUSE" not in str(failure):
-                raise
-    raise RankFailed("another process took the free port three times")
+    with reserved_port() as held:
+        return _run_ranks(function, world_size, held.getsockname()[1], args, timeout_seconds)
 
 
 def _run_ranks(
-    function: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout_seconds: float
+    function: Callable[..., Any], world_size: int, port: int, args: tuple[Any, ...], timeout_seconds: float
 ) -> list[Any]:
-    port = free_port()
     ranks = []
     for rank in range(world_size):
         receiver, sender = _context.Pipe(duplex=False)

@@ -11,10 +11,11 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from torch.distributed import TCPStore
 
 from common.errors import UserError
 from common.paths import REPOSITORY
-from common.ports import free_port
+from common.ports import reserved_port
 from pretrain import device
 from pretrain.cli import train as cli
 from pretrain.config.schema import TrainConfig
@@ -184,11 +185,30 @@ def test_a_rank_says_that_it_waits_and_ends_with_one_sentence(
     launched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rank 0 of 2, alone: the other one never comes."""
-    launched.setenv("MASTER_PORT", str(free_port()))
     launched.setenv("RANK", "0")
     launched.setenv("LOCAL_RANK", "0")
     launched.setattr(device, "REMINDER_SECONDS", 0.1)
-    with pytest.raises(Unreachable, match=r"the ranks cannot meet at 127\.0\.0\.1:\d+ .*within 2 s"):
+    cannot = pytest.raises(Unreachable, match=r"the ranks cannot meet at 127\.0\.0\.1:\d+ .*within 2 s")
+    with reserved_port() as held, cannot:
+        launched.setenv("MASTER_PORT", str(held.getsockname()[1]))
         start(Ranks.from_environment(), TrainConfig(), timeout_seconds=2.0)
     assert "rank 0 waits for the other 1 of 2 ranks at 127.0.0.1:" in capsys.readouterr().err
     assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+
+
+def test_a_run_of_one_process_keeps_its_port_until_its_store_listens(launched: pytest.MonkeyPatch) -> None:
+    """Else another one that starts beside it could be given it."""
+    for name in NAMES:
+        launched.delenv(name, raising=False)
+
+    def meet(*_: Any) -> None:
+        port = int(os.environ["MASTER_PORT"])
+        for address in ("127.0.0.1", ""):
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind((address, port))
+        store.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))
+
+    store: list[TCPStore] = []
+    launched.setattr(device, "_meet", meet)
+    start(Ranks.from_environment(), TrainConfig(device="cpu", threads=1))
+    assert store[0].port == int(os.environ["MASTER_PORT"])
