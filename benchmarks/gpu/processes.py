@@ -18,7 +18,8 @@ def below(pid: int) -> dict[int, list[str]]:
         if entry.name.isdigit():
             try:
                 # After the name in brackets: state, parent.
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                # As bytes: the kernel cuts a name after 15 of them, also within a letter.
+                parents[int(entry.name)] = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
                 lines[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
             except OSError:
                 continue  # it has ended

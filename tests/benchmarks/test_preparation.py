@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
-from benchmarks.data import memory, outputs, preparation
+from benchmarks.data import memory, outputs, preparation, process_cost
 from benchmarks.data.outputs import Written
 from benchmarks.data.peers import version_of
 from benchmarks.data.process_cost import Cost, measure
@@ -86,9 +87,22 @@ def test_an_interpreter_without_the_peer_is_named() -> None:
         version_of("dolma", "no-such-python")
 
 
-def test_the_cost_of_a_command_is_that_of_its_children_too(tmp_path: Path) -> None:
-    code = "x = b'x' * 60_000_000; import time; time.sleep(0.5)"
-    child = f"{shlex.join([sys.executable, '-c', code])}; true"
+def test_the_cost_of_a_command_is_that_of_its_children_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child stays until it was seen: how soon that is depends on the machine."""
+    seen, resident = tmp_path / "seen", process_cost._resident_bytes
+
+    def looked(process: psutil.Process) -> int:
+        found = resident(process)
+        if found > 60e6:
+            seen.touch()
+        return found
+
+    monkeypatch.setattr(process_cost, "_resident_bytes", looked)
+    code = (
+        "import pathlib, sys, time\nx, seen = b'x' * 60_000_000, pathlib.Path(sys.argv[1])\n"
+        "for _ in range(6000):\n  if seen.exists(): break\n  time.sleep(0.01)"
+    )
+    child = f"{shlex.join([sys.executable, '-c', code, str(seen)])}; true"
     assert measure(["bash", "-c", child], log=tmp_path / "l").peak_bytes > 60e6
     with pytest.raises(RuntimeError, match="no such thing"):
         measure(["bash", "-c", "echo no such thing; exit 3"], log=tmp_path / "l")

@@ -19,7 +19,7 @@ import pytest
 from benchmarks.gpu import carry, run
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.command import Context, Failed, Unavailable
-from benchmarks.gpu.processes import end_all_below, ranks_below
+from benchmarks.gpu.processes import below, end_all_below, ranks_below
 from benchmarks.gpu.record import ROOT, read
 from benchmarks.gpu.run import Lines, different, read_lines
 from data_prep.shards.format import Manifest
@@ -225,6 +225,16 @@ def test_the_signal_goes_to_the_rank_and_not_to_the_launchers(tmp_path: Path) ->
             end_all_below(top.pid)
             top.wait(30)
     assert not ranks_below(os.getpid())
+
+
+def test_a_process_whose_name_was_cut_within_a_letter_is_found() -> None:
+    """Any process of the machine may have one, and each is looked at."""
+    code = "open('/proc/self/comm', 'wb').write(b'caf\\xc3'); print(flush=True); input()"
+    line = [sys.executable, "-S", "-c", code]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"\n"
+        assert below(os.getpid())[process.pid][:-1] == line
+        process.kill()
 
 
 def test_the_same_data_every_time(tmp_path: Path) -> None:
