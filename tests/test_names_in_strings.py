@@ -28,6 +28,7 @@ FIELD = re.compile(r"\{\w+(?:![rsa])?\}")
 AS_MODULE = re.compile(rf"python3? -m ({OURS}(?:\.\w+)*)")
 PATCHES = ("setattr", "delattr", "patch", "import_module", "find_spec")
 """Functions whose first argument may be a dotted name."""
+LOOKED_AT = (ast.Call, ast.Constant, ast.JoinedStr, ast.List, ast.Tuple, ast.Set)
 
 
 @functools.cache
@@ -152,7 +153,7 @@ def can_be_run(module: str) -> bool:
 
 
 def missing(source: str) -> list[str]:
-    nodes = list(ast.walk(ast.parse(source)))
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, LOOKED_AT)]
     modules = {*started(nodes), *AS_MODULE.findall(source)}
     return sorted(
         {name for name in names_in_strings(nodes) if not is_there(name)}

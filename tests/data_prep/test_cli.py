@@ -207,10 +207,9 @@ STDOUT = {
     "name, unbuffered",
     [
         ("full", "1"),
-        ("no reader", ""),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("full", ""), ("no reader", "1"), ("closed", ""), ("closed", "1"))
+            for case in (("full", ""), ("no reader", ""), ("no reader", "1"), ("closed", ""), ("closed", "1"))
         ),
     ],
 )

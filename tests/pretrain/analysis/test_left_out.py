@@ -32,7 +32,8 @@ def findings(attention: LayerSection, feedforward: LayerSection) -> Findings:
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")  # of sections that are in no union
-def test_the_rest_is_shown_and_what_is_missing_is_said(tmp_path: Path) -> None:
+def test_the_rest_is_shown_and_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.analysis.pictures._png", lambda figure: b"a picture")  # two dozen, for seconds
     found = [findings(TopPConfig(), EXPERTS), findings(HEADS, SoftmaxMoEConfig()), findings(HEADS, EXPERTS)]
     maps, experts = "model.attention.type is top_p, whose attention maps are", "softmax_moe, whose choices of experts"
     first, second, whole = (run.trace for run in found)

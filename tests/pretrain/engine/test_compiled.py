@@ -132,7 +132,7 @@ def test_inductor_computes_what_operators_do(prepared: Path, name: str) -> None:
     "name, keys, programs",
     [
         ("switchall", (), 1),
-        ("switchall", ("data.document_mask=true",), 1),
+        pytest.param("switchall", ("data.document_mask=true",), 1, marks=pytest.mark.slow),
         ("switchall xl", (), 1),
         pytest.param("switchall", ("train.recompute=full",), 1, marks=pytest.mark.slow),
         ("switchall", ("model.dropout=0.1",), 3),

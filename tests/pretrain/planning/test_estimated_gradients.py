@@ -43,9 +43,7 @@ def at_zero(stage: int, *keys: str) -> tuple[str, ...]:
 
 FAST: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "ZeRO 0: buckets are copied after the backward pass": (2, 2, at_zero(0)),
-    "ZeRO 1 in bf16: gradients go as buckets are reduced": (8, 1, at_zero(1, BF16)),
     "ZeRO 1 in bf16: the share lies beside the sums": (2, 2, at_zero(1, BF16, FULL)),
-    "ZeRO 2: each micro-step has a share beside the sum": (2, 2, at_zero(2)),
     "ZeRO 2 in bf16: no bucket holds the largest parameter": (
         2,
         1,
@@ -63,6 +61,8 @@ TABLE = {
     if not (stage == 0 and precision == "bf16")
 }  # fmt: skip
 OTHERS: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "ZeRO 2: each micro-step has a share beside the sum": (2, 2, at_zero(2)),
+    "ZeRO 1 in bf16: gradients go as buckets are reduced": (8, 1, at_zero(1, BF16)),
     "ZeRO 2 in fp16: one bucket, which is sent in fp32": (8, 2, ("parallel.zero=2", LARGE, "train.precision=fp16")),
     "ZeRO 1 alone: the share is as large as the sums": (1, 1, at_zero(1, BF16)),
     "ZeRO 2 in bf16: the sum is what is updated": (4, 1, at_zero(2, BF16)),

@@ -23,13 +23,14 @@ SIZES = (
     *("model.sequence_length=8", "batch.global_sequences=8", "batch.micro_sequences=1", "train.precision=bf16"),
 )
 TP, PP, EP = ("parallel.tensor=2", "parallel.sequence=true"), ("parallel.pipeline=2",), ("parallel.expert=2",)
-FEW = {"TP2 SP": (4, TP), "PP2 EP2": (8, (*PP, *EP)), "ZeRO 3": (4, ("parallel.zero=3",))}
+FEW = {"TP2 SP": (4, TP), "PP2 EP2": (8, (*PP, *EP))}
 MANY = {
     "ZeRO 0": (4, ("parallel.zero=0", "train.precision=fp32")),
     "ZeRO 1": (4, ()),
     "ZeRO 1, fp32": (4, ("train.precision=fp32",)),
     "ZeRO 1, sums in bf16": (4, ("parallel.reduce_dtype=bf16",)),
     "ZeRO 2": (4, ("parallel.zero=2",)),
+    "ZeRO 3": (4, ("parallel.zero=3",)),
     "TP2": (4, ("parallel.tensor=2",)),
     "TP2 SP ZeRO 3": (4, (*TP, "parallel.zero=3")),
     "TP2 SP, entropy of a micro-step": (4, (*TP, "model.feedforward.entropy_scope=micro_batch")),

@@ -233,7 +233,7 @@ KEYS = (
 @pytest.mark.parametrize(
     "ranks, slow, phase, layout",
     [
-        (2, 1, "reading batches", ()),
+        pytest.param(2, 1, "reading batches", (), marks=pytest.mark.slow),
         (4, 3, "forward", ("parallel.zero=2",)),
         pytest.param(
             4,
@@ -260,7 +260,7 @@ def test_the_rank_that_is_delayed_is_named(
     assert event["ranks"][0]["host"] in event_text(event, 0.0) and f"rank {slow} on " in event_text(event, 0.0)
 
 
-@pytest.mark.parametrize("phase", ["", "backward"])
+@pytest.mark.parametrize("phase", [pytest.param("", marks=pytest.mark.slow), "backward"])
 def test_nobody_is_named_where_all_are_alike_or_where_waiting_cannot_be_told_from_work(
     prepared: Path, tmp_path: Path, phase: str
 ) -> None:

@@ -25,14 +25,14 @@ from tests.model.kernels.triton.small_tiles import use_tiles
 LIMIT = 2**-5
 """Of results that are rounded two or three times; a partial sum in bf16 leaves 0.1 and more."""
 OPS: dict[str, tuple[Build, str]] = {
-    "value gated": (partial(op_cases.value_case, 32, 64, 2, 4, 2, 64), "triton"),
-    "value sorted": (partial(op_cases.value_case, 32, 64, 2, 5, 2, 64), "triton"),
-    "value by sets": (partial(op_cases.value_case, 32, 64, 2, 4, 2, 64), "sets"),
-    "output gated": (partial(op_cases.output_case, 32, 64, 2, 4, 2, 64), "triton"),
-    "output sorted": (partial(op_cases.output_case, 32, 64, 2, 5, 2, 64), "triton"),
-    "output by sets": (partial(op_cases.output_case, 32, 64, 2, 4, 2, 64), "sets"),
-    "expert_linear": (partial(op_cases.expert_linear_case, 32, 64, 4, 2, 64), "triton"),
-    "sigma_moe": (partial(op_cases.sigma_moe_case, 32, 64, 4, 2, 16), "triton"),
+    "value gated": (partial(op_cases.value_case, 16, 64, 2, 4, 2, 64), "triton"),
+    "value sorted": (partial(op_cases.value_case, 16, 64, 2, 5, 2, 64), "triton"),
+    "value by sets": (partial(op_cases.value_case, 16, 64, 2, 4, 2, 64), "sets"),
+    "output gated": (partial(op_cases.output_case, 16, 64, 2, 4, 2, 64), "triton"),
+    "output sorted": (partial(op_cases.output_case, 16, 64, 2, 5, 2, 64), "triton"),
+    "output by sets": (partial(op_cases.output_case, 16, 64, 2, 4, 2, 64), "sets"),
+    "expert_linear": (partial(op_cases.expert_linear_case, 16, 64, 4, 2, 64), "triton"),
+    "sigma_moe": (partial(op_cases.sigma_moe_case, 16, 64, 4, 2, 16), "triton"),
 }
 
 

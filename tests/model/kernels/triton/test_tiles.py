@@ -133,7 +133,7 @@ def test_without_entries_a_launch_asks_for_nothing(monkeypatch: pytest.MonkeyPat
     assert measured("norm forward", BF16, d=48) is None
 
 
-@pytest.mark.parametrize("hidden", [16, 32])
+@pytest.mark.parametrize("hidden", [16, pytest.param(32, marks=pytest.mark.slow)])
 def test_an_entry_reaches_the_launch_and_results_stay(hidden: int) -> None:
     """σ-MoE forward and backward, in 16 rows instead of 64: right, the same again bit for bit, no races. Also where the
     backward kernel alone takes the hidden layer in chunks."""
