@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -24,6 +24,8 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 ONE_THREAD = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 DIED = "a process died (most often: killed for memory)"
+LOOK_SECONDS = 1.0
+"""Python hears a signal that comes just before it begins to wait only when that wait is over."""
 
 
 def one_thread() -> None:
@@ -41,6 +43,13 @@ def _start_method() -> str:
                 return "fork"
             time.sleep(0.001)
     return "spawn"
+
+
+def _done(futures: Iterable[Future[Result]]) -> set[Future[Result]]:
+    """At least one; waits for it."""
+    while not (done := wait(futures, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED).done):
+        pass
+    return done
 
 
 def _start_worker() -> None:
@@ -62,6 +71,7 @@ class Workers:
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool: ProcessPoolExecutor | None = None
+        self._one_ends = threading.Lock()  # after a Ctrl-C there are two
         one_thread()
 
     def run(
@@ -104,7 +114,7 @@ class Workers:
                         break
                 if not waiting:
                     return
-                for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                for done in _done(waiting):
                     yield waiting.pop(done), done.result()
         except BrokenProcessPool:
             raise PassingError(f"{DIED}; run again with fewer `workers`: it goes on where it was") from None
@@ -124,7 +134,8 @@ class Workers:
             return function(task)
         self._pool = self._started("fork", 1)
         try:
-            result = self._pool.submit(function, task).result()
+            (done,) = _done([self._pool.submit(function, task)])
+            result = done.result()
         except BrokenProcessPool:
             raise PassingError(f"{DIED}; run again with less `tokenizer.sample_bytes`") from None
         self.close()
@@ -137,21 +148,38 @@ class Workers:
 
     def close(self) -> None:
         """Ends the processes; tasks that have not begun are dropped, and on Ctrl-C those that have."""
-        if self._pool is not None:
-            try:
-                self._pool.shutdown(wait=True, cancel_futures=True)
-            except KeyboardInterrupt:
-                self.end_at_once()
-                raise
-            self._pool = None
+        try:
+            self._end()
+        except KeyboardInterrupt:
+            self.end_at_once()
+            raise
 
     def end_at_once(self) -> None:
         """Ends the processes and the tasks in work, which may take hours: what they write is whole or absent."""
         for process in multiprocessing.active_children():
             process.terminate()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        self._end()
+
+    def _end(self) -> None:
+        """In a thread, where no Ctrl-C comes: Python 3.11 takes a thread for ended whose `join` a Ctrl-C interrupts. The
+        executor's, killed with a lock in its hand when the program ends, would let that hang."""
+        pool, ended = self._pool, threading.Event()
+        if pool is None:
+            return
+
+        def end() -> None:
+            try:
+                with self._one_ends:
+                    pool.shutdown(wait=True, cancel_futures=True)
+            finally:
+                ended.set()
+
+        thread = threading.Thread(target=end, name="end of workers")
+        thread.start()
+        while not ended.wait(LOOK_SECONDS):
+            pass
+        thread.join()
+        self._pool = None
 
 
 @contextlib.contextmanager

@@ -281,10 +281,11 @@ def test_a_worker_that_is_killed_is_no_mistake_of_the_user(
     assert "a process died (most often: killed for memory)" in one_error(capsys)
 
 
+HEARD = ("", ", unheard")
 INTERRUPTED = """
-import os, pathlib, signal, sys, time
+import os, pathlib, signal, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor
-from data_prep.work.parallel import worker_pool
+from data_prep.work import parallel
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits that it is ignored
 how, closing, shutdown = sys.argv[1], pathlib.Path("closing"), ProcessPoolExecutor.shutdown
@@ -303,8 +304,13 @@ def noted(pool, **options):
     closing.touch()
     shutdown(pool, **options)
 
+if how.endswith("unheard"):  # as by a main thread that just begins to wait: another thread has the signal
+    parallel._start_method, parallel.LOOK_SECONDS = lambda: "fork", 0.1
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+how = how.removesuffix(", unheard")
 ProcessPoolExecutor.shutdown = noted
-with worker_pool(2) as workers:
+with parallel.worker_pool(2) as workers:
     if how == "alone":
         workers.alone(stay, 0)
     else:
@@ -312,14 +318,14 @@ with worker_pool(2) as workers:
 """
 
 
-@pytest.mark.parametrize("how", ["at work", "alone", "after an error"])
+@pytest.mark.parametrize("how", [f"{when}{how}" for when in ("at work", "alone", "after an error") for how in HEARD])
 def test_ctrl_c_waits_for_no_task(tmp_path: Path, how: str) -> None:
     """A raw file, or the training of a tokenizer, may take hours; what another task raised is said after them."""
     line, environment = [sys.executable, "-c", INTERRUPTED, how], {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     ended = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90, check=False)
     # Behind it the executor's own thread may still say that its processes are gone.
     assert ended.returncode == -signal.SIGINT and "\nKeyboardInterrupt\n" in ended.stderr, ended.stderr
-    assert ("a task failed; the others in work end first" in ended.stderr) == (how == "after an error")
+    assert ("a task failed; the others in work end first" in ended.stderr) == how.startswith("after an error")
     assert not (tmp_path / "left").exists()
 
 

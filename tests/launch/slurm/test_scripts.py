@@ -311,6 +311,16 @@ def test_sigterm_at_the_limit_requeues_and_scancel_does_not(bench: Bench, reason
     assert bench.requeues() == (["7"] if requeued else []), output
 
 
+@pytest.mark.parametrize("has_disk", [True, False])
+def test_the_exit_code_of_the_ranks_is_known_though_bash_has_lost_it(bench: Bench, has_disk: bool) -> None:
+    """As bash 5.2 does when a second signal comes while it handles one. Without a disk there is its answer alone."""
+    lost = 'builtin wait "$@"; return -1' if has_disk else 'builtin wait "$@"'
+    if not has_disk:
+        (bench.run_dir / "slurm" / "7.code").mkdir(parents=True)
+    code, output = bench.train(SRUN_CODE="3", **{"BASH_FUNC_wait%%": "() { " + lost + "; }"})
+    assert code == 3 and "diverged (exit code 3)" in output
+
+
 def test_arguments_and_settings_arrive_as_they_were_given(bench: Bench) -> None:
     nasty = ["--set", "description=$(touch injected) `touch injected` \"; touch injected #'", "a  b", "*", "~", "\\"]
     text = job.script(
