@@ -161,8 +161,8 @@ class Workers:
         self._end()
 
     def _end(self) -> None:
-        """In a thread, where no Ctrl-C comes: Python 3.11 takes a thread for ended whose `join` a Ctrl-C interrupts. The
-        executor's, killed with a lock in its hand when the program ends, would let that hang."""
+        """In a thread, where no Ctrl-C comes: Python 3.11 takes a thread for ended whose `join` a Ctrl-C interrupts.
+        The executor's, killed with a lock in its hand when the program ends, would let that hang."""
         pool, ended = self._pool, threading.Event()
         if pool is None:
             return
