@@ -77,6 +77,9 @@ def _steps_command(arguments: argparse.Namespace) -> None:
         output_lock(resolved.output, shared=not slice.is_all),
         worker_pool(resolved.workers) as workers,
     ):
+        if is_up_to_date(resolved, force=arguments.force):  # which another preparation has made since the first look
+            print(f"up to date: {resolved.output}")
+            return
         takes_published = arguments.command in ("encode", "shard")
         if takes_published:
             check_tokenizer(resolved)

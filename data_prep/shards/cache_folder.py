@@ -44,17 +44,18 @@ class StoredShard:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All names under which it may lie there."""
-        return self.shard, self.index, partial(self.shard), partial(self.index)
+        """All names under which it may lie there, in the order in which a file gets them: who looks for them in it
+        misses none that is renamed meanwhile."""
+        return partial(self.shard), partial(self.index), self.shard, self.index
 
     def size_and_use(self) -> tuple[int, float]:
         """Bytes, and when it was last used; (0, 0) if it is not there."""
-        size, used = 0, 0.0
+        sizes, used = dict[int, int](), 0.0
         for path in self.files:
-            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile by the process that fetches it
+            with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                size, used = size + status.st_size, max(used, status.st_mtime)
-        return size, used
+                sizes[status.st_ino], used = status.st_size, max(used, status.st_mtime)  # once under its two names
+        return sum(sizes.values()), used
 
     def remove(self) -> None:
         for path in self.files:

@@ -3,9 +3,10 @@ same sweep goes on with."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from common.arguments import set_options
 from common.errors import ConfigError, UserError
 from common.files import write_file, write_json
+from common.locks import NoLocks, file_lock
 from launch.sweeps.plan import is_entry_key, normal
 from pretrain.checkpoint.folder import check_output_folder
 from pretrain.config.loading import config_tree
@@ -21,6 +23,7 @@ from pretrain.views.comparison import as_meant, flattened
 from pretrain.views.sweep import Result, SweepRun
 
 CONFIGS = "configs"
+LOCK = ".lock"
 
 
 @dataclass
@@ -159,19 +162,20 @@ class Sweep:
     def begin(self, configs: dict[str, Path]) -> None:
         """Makes the folder, copies the configurations that are new, and writes the record. Raises UserError and
         OSError."""
-        newest = self.load(self.folder)
-        if newest is not None:
-            if self.is_new:
-                raise UserError(
-                    f"--sweep-dir: another command has begun a sweep in {self.folder} meanwhile; give this command "
-                    f"once more"
-                )
-            self._take_over(newest)
-        (self.folder / CONFIGS).mkdir(parents=True, exist_ok=True)
-        for name, path in configs.items():
-            if not self.config(name).exists():
-                write_file(self.config(name), path.read_bytes())
-        self.save()
+        with self._alone():
+            newest = self.load(self.folder)
+            if newest is not None:
+                if self.is_new:
+                    raise UserError(
+                        f"--sweep-dir: another command has begun a sweep in {self.folder} meanwhile; give this command "
+                        f"once more"
+                    )
+                self._take_over(newest)
+            (self.folder / CONFIGS).mkdir(parents=True, exist_ok=True)
+            for name, path in configs.items():
+                if not self.config(name).exists():
+                    write_file(self.config(name), path.read_bytes())
+            self.save()
         self.is_new = False
 
     def _take_over(self, newest: Sweep) -> None:
@@ -181,15 +185,24 @@ class Sweep:
 
     def note(self, run: SweepRun, *, unrecorded: int | None = None, job: str | None = None) -> None:
         """Writes down how the newest start of a run ended, or its job. Raises UserError and OSError."""
-        newest = self.load(self.folder)
-        if newest is not None:
-            self._take_over(newest)
-        self.unrecorded.pop(run.name, None)
-        if unrecorded is not None:
-            self.unrecorded[run.name] = unrecorded
-        if job is not None:
-            self.jobs[run.name] = job
-        self.save()
+        with self._alone():
+            newest = self.load(self.folder)
+            if newest is not None:
+                self._take_over(newest)
+            self.unrecorded.pop(run.name, None)
+            if unrecorded is not None:
+                self.unrecorded[run.name] = unrecorded
+            if job is not None:
+                self.jobs[run.name] = job
+            self.save()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other command changes the record in the block, if the file system has locks."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(NoLocks):
+                stack.enter_context(file_lock(self.folder / CONFIGS / LOCK))
+            yield
 
     def save(self) -> None:
         """Raises OSError."""

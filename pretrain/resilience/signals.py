@@ -107,10 +107,10 @@ class Stop:
         """Takes over the stop signals; main thread only. `launched`: this process is to end with its launcher."""
         read, write = os.pipe()
         os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # first: what a handler alone gets is heard by nobody
         taken = heard_signals()
         for number in (*taken, PARENT_DIED) if launched else taken:
             signal.signal(number, lambda *_: None)  # the work is done by the thread, from the pipe
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         if launched:
             _signal_on_parent_death(PARENT_DIED)
             self._parent = os.getppid()

@@ -190,11 +190,13 @@ class Watchdog:
         deadline = time.monotonic() + self._grace
         message = self._hang / MESSAGE
         while time.monotonic() < deadline and not exists(message) and not (is_reader and self._all_have_reported()):
-            time.sleep(self._pause)
+            if self._ended.wait(self._pause):
+                break
         # Once the message is out, ranks are woken and killed, so it means nothing if this one then gets further.
         # The file of a reader is its own, and tells it nothing: its phase may have become one that may take long.
         is_called = not is_reader and exists(self._hang / READER)
-        is_stuck = self._phases.record.count == record.count and (self._has_hung(time.monotonic()) or is_called)
+        has_moved = self._ended.is_set() or self._phases.record.count != record.count
+        is_stuck = not has_moved and (self._has_hung(time.monotonic()) or is_called)
         if not is_stuck and not exists(message):
             self._go_on(path, is_reader)
             return

@@ -197,6 +197,8 @@ class RunView:
             self.sign = last_sign_of_life(self.path)
             self.config = read_object(self.path / "config.json")
             self.outcome = read_object(self.path / "outcome.json")
+            if not self.outcome and not (self.sign is not None and self.sign.is_alive):
+                self.sign = last_sign_of_life(self.path)  # a start may have come between, which removes the outcome
             self.metrics.update()
             self.update_events()
             if not self.outcome and self._last_index("failed") > max(map(self._last_index, ("opened", "started"))):

@@ -99,6 +99,27 @@ def test_room_is_counted_and_taken_by_one_process_at_a_time(
     assert len(held) > 2 and all(held)
 
 
+@pytest.mark.parametrize("look", range(4))
+def test_a_shard_that_gets_its_name_while_room_is_counted_counts_once(
+    look: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of its four possible files is looked at just then."""
+    shard = shard_cache_folder.StoredShard(tmp_path / "a.tar", tmp_path / "a.idx")
+    for path, size in ((shard.shard, 1000), (shard.index, 10)):
+        shard_cache_folder.partial(path).write_bytes(bytes(size))
+    status, looks = Path.stat, list[Path]()
+
+    def stat(path: Path, **kwargs: Any) -> os.stat_result:
+        if len(looks) == look:
+            for named in (shard.index, shard.shard):
+                os.replace(shard_cache_folder.partial(named), named)
+        looks.append(path)
+        return status(path, **kwargs)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert shard.size_and_use()[0] == 1010 and len(looks) == 4
+
+
 def test_foreign_files_inside_the_caches_own_folder_stay_too(remote: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     cache = ShardCache(f"file://{remote}", folder, 2 * largest(remote))

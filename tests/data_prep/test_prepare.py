@@ -217,6 +217,23 @@ def test_a_second_writer_is_refused(config: Path, prepared: Path, capsys: pytest
     assert "another preparation is writing to" in one_error(capsys)
 
 
+@pytest.mark.parametrize("vocab_size", [500, 600])
+def test_data_that_another_preparation_has_published_since_the_first_look_stay(
+    config: Path, prepared: Path, vocab_size: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That one held the lock until just before this one took it."""
+    manifest, elsewhere = prepared / "manifest.json", prepared.parent / "manifest.json"
+    before = outputs(prepared)
+    manifest.rename(elsewhere)
+    monkeypatch.setattr("data_prep.cli.check_room", lambda resolved: elsewhere.rename(manifest))
+    code = run(config, "--set", f"tokenizer.vocab_size={vocab_size}")
+    assert outputs(prepared) == before and not (prepared / ".work").exists()
+    if vocab_size == 500:
+        assert (code, capsys.readouterr().out) == (0, f"up to date: {prepared}\n")
+    else:
+        assert code == 2 and "holds other data: `tokenizer.vocab_size` was 500, is now 600" in one_error(capsys)
+
+
 def test_validation_by_hash_splits_without_loss(
     corpus: Corpus, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,29 @@ def test_what_another_command_noted_while_this_one_checked_its_runs_stays(
     assert list(found.runs) == [first.name, second.name] == list(other.runs)
     one.note(first, job="43")
     other.note(second, job="44")
+    found = Sweep.load(folder)
+    assert found is not None and found.jobs == {first.name: "43", second.name: "44"}
+
+
+def test_what_two_commands_note_at_once_is_both_in_the_record(
+    folder: Path, configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one comes when this one has read the record and is about to write it."""
+    sweep = Sweep.open(folder, [RATE], [], configs)
+    first, second = sweep.add(combinations(["x"], {RATE: ["1e-3", "2e-3"]}))
+    sweep.begin(configs)
+    other = threading.Thread(target=Sweep.open(folder, [RATE], [], configs).note, args=(second,), kwargs={"job": "44"})
+    save = Sweep.save
+
+    def save_late(self: Sweep) -> None:
+        if self is sweep:
+            other.start()
+            other.join(0.2)
+        save(self)
+
+    monkeypatch.setattr(Sweep, "save", save_late)
+    sweep.note(first, job="43")
+    other.join()
     found = Sweep.load(folder)
     assert found is not None and found.jobs == {first.name: "43", second.name: "44"}
 

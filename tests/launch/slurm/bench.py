@@ -37,7 +37,7 @@ scontrol:requeue)
   exit "${REQUEUE_CODE:-0}" ;;
 scontrol:update) exit "${UPDATE_CODE:-0}" ;;
 scontrol:*)
-  echo "JobId=7 JobState=COMPLETING Reason=${REASON:-None} Dependency=(null) Requeue=${REQUEUE:-1} Restarts=0" \
+  echo "JobId=7 JobState=${STATE:-RUNNING} Reason=${REASON:-None} Dependency=(null) Requeue=${REQUEUE:-1} Restarts=0" \
     "EndTime=${END_TIME:-Unknown} Deadline=N/A" \
     "ExcNodeList=${GIVEN:-(null)} NodeList=node[1-2]" ;;
 sinfo:*) printf '%s\n' "${UP:-node1

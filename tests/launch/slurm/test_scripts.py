@@ -321,6 +321,19 @@ def test_the_exit_code_of_the_ranks_is_known_though_bash_has_lost_it(bench: Benc
     assert code == 3 and "diverged (exit code 3)" in output
 
 
+@pytest.mark.parametrize("reason, requeued", [("TimeLimit", True), ("None", False)])
+@pytest.mark.parametrize("script, arguments", [("pretrain", ["--config", "c.json"]), ("data_prep", ["dedup"])])
+def test_ranks_that_scancel_ends_before_the_script_hears_of_it_are_not_revived(
+    bench: Bench, script: str, arguments: list[str], reason: str, requeued: bool
+) -> None:
+    """SLURM signals the steps of a job one after the other, and its own state is COMPLETING by then."""
+    code, output = bench.start(
+        job.FOLDER / f"{script}.sbatch", *arguments, SRUN_CODE="143", STATE="COMPLETING", REASON=reason
+    )
+    assert code == 143 and bench.requeues() == (["7"] if requeued else []), output
+    assert ("terminated from outside (scancel or preemption); not requeued from here" in output) == (not requeued)
+
+
 def test_arguments_and_settings_arrive_as_they_were_given(bench: Bench) -> None:
     nasty = ["--set", "description=$(touch injected) `touch injected` \"; touch injected #'", "a  b", "*", "~", "\\"]
     text = job.script(

@@ -191,6 +191,21 @@ def test_slow_is_not_hung_and_patient_phases_may_take_their_time(tmp_path: Path)
     assert not (tmp_path / "ranks").exists() and not codes
 
 
+def test_a_run_that_ends_while_its_last_phase_is_reported_was_only_slow(tmp_path: Path) -> None:
+    """Its end takes the report back, and waits for nobody's."""
+    phases, codes = Phases(), list[int]()
+    identities = [{"host": "a", "boot": "b", "namespace": "n", "pid": os.getpid(), "start": 1}] * 2
+    watchdog = Watchdog(tmp_path, phases, leaving(codes), Peers(0, identities), hang_timeout_seconds=0.3, lock=None)
+    waits_until(watchdog, threading.Event())
+    phases.enter("ending")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "hang" / READER).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    watchdog.close()
+    assert not watchdog._thread.is_alive() and not codes
+    assert [path.name for path in (tmp_path / "hang").iterdir()] == ["rank-00000.stacks"]
+
+
 class Left(Stop):
     """Notes with which code and reason the process would have been left."""
 

@@ -153,6 +153,24 @@ def test_before_the_ranks_have_met_a_signal_ends_the_process_at_once(name: str) 
     assert f"{name} during start-up" in done.stderr
 
 
+def test_a_signal_that_comes_while_they_are_being_taken_over_is_heard() -> None:
+    done = run_process(
+        """
+        taken = signal.signal
+        def take(number, handler):
+            taken(number, handler)
+            if number == signal.SIGUSR1:
+                os.kill(os.getpid(), number)
+        signal.signal = take
+        stop.install(launched=False)  # before the ranks have met: a signal ends the process
+        time.sleep(20)
+        print("no")
+        """
+    )
+    assert (done.returncode, done.stdout) == (85, "")
+    assert "SIGUSR1 during start-up" in done.stderr
+
+
 def test_while_the_program_is_loading_a_signal_waits_for_the_run_to_be_known() -> None:
     """So that the run folder can say how the start ended; not for ever, if the loading hangs."""
     script = """

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.errors import UserError
-from common.run_lock import FolderLock
+from common.run_lock import FolderLock, SignOfLife
 from pretrain.cli.status import fitting, main, updated
 from pretrain.views import reading
 from pretrain.views.jobs import mark_submitted
@@ -50,6 +50,27 @@ def test_watching_ends_with_the_run(
     assert "stopped: SIGTERM to rank 1" in printed and "step       11 of 40" in printed
     assert ("\x1b" in printed) == clears
     assert (max(len(screen.splitlines()) for screen in printed.split("\x1b[H\x1b[2J")) < 20) == clears
+
+
+def test_a_run_that_starts_again_between_two_looks_at_its_files_is_not_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose lock was not there yet, and whose outcome of the start before is there no more."""
+    folder = write(tmp_path / "run", exit_code=85)
+    look, locks = reading.last_sign_of_life, list[FolderLock]()
+
+    def look_and_start(path: Path) -> SignOfLife | None:
+        found = look(path)
+        if not locks:
+            locks.append(FolderLock(folder))
+            (folder / "outcome.json").unlink()
+        return found
+
+    monkeypatch.setattr(reading, "last_sign_of_life", look_and_start)
+    try:
+        assert RunView.open(folder).state.goes_on
+    finally:
+        locks[0].release()
 
 
 def test_a_watched_table_fits_the_terminal_and_keeps_what_goes_on(tmp_path: Path) -> None:
