@@ -153,7 +153,7 @@ def can_be_run(module: str) -> bool:
 
 
 def missing(source: str) -> list[str]:
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, LOOKED_AT)]
+    nodes: list[ast.AST] = [node for node in ast.walk(ast.parse(source)) if isinstance(node, LOOKED_AT)]
     modules = {*started(nodes), *AS_MODULE.findall(source)}
     return sorted(
         {name for name in names_in_strings(nodes) if not is_there(name)}

@@ -23,7 +23,7 @@ SIZES = (
     *("model.sequence_length=8", "batch.global_sequences=8", "batch.micro_sequences=1", "train.precision=bf16"),
 )
 TP, PP, EP = ("parallel.tensor=2", "parallel.sequence=true"), ("parallel.pipeline=2",), ("parallel.expert=2",)
-FEW = {"TP2 SP": (4, TP), "PP2 EP2": (8, (*PP, *EP))}
+FEW: dict[str, tuple[int, tuple[str, ...]]] = {"TP2 SP": (4, TP), "PP2 EP2": (8, (*PP, *EP))}
 MANY = {
     "ZeRO 0": (4, ("parallel.zero=0", "train.precision=fp32")),
     "ZeRO 1": (4, ()),
