@@ -193,6 +193,7 @@ def pieces(rank: int, config: Config, folder: Path) -> list[float]:
         return []
 
 
+@pytest.mark.slow
 def test_our_loop_trains_the_same_on_two_ranks(prepared: Path, tmp_path: Path) -> None:
     config = small_config(prepared)
     one, two = (run_ranks(pieces, count, config, tmp_path / str(count))[0] for count in (1, 2))

@@ -91,6 +91,7 @@ def test_ratios_are_between_models_of_one_size(plan: Callable[..., str]) -> None
     assert "only one formula for both conventions" in table(rows) and "differ" not in table(rows[:1])
 
 
+@pytest.mark.slow  # the fast one: tests/launch/slurm/test_submit.py::test_a_printed_script_may_be_read_in_part
 def test_a_reader_that_stops_reading_is_no_error(tmp_path: Path) -> None:
     """A process of its own: what Python flushes at its end counts too."""
     reader, writer = os.pipe()

@@ -331,8 +331,9 @@ def test_parameter_names_are_canonical(name: str) -> None:
     assert found == {f"blocks.{layer}.attention.{n}" for layer in (0, 1) for n in names}
 
 
-@pytest.mark.parametrize("scope", ["micro_batch", pytest.param("global_batch", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["expert dropout", pytest.param("XL", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the fast ones, of other models: tests/pretrain/engine/test_compiled.py
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
+@pytest.mark.parametrize("name", ["expert dropout", "XL"])
 def test_compiles_without_graph_breaks(name: str, scope: str) -> None:
     shape = SHAPES[name]
     context = torch.randn(2, (shape.memory or 0) + shape.T, shape.d, generator=torch.Generator().manual_seed(6))

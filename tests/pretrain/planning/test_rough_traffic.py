@@ -129,14 +129,10 @@ def of_a_block(config: Config, num_ranks: int) -> Counter[str]:
 
 
 ALL = list(itertools.product([(2, TP2), (2, SP), (2, EP2), (4, (*SP, *EP2))], ("none", "selective", "full")))
-FAST = [((2, SP), "selective")]
-"""Beside the figures made by hand above, which have each way to send."""
 
 
-@pytest.mark.parametrize(
-    "layout, recompute",
-    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FAST)],
-)
+@pytest.mark.slow  # the fast figures, made by hand, stand above: they have each way to send
+@pytest.mark.parametrize("layout, recompute", ALL)
 def test_a_rehearsed_block_sends_as_often(prepared: Path, layout: tuple[int, tuple[str, ...]], recompute: str) -> None:
     """Either recomputation repeats what the forward pass sends, and experts of other ranks need no hidden states of the
     tensor group."""

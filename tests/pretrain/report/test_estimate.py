@@ -234,9 +234,8 @@ def test_on_a_cpu_the_copy_for_a_checkpoint_lies_beside_a_step(prepared: Path) -
     assert run_estimate(waiting, 2, "cpu", card=None, ranks_per_node=2).memory_bytes == estimate(config, 2, "cpu").total
 
 
-@pytest.mark.parametrize(
-    "is_forked", [pytest.param(True, id="pipeline"), pytest.param(False, id="zero 3", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("is_forked", [pytest.param(True, id="pipeline"), pytest.param(False, id="zero 3")])
+@pytest.mark.slow  # the fast ones: test_a_run_compares_... here, and rehearsals in tests/pretrain/planning
 def test_a_divided_run_is_rehearsed(prepared: Path, is_forked: bool) -> None:
     """Once by the process itself, and once by what it runs in one that has imported all already: what libraries print
     is no part of the answer."""
