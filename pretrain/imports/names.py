@@ -10,18 +10,25 @@ from torch import Tensor
 
 from common.errors import UserError
 
+OF_BLOCKS = (
+    ("self_attn", "attention"),
+    ("norm1", "attention_norm"),
+    ("norm2", "feedforward_norm"),
+    ("pkm", "feedforward"),
+    ("linear1", "feedforward.linear1"),
+    ("linear2", "feedforward.linear2"),
+)
 AUTHORS = (
-    ("unique_layers.{}.self_attn", "blocks.{}.attention"),
-    ("unique_layers.{}.norm1", "blocks.{}.attention_norm"),
-    ("unique_layers.{}.norm2", "blocks.{}.feedforward_norm"),
-    ("unique_layers.{}.pkm", "blocks.{}.feedforward"),
-    ("unique_layers.{}.linear1", "blocks.{}.feedforward.linear1"),
-    ("unique_layers.{}.linear2", "blocks.{}.feedforward.linear2"),
+    *(
+        (f"{blocks}.{{}}.{old}", f"blocks.{{}}.{new}")
+        for blocks in ("unique_layers", "layers")
+        for old, new in OF_BLOCKS
+    ),
     ("out_norm", "final_norm"),
     ("output", "head"),
 )
-"""Modules of the authors' language model (github.com/RobertCsordas/moe_attention, models and layers/transformer), and
-what they are here. {} is the number of a block."""
+"""Modules of the authors' language models (github.com/RobertCsordas, models and layers/transformer of moe_attention,
+whose blocks are `unique_layers`, and of moe: `layers`), and what they are here. {} is the number of a block."""
 NUMBER = "{}"
 
 

@@ -245,11 +245,13 @@ class DotDict(dict):
     """As the authors' code has it, under the name that its checkpoints say."""
 
 
+@pytest.mark.parametrize("blocks", ["unique_layers", "layers"])
 def test_a_training_checkpoint(
-    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    prepared: Path, tmp_path: Path, blocks: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = model_state(TRAINED, switchhead_keys("vo", PK | selectors("vo")))
-    counters = {f"unique_layers.{n}.pkm.kv_sel_counts_100": torch.zeros(5, 7) for n in range(2)}
+    names = {part: there.replace("unique_layers", blocks) for part, there in TRAINED.items()}
+    state = model_state(names, switchhead_keys("vo", PK | selectors("vo")))
+    counters = {f"{blocks}.{n}.pkm.kv_sel_counts_100": torch.zeros(5, 7) for n in range(2)}
     name = "framework.data_structures.dotdict"
     module = ModuleType(name)
     module.DotDict = DotDict  # type: ignore[attr-defined]
@@ -264,9 +266,9 @@ def test_a_training_checkpoint(
     out = tmp_path / "out"
     assert main([str(tmp_path / "model-5.pth"), "--config", str(tmp_path / "config.json"), "--to", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "left out, for no output depends on it: unique_layers.0.pkm.kv_sel_counts_100 and 1 more" in said
+    assert f"left out, for no output depends on it: {blocks}.0.pkm.kv_sel_counts_100 and 1 more" in said
     assert "imported from model-5.pth" in said
-    compare(out, state, TRAINED)
+    compare(out, state, names)
 
 
 def test_a_model_of_public_modules_under_names_of_its_own(prepared: Path, tmp_path: Path) -> None:
